@@ -1,0 +1,162 @@
+"""What is kept of earlier tasks: one `Basis` a parameter, all of them in a `BasisStore`.
+
+Shapes follow `layout`: a right basis `U` is `[g, d, k]` with anchor `A = W U` `[g, m, k]`; a left basis is `[g, m, k]` with
+anchor `U^H W` `[g, k, d]`; a row index is `[k]` with anchor `[k, d]`. Groups of smaller rank are padded with zero columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Literal
+
+from torch import Tensor
+
+from .layout import Layout
+
+Side = Literal["right", "left", "rows"]
+
+
+class Fate(str, Enum):
+    """What becomes of a trainable parameter after a consolidation; it only ever gets stricter."""
+
+    FREE = "free"
+    PROTECTED = "protected"
+    FULL = "full"
+    FROZEN = "frozen"
+
+    @property
+    def strictness(self) -> int:
+        """0 for free up to 2 for full and frozen."""
+        return {"free": 0, "protected": 1, "full": 2, "frozen": 2}[self.value]
+
+
+@dataclass
+class Subspace:
+    """One protected side of one weight.
+
+    `basis` is `U` `[g, s, k]`, or the `int64` row index `[k]` for side "rows"; `spectrum` `[g, s]` holds the last task's
+    second-moment eigenvalues, descending; `energy` is the share of that task's energy inside `U`.
+    """
+
+    side: Side
+    basis: Tensor
+    anchor: Tensor
+    ranks: tuple[int, ...]
+    size: int
+    spectrum: Tensor
+    energy: float
+    covariance: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Protected directions, summed over groups."""
+        return sum(self.ranks)
+
+    @property
+    def dimension(self) -> int:
+        """All directions of this side, summed over groups."""
+        return self.size * len(self.ranks)
+
+    @property
+    def full(self) -> bool:
+        """True if no free direction is left in any group."""
+        return self.rank >= self.dimension
+
+
+@dataclass
+class Basis:
+    """The fate of one parameter and, if it is protected, its subspaces.
+
+    `kept` is the value of a frozen parameter; `reason` says why it has its fate; `tasks` names the consolidations that used it
+    and `history` the rank after each of them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    fate: Fate
+    reason: str
+    layout: Layout = field(default_factory=Layout)
+    subspaces: dict[Side, Subspace] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
+    history: tuple[int, ...] = ()
+    bias: str | None = None
+    kept: Tensor | None = None
+
+    @property
+    def main(self) -> Subspace | None:
+        """The subspace with the largest share of used directions (a parameter mostly has one)."""
+        return max(self.subspaces.values(), key=lambda s: s.rank / max(1, s.dimension), default=None)
+
+    @property
+    def U(self) -> Tensor:  # noqa: N802  (the mathematical name)
+        """The basis of the main side: `[s, k]` for one group, `[g, s, k]` for several, `[k]` row index for embeddings."""
+        if self.main is None:
+            raise KeyError(f"'{self.name}' has no basis: it is {self.fate.value} ({self.reason})")
+        basis = self.main.basis
+        return basis[0] if basis.ndim == 3 and basis.shape[0] == 1 else basis
+
+    @property
+    def spectrum(self) -> Tensor | None:
+        """Eigenvalues `[g, s]` of the last task's second moment on the main side, descending."""
+        return None if self.main is None else self.main.spectrum
+
+    @property
+    def rank(self) -> int:
+        """Protected directions of the main side, summed over groups."""
+        return 0 if self.main is None else self.main.rank
+
+    @property
+    def free_share(self) -> float:
+        """Share of directions that later tasks may still use: 1 if free, 0 if frozen or full."""
+        if self.fate in (Fate.FROZEN, Fate.FULL):
+            return 0.0
+        share = 1.0
+        for subspace in self.subspaces.values():
+            share *= 1.0 - subspace.rank / max(1, subspace.dimension)
+        return share
+
+
+class BasisStore(Mapping[str, Basis]):
+    """All bases of one optimizer by parameter name, the consolidated tasks and the buffers they relied on.
+
+    The store is one mutable object for the lifetime of an optimizer: `replace` swaps its content at once, so a consolidation is
+    either wholly visible or not at all.
+    """
+
+    def __init__(self) -> None:
+        self._bases: dict[str, Basis] = {}
+        self.tasks: list[dict[str, object]] = []
+        self.buffers: dict[str, Tensor] = {}
+        self.probes: dict[str, dict[str, Tensor]] = {}
+
+    def __getitem__(self, name: str) -> Basis:
+        return self._bases[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bases)
+
+    def __len__(self) -> int:
+        return len(self._bases)
+
+    def replace(self, other: BasisStore) -> None:
+        """Take over the whole content of `other`."""
+        self.__dict__.update(other.__dict__)
+
+    def copy(self) -> BasisStore:
+        """Return a store with the same bases (tensors shared, containers new)."""
+        twin = BasisStore()
+        twin._bases = dict(self._bases)
+        twin.tasks = list(self.tasks)
+        twin.buffers = dict(self.buffers)
+        twin.probes = dict(self.probes)
+        return twin
+
+    def put(self, basis: Basis) -> None:
+        """Store `basis` under its parameter's name."""
+        self._bases[basis.name] = basis
+
+    def remove(self, name: str) -> Basis:
+        """Remove and return the basis of `name`."""
+        return self._bases.pop(name)
