@@ -1,0 +1,22 @@
+"""Rank rules, one paper a file. `Energy` (GPM) is the default of the library."""
+
+from __future__ import annotations
+
+from .base import Policy, Spectrum
+from .eigenvalue_ratio import EigenvalueRatio
+from .energy import Energy
+from .fixed_rank import FixedRank
+from .numerical_rank import NumericalRank
+from .rank_budget import RankBudget
+from .tail_energy import TailEnergy
+
+__all__ = [
+    "EigenvalueRatio",
+    "Energy",
+    "FixedRank",
+    "NumericalRank",
+    "Policy",
+    "RankBudget",
+    "Spectrum",
+    "TailEnergy",
+]

@@ -1,0 +1,106 @@
+"""What a policy is: how many directions of a second moment are to be protected.
+
+A policy sees eigenvalues only; `merge` builds the bases. Eigenvalues are `[s]`, descending, of `K = X^T X` `[s, s]`
+over the rows `X` `[n, s]` that met a weight, so an eigenvalue is a squared singular value of `X` and the trace is the
+rows' energy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import OptionError
+
+Merge = Literal["append", "accumulate"]
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What a policy knows of one group of one weight.
+
+    * `values` `[s]`: eigenvalues, descending; append: of the residual `(I - U U^H) K (I - U U^H)` of the new task,
+      with `U` the stored basis; accumulate: of the merged `K`.
+    * `total`: the trace, append: of the new task's `K`; accumulate: of the merged `K`.
+    * `largest`: the largest eigenvalue of the matrix that `total` is the trace of (within a few per cent).
+    * `covered`: share of `total` that the stored basis already holds, 0..1 (1 where `total` is 0); accumulate: 0.
+    * `kept`: rank already stored; accumulate: 0, because all directions are chosen anew.
+    * `rows`: rows that the new task's `K` was summed over.
+    """
+
+    values: Tensor
+    total: float
+    largest: float
+    covered: float
+    kept: int
+    rows: int
+
+    @property
+    def size(self) -> int:
+        """`s`, the number of all directions."""
+        return int(self.values.shape[0])
+
+    @property
+    def free(self) -> int:
+        """Directions that are not stored yet; at most so many can be taken."""
+        return self.size - self.kept
+
+    @property
+    def shares(self) -> Tensor:
+        """Share of `total` in each direction `[s]`, float64; zeros where `total` is 0."""
+        values = self.values.double()
+        return values / self.total if self.total > 0 else torch.zeros_like(values)
+
+    def above(self, cut: float) -> int:
+        """Return how many eigenvalues are strictly larger than `cut` (none of an all-zero matrix at cut 0)."""
+        return int((self.values.double() > cut).sum())
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How much of a task is protected; a subclass is one paper's rule with its constants as defaults.
+
+    * `merge`: "append" adds directions to the stored basis, whose span only grows; "accumulate" sums second moments
+      over tasks and chooses all directions anew, so old ones may be dropped.
+    * `precise`: second moments are kept in float64.
+    * `batch_frobenius`: each batch's second moment is divided by its Frobenius norm before it is added (GNSP).
+    * `joint`: `rank` of one weight depends on the others, so `ranks` must see the spectra of all weights at once.
+    """
+
+    merge: ClassVar[Merge] = "append"
+    precise: ClassVar[bool] = False
+    batch_frobenius: ClassVar[bool] = False
+    joint: ClassVar[bool] = False
+
+    def ranks(self, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
+        """Return how many leading directions of each spectrum to take: new (append) or all (accumulate)."""
+        return {key: min(self.rank(spectrum), spectrum.free) for key, spectrum in spectra.items()}
+
+    def rank(self, spectrum: Spectrum) -> int:
+        """Return the same for one spectrum alone; rules that are not `joint` implement this."""
+        raise NotImplementedError(f"{type(self).__name__} must implement rank() or ranks()")
+
+    def accumulated(self, old: Tensor | None, new: Tensor) -> Tensor:
+        """Return the second moment `[g, s, s]` of all tasks: the sum of the earlier ones' and the new one's."""
+        return new if old is None else old + new
+
+
+def check_number(
+    owner: object, option: str, value: float, low: float, high: float, *, closed: str = "", way_out: str = ""
+) -> None:
+    """Raise unless `low < value < high`; `closed` may hold "low" and "high" for bounds that are allowed themselves.
+
+    Raises:
+        OptionError: names the policy, the option, the value found and the allowed interval.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if number and (low < value < high or ("low" in closed and value == low) or ("high" in closed and value == high)):
+        return
+    interval = f"{'[' if 'low' in closed else '('}{low:g}, {high:g}{']' if 'high' in closed else ')'}"
+    advice = f"; {way_out}" if way_out else ""
+    raise OptionError(f"{type(owner).__name__}({option}={value!r}): expected a number in {interval}{advice}")

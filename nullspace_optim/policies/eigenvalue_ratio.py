@@ -1,0 +1,36 @@
+"""Adam-NSCL: leave free what is within a factor of the smallest eigenvalue (Wang et al. 2021, arXiv 2103.07113)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from .base import Merge, Policy, Spectrum, check_number
+
+
+@dataclass(frozen=True)
+class EigenvalueRatio(Policy):
+    """Protect all directions with `l > a * l_min`; the null space is `{l <= a * l_min}` (section 3.3). Paper: `a = 10`.
+
+    `l` are the eigenvalues of the sum of all tasks' second moments. All directions are chosen anew after each task.
+
+    The rule follows the smallest eigenvalue, which is noise as soon as the spectrum is numerically singular, as in
+    most transformers: taken literally it then protects everything, or nothing. Below `eps * l_max` (`eps` of the
+    eigenvalues' dtype) the floor `eps * l_max` stands in for `l_min`, so that a singular spectrum keeps what is above
+    `a` times rounding; `Energy` or `NumericalRank` say more plainly what they keep.
+    """
+
+    a: float = 10.0
+    merge: ClassVar[Merge] = "accumulate"
+
+    def __post_init__(self) -> None:
+        check_number(self, "a", self.a, 1, math.inf, closed="low")
+
+    def rank(self, spectrum: Spectrum) -> int:
+        """Return how many eigenvalues are larger than `a` times the smallest, or than `a` times rounding."""
+        values = spectrum.values.double()
+        floor = torch.finfo(spectrum.values.dtype).eps * float(values[0])
+        return spectrum.above(self.a * max(float(values[-1]), floor))
