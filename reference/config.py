@@ -1,0 +1,157 @@
+"""Settings of one experiment: a frozen dataclass, filled from `configs/<preset>.yaml` and from `key=value` overrides."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from reference.errors import ExperimentError
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on; written into its results file.
+
+    Attributes:
+        preset: `demo` (everything embedded) or `mini` (folders of images and a CLIP given by path).
+        data_root: folder with one `ImageFolder` per task: `<task>/{train,test}/<class name>/*.jpg`.
+        model: a folder written by open_clip's hub format, or `<architecture>:<pretrained tag>`.
+        reference_root: folder with `captions.csv` (columns file, caption); needed by `nullspace-reference`.
+        output: folder of the results.
+        order: task order, `I` or `II`, of the MTIL benchmark (ZSCL, 2023).
+        tasks: names of the tasks to use, in this order; empty: all tasks of `order`.
+        methods, seeds: each method is run once per seed.
+        split: `test` trains on all training images; `validation` holds the last fifth of each class's training
+            images back and evaluates on them. Settings are chosen on `validation` alone.
+        iterations, batch_size, learning_rate, weight_decay, warmup, label_smoothing: the training of one task,
+            AdamW with `warmup` linear steps, then cosine to zero.
+        precision: autocast type of forward passes; parameters stay float32.
+        device: `auto`, `cpu`, `cuda` ...
+        evaluation_images: most images of one task that are scored (a fixed draw); `null`: all.
+        evaluation_templates: class vectors from the `first` prompt template or from the mean of `all`.
+        consolidation_images: most images of one task that are consolidated; `null`: all.
+        reference_images: how many images of the reference pool `nullspace-reference` protects.
+        energy: share of the input energy of a task that is protected, 0..1.
+        pretrain_iterations, pretrain_rate: the training of demo's own tiny CLIP.
+        note: sentence printed under the table.
+    """
+
+    preset: str
+    output: str
+    data_root: str = ""
+    model: str = ""
+    reference_root: str = ""
+    order: Literal["I", "II"] = "I"
+    tasks: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ("finetune", "gradient", "nullspace")
+    seeds: tuple[int, ...] = (0,)
+    split: Literal["test", "validation"] = "test"
+    iterations: int = 100
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    warmup: int = 10
+    label_smoothing: float = 0.2
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    evaluation_images: int | None = None
+    evaluation_templates: Literal["first", "all"] = "first"
+    consolidation_images: int | None = None
+    reference_images: int = 1000
+    energy: float = 0.999
+    pretrain_iterations: int = 0
+    pretrain_rate: float = 0.0
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        """Check every number against its interval, and that the presets have what they need.
+
+        Raises:
+            ExperimentError: naming the setting, what was found and what is allowed.
+        """
+        for name in ("iterations", "batch_size", "reference_images", "evaluation_images", "consolidation_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ExperimentError(f"{name}={value} must be at least 1")
+        for name, low, high in (("label_smoothing", 0.0, 1.0), ("energy", 0.0, 1.0), ("learning_rate", 0.0, 10.0)):
+            if not low <= getattr(self, name) <= high:
+                raise ExperimentError(f"{name}={getattr(self, name)} must lie between {low} and {high}")
+        if self.weight_decay < 0 or self.warmup < 0:
+            raise ExperimentError("weight_decay and warmup must not be negative")
+        if not self.methods or not self.seeds:
+            raise ExperimentError("methods and seeds must name at least one method and one seed")
+        for name in ("data_root", "model"):
+            if self.preset == "mini" and not getattr(self, name):
+                raise ExperimentError(f"preset mini needs --{name.replace('_', '-')}")
+
+
+def load_config(preset: str, overrides: Mapping[str, Any]) -> Config:
+    """Read `configs/<preset>.yaml` and put `overrides` (values already parsed) over it.
+
+    Raises:
+        ExperimentError: unknown preset, unknown setting or a value of the wrong kind.
+    """
+    known = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "templates")
+    if preset not in known:
+        raise ExperimentError(f"unknown preset {preset!r}: choose one of {', '.join(known)}")
+    settings = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8"))
+    settings = {**settings, **overrides, "preset": preset}
+    hints = get_type_hints(Config)
+    for key in settings:
+        if key not in hints:
+            near = get_close_matches(key, hints, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else "known settings: " + ", ".join(hints)
+            raise ExperimentError(f"unknown setting {key!r}: {advice}")
+    return Config(**{key: _convert(key, hints[key], value) for key, value in settings.items()})
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
+    """Turn `["key=value", ...]` into a dict; values are read as YAML.
+
+    Raises:
+        ExperimentError: a pair without `=`, or a value that is not YAML.
+    """
+    parsed = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ExperimentError(f"--set {pair}: expected key=value")
+        try:
+            parsed[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ExperimentError(f"--set {pair}: the value is not valid YAML") from error
+    return parsed
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The settings that decide about the numbers of a run (all but where the results go and who else is run)."""
+    left_out = ("output", "methods", "seeds", "note")
+    return {field.name: getattr(config, field.name) for field in fields(config) if field.name not in left_out}
+
+
+def _convert(key: str, hint: Any, value: Any) -> Any:
+    """`value` as the type `hint` of the field `key`; strings such as `1e-4` (which YAML leaves a string) become floats."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _convert(key, arguments[0], value)
+    if origin is Literal:
+        if value not in arguments:
+            raise ExperimentError(f"{key}={value!r} must be one of {', '.join(arguments)}")
+        return value
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(key, arguments[0], item) for item in items)
+    try:
+        if value is None or isinstance(value, bool) or (hint is int and int(value) != float(value)):
+            raise ValueError
+        return hint(value)
+    except (TypeError, ValueError):
+        raise ExperimentError(f"{key}={value!r} must be of type {hint.__name__}") from None

@@ -1,0 +1,38 @@
+"""Tasks, pretrained model and reference pool of one experiment, checked and in memory before any training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from reference import data, demo
+from reference.clip import Clip, load_clip
+from reference.config import Config
+from reference.data import ReferencePool
+from reference.methods import chosen_methods
+from reference.tasks import Task
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all methods and seeds share; `pretrained(seed)` is the model that each run copies."""
+
+    tasks: list[Task]
+    pool: ReferencePool | None
+    pretrained: Callable[[int], Clip]
+
+
+def prepare(config: Config) -> Experiment:
+    """Load, render or check everything that the run will need.
+
+    Raises:
+        ExperimentError: anything missing or unreadable, named with the way out.
+    """
+    with_pool = any(method.needs_reference for method in chosen_methods(config.methods))
+    if config.preset == "demo":
+        pretraining = demo.pretraining_task()
+        pool = demo.reference_pool(pretraining, config.reference_images) if with_pool else None
+        return Experiment(demo.tasks(config), pool, lambda seed: demo.pretrained_clip(config, pretraining, seed))
+    clip = load_clip(config)
+    pool = data.load_reference_pool(config, clip.size) if with_pool else None
+    return Experiment(data.load_tasks(config, clip.size), pool, lambda seed: clip)

@@ -1,0 +1,58 @@
+"""Figures of finished runs (matplotlib, no display needed), drawn from what `results.json` holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+Results = dict[str, Any]
+
+
+def heatmap(results: Results, path: Path) -> None:
+    """The accuracy matrix of one run, with the pretrained row on top; trained cells are those on and below the diagonal."""
+    cells = np.array([results["pretrained"], *results["accuracy"]], dtype=float)
+    tasks = results["tasks"]
+    figure, axes = plt.subplots(figsize=(2.2 + 0.75 * len(tasks), 1.8 + 0.45 * len(cells)), layout="constrained")
+    image = axes.imshow(cells, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    for (j, i), value in np.ndenumerate(cells):
+        text = "-" if np.isnan(value) else f"{value:.0f}"
+        axes.text(i, j, text, ha="center", va="center", fontsize=8, color="white" if value < 60 else "black")
+    axes.set_xticks(range(len(tasks)), tasks, rotation=40, ha="right")
+    axes.set_yticks(range(len(cells)), ["pretrained", *(f"after {task}" for task in tasks)])
+    axes.step([-0.5, *np.arange(len(tasks)) + 0.5], [0.5, *np.arange(len(tasks)) + 0.5], color="white", where="pre")
+    axes.set_title(f"{results['method']}, seed {results['seed']}: accuracy on each task")
+    figure.colorbar(image, ax=axes, label="accuracy [%]")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def forgetting_curves(runs: Sequence[Results], path: Path) -> None:
+    """One panel per task: its accuracy along the sequence, one line per method (mean over seeds)."""
+    tasks = runs[0]["tasks"]
+    columns = min(4, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(3.1 * columns, 2.4 * rows + 0.5), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for number, (axes, task) in enumerate(zip(grid.flat, tasks)):
+        for method in dict.fromkeys(run["method"] for run in runs):
+            matrices = [np.array([r["pretrained"], *r["accuracy"]], dtype=float) for r in runs if r["method"] == method]
+            axes.plot(np.mean(matrices, axis=0)[:, number], marker=".", label=method)
+        axes.axvline(number + 1, color="grey", linestyle=":", linewidth=1)
+        axes.set_title(task, fontsize=9)
+        axes.set_ylim(0, 102)
+    for axes in list(grid.flat)[len(tasks) :]:
+        axes.axis("off")
+    figure.supxlabel("tasks trained (dotted: the task itself)", fontsize=9)
+    figure.supylabel("accuracy [%]", fontsize=9)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,78 @@
+"""The methods that are compared: what happens before, during and after a task.
+
+A method owns the model's optimizer for the whole sequence; the state of the base optimizer starts afresh with each task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from reference.clip import Clip, classification_loss
+from reference.config import Config
+from reference.errors import ExperimentError
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+class FineTune:
+    """Plain continual fine-tuning: AdamW on everything except `logit_scale`, both towers."""
+
+    name: ClassVar[str] = "finetune"
+    trains: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
+
+    def __init__(self, clip: Clip, config: Config) -> None:
+        self.clip = clip
+        self.config = config
+        trained = [parameter for parameter in clip.model.parameters() if parameter.requires_grad]
+        base = AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.optimizer: Optimizer = self.wrap(base)
+
+    def wrap(self, base: Optimizer) -> Optimizer:
+        """The optimizer whose `step` is called."""
+        return base
+
+    def before_task(self) -> None:
+        """Forget moments and step counts of the previous task."""
+        self.optimizer.state.clear()
+
+    def loss(self, images: Tensor, labels: Tensor, tokens: Tensor) -> Tensor:
+        """Cross entropy over the classes of the task, label smoothing as in ZSCL; scalar."""
+        return classification_loss(self.clip.model, images, labels, tokens, self.config.label_smoothing)
+
+    def after_task(self, name: str, batches: Batches, tokens: Tensor) -> dict[str, Any]:
+        """What is done with the finished task; returns what the log should know."""
+        return {}
+
+    def save(self, path: Path) -> None:
+        """Write what the method carries from task to task, if anything."""
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote; the model already holds the weights of that moment."""
+
+
+class ZeroShot(FineTune):
+    """The pretrained model, never trained: every row of its accuracy matrix is the pretrained row."""
+
+    name = "zero-shot"
+    trains = False
+
+
+METHODS: dict[str, type[FineTune]] = {m.name: m for m in (ZeroShot, FineTune)}
+
+
+def chosen_methods(names: tuple[str, ...]) -> tuple[type[FineTune], ...]:
+    """The classes of `names`; `all` stands for every method.
+
+    Raises:
+        ExperimentError: a name that is not a method.
+    """
+    for name in names:
+        if name != "all" and name not in METHODS:
+            raise ExperimentError(f"unknown method {name!r} in methods: choose from {', '.join(METHODS)}, or all")
+    return tuple(METHODS.values()) if "all" in names else tuple(METHODS[name] for name in dict.fromkeys(names))

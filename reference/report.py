@@ -1,0 +1,53 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from reference import metrics
+
+FIGURES = ("transfer", "average", "last", "forgetting", "diagonal_gain")
+
+
+def matrix_table(results: dict[str, Any]) -> str:
+    """The accuracy matrix of one run; `[ ]` marks the task that was just trained."""
+    width = max(8, *(len(task) + 2 for task in results["tasks"]))
+    first = len("after ") + max(len(task) for task in results["tasks"])
+    lines = [f"{results['method']}, seed {results['seed']}: accuracy [%]"]
+    lines.append(" " * first + "".join(f"{task:>{width}}" for task in results["tasks"]))
+    lines.append(f"{'pretrained':<{first}}" + "".join(f"{_number(value):>{width - 1}} " for value in results["pretrained"]))
+    for j, row in enumerate(results["accuracy"]):
+        cells = (f"[{_number(value)}]" if i == j else f"{_number(value)} " for i, value in enumerate(row))
+        lines.append(f"after {results['tasks'][j]:<{first - 6}}" + "".join(f"{cell:>{width}}" for cell in cells))
+    figures = metrics.summary(np.array(results["accuracy"], dtype=float), results["pretrained"])
+    lines.append("   ".join(f"{name.replace('_', ' ')} {figures[name]}" for name in FIGURES))
+    return "\n".join(lines)
+
+
+def summary_table(runs: Sequence[dict[str, Any]], note: str) -> str:
+    """One line per method: mean over seeds, with the standard deviation where there are several."""
+    headings = ["method", *(name.replace("_", " ") for name in FIGURES), "seconds"]
+    rows = [headings]
+    for method in dict.fromkeys(run["method"] for run in runs):
+        of_method = [run for run in runs if run["method"] == method]
+        rows.append([method, *(_spread([run[name] for run in of_method]) for name in (*FIGURES, "seconds"))])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(headings))]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
+    pretrained = np.nanmean([run["pretrained"] for run in runs])
+    lines.append(f"before any fine-tuning: {pretrained:.1f} % on average")
+    return "\n".join([*lines, note] if note else lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None or np.isnan(value) else f"{value:.1f}"
+
+
+def _spread(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    deviation = f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
+    return f"{np.mean(known):.1f}{deviation}"

@@ -1,0 +1,66 @@
+"""What a run leaves behind: a JSON-lines log, JSON files written in one move, and facts about the machine."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Log:
+    """Appends one JSON object per event to a file."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def __call__(self, event: str, **facts: Any) -> None:
+        """Write the event with its time (seconds since 1970)."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"time": round(time.time(), 3), "event": event, **_plain(facts)}) + "\n")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` so that the file is either the old or the new one; NaN becomes null."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(_plain(content), indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def machine() -> dict[str, Any]:
+    """Where the run took place."""
+    return {
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+    }
+
+
+def peak_memory() -> dict[str, float | None]:
+    """Peak memory in MiB: of the process since it started, and of the GPU since the run started."""
+    gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    if sys.platform == "win32":
+        return {"process_mib": None, "gpu_mib": gpu}
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return {"process_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1), "gpu_mib": gpu}
+
+
+def _plain(value: Any) -> Any:
+    """`value` with NaN and infinities, which JSON does not know, as None."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
