@@ -1,0 +1,54 @@
+"""Continual fine-tuning that does not forget: wrap any torch optimizer, protect what earlier tasks used.
+
+>>> from torch.optim import AdamW
+>>> opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-5))   # doctest: +SKIP
+>>> report = opt.consolidate(task_loader)                          # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from .basis import Basis, Fate
+from .discovery import clip_forward
+from .errors import (
+    BasisFileError,
+    BatchError,
+    CaptureError,
+    ConsolidationError,
+    ModelNotFoundError,
+    NullSpaceError,
+    OptionError,
+    ShapeError,
+    StaleAnchorError,
+)
+from .optimizer import NullSpaceOptimizer, NullSpaceWarning
+from .policies import EigenvalueRatio, Energy, FixedRank, NumericalRank, Policy, RankBudget, Spectrum, TailEnergy
+from .report import ConsolidationReport, ParameterReport, VerifyReport
+
+__all__ = [
+    "Basis",
+    "BasisFileError",
+    "BatchError",
+    "CaptureError",
+    "ConsolidationError",
+    "ConsolidationReport",
+    "EigenvalueRatio",
+    "Energy",
+    "Fate",
+    "FixedRank",
+    "ModelNotFoundError",
+    "NullSpaceError",
+    "NullSpaceOptimizer",
+    "NullSpaceWarning",
+    "NumericalRank",
+    "OptionError",
+    "ParameterReport",
+    "Policy",
+    "RankBudget",
+    "ShapeError",
+    "Spectrum",
+    "StaleAnchorError",
+    "TailEnergy",
+    "VerifyReport",
+    "clip_forward",
+]
+__version__ = "0.1.0"

@@ -1,7 +1,9 @@
 """What is kept of earlier tasks: one `Basis` a parameter, all of them in a `BasisStore`.
 
-Shapes follow `layout`: a right basis `U` is `[g, d, k]` with anchor `A = W U` `[g, m, k]`; a left basis is `[g, m, k]` with
-anchor `U^H W` `[g, k, d]`; a row index is `[k]` with anchor `[k, d]`. Groups of smaller rank are padded with zero columns.
+Shapes follow `layout`: a right basis `U` is `[g, d, k]` with anchor `A = W U` `[g, m, k]`; a left basis is `[g, m,
+k]` with
+anchor `U^H W` `[g, k, d]`; a row index is `[k]` with anchor `[k, d]`. Groups of smaller rank are padded with zero
+columns.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Fate(str, Enum):
 class Subspace:
     """One protected side of one weight.
 
-    `basis` is `U` `[g, s, k]`, or the `int64` row index `[k]` for side "rows"; `spectrum` `[g, s]` holds the last task's
+    `basis` is `U` `[g, s, k]`, or the `int64` row index `[k]` for side "rows"; `spectrum` `[g, s]` holds the last
+    task's
     second-moment eigenvalues, descending; `energy` is the share of that task's energy inside `U`.
     """
 
@@ -69,7 +72,8 @@ class Subspace:
 class Basis:
     """The fate of one parameter and, if it is protected, its subspaces.
 
-    `kept` is the value of a frozen parameter; `reason` says why it has its fate; `tasks` names the consolidations that used it
+    `kept` is the value of a frozen parameter; `reason` says why it has its fate; `tasks` names the consolidations
+    that used it
     and `history` the rank after each of them.
     """
 
@@ -91,7 +95,9 @@ class Basis:
 
     @property
     def U(self) -> Tensor:  # noqa: N802  (the mathematical name)
-        """The basis of the main side: `[s, k]` for one group, `[g, s, k]` for several, `[k]` row index for embeddings."""
+        """The basis of the main side: `[s, k]` for one group, `[g, s, k]` for several, `[k]` row index for
+        embeddings.
+        """
         if self.main is None:
             raise KeyError(f"'{self.name}' has no basis: it is {self.fate.value} ({self.reason})")
         basis = self.main.basis
@@ -121,7 +127,8 @@ class Basis:
 class BasisStore(Mapping[str, Basis]):
     """All bases of one optimizer by parameter name, the consolidated tasks and the buffers they relied on.
 
-    The store is one mutable object for the lifetime of an optimizer: `replace` swaps its content at once, so a consolidation is
+    The store is one mutable object for the lifetime of an optimizer: `replace` swaps its content at once, so a
+    consolidation is
     either wholly visible or not at all.
     """
 

@@ -1,0 +1,419 @@
+"""One pass over a loader: capture -> second moments -> policy -> bases. All or nothing.
+
+`consolidate` reads the model and returns a new `BasisStore` and a report; nothing is changed until the caller takes
+the store over, and the
+model is left exactly as it was found (see `untouched`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .basis import Basis, BasisStore, Fate, Side, Subspace
+from .capture import Capture, Captured
+from .diagnostics import allowed_drift
+from .discovery import Forward, feeder
+from .displacement import Displacement
+from .errors import ConsolidationError, OptionError
+from .layout import Layout
+from .names import named_buffers
+from .policies import Energy, Policy
+from .policies.merge import Candidate, Choice, choose, examine
+from .probes import Recorder, digests_of, first_samples
+from .projection import anchor
+from .protection import Guard, matrix_of
+from .report import ConsolidationReport, ParameterReport
+from .untouched import untouched
+
+ENDLESS = 100_000
+NEARLY_FULL = 0.9
+
+
+@dataclass(frozen=True)
+class ConsolidationOptions:
+    """What is measured and how much of it is protected (see `NullSpaceOptimizer`)."""
+
+    policy: Policy = field(default_factory=Energy)
+    rows: Literal["relevant", "all"] = "relevant"
+    bias: Literal["freeze", "joint"] = "freeze"
+    uncovered: Literal["freeze", "train"] = "freeze"
+    on_full: Literal["warn", "raise"] = "warn"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, Policy):
+            raise OptionError(
+                f"policy={self.policy!r}: expected a policy such as Energy(0.999), not {type(self.policy).__name__}"
+            )
+        choices = {
+            "rows": ("relevant", "all"),
+            "bias": ("freeze", "joint"),
+            "uncovered": ("freeze", "train"),
+            "on_full": ("warn", "raise"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise OptionError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, allowed))}")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one consolidation looks at: the model, its trainable parameters by name, and how batches reach it."""
+
+    model: nn.Module
+    parameters: Mapping[str, Tensor]
+    loader: Iterable[Any]
+    task: str
+    forward: Forward | None = None
+    max_batches: int | None = None
+    progress: bool = True
+
+
+def consolidate(
+    work: Pass, store: BasisStore, options: ConsolidationOptions, displacement: Displacement
+) -> tuple[BasisStore, ConsolidationReport]:
+    """Return the bases after one more task and a report; `store` and the model are unchanged.
+
+    Raises:
+        ConsolidationError: no batches, a task name used twice, an endless loader, or no free dimension left with
+            ``on_full="raise"``.
+        CaptureError: non-finite rows or a weight that could not be observed.
+    """
+    if any(task["name"] == work.task for task in store.tasks):
+        raise ConsolidationError(f"task '{work.task}' has been consolidated already; give this one another name=")
+    started = time.perf_counter()
+    with untouched(work.model, work.loader):
+        run = _runner(work)
+        capture = Capture(
+            work.parameters,
+            buffers=named_buffers(work.model),
+            rows=options.rows,
+            bias=options.bias,
+            dtype=torch.float64 if options.policy.precise else torch.float32,
+            batch_frobenius=options.policy.batch_frobenius,
+        )
+        first, batches = _observe(work, capture, run)
+        grown, rows = _grow(work, capture.captured, store, options)
+        probe = record_probe(work, first, rows="all")
+        drift, assumed = allowed_drift(work.parameters, grown, displacement, lambda: _restarted(work, first))
+    buffers = named_buffers(work.model)
+    for buffer in sorted(capture.buffers_read - set(grown.buffers)):
+        grown.buffers[buffer] = buffers[buffer].detach().clone()
+    grown.probes[work.task] = {"digests": probe.digests, "sketches": probe.sketches, "norms": probe.norms}
+    grown.tasks.append(
+        {"name": work.task, "policy": repr(options.policy), "batches": batches, "layers": list(probe.layers)}
+    )
+    report = ConsolidationReport(
+        task=work.task,
+        model=type(work.model).__name__,
+        policy=repr(options.policy),
+        batches=batches,
+        parameters=tuple(rows),
+        drift_allowed=drift,
+        assumed_update=assumed,
+        seconds=time.perf_counter() - started,
+        bytes=stored_bytes(grown),
+        transient_bytes=_transient_bytes(work.parameters, grown),
+        warnings=tuple(_warnings(work, rows)),
+        notes=tuple(filter(None, [capture.relevance_note])),
+    )
+    if options.on_full == "raise" and report.of(Fate.FULL):
+        raise ConsolidationError(
+            f"no free direction is left in '{report.of(Fate.FULL)[0].name}' after task '{work.task}'; "
+            "nothing was changed. "
+            'Lower the policy\'s threshold, release() the parameter, or use on_full="warn" to freeze it'
+        )
+    return grown, report
+
+
+def _runner(work: Pass) -> Forward:
+    restart = getattr(work.forward, "restart", None)
+    if restart is not None:
+        restart()
+    return feeder(work.model, work.forward)
+
+
+def _restarted(work: Pass, batch: Any) -> Any:
+    return _runner(work)(batch)
+
+
+def _observe(work: Pass, capture: Capture, run: Forward) -> tuple[Any, int]:
+    """Run the model on every batch under `capture`; return the first samples and the number of batches."""
+    first, number = None, 0
+    with capture:
+        for batch in _bounded(work):
+            if not number:
+                first = first_samples(batch)
+            try:
+                capture.batch(lambda batch=batch: run(batch))  # type: ignore[misc]
+            except Exception as error:
+                if hasattr(error, "add_note"):
+                    error.add_note(f"while consolidating task '{work.task}', batch {number}; nothing was changed")
+                raise
+            number += 1
+    if not number:
+        raise ConsolidationError(f"the loader of task '{work.task}' gave no batches; nothing was changed")
+    return first, number
+
+
+def _bounded(work: Pass) -> Iterator[Any]:
+    try:
+        total: int | None = len(work.loader)  # type: ignore[arg-type]
+    except TypeError:
+        total = None
+    if work.max_batches is not None:
+        total = work.max_batches if total is None else min(total, work.max_batches)
+    limit = work.max_batches if work.max_batches is not None else (ENDLESS if total is None else None)
+    batches = islice(iter(work.loader), limit)
+    for number, batch in enumerate(
+        tqdm(batches, total=total, desc=f"consolidate {work.task}", disable=not work.progress, leave=False)
+    ):
+        yield batch
+        if total is None and number + 1 == ENDLESS:
+            raise ConsolidationError(
+                f"the loader of task '{work.task}' has no length and gave {ENDLESS} batches; pass max_batches="
+            )
+
+
+def record_probe(work: Pass, samples: Any, rows: Literal["all"] = "all") -> Any:
+    """Run the model on `samples` and return the probe of its layers and outputs."""
+    recorder = Recorder()
+    capture = Capture(work.parameters, rows=rows, statistics=False)
+    capture.observe = recorder.observe
+    run = _runner(work)
+    with capture:
+        outputs = capture.batch(lambda: run(samples))
+    return recorder.finish(outputs, digests_of(samples))
+
+
+def _grow(
+    work: Pass, captured: Mapping[str, Captured], store: BasisStore, options: ConsolidationOptions
+) -> tuple[BasisStore, list[ParameterReport]]:
+    """Decide the fate of every parameter; the policy sees the spectra of all of them at once."""
+    grown = store.copy()
+    candidates: dict[tuple[str, Side], Candidate] = {}
+    cache: dict[tuple[int, int], Candidate] = {}
+    for name in work.parameters:
+        seen, old = captured.get(name), store.get(name)
+        if seen is None or not _protectable(name, seen, old):
+            continue
+        for side, moment in seen.sides.items():
+            before = old.subspaces.get(side) if old else None
+            key = (id(moment), id(before.basis) if before else 0)
+            if key not in cache:
+                cache[key] = examine(
+                    options.policy,
+                    moment.matrix,
+                    moment.rows.tolist(),
+                    before.basis if before else None,
+                    before.covariance if before else None,
+                    name=name,
+                )
+            candidates[name, side] = cache[key]
+    taken = _ranks(options.policy, candidates)
+    choices: dict[tuple[int, tuple[int, ...]], Choice] = {}
+    rows = []
+    for name, parameter in work.parameters.items():
+        mine: dict[Side, Choice] = {}
+        for side in ("right", "left"):
+            if (name, side) in candidates:
+                candidate, ranks = candidates[name, side], taken[name, side]
+                if (id(candidate), ranks) not in choices:
+                    before = _stored(store, name, side)
+                    choices[id(candidate), ranks] = choose(candidate, ranks, before)
+                mine[side] = choices[id(candidate), ranks]
+        basis, row = _decide(work, name, parameter, captured.get(name), store.get(name), mine, options)
+        grown.put(basis)
+        rows.append(row)
+    return grown, rows
+
+
+def _stored(store: BasisStore, name: str, side: Side) -> Tensor | None:
+    basis = store.get(name)
+    return basis.subspaces[side].basis if basis is not None and side in basis.subspaces else None
+
+
+def _protectable(name: str, seen: Captured, old: Basis | None) -> bool:
+    return seen.met and not seen.reasons and not (old and old.fate in (Fate.FROZEN, Fate.FULL))
+
+
+def _ranks(policy: Policy, candidates: Mapping[tuple[str, Side], Candidate]) -> dict[tuple[str, Side], tuple[int, ...]]:
+    spectra = {
+        f"{name}/{side}/{group}": spectrum
+        for (name, side), candidate in candidates.items()
+        for group, spectrum in enumerate(candidate.spectra)
+    }
+    ranks = policy.ranks(spectra)
+    return {
+        (name, side): tuple(ranks[f"{name}/{side}/{group}"] for group in range(len(candidate.spectra)))
+        for (name, side), candidate in candidates.items()
+    }
+
+
+def _decide(
+    work: Pass,
+    name: str,
+    parameter: Tensor,
+    seen: Captured | None,
+    old: Basis | None,
+    choices: Mapping[Side, Choice],
+    options: ConsolidationOptions,
+) -> tuple[Basis, ParameterReport]:
+    """Return the new basis of one parameter and its line of the report."""
+    if old is not None and old.fate in (Fate.FROZEN, Fate.FULL):
+        return old, _line(old)
+    if seen is None or not seen.met:
+        basis = old or _plain(name, parameter, Fate.FREE, "not read by any consolidated forward pass")
+        return basis, _line(basis)
+    reason = "; ".join(seen.reasons) or _conflict(seen, old)
+    if reason and options.uncovered == "train":
+        basis = _plain(
+            name, parameter, Fate.FREE, f'{reason}; trained all the same (uncovered="train"): old outputs may move'
+        )
+        return basis, _line(basis)
+    if reason:
+        basis = _plain(name, parameter, Fate.FROZEN, reason)
+        basis.kept = parameter.detach().clone()
+        return basis, _line(basis)
+    basis = _protected(work, name, parameter, seen, old, choices)
+    added = basis.rank - (old.rank if old else 0)
+    dropped = max((choice.dropped for choice in choices.values()), default=0.0)
+    return basis, _line(basis, added=added, dropped=dropped)
+
+
+def _conflict(seen: Captured, old: Basis | None) -> str:
+    """Return why this task's use of a weight cannot be joined with its stored basis, or an empty string."""
+    if old is None or not old.subspaces:
+        return ""
+    if seen.layout != old.layout:
+        return "used with another layout than in an earlier task"
+    if seen.bias != old.bias:
+        return "used with another bias than in an earlier task"
+    return ""
+
+
+def _plain(name: str, parameter: Tensor, fate: Fate, reason: str) -> Basis:
+    return Basis(name=name, shape=tuple(parameter.shape), fate=fate, reason=reason)
+
+
+def _protected(
+    work: Pass, name: str, parameter: Tensor, seen: Captured, old: Basis | None, choices: Mapping[Side, Choice]
+) -> Basis:
+    bias = work.parameters[seen.bias] if seen.bias else None
+    layout = seen.layout or Layout()
+    subspaces: dict[Side, Subspace] = dict(old.subspaces) if old else {}
+    with torch.no_grad(), matrix_of(parameter, layout, bias) as matrix:
+        for side, choice in choices.items():
+            subspaces[side] = _anchored(matrix, side, choice, subspaces.get(side))
+        if seen.row_index is not None:
+            subspaces["rows"] = _used_rows(matrix, seen.row_index, subspaces.get("rows"))
+    full = any(subspace.full for subspace in subspaces.values())
+    basis = Basis(
+        name=name,
+        shape=tuple(parameter.shape),
+        fate=Fate.FULL if full else Fate.PROTECTED,
+        reason=f"no free direction left after task '{work.task}'" if full else "its inputs are known",
+        layout=layout,
+        subspaces=subspaces,
+        tasks=(*(old.tasks if old else ()), work.task),
+        bias=seen.bias,
+        kept=parameter.detach().clone() if full else None,
+    )
+    basis.history = (*(old.history if old else ()), basis.rank)
+    return basis
+
+
+def _anchored(matrix: Tensor, side: Side, choice: Choice, old: Subspace | None) -> Subspace:
+    """Anchor a grown basis; columns that were protected before keep the anchor they had."""
+    anchors = anchor(matrix, choice.basis, side)
+    if old is not None and choice.covariance is None:
+        for group, rank in enumerate(old.ranks):
+            kept = (group, slice(None), slice(rank)) if side == "right" else (group, slice(rank))
+            anchors[kept] = old.anchor[kept].to(anchors)
+    return Subspace(
+        side=side,
+        basis=choice.basis,
+        anchor=anchors,
+        ranks=choice.ranks,
+        size=choice.basis.shape[1],
+        spectrum=choice.spectrum,
+        energy=choice.energy,
+        covariance=choice.covariance,
+    )
+
+
+def _used_rows(matrix: Tensor, index: Tensor, old: Subspace | None) -> Subspace:
+    anchors = matrix[0].index_select(0, index)
+    if old is not None:
+        index = torch.cat([old.basis, index[~torch.isin(index, old.basis)]])
+        anchors = torch.cat([old.anchor, matrix[0].index_select(0, index[len(old.basis) :]).to(old.anchor)])
+    return Subspace(
+        side="rows",
+        basis=index,
+        anchor=anchors,
+        ranks=(len(index),),
+        size=matrix.shape[1],
+        spectrum=matrix.new_zeros(1, 0, dtype=torch.float32),
+        energy=1.0,
+    )
+
+
+def _line(basis: Basis, added: int = 0, dropped: float = 0.0) -> ParameterReport:
+    main = basis.main
+    if main is None:
+        return ParameterReport(basis.name, basis.fate, basis.reason)
+    energy = min(subspace.energy for subspace in basis.subspaces.values())
+    return ParameterReport(
+        basis.name,
+        basis.fate,
+        basis.reason,
+        side="+".join(basis.subspaces),
+        rank=main.rank,
+        dimension=main.dimension,
+        added=added,
+        energy=energy,
+        dropped=dropped,
+    )
+
+
+def _warnings(work: Pass, rows: list[ParameterReport]) -> Iterator[str]:
+    free = [row for row in rows if row.fate is Fate.FREE]
+    silent = [row.name for row in free if row.reason.startswith("not read")]
+    clip_towers = hasattr(work.model, "encode_image") and hasattr(work.model, "encode_text")
+    if silent and clip_towers and work.forward is None:
+        yield (
+            f"only one tower was run: {len(silent)} parameters are free and old image-text logits are not protected; "
+            "pass forward=clip_forward(model, tokens)"
+        )
+    elif silent:
+        yield f"{len(silent)} parameters were not read by this forward pass and are free to change, e.g. '{silent[0]}'"
+    if any("uncovered" in row.reason for row in free):
+        yield 'parameters that are used but cannot be protected are trained (uncovered="train"): old outputs may move'
+    for row in rows:
+        if row.fate is Fate.FULL:
+            yield f"'{row.name}' has no free direction left and is frozen from now on"
+        elif row.fate is Fate.PROTECTED and row.rank >= NEARLY_FULL * row.dimension:
+            yield f"'{row.name}' is nearly full: {row.rank} of {row.dimension} directions are protected"
+
+
+def stored_bytes(store: BasisStore) -> int:
+    """Return the bytes of all bases, anchors, kept values and stored covariances (shared tensors once)."""
+    tensors: dict[int, Tensor] = {}
+    for basis in store.values():
+        parts = [basis.kept]
+        for subspace in basis.subspaces.values():
+            parts += [subspace.basis, subspace.anchor, subspace.covariance]
+        tensors.update({part.data_ptr(): part for part in parts if part is not None and part.numel()})
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _transient_bytes(parameters: Mapping[str, Tensor], store: BasisStore) -> int:
+    guards = (Guard(parameters[name], basis) for name, basis in store.items() if basis.fate is Fate.PROTECTED)
+    return sum(guard.parameter.nbytes for guard in guards if guard.wants_difference("exact"))

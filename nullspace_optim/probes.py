@@ -1,0 +1,157 @@
+"""Remember what a model did on a few samples without keeping the samples.
+
+A probe holds a digest of each sample and, for every product with a protected weight and for the final output, a
+random-sign sketch
+`[64]` and a norm. The same samples met again tell by how much each layer's output moved: for signs `s`,
+`E (s . e)^2 = ||e||^2` (Johnson-Lindenstrauss), so `||sketch' - sketch|| / norm` estimates the relative drift.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+SAMPLES = 32
+WIDTH = 64
+OUTPUT = "(output)"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Digests `[n, 16]` (uint8) of the samples, then per layer a sketch `[layers, 64]` and a norm `[layers]`."""
+
+    digests: Tensor
+    layers: tuple[str, ...]
+    sketches: Tensor
+    norms: Tensor
+
+
+class Recorder:
+    """Collects sketches of layer outputs in execution order; pass `observe` to the capture."""
+
+    def __init__(self) -> None:
+        self.layers: list[str] = []
+        self.sketches: list[Tensor] = []
+        self.norms: list[Tensor] = []
+
+    def observe(self, name: str, output: Tensor) -> None:
+        """Record the output of one product with the weight `name`."""
+        uses = sum(layer.split("#")[0] == name for layer in self.layers)
+        self.layers.append(name if not uses else f"{name}#{uses + 1}")
+        values, norm = sketch(output)
+        self.sketches.append(values)
+        self.norms.append(norm)
+
+    def finish(self, outputs: Any, digests: Tensor) -> Probe:
+        """Record the model's final `outputs` and return the probe."""
+        self.observe(OUTPUT, flat_outputs(outputs))
+        return Probe(digests, tuple(self.layers), torch.stack(self.sketches).cpu(), torch.stack(self.norms).cpu())
+
+
+def sketch(output: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sketch `[64]` and the norm `[]` of a tensor of any shape."""
+    flat = output.detach().reshape(-1).to(torch.float64 if output.dtype == torch.float64 else torch.float32)
+    columns = -(-flat.numel() // WIDTH)
+    flat = torch.nn.functional.pad(flat, (0, columns * WIDTH - flat.numel()))
+    generator = torch.Generator().manual_seed(columns)
+    signs = torch.randint(0, 2, (columns,), generator=generator).to(device=flat.device, dtype=flat.dtype) * 2 - 1
+    return (flat.reshape(WIDTH, columns) @ signs).float(), flat.norm().float()
+
+
+def flat_outputs(outputs: Any) -> Tensor:
+    """Return all floating tensors of an output tree as one vector."""
+    leaves = [t.detach().reshape(-1).float() for t in tensors_of(outputs) if t.is_floating_point()]
+    return torch.cat(leaves) if leaves else torch.zeros(0)
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return the tensors of a tree of tuples, lists, mappings and dataclasses, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if hasattr(tree, "items") and callable(tree.items):
+        return [t for _, value in tree.items() for t in tensors_of(value)]
+    if isinstance(tree, (tuple, list)):
+        return [t for value in tree for t in tensors_of(value)]
+    if hasattr(tree, "__dataclass_fields__"):
+        return [t for name in tree.__dataclass_fields__ for t in tensors_of(getattr(tree, name))]
+    return []
+
+
+def digests_of(batch: Any) -> Tensor:
+    """Return a digest `[n, 16]` of every sample of `batch`, or `[1, 16]` of the whole batch if it has no common first
+    axis.
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    count = samples_in(batch)
+    if count is None:
+        return torch.stack([_digest(leaves)])
+    return torch.stack([_digest(leaf[index] for leaf in leaves) for index in range(count)])
+
+
+def samples_in(batch: Any) -> int | None:
+    """Return the common first dimension of all tensors of `batch`, None if there is none."""
+    sizes = {leaf.shape[0] if leaf.ndim else -1 for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)}
+    others = [leaf for leaf in pytree.tree_leaves(batch) if not isinstance(leaf, Tensor)]
+    return sizes.pop() if len(sizes) == 1 and -1 not in sizes and not others else None
+
+
+def _digest(tensors: Iterable[Tensor]) -> Tensor:
+    state = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        state.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return torch.frombuffer(bytearray(state.digest()), dtype=torch.uint8)
+
+
+def first_samples(batch: Any) -> Any:
+    """Return the first 32 samples of `batch` (the whole batch if its tensors have no common first axis)."""
+    if samples_in(batch) is None:
+        return batch
+    return pytree.tree_map_only(Tensor, lambda t: t[:SAMPLES], batch)
+
+
+def find_samples(loader: Iterable[Any], digests: Tensor, limit: int | None) -> Any | None:
+    """Return the batch whose samples have `digests`, put together from `loader` in any order; None if one is
+    missing.
+    """
+    wanted = {bytes(row.tolist()): position for position, row in enumerate(digests)}
+    found: dict[int, Any] = {}
+    for number, batch in enumerate(loader):
+        if limit is not None and number >= limit:
+            break
+        for index, row in enumerate(digests_of(batch)):
+            position = wanted.get(bytes(row.tolist()))
+            if position is None or position in found:
+                continue
+            whole = samples_in(batch) is None
+            found[position] = batch if whole else pytree.tree_map_only(Tensor, lambda t, i=index: t[i : i + 1], batch)
+        if len(found) == len(wanted):
+            return _join([found[position] for position in range(len(digests)) if position in found])
+    return None
+
+
+def _join(samples: list[Any]) -> Any:
+    if len(samples) == 1:
+        return samples[0]
+    leaves, spec = zip(*(pytree.tree_flatten(sample) for sample in samples))
+    joined = [torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*leaves)]
+    return pytree.tree_unflatten(joined, spec[0])
+
+
+def compare(before: Probe, after: Probe) -> dict[str, float]:
+    """Return the estimated relative drift per layer, in execution order."""
+    position = {name: index for index, name in enumerate(after.layers)}
+    drift: dict[str, float] = {}
+    for index, name in enumerate(before.layers):
+        if name in position:
+            moved = (after.sketches[position[name]] - before.sketches[index]).double().norm()
+            drift[name] = float(moved / before.norms[index].double().clamp_min(torch.finfo(torch.float32).tiny))
+    return drift
+
+
+Run = Callable[[Any], Any]

@@ -1,0 +1,390 @@
+"""What happens around one base step: hide frozen gradients, let the base move, put the kept directions back.
+
+`Protection` owns one `Guard` a parameter. Its two hooks run before and after `step` of every wrapped optimizer, so that
+`opt.step()`, `base.step()` and `scaler.step(base)` are protected alike. No host synchronisation happens in a step
+unless a weight was
+edited outside the optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from .basis import Basis, BasisStore, Side, Subspace
+from .errors import OptionError, StaleAnchorError
+from .layout import Layout
+from .linalg import complement
+from .projection import (
+    anchor_drift,
+    project_difference_,
+    project_difference_complement_,
+    project_gradient_,
+    restore_anchor_,
+    restore_rows_,
+)
+
+EXACT_EVERY = 16
+STALE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+Project = Literal["update", "gradient", "both"]
+Precision = Literal["exact", "fast"]
+
+
+@dataclass(frozen=True)
+class ProtectionOptions:
+    """How kept directions are kept.
+
+    `project`: ``"update"`` corrects the weights after the base step (exact under any optimizer), ``"gradient"`` only
+    projects the
+    gradient before it (as GPM, GNSP and PEFT's OSF do; leaks under most optimizers), ``"both"`` does the first and
+    also projects
+    each gradient as it is accumulated. `precision`: ``"fast"`` uses low-precision products on the update and an exact
+    correction
+    every 16th step.
+    """
+
+    project: Project = "update"
+    precision: Precision = "exact"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("project", ("update", "gradient", "both")), ("precision", ("exact", "fast"))):
+            if getattr(self, name) not in allowed:
+                raise OptionError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, allowed))}")
+
+
+@contextmanager
+def matrix_of(parameter: Tensor, layout: Layout, bias: Tensor | None = None) -> Iterator[Tensor]:
+    """Give `parameter` as a writable stack `[g, m, d]` in at least float32; changes are written back once on exit.
+
+    With `bias` the matrix is `[W b]`, `[1, m, d + 1]`.
+    """
+    weight = parameter.detach()
+    matrix = layout.to_matrix(weight)
+    if matrix.dtype in (torch.float16, torch.bfloat16):
+        matrix = matrix.float()
+    if bias is not None:
+        matrix = torch.cat([matrix, bias.detach().to(matrix.dtype).reshape(1, -1, 1)], dim=2)
+    yield matrix
+    if bias is not None:
+        bias.detach().copy_(matrix[0, :, -1])
+        matrix = matrix[:, :, :-1]
+    if matrix.data_ptr() != weight.data_ptr() or matrix.dtype != weight.dtype:
+        weight.copy_(layout.from_matrix(matrix, weight.shape))
+
+
+@dataclass
+class Guard:
+    """One parameter, its basis and the workspaces of its correction."""
+
+    parameter: Tensor
+    basis: Basis
+    bias: Tensor | None = None
+    complements: dict[Side, Tensor] = field(default_factory=dict)
+    previous: Tensor | None = None
+    residuals: dict[Side, Tensor] = field(default_factory=dict)
+    seen: tuple[int, int] | None = None
+
+    @property
+    def immovable(self) -> bool:
+        """True if the whole parameter keeps its value."""
+        return self.basis.kept is not None
+
+    @property
+    def members(self) -> list[Tensor]:
+        """The tensors that this guard moves: the parameter and a bias folded into it."""
+        return [self.parameter] if self.bias is None else [self.parameter, self.bias]
+
+    def mark(self) -> None:
+        """Remember storage and version of the parameter as we left it."""
+        self.seen = (self.parameter.data_ptr(), self.parameter._version)
+
+    @property
+    def edited(self) -> bool:
+        """True if somebody other than the base step may have written to the parameter."""
+        return self.seen is not None and self.seen != (self.parameter.data_ptr(), self.parameter._version)
+
+    def wants_difference(self, precision: Precision) -> bool:
+        """True where the difference form runs: more than half of the directions kept, or low-precision products."""
+        dense = [s for s in self.basis.subspaces.values() if s.side != "rows"]
+        return bool(dense) and (precision == "fast" or any(2 * s.rank > s.dimension for s in dense))
+
+    def remember(self) -> None:
+        """Copy the parameter before the base moves it."""
+        if self.previous is None:
+            self.previous = torch.empty_like(self.parameter, memory_format=torch.preserve_format).detach()
+        self.previous.copy_(self.parameter.detach())
+
+    def correct(self) -> None:
+        """Anchor form on every side: `W <- W - (W U - A) U^H`."""
+        with matrix_of(self.parameter, self.basis.layout, self.bias) as matrix:
+            for subspace in self.basis.subspaces.values():
+                if subspace.rank:
+                    restore_anchor_(
+                        matrix, subspace.basis, subspace.anchor, subspace.side, self._workspace(subspace, matrix.dtype)
+                    )
+
+    def _workspace(self, subspace: Subspace, dtype: torch.dtype) -> Tensor:
+        """Return the residual's buffer, made once."""
+        if subspace.side not in self.residuals or self.residuals[subspace.side].dtype != dtype:
+            self.residuals[subspace.side] = torch.empty_like(subspace.anchor, dtype=dtype)
+        return self.residuals[subspace.side]
+
+    def correct_difference(self, low_precision: torch.dtype | None) -> None:
+        """Difference form on every side: only what the base just added is projected."""
+        assert self.previous is not None
+        with matrix_of(self.parameter, self.basis.layout) as matrix:
+            before = self.basis.layout.to_matrix(self.previous).to(matrix.dtype)
+            for subspace in self.basis.subspaces.values():
+                if subspace.side == "rows":
+                    restore_rows_(matrix, subspace.basis, subspace.anchor)
+                elif 2 * subspace.rank > subspace.dimension:
+                    free = self._complement(subspace)
+                    project_difference_complement_(matrix, before, free, subspace.side, low_precision=low_precision)
+                elif subspace.rank:
+                    project_difference_(matrix, before, subspace.basis, subspace.side, low_precision=low_precision)
+
+    def _complement(self, subspace: Subspace) -> Tensor:
+        if subspace.side not in self.complements:
+            parts = [complement(u[:, :k]) for u, k in zip(subspace.basis, subspace.ranks)]
+            free = subspace.basis.new_zeros(len(parts), subspace.size, max(p.shape[1] for p in parts))
+            for group, part in enumerate(parts):
+                free[group, :, : part.shape[1]] = part
+            self.complements[subspace.side] = free
+        return self.complements[subspace.side]
+
+    def project_gradient(self, gradient: Tensor) -> None:
+        """Remove the kept directions from `gradient` (and from the gradient of a bias folded in) in place."""
+        if gradient.layout != torch.strided:
+            raise OptionError(
+                f"'{self.basis.name}' has a sparse gradient, which cannot be projected: "
+                'use project="update" or a dense embedding'
+            )
+        bias = None if self.bias is None else self.bias.grad
+        if self.bias is not None and bias is None:
+            return
+        with matrix_of(gradient, self.basis.layout, bias) as matrix:
+            for subspace in self.basis.subspaces.values():
+                if subspace.side == "rows":
+                    matrix[0].index_fill_(0, subspace.basis, 0.0)
+                elif subspace.rank:
+                    project_gradient_(matrix, subspace.basis, subspace.side)
+
+    def drift(self) -> float:
+        """Return the largest relative change of a kept quantity since it was anchored (0 where nothing is kept)."""
+        if self.basis.kept is not None:
+            return relative(self.parameter.detach(), self.basis.kept)
+        worst = 0.0
+        with matrix_of(self.parameter, self.basis.layout, self.bias) as matrix:
+            for subspace in self.basis.subspaces.values():
+                if subspace.rank:
+                    worst = max(worst, float(anchor_drift(matrix, subspace.basis, subspace.anchor, subspace.side)))
+        return worst
+
+
+def relative(now: Tensor, then: Tensor) -> float:
+    """Return `||now - then|| / ||then||` (absolute if `then` is zero)."""
+    then = then.to(device=now.device)
+    now, then = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (now, then))
+    norm = float(then.norm())
+    return float((now - then).norm()) / (norm or 1.0)
+
+
+class Protection:
+    """All guards of one optimizer and the hooks that run them."""
+
+    def __init__(self, options: ProtectionOptions) -> None:
+        self.options = options
+        self.guards: dict[str, Guard] = {}
+        self.inexact_steps = 0
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._touched: set[int] = set()
+        self._handles: list[Any] = []
+
+    def rebuild(self, store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
+        """Make guards for every parameter of `store` that is kept in any way."""
+        self.release_gradient_hooks()
+        self.guards = {}
+        for name, basis in store.items():
+            if basis.kept is None and not basis.subspaces:
+                continue
+            bias = parameters[basis.bias] if basis.bias else None
+            self.guards[name] = Guard(parameters[name], basis, bias)
+            self.guards[name].mark()
+        self.inexact_steps = 0
+        if self.options.project == "both":
+            self._handles = [
+                guard.parameter.register_post_accumulate_grad_hook(_accumulated(guard))
+                for guard in self.guards.values()
+                if not guard.immovable and guard.bias is None and guard.parameter.requires_grad
+            ]
+
+    def release_gradient_hooks(self) -> None:
+        """Remove the accumulation hooks of ``project="both"``."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @torch.no_grad()
+    def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Step pre-hook of a base: refuse stale anchors, hide frozen gradients, take what the difference form needs."""
+        self._put_back()
+        mine = self._guards_of(base)
+        for guard in mine:
+            if guard.edited:
+                self._refuse_edit(guard)
+        closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
+        if closure is not None:
+            wrapped = self._guarded_closure(closure, mine, isinstance(base, LBFGS))
+            if "closure" in kwargs:
+                kwargs = {**kwargs, "closure": wrapped}
+            else:
+                args = (args[0], wrapped, *args[2:])
+        else:
+            self._prepare(mine, project=self.options.project == "gradient")
+        self._touched = {id(p) for g in mine for p in g.members if closure is not None or p.grad is not None}
+        for guard in mine:
+            if self._uses_difference(guard):
+                guard.remember()
+        return args, kwargs
+
+    @torch.no_grad()
+    def after_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Step post-hook of a base: put kept directions, frozen values and hidden gradients back."""
+        idle = {id(p) for group in base.param_groups if _is_zero(group.get("lr")) for p in group["params"]}
+        mine = self._guards_of(base)
+        exact = self.inexact_steps + 1 >= EXACT_EVERY
+        pending = False
+        for guard in mine:
+            moved = guard.edited or bool(self._touched & {id(p) for p in guard.members})
+            if guard.immovable:
+                if guard.edited:
+                    guard.parameter.detach().copy_(_kept(guard))
+            elif moved and self.options.project != "gradient" and not idle & {id(guard.parameter)}:
+                pending |= self._correct(guard, exact)
+            guard.mark()
+        self.inexact_steps = 0 if exact else self.inexact_steps + pending
+        self._put_back()
+
+    def _correct(self, guard: Guard, exact: bool) -> bool:
+        """Correct one guard after a step; return True if an exact correction is still owed."""
+        difference = self._uses_difference(guard)
+        if difference:
+            low = guard_low_precision(guard) if self.options.precision == "fast" else None
+            guard.correct_difference(low)
+        if not difference or exact:
+            guard.correct()
+            return False
+        return True
+
+    @torch.no_grad()
+    def make_exact(self) -> None:
+        """Apply the anchor form where difference-form steps are pending (before anything reads the weights)."""
+        if self.inexact_steps:
+            for guard in self.guards.values():
+                if self._uses_difference(guard) and not guard.edited:
+                    guard.correct()
+                    guard.mark()
+            self.inexact_steps = 0
+
+    def check_anchors(self) -> None:
+        """Compare every kept quantity with its anchor.
+
+        Raises:
+            StaleAnchorError: a weight was changed by something other than the wrapped optimizer.
+        """
+        self.make_exact()
+        for guard in self.guards.values():
+            self._refuse_edit(guard)
+
+    def _refuse_edit(self, guard: Guard) -> None:
+        if self.options.project == "gradient" and not guard.immovable:
+            return
+        limit = STALE.get(guard.parameter.dtype, 1e-3)
+        drift = guard.drift()
+        if not drift <= limit:
+            raise StaleAnchorError(
+                f"'{guard.basis.name}' was changed outside the optimizer: its kept directions moved by {drift:.1e} "
+                f"(limit {limit:.0e}). If the new weights are meant (load_state_dict, EMA swap, merge), call "
+                "opt.reanchor(); otherwise restore them"
+            )
+        guard.mark()
+
+    def _uses_difference(self, guard: Guard) -> bool:
+        if guard.immovable or guard.bias is not None or self.options.project == "gradient":
+            return False
+        return guard.wants_difference(self.options.precision)
+
+    def _guards_of(self, base: Optimizer) -> list[Guard]:
+        ids = {id(p) for group in base.param_groups for p in group["params"]}
+        return [guard for guard in self.guards.values() if id(guard.parameter) in ids]
+
+    def _prepare(self, guards: Iterable[Guard], project: bool) -> None:
+        """Hide the gradients of immovable parameters and, if asked, project those of protected ones."""
+        for guard in guards:
+            gradient = guard.parameter.grad
+            if gradient is None:
+                continue
+            if guard.immovable:
+                self._hidden.append((guard.parameter, gradient))
+                guard.parameter.grad = None
+            elif project:
+                guard.project_gradient(gradient)
+
+    def _put_back(self) -> None:
+        for parameter, gradient in self._hidden:
+            if parameter.grad is None:
+                parameter.grad = gradient
+        self._hidden.clear()
+
+    def _guarded_closure(self, closure: Callable[[], Any], guards: list[Guard], line_search: bool) -> Callable[[], Any]:
+        """Return `closure` followed by hiding (and projecting) gradients.
+
+        LBFGS builds its search direction from many evaluations, so there gradients are projected in every evaluation:
+        the whole
+        line search then stays inside the free directions.
+        """
+        project = line_search or self.options.project == "gradient"
+
+        def evaluate() -> Any:
+            with torch.no_grad():
+                self._put_back()
+            loss = closure()
+            with torch.no_grad():
+                self._prepare(guards, project)
+            return loss
+
+        return evaluate
+
+
+def guard_low_precision(guard: Guard) -> torch.dtype:
+    """Return the dtype of the fast products: bfloat16 (float32 for double-precision or complex weights)."""
+    wide = guard.parameter.is_complex() or guard.parameter.dtype == torch.float64
+    return torch.float32 if wide else torch.bfloat16
+
+
+def _accumulated(guard: Guard) -> Callable[[Tensor], None]:
+    def project(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            with torch.no_grad():
+                guard.project_gradient(parameter.grad)
+
+    return project
+
+
+def _kept(guard: Guard) -> Tensor:
+    assert guard.basis.kept is not None
+    return guard.basis.kept
+
+
+def _is_zero(rate: Any) -> bool:
+    """True for a learning rate of exactly zero that can be read without a device synchronisation."""
+    if isinstance(rate, Tensor):
+        return rate.device.type == "cpu" and float(rate) == 0.0
+    return isinstance(rate, (int, float)) and rate == 0
