@@ -35,6 +35,7 @@ from .untouched import untouched
 
 ENDLESS = 100_000
 NEARLY_FULL = 0.9
+DENSE_SIDES: tuple[Side, ...] = ("right", "left")
 
 
 @dataclass(frozen=True)
@@ -222,12 +223,11 @@ def _grow(
     rows = []
     for name, parameter in work.parameters.items():
         mine: dict[Side, Choice] = {}
-        for side in ("right", "left"):
+        for side in DENSE_SIDES:
             if (name, side) in candidates:
                 candidate, ranks = candidates[name, side], taken[name, side]
                 if (id(candidate), ranks) not in choices:
-                    before = _stored(store, name, side)
-                    choices[id(candidate), ranks] = choose(candidate, ranks, before)
+                    choices[id(candidate), ranks] = choose(candidate, ranks, _stored(store, name, side))
                 mine[side] = choices[id(candidate), ranks]
         basis, row = _decide(work, name, parameter, captured.get(name), store.get(name), mine, options)
         grown.put(basis)

@@ -7,6 +7,7 @@ For a random-sign matrix `G` `[d, 8]`, `E ||D G||_F^2 = 8 ||D||_F^2`: keeping `W
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -38,7 +39,7 @@ class Displacement:
         origin = self._sketches.get(id(parameter))
         if origin is None:
             return None
-        return float((_sketch(parameter) - origin).norm()) / PROBES**0.5
+        return float((_sketch(parameter) - origin).norm()) / math.sqrt(PROBES)
 
 
 def _sketch(parameter: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ class NullSpaceOptimizer(Optimizer):
         rows: Literal["relevant", "all"] = "relevant",
         on_full: Literal["warn", "raise"] = "warn",
     ) -> None:
-        bases = list(base) if isinstance(base, (list, tuple)) else [base]
+        bases: list[Any] = list(base) if isinstance(base, (list, tuple)) else [base]
         _check_bases(bases)
         if norm_stats not in ("frozen", "train"):
             raise OptionError(f"norm_stats={norm_stats!r}: expected one of 'frozen', 'train'")
@@ -242,7 +242,6 @@ class NullSpaceOptimizer(Optimizer):
             state = post(self, state) or state
         return state
 
-    @torch._dynamo.disable
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of the bare base; never drops protection in silence.
 
@@ -260,8 +259,8 @@ class NullSpaceOptimizer(Optimizer):
         if expected is not None and (not present.tasks or persistence.fingerprint(present) != expected):
             raise BasisFileError(
                 "this checkpoint was protected, but its bases are missing or belong to another run: call "
-                "opt.load(path) with the basis file of that run first, or load the checkpoint into the base optimizer to go on "
-                "without protection"
+                "opt.load(path) with the basis file of that run first, or load the checkpoint into the base optimizer "
+                "to go on without protection"
             )
         if expected is None and payload is None and self._core.store.tasks:
             warnings.warn(
@@ -326,7 +325,6 @@ class NullSpaceOptimizer(Optimizer):
             self._remember_model(model)
         return model
 
-    @torch._dynamo.disable
     def consolidate(
         self,
         loader: Iterable[Any],

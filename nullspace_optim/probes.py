@@ -87,10 +87,10 @@ def digests_of(batch: Any) -> Tensor:
     """Return a digest `[n, 16]` of every sample of `batch`, or `[1, 16]` of the whole batch if it has no common first
     axis.
     """
-    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     count = samples_in(batch)
     if count is None:
-        return torch.stack([_digest(leaves)])
+        return torch.stack([_digest(tensors_of(batch))])
+    leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     return torch.stack([_digest(leaf[index] for leaf in leaves) for index in range(count)])
 
 
@@ -112,27 +112,36 @@ def first_samples(batch: Any) -> Any:
     """Return the first 32 samples of `batch` (the whole batch if its tensors have no common first axis)."""
     if samples_in(batch) is None:
         return batch
-    return pytree.tree_map_only(Tensor, lambda t: t[:SAMPLES], batch)
+
+    def leading(tensor: Tensor) -> Tensor:
+        return tensor[:SAMPLES]
+
+    return pytree.tree_map_only(Tensor, leading, batch)
 
 
 def find_samples(loader: Iterable[Any], digests: Tensor, limit: int | None) -> Any | None:
     """Return the batch whose samples have `digests`, put together from `loader` in any order; None if one is
     missing.
     """
-    wanted = {bytes(row.tolist()): position for position, row in enumerate(digests)}
-    found: dict[int, Any] = {}
+    wanted = [bytes(row.tolist()) for row in digests]
+    found: dict[bytes, Any] = {}
     for number, batch in enumerate(loader):
         if limit is not None and number >= limit:
             break
         for index, row in enumerate(digests_of(batch)):
-            position = wanted.get(bytes(row.tolist()))
-            if position is None or position in found:
-                continue
-            whole = samples_in(batch) is None
-            found[position] = batch if whole else pytree.tree_map_only(Tensor, lambda t, i=index: t[i : i + 1], batch)
-        if len(found) == len(wanted):
-            return _join([found[position] for position in range(len(digests)) if position in found])
+            key = bytes(row.tolist())
+            if key in wanted and key not in found:
+                found[key] = batch if samples_in(batch) is None else _sample(batch, index)
+        if len(found) == len(set(wanted)):
+            return _join([found[key] for key in wanted])
     return None
+
+
+def _sample(batch: Any, index: int) -> Any:
+    def one(tensor: Tensor) -> Tensor:
+        return tensor[index : index + 1]
+
+    return pytree.tree_map_only(Tensor, one, batch)
 
 
 def _join(samples: list[Any]) -> Any:

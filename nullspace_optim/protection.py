@@ -220,7 +220,7 @@ class Protection:
         self.inexact_steps = 0
         if self.options.project == "both":
             self._handles = [
-                guard.parameter.register_post_accumulate_grad_hook(_accumulated(guard))
+                guard.parameter.register_post_accumulate_grad_hook(_accumulated(guard))  # type: ignore[no-untyped-call]
                 for guard in self.guards.values()
                 if not guard.immovable and guard.bias is None and guard.parameter.requires_grad
             ]

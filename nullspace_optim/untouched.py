@@ -45,7 +45,8 @@ def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _random_state(loader: Any) -> Any:
     """Return a callable that restores the Python, NumPy, torch (CPU and CUDA) and the loader's own random state."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if used else None
     owners = [
         loader,
         getattr(loader, "sampler", None),
