@@ -7,6 +7,7 @@ Hermitian.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import scipy.linalg
@@ -63,7 +64,7 @@ def _first_finite(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     for attempt in _attempts(matrix):
         try:
             values, vectors = _solve(attempt)
-        except (RuntimeError, ValueError, ArithmeticError) as error:
+        except (RuntimeError, ValueError) as error:
             failures.append(str(error).split("\n")[0])
             continue
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
@@ -158,9 +159,9 @@ def complement(basis: Tensor) -> Tensor:
 
     Zero columns of `U` do not count towards `k`; in a stack the complements are zero padded to the largest.
     """
-    stack = basis.reshape(-1, *basis.shape[-2:])
+    stack = basis.reshape(math.prod(basis.shape[:-2]), *basis.shape[-2:])
     parts = [_complement(member) for member in stack]
-    width = max((part.shape[1] for part in parts), default=basis.shape[-2])
+    width = max((part.shape[1] for part in parts), default=0)
     result = basis.new_zeros(len(parts), basis.shape[-2], width)
     for target, part in zip(result, parts, strict=True):
         target[:, : part.shape[1]] = part

@@ -53,9 +53,9 @@ def anchor(weight: Tensor, basis: Tensor, side: Side) -> Tensor:
 
     The result is float32 for half-precision weights, otherwise in the weight's dtype.
     """
-    wide = _wide(weight)
     if side == "rows":
-        return wide[0].index_select(0, basis)
+        return _wide(weight[0].index_select(0, basis))
+    wide = _wide(weight)
     with exact_products(weight.device):
         basis = basis.to(wide.dtype)
         return wide @ basis if side == "right" else basis.mH @ wide

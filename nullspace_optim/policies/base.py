@@ -69,20 +69,18 @@ class Policy:
       over tasks and chooses all directions anew, so old ones may be dropped.
     * `precise`: second moments are kept in float64.
     * `batch_frobenius`: each batch's second moment is divided by its Frobenius norm before it is added (GNSP).
-    * `joint`: `rank` of one weight depends on the others, so `ranks` must see the spectra of all weights at once.
     """
 
     merge: ClassVar[Merge] = "append"
     precise: ClassVar[bool] = False
     batch_frobenius: ClassVar[bool] = False
-    joint: ClassVar[bool] = False
 
     def ranks(self, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
         """Return how many leading directions of each spectrum to take: new (append) or all (accumulate)."""
         return {key: min(self.rank(spectrum), spectrum.free) for key, spectrum in spectra.items()}
 
     def rank(self, spectrum: Spectrum) -> int:
-        """Return the same for one spectrum alone; rules that are not `joint` implement this."""
+        """Return the same for one spectrum alone; joint rules override `ranks` instead."""
         raise NotImplementedError(f"{type(self).__name__} must implement rank() or ranks()")
 
     def accumulated(self, old: Tensor | None, new: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def _spectrum(moment: Tensor, values: Tensor, largest: float, kept: int, rows: i
     """Describe residual eigenvalues `[s]` of one group's second moment `[s, s]`."""
     total = float(moment.diagonal().real.double().sum())
     covered = 1.0 - float(values.double().sum()) / total if total > 0 else 1.0
-    return Spectrum(values, total, largest, covered if kept or total <= 0 else 0.0, kept, rows)
+    return Spectrum(values, total, largest, max(covered, 0.0) if kept or total <= 0 else 0.0, kept, rows)
 
 
 def _grown(candidate: Candidate, take: Sequence[int], ranks: tuple[int, ...], basis: Tensor | None) -> Tensor:

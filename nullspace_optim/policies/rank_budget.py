@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -22,7 +21,6 @@ class RankBudget(Policy):
     """
 
     share: float = 0.5
-    joint: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_number(self, "share", self.share, 0, 1, closed="high")

@@ -1,0 +1,116 @@
+"""Slow, obvious twins of the fast paths: float64, dense projectors, singular value decompositions, loops.
+
+Nothing here imports `nullspace_optim`. Shapes are those of the library: weights `[g, m, d]`, bases `[g, s, k]`, rows `[n, s]`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def projector(basis: Tensor) -> Tensor:
+    """`U U^H` `[g, s, s]`, summed column by column."""
+    basis = double(basis)
+    dense = torch.zeros(basis.shape[0], basis.shape[1], basis.shape[1], dtype=basis.dtype)
+    for group in range(basis.shape[0]):
+        for column in range(basis.shape[2]):
+            dense[group] += torch.outer(basis[group, :, column], basis[group, :, column].conj())
+    return dense
+
+
+def protected_part(matrix: Tensor, basis: Tensor, side: str, scale: Tensor | None = None) -> Tensor:
+    """The part of `[g, m, d]` that lies in the protected span: `M P` (right) or `P M` (left), each group by itself."""
+    dense = projector(basis) if scale is None else projector(basis * scale.sqrt()[:, None, :].to(basis.dtype))
+    parts = [
+        double(matrix)[i] @ dense[i] if side == "right" else dense[i] @ double(matrix)[i] for i in range(len(matrix))
+    ]
+    return torch.stack(parts)
+
+
+def moved_within_free_directions(
+    weight: Tensor, previous: Tensor, basis: Tensor, side: str, scale: Tensor | None = None
+) -> Tensor:
+    """`previous + (W - previous) (I - P)` (right) or `previous + (I - P) (W - previous)` (left)."""
+    change = double(weight) - double(previous)
+    return double(previous) + change - protected_part(change, basis, side, scale)
+
+
+def gpm_rank(rows: Tensor, basis: Tensor | None, threshold: float) -> int:
+    """New directions by GPM (Saha et al. 2021, eq. 8 and 9), on singular values of the activations `R = X^T` `[s, n]`."""
+    activations = double(rows).T
+    energy = (torch.linalg.svdvals(activations) ** 2).sum()
+    residual = activations
+    if basis is not None:
+        residual = activations - double(basis) @ (double(basis).T @ activations)
+    singular = torch.linalg.svdvals(residual)
+    reached = float((energy - (singular**2).sum()) / energy)
+    if basis is None:
+        reached = 0.0
+    count = 0
+    while reached < threshold and count < len(singular):
+        reached += float(singular[count] ** 2 / energy)
+        count += 1
+    return count
+
+
+def gpm_basis(tasks: list[Tensor], threshold: float) -> Tensor:
+    """The GPM memory `[s, k]` after all tasks' rows `[n, s]`, by a singular value decomposition of each residual."""
+    memory: Tensor | None = None
+    for rows in tasks:
+        count = gpm_rank(rows, memory, threshold)
+        activations = double(rows).T
+        residual = activations if memory is None else activations - memory @ (memory.T @ activations)
+        left = torch.linalg.svd(residual, full_matrices=False)[0][:, :count]
+        memory = left if memory is None else torch.linalg.qr(torch.cat([memory, left], dim=1))[0]
+    assert memory is not None
+    return memory
+
+
+def gnsp_moment(tasks: list[list[Tensor]]) -> Tensor:
+    """GNSP's merged matrix `[s, s]`: batches of rows and tasks each divided by their Frobenius norm, then summed."""
+    merged = 0.0
+    for batches in tasks:
+        task = 0.0
+        for rows in batches:
+            gram = double(rows).T @ double(rows)
+            task = task + gram / torch.sqrt((gram**2).sum())
+        merged = merged + task / torch.sqrt((task**2).sum())
+    return merged
+
+
+def gnsp_rank(moment: Tensor, rho: float) -> int:
+    """`min {k: sum_{i >= k} S_i / sum S < rho}` with a loop over singular values."""
+    singular = torch.linalg.svdvals(double(moment)).tolist()
+    for k in range(len(singular) + 1):
+        if sum(singular[k:]) / sum(singular) < rho:
+            return k
+    raise AssertionError("unreachable: the empty tail is below rho")
+
+
+def nscl_rank(eigenvalues: list[float], a: float) -> int:
+    """Directions outside Adam-NSCL's null space `{l <= a l_min}` (Wang et al. 2021)."""
+    smallest = min(eigenvalues)
+    return sum(1 for value in eigenvalues if not value <= a * smallest)
+
+
+def budget_ranks(shares: dict[str, list[float]], budget: int) -> dict[str, int]:
+    """One direction at a time from whichever weight holds the most, while the budget lasts."""
+    taken = dict.fromkeys(shares, 0)
+    for _ in range(budget):
+        open_keys = [key for key in sorted(shares) if taken[key] < len(shares[key])]
+        if not open_keys:
+            break
+        best = max(open_keys, key=lambda key: shares[key][taken[key]])
+        taken[best] += 1
+    return taken
+
+
+def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    """Angles, descending, from the cosines' singular values (inexact below 1e-7, which is enough for a twin)."""
+    cosines = torch.linalg.svdvals(double(first).mH @ double(second))
+    return torch.arccos(cosines.clamp(-1, 1)).sort(descending=True).values
