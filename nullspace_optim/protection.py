@@ -87,9 +87,10 @@ class Guard:
     basis: Basis
     bias: Tensor | None = None
     complements: dict[Side, Tensor] = field(default_factory=dict)
-    previous: Tensor | None = None
+    previous: list[Tensor] = field(default_factory=list)
     residuals: dict[Side, Tensor] = field(default_factory=dict)
     seen: tuple[int, int] | None = None
+    pending: bool = False
 
     @property
     def immovable(self) -> bool:
@@ -116,10 +117,16 @@ class Guard:
         return bool(dense) and (precision == "fast" or any(2 * s.rank > s.dimension for s in dense))
 
     def remember(self) -> None:
-        """Copy the parameter before the base moves it."""
-        if self.previous is None:
-            self.previous = torch.empty_like(self.parameter, memory_format=torch.preserve_format).detach()
-        self.previous.copy_(self.parameter.detach())
+        """Copy the parameter (and a bias folded in) before the base moves it."""
+        if not self.previous:
+            self.previous = [torch.empty_like(p, memory_format=torch.preserve_format).detach() for p in self.members]
+        for copy, parameter in zip(self.previous, self.members):
+            copy.copy_(parameter.detach())
+
+    @property
+    def unmoved(self) -> bool:
+        """True if everything still is, bit for bit, what `remember` copied (waits for the device)."""
+        return all(torch.equal(copy, parameter) for copy, parameter in zip(self.previous, self.members))
 
     def correct(self) -> None:
         """Anchor form on every side: `W <- W - (W U - A) U^H`."""
@@ -138,9 +145,8 @@ class Guard:
 
     def correct_difference(self, low_precision: torch.dtype | None) -> None:
         """Difference form on every side: only what the base just added is projected."""
-        assert self.previous is not None
         with matrix_of(self.parameter, self.basis.layout) as matrix:
-            before = self.basis.layout.to_matrix(self.previous).to(matrix.dtype)
+            before = self.basis.layout.to_matrix(self.previous[0]).to(matrix.dtype)
             for subspace in self.basis.subspaces.values():
                 if subspace.side == "rows":
                     restore_rows_(matrix, subspace.basis, subspace.anchor)
@@ -205,6 +211,7 @@ class Protection:
         self.inexact_steps = 0
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._touched: set[int] = set()
+        self._idle: set[int] = set()
         self._handles: list[Any] = []
 
     def rebuild(self, store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
@@ -249,49 +256,49 @@ class Protection:
         else:
             self._prepare(mine, project=self.options.project == "gradient")
         self._touched = {id(p) for g in mine for p in g.members if closure is not None or p.grad is not None}
+        self._idle = _idle(base)
         for guard in mine:
-            if self._uses_difference(guard):
+            if self._uses_difference(guard) or (id(guard.parameter) in self._idle and not guard.immovable):
                 guard.remember()
         return args, kwargs
 
     @torch.no_grad()
     def after_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Step post-hook of a base: put kept directions, frozen values and hidden gradients back."""
-        idle = {id(p) for group in base.param_groups if _is_zero(group.get("lr")) for p in group["params"]}
-        mine = self._guards_of(base)
-        exact = self.inexact_steps + 1 >= EXACT_EVERY
-        pending = False
-        for guard in mine:
+        owed = False
+        for guard in self._guards_of(base):
             moved = guard.edited or bool(self._touched & {id(p) for p in guard.members})
             if guard.immovable:
                 if guard.edited:
                     guard.parameter.detach().copy_(_kept(guard))
-            elif moved and self.options.project != "gradient" and not idle & {id(guard.parameter)}:
-                pending |= self._correct(guard, exact)
+            elif moved and self.options.project != "gradient":
+                if id(guard.parameter) not in self._idle or not guard.unmoved:
+                    owed |= self._correct(guard)
             guard.mark()
-        self.inexact_steps = 0 if exact else self.inexact_steps + pending
+        self.inexact_steps += owed
+        if self.inexact_steps >= EXACT_EVERY:
+            self.make_exact()
         self._put_back()
 
-    def _correct(self, guard: Guard, exact: bool) -> bool:
+    def _correct(self, guard: Guard) -> bool:
         """Correct one guard after a step; return True if an exact correction is still owed."""
-        difference = self._uses_difference(guard)
-        if difference:
+        if self._uses_difference(guard):
             low = guard_low_precision(guard) if self.options.precision == "fast" else None
             guard.correct_difference(low)
-        if not difference or exact:
+            guard.pending = True
+        else:
             guard.correct()
-            return False
-        return True
+        return guard.pending
 
     @torch.no_grad()
     def make_exact(self) -> None:
         """Apply the anchor form where difference-form steps are pending (before anything reads the weights)."""
-        if self.inexact_steps:
-            for guard in self.guards.values():
-                if self._uses_difference(guard) and not guard.edited:
-                    guard.correct()
-                    guard.mark()
-            self.inexact_steps = 0
+        for guard in self.guards.values():
+            if guard.pending and not guard.edited:
+                guard.correct()
+                guard.mark()
+                guard.pending = False
+        self.inexact_steps = 0
 
     def check_anchors(self) -> None:
         """Compare every kept quantity with its anchor.
@@ -381,6 +388,11 @@ def _accumulated(guard: Guard) -> Callable[[Tensor], None]:
 def _kept(guard: Guard) -> Tensor:
     assert guard.basis.kept is not None
     return guard.basis.kept
+
+
+def _idle(base: Optimizer) -> set[int]:
+    """Return the ids of the parameters whose learning rate is zero: most optimizers do not move those (Rprop does)."""
+    return {id(p) for group in base.param_groups if _is_zero(group.get("lr")) for p in group["params"]}
 
 
 def _is_zero(rate: Any) -> bool:
