@@ -352,8 +352,8 @@ def _anchored(matrix: Tensor, side: Side, choice: Choice, old: Subspace | None) 
 def _used_rows(matrix: Tensor, index: Tensor, old: Subspace | None) -> Subspace:
     anchors = matrix[0].index_select(0, index)
     if old is not None:
-        index = torch.cat([old.basis, index[~torch.isin(index, old.basis)]])
-        anchors = torch.cat([old.anchor, matrix[0].index_select(0, index[len(old.basis) :]).to(old.anchor)])
+        index, order = torch.cat([old.basis, fresh := index[~torch.isin(index, old.basis)]]).sort()
+        anchors = torch.cat([old.anchor, matrix[0].index_select(0, fresh).to(old.anchor)])[order]
     return Subspace(
         side="rows",
         basis=index,

@@ -43,7 +43,7 @@ class Displacement:
 
 
 def _sketch(parameter: Tensor) -> Tensor:
-    matrix = parameter.detach().reshape(parameter.shape[0], -1)
+    matrix = parameter.detach().flatten(1)
     matrix = matrix.to(torch.float32) if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
     generator = torch.Generator().manual_seed(matrix.shape[1])
     signs = torch.randint(0, 2, (matrix.shape[1], PROBES), generator=generator) * 2 - 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from .consolidation import ConsolidationOptions, Pass, consolidate, record_probe
 from .diagnostics import moved_buffers
 from .discovery import Forward, find_model, unwrap
 from .displacement import Displacement
-from .errors import BasisFileError, OptionError, ShapeError
+from .errors import BasisFileError, ModelNotFoundError, OptionError, ShapeError
 from .names import named_buffers, named_parameters
 from .norm_stats import freeze_statistics
 from .policies import Energy, Policy
@@ -62,16 +62,49 @@ class _Core:
         self.model: Callable[[], nn.Module | None] = lambda: None
         self.base_handles: list[Any] = []
         self.model_handles: list[Any] = []
+        self.copied = False
 
     def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step pre-hook of every base."""
+        if self.copied:
+            self.find_copied_model()
         self.displacement.remember(p for group in base.param_groups for p in group["params"])
         return self.protection.before_step(base, args, kwargs)
 
-    def before_evaluation(self, model: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the model: an evaluation sees exact weights."""
-        if not model.training:
-            self.protection.make_exact()
+    def wrapped(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the parameters that are both in the bases and in `model`, by name."""
+        ids = {id(p) for base in self.bases for group in base.param_groups for p in group["params"]}
+        return {name: p for name, p in named_parameters(model).items() if id(p) in ids}
+
+    def install(self, model: nn.Module) -> None:
+        """Hook `model` for norm statistics and exact evaluation."""
+        for handle in self.model_handles:
+            handle.remove()
+        self.model_handles.clear()
+        self.model_handles.append(model.register_forward_pre_hook(_BeforeEvaluation(self)))
+        if self.options["norm_stats"] == "frozen":
+            self.model_handles.extend(freeze_statistics(model, self.store.buffers))
+
+    def find_copied_model(self) -> None:
+        """After deepcopy or unpickling: hook the copy of the model, if there is one."""
+        self.copied = False
+        with suppress(ModelNotFoundError):
+            self.install(find_model(p for base in self.bases for group in base.param_groups for p in group["params"]))
+
+
+class _BeforeEvaluation:
+    """Forward pre-hook of the model: an evaluation sees exact weights. Copies of the model carry it without effect."""
+
+    def __init__(self, core: _Core | None = None) -> None:
+        self.core: Callable[[], _Core | None] = (lambda: None) if core is None else weakref.ref(core)
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        core = self.core()
+        if core is not None and not model.training:
+            core.protection.make_exact()
+
+    def __reduce__(self) -> tuple[type[_BeforeEvaluation], tuple[()]]:
+        return _BeforeEvaluation, ()
 
 
 class NullSpaceOptimizer(Optimizer):
@@ -139,14 +172,14 @@ class NullSpaceOptimizer(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The parameter groups of the base (of all bases, in order)."""
-        core = self.__dict__.get("_core")
+        core = getattr(self, "_core", None)
         return (
             self.__dict__["_early"] if core is None else [group for base in core.bases for group in base.param_groups]
         )
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        core = self.__dict__.get("_core")
+        core = getattr(self, "_core", None)
         if core is None:
             self.__dict__["_early"] = groups
             return
@@ -159,45 +192,48 @@ class NullSpaceOptimizer(Optimizer):
     @property
     def state(self) -> Any:
         """The state of the base (a merged copy if there are several)."""
-        core = self.__dict__.get("_core")
+        core = getattr(self, "_core", None)
         if core is None or len(core.bases) == 1:
             return None if core is None else core.bases[0].state
         return {parameter: state for base in core.bases for parameter, state in base.state.items()}
 
     @state.setter
     def state(self, state: Any) -> None:
-        core = self.__dict__.get("_core")
+        core = getattr(self, "_core", None)
         if core is not None and len(core.bases) == 1:
             core.bases[0].state = state
 
     @property
     def defaults(self) -> dict[str, Any]:
         """The defaults of the (first) base."""
-        core = self.__dict__.get("_core")
+        core = getattr(self, "_core", None)
         return {} if core is None else core.bases[0].defaults
 
     @defaults.setter
     def defaults(self, defaults: dict[str, Any]) -> None:
-        core = self.__dict__.get("_core")
+        core = getattr(self, "_core", None)
         if core is not None:
             core.bases[0].defaults = defaults
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the base step (with `closure` if given) and return its loss; protection happens in the base's hooks."""
         bases = self._core.bases
-        if len(bases) == 1:
-            return bases[0].step() if closure is None else bases[0].step(closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for base in bases:
-            base.step()
-        return loss
+        try:
+            if len(bases) == 1:
+                return bases[0].step() if closure is None else bases[0].step(closure)
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            for base in bases:
+                base.step()
+            return loss
+        finally:
+            self._core.protection.put_back()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its parameters are free until the next consolidation."""
-        core = self.__dict__.get("_core")
+        core = getattr(self, "_core", None)
         if core is None:
             super().add_param_group(param_group)
         elif len(core.bases) > 1:
@@ -231,10 +267,11 @@ class NullSpaceOptimizer(Optimizer):
             hook(self)
         state = join_states([base.state_dict() for base in self._core.bases])
         store = self._core.store
+        for group in state["param_groups"]:
+            group.pop("nullspace", None)
         if store.tasks:
             tensors, metadata = persistence.pack(store)
-            steps = self._core.protection.inexact_steps
-            state["nullspace"] = {"tensors": tensors, "metadata": metadata, "inexact_steps": steps}
+            state["nullspace"] = {"tensors": tensors, "metadata": metadata, **self._core.protection.owed}
             print_ = persistence.fingerprint(store)
             for group in state["param_groups"]:
                 group["nullspace"] = print_
@@ -249,12 +286,14 @@ class NullSpaceOptimizer(Optimizer):
             BasisFileError: the checkpoint was protected but its bases are missing or differ.
             ShapeError: a basis does not fit its parameter.
         """
+        state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         plain, payload, expected = pop_protection(state_dict)
         store = None
         if payload is not None:
             store = persistence.unpack(payload["tensors"], payload["metadata"], source="the optimizer's state dict")
+            _check_fit(store, self._core.wrapped(self.model))
         present = store if store is not None else self._core.store
         if expected is not None and (not present.tasks or persistence.fingerprint(present) != expected):
             raise BasisFileError(
@@ -272,7 +311,7 @@ class NullSpaceOptimizer(Optimizer):
             base.load_state_dict(part)
         if store is not None and payload is not None:
             self._adopt(store)
-            self._core.protection.inexact_steps = int(payload["inexact_steps"])
+            self._core.protection.owed = payload
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 
@@ -283,7 +322,8 @@ class NullSpaceOptimizer(Optimizer):
             "options": core.options,
             "store": core.store,
             "parameters": core.parameters,
-            "inexact_steps": core.protection.inexact_steps,
+            "owed": core.protection.owed,
+            "attributes": {key: value for key, value in self.__dict__.items() if key[0] != "_" and key != "step"},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -292,7 +332,9 @@ class NullSpaceOptimizer(Optimizer):
         self._core.parameters = state["parameters"]
         self._core.store.replace(state["store"])
         self._core.protection.rebuild(self._core.store, self._core.parameters)
-        self._core.protection.inexact_steps = state["inexact_steps"]
+        self._core.protection.owed = state["owed"]
+        self._core.copied = bool(self._core.store.tasks)
+        self.__dict__.update(state["attributes"])
 
     def __repr__(self) -> str:
         bases = ", ".join(repr(base) for base in self._core.bases)
@@ -361,7 +403,7 @@ class NullSpaceOptimizer(Optimizer):
         with self._evaluation_point():
             grown, report = consolidate(work, core.store, core.measuring, core.displacement)
         core.store.replace(grown)
-        core.parameters = {**parameters}
+        core.parameters = {**core.parameters, **parameters}
         self._install(model)
         core.displacement.forget()
         for text in report.warnings:
@@ -425,7 +467,7 @@ class NullSpaceOptimizer(Optimizer):
         for guard in self._core.protection.guards.values():
             basis = guard.basis
             if basis.kept is not None:
-                basis.kept.copy_(guard.parameter.detach())
+                basis.kept = guard.parameter.detach().clone()
             with matrix_of(guard.parameter, basis.layout, guard.bias) as matrix:
                 for subspace in basis.subspaces.values():
                     subspace.anchor = anchor(matrix, subspace.basis, subspace.side)
@@ -442,6 +484,8 @@ class NullSpaceOptimizer(Optimizer):
     def detach(self) -> Optimizer | list[Optimizer]:
         """Remove every hook from base and model and return the base (the list of bases if several were given)."""
         core = self._core
+        if core.copied:
+            core.find_copied_model()
         core.protection.release_gradient_hooks()
         for handle in [*core.base_handles, *core.model_handles]:
             handle.remove()
@@ -476,27 +520,19 @@ class NullSpaceOptimizer(Optimizer):
 
     def _remember_model(self, model: nn.Module) -> None:
         self._core.model = weakref.ref(model)
-        self._named_parameters(model)
 
     def _named_parameters(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the trainable parameters that are both in the optimizer and in `model`, by name."""
-        wrapped = {id(p) for group in self.param_groups for p in group["params"]}
-        return {name: p for name, p in named_parameters(model).items() if id(p) in wrapped and p.requires_grad}
+        return {name: p for name, p in self._core.wrapped(model).items() if p.requires_grad}
 
     def _install(self, model: nn.Module) -> None:
         """Guard what the store keeps, and hook the model for norm statistics and exact evaluation."""
-        core = self._core
-        core.protection.rebuild(core.store, core.parameters)
-        for handle in core.model_handles:
-            handle.remove()
-        core.model_handles.clear()
-        core.model_handles.append(model.register_forward_pre_hook(core.before_evaluation))
-        if core.options["norm_stats"] == "frozen":
-            core.model_handles.extend(freeze_statistics(model, core.store.buffers))
+        self._core.protection.rebuild(self._core.store, self._core.parameters)
+        self._core.install(model)
 
     def _adopt(self, store: BasisStore) -> None:
         model = self.model
-        parameters = self._named_parameters(model)
+        parameters = self._core.wrapped(model)
         _check_fit(store, parameters)
         for name, basis in store.items():
             _place(basis, parameters[name].device)

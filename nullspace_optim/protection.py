@@ -241,7 +241,7 @@ class Protection:
     @torch.no_grad()
     def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step pre-hook of a base: refuse stale anchors, hide frozen gradients, take what the difference form needs."""
-        self._put_back()
+        self.put_back()
         mine = self._guards_of(base)
         for guard in mine:
             if guard.edited:
@@ -278,7 +278,7 @@ class Protection:
         self.inexact_steps += owed
         if self.inexact_steps >= EXACT_EVERY:
             self.make_exact()
-        self._put_back()
+        self.put_back()
 
     def _correct(self, guard: Guard) -> bool:
         """Correct one guard after a step; return True if an exact correction is still owed."""
@@ -299,6 +299,20 @@ class Protection:
                 guard.mark()
                 guard.pending = False
         self.inexact_steps = 0
+
+    @property
+    def owed(self) -> dict[str, Any]:
+        """What a resumed run needs to correct at the same steps: steps counted, parameters that are not exact."""
+        return {
+            "inexact_steps": self.inexact_steps,
+            "pending": [name for name, guard in self.guards.items() if guard.pending],
+        }
+
+    @owed.setter
+    def owed(self, owed: Mapping[str, Any]) -> None:
+        self.inexact_steps = int(owed["inexact_steps"])
+        for name, guard in self.guards.items():
+            guard.pending = name in owed["pending"]
 
     def check_anchors(self) -> None:
         """Compare every kept quantity with its anchor.
@@ -344,7 +358,8 @@ class Protection:
             elif project:
                 guard.project_gradient(gradient)
 
-    def _put_back(self) -> None:
+    def put_back(self) -> None:
+        """Give hidden gradients back to their parameters."""
         for parameter, gradient in self._hidden:
             if parameter.grad is None:
                 parameter.grad = gradient
@@ -361,7 +376,7 @@ class Protection:
 
         def evaluate() -> Any:
             with torch.no_grad():
-                self._put_back()
+                self.put_back()
             loss = closure()
             with torch.no_grad():
                 self._prepare(guards, project)
