@@ -1,0 +1,165 @@
+"""Which input rows met which weight, watched operator by operator, with the model left as found.
+
+`Capture` runs forward passes under a `TorchDispatchMode` (`watching`). Whatever module, function or `@` led there, a product with
+a parameter ends in one of few operators; the operand that is the parameter is recognised by its bytes (`recognise`), the side of
+the weight follows from its strides (`operators`), and rows that no output can depend on are left out (`relevance`). Rows stream
+into `SecondMoment`s `[g, s, s]`; weights that always meet the same rows share one (`tally`). Every operator that reads a parameter
+in another way gives a reason why it cannot be protected, so the fates of all parameters add up.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .covariance import SecondMoment
+from .errors import OptionError
+from .recognise import Memory, tensor_key
+from .relevance import Relevance, detached
+from .tally import Captured, Tally
+from .watching import Watch
+
+__all__ = ["Capture", "Captured", "SecondMoment"]
+
+
+class Capture:
+    """Observes forward passes, one `batch` at a time, and sums up what the parameters met."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        rows: Literal["relevant", "all"] = "relevant",
+        bias: Literal["freeze", "joint"] = "freeze",
+        dtype: torch.dtype = torch.float32,
+        batch_frobenius: bool = False,
+        statistics: bool = True,
+    ) -> None:
+        """Watch `parameters` and `buffers`, by name.
+
+        ``rows="relevant"`` leaves out rows that no output of the model depends on; ``bias="joint"`` extends the rows of a weight
+        by a constant 1 for its bias; `dtype` is what second moments are summed in; `batch_frobenius` normalises each batch's
+        Gram matrix (GNSP); without `statistics` no sums are kept, only reasons, order and `observe`.
+
+        Raises:
+            OptionError: an unknown value of `rows` or `bias`.
+        """
+        if rows not in ("relevant", "all"):
+            raise OptionError(f'rows is "relevant" or "all", not {rows!r}')
+        if bias not in ("freeze", "joint"):
+            raise OptionError(f'bias is "freeze" or "joint", not {bias!r}')
+        self.observe: Callable[[str, Tensor], None] | None = None
+        self._names = _unique(parameters)
+        distinct = {name: parameters[name] for name in dict.fromkeys(self._names.values())}
+        self._memory = Memory(distinct, buffers or {})
+        self._tally = Tally(dtype=dtype, batch_frobenius=batch_frobenius, statistics=statistics)
+        self._relevance = Relevance() if rows == "relevant" else None
+        self._joint = bias == "joint"
+        self._batches = 0
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._memory.forget()
+        self._tally.drop_queue()
+
+    @property
+    def captured(self) -> dict[str, Captured]:
+        """What is known of every parameter after the batches so far."""
+        found = {name: self._tally.captured(name, p.shape) for name, p in self._memory.parameters.items()}
+        return {name: found[first] for name, first in self._names.items()}
+
+    @property
+    def buffers_read(self) -> set[str]:
+        """Names of the buffers that a forward pass has read."""
+        return set(self._memory.buffers_read)
+
+    @property
+    def order(self) -> list[str]:
+        """Names of the parameters that were read, in the order of their first use."""
+        return list(self._tally.order)
+
+    @property
+    def relevance_note(self) -> str | None:
+        """Why all rows count although ``rows="relevant"`` was asked for, or `None`."""
+        return None if self._relevance is None else self._relevance.note
+
+    def batch(self, run: Callable[[], Any]) -> Any:
+        """Run one forward pass `run()`, take its rows, and return its outputs, detached.
+
+        Raises:
+            CaptureError: a row was not finite, or a weight was cast where it could not be followed.
+        """
+        active = self._relevance if self._relevance is not None and self._relevance.note is None else None
+        try:
+            outputs = self._forward(run, active)
+            self._tally.end_batch(self._batches)
+        except _InferenceTensorError:
+            return self.batch(run)
+        finally:
+            self._tally.drop_queue()
+            self._memory.forget()
+            if active is not None:
+                active.forget()
+        self._batches += 1
+        return outputs
+
+    def _forward(self, run: Callable[[], Any], relevance: Relevance | None) -> Any:
+        """Run the forward pass and, for relevance, the probe; hand the rows to the tally."""
+        self._memory.refresh()
+        watch = Watch(self._memory, self._tally, relevance, joint=self._joint, observe=self.observe)
+        with _environment(gradients=relevance is not None), watch:
+            try:
+                outputs = run()
+            except RuntimeError as error:
+                if relevance is not None and "nference tensor" in str(error):
+                    relevance.refuse("the batch consists of inference tensors, which autograd cannot save")
+                    raise _InferenceTensorError from error
+                raise
+            gradients: list[Tensor | None] | None = None
+            wanted = watch.wanted()
+            if relevance is not None and relevance.note is None and wanted:
+                watch.probing = True
+                gradients = relevance.probe(outputs, wanted)
+        with torch.no_grad():
+            watch.settle(gradients)
+            self._tally.flush()
+        return detached(outputs)
+
+
+class _InferenceTensorError(Exception):
+    """A batch has to be run again without autograd."""
+
+
+def _unique(parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map every name to the first name of the same tensor (tied weights)."""
+    first: dict[Any, str] = {}
+    return {
+        name: first.setdefault(tensor_key(tensor) if tensor.numel() else name, name)
+        for name, tensor in parameters.items()
+    }
+
+
+@contextmanager
+def _environment(*, gradients: bool) -> Iterator[None]:
+    """Run eagerly, without fast paths that hide weights and without cached casts; restore everything at the end."""
+    with ExitStack() as stack:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        torch.clear_autocast_cache()
+        stack.callback(torch.clear_autocast_cache)
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        yield

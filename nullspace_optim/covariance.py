@@ -1,0 +1,178 @@
+"""Streaming second moments of the rows that met a weight.
+
+Rows come as `[g, n, s]`: `g` groups, `n` rows, `s` features (the input side `d` of a weight for side "right", the
+output side `m`
+for side "left"). A `SecondMoment` keeps `sum_i x_i x_i^T`, the uncentred covariance of GPM (Saha et al., 2021, eq.
+6), GNSP
+(2507.19839, eq. 3) and Adam-NSCL (Wang et al., 2021, eq. 8); it can be merged across batches and across ranks. On the
+CPU the
+sum is a symmetric rank-n update by BLAS `syrk`, half the work of a product; elsewhere it is one batched product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from scipy.linalg import blas
+from torch import Tensor
+
+_SMALL_GROUP = 64
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Switch autocast and TF32 off for products on `device`."""
+    before = torch.get_float32_matmul_precision()
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
+
+
+class SecondMoment:
+    """The sum of `x x^T` over rows, `[g, s, s]`, and how many rows each group has seen.
+
+    With `batch_frobenius` each batch's Gram matrix is divided by its Frobenius norm before it is added (GNSP,
+    2507.19839,
+    eq. 3); rows of one batch may then come in several updates, and `end_batch` closes the batch.
+    """
+
+    def __init__(
+        self,
+        groups: int,
+        size: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        batch_frobenius: bool = False,
+    ) -> None:
+        """Start an empty sum for `groups` groups of `size` features."""
+        self.batch_frobenius = batch_frobenius
+        self.rows = torch.zeros(groups, dtype=torch.int64)
+        self._sum = torch.zeros(groups, size, size, dtype=dtype, device=device)
+        self._batch: Tensor | None = None
+        self._half = False
+
+    @property
+    def groups(self) -> int:
+        """Number of groups `g`."""
+        return self._sum.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Number of features `s`."""
+        return self._sum.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Accumulation type: float32 or float64."""
+        return self._sum.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sum lives."""
+        return self._sum.device
+
+    @property
+    def matrix(self) -> Tensor:
+        """The sum so far, `[g, s, s]`, symmetric. It is the live tensor, not a copy; an open batch is closed first."""
+        self.end_batch()
+        if self._half:
+            _mirror(self._sum)
+            self._half = False
+        return self._sum
+
+    def diagonal(self) -> Tensor:
+        """The sum of squares per feature, `[g, s]`, without completing the symmetric half."""
+        diagonal = self._sum.diagonal(dim1=-2, dim2=-1)
+        if self._batch is not None:
+            diagonal = diagonal + self._batch.diagonal(dim1=-2, dim2=-1)
+        return diagonal
+
+    def trace(self) -> Tensor:
+        """Total energy of the rows per group, `[g]`."""
+        self.end_batch()
+        return self.diagonal().sum(-1)
+
+    def update(self, rows: Tensor, groups: Sequence[int] | None = None, count: Tensor | None = None) -> None:
+        """Add the rows `[g, n, s]`; `groups` names the groups they belong to (all by default).
+
+        `count` `[g]` is the number of rows that count where some of them were replaced by zeros.
+        """
+        index = list(range(self.groups)) if groups is None else list(groups)
+        number = torch.full((len(index),), rows.shape[1]) if count is None else count.to("cpu", torch.int64)
+        self.rows.index_add_(0, torch.tensor(index, dtype=torch.int64), number)
+        if rows.shape[1] == 0 or not index:
+            return
+        if self.batch_frobenius and self._batch is None:
+            self._batch = torch.zeros_like(self._sum)
+        target = self._sum if self._batch is None else self._batch
+        rows = rows.detach().to(self.device, self.dtype)
+        if self._uses_syrk(len(index)):
+            for i, block in zip(index, rows, strict=True):
+                _syrk(target[i], block)
+            self._half = True
+            return
+        with _full_precision(self.device):
+            gram = rows.mT @ rows.conj()
+            target.index_add_(0, torch.tensor(index, device=self.device), gram)
+
+    def end_batch(self) -> None:
+        """Close the batch: with `batch_frobenius`, normalise its Gram matrix and add it; otherwise do nothing."""
+        if self._batch is None:
+            return
+        if self._half:
+            _mirror(self._batch)
+            _mirror(self._sum)
+            self._half = False
+        norm = torch.linalg.matrix_norm(self._batch).clamp_min(torch.finfo(self.dtype).tiny)
+        self._sum += self._batch / norm[:, None, None]
+        self._batch = None
+
+    def merge(self, other: SecondMoment) -> None:
+        """Add another sum of the same shape (another rank, another part of the data)."""
+        self.matrix.add_(other.matrix.to(self.device, self.dtype))
+        self.rows += other.rows
+
+    def clone(self) -> SecondMoment:
+        """Return an independent copy."""
+        twin = SecondMoment.__new__(SecondMoment)
+        twin.batch_frobenius = self.batch_frobenius
+        twin.rows = self.rows.clone()
+        twin._sum = self._sum.clone()
+        twin._batch = None if self._batch is None else self._batch.clone()
+        twin._half = self._half
+        return twin
+
+    def leading(self, size: int) -> SecondMoment:
+        """Return a copy restricted to the first `size` features."""
+        twin = SecondMoment.__new__(SecondMoment)
+        twin.batch_frobenius = self.batch_frobenius
+        twin.rows = self.rows.clone()
+        twin._sum = self.matrix[:, :size, :size].clone()
+        twin._batch, twin._half = None, False
+        return twin
+
+    def _uses_syrk(self, groups: int) -> bool:
+        """BLAS one group at a time pays on the CPU unless there are many small groups (depthwise convolution)."""
+        return self.device.type == "cpu" and not self.dtype.is_complex and (groups == 1 or self.size >= _SMALL_GROUP)
+
+
+def _syrk(target: Tensor, rows: Tensor) -> None:
+    """Add `rows^T rows` to the lower triangle of `target` `[s, s]` in place, by BLAS `ssyrk` or `dsyrk`."""
+    syrk = blas.dsyrk if target.dtype == torch.float64 else blas.ssyrk
+    # BLAS is column-major: the transposed views of row-major arrays are what it wants, so nothing is copied.
+    syrk(1.0, rows.contiguous().numpy().T, beta=1.0, c=target.numpy().T, lower=0, overwrite_c=1)
+
+
+def _mirror(matrix: Tensor) -> None:
+    """Copy the lower triangle of `matrix` `[g, s, s]` to the upper one, group by group, in place."""
+    for block in matrix:
+        lower = block.tril(-1)
+        block.tril_().add_(lower.mH)
