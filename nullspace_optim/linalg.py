@@ -19,7 +19,7 @@ from .errors import ConsolidationError, ShapeError
 _NEGATIVE = 1e-3
 _ORTHONORMAL = 1e-7
 _NEWTON_STEPS = 8
-_POWER_STEPS = 64
+_POWER_STEPS = 20
 
 
 def eigh(matrix: Tensor, *, name: str = "", scale: float = 0.0) -> tuple[Tensor, Tensor]:

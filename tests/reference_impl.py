@@ -1,6 +1,7 @@
 """Slow, obvious twins of the fast paths: float64, dense projectors, singular value decompositions, loops.
 
-Nothing here imports `nullspace_optim`. Shapes are those of the library: weights `[g, m, d]`, bases `[g, s, k]`, rows `[n, s]`.
+Nothing here imports `nullspace_optim`. Shapes are those of the library: weights `[g, m, d]`, bases `[g, s, k]`, rows
+`[n, s]`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def projector(basis: Tensor) -> Tensor:
 
 
 def protected_part(matrix: Tensor, basis: Tensor, side: str, scale: Tensor | None = None) -> Tensor:
-    """The part of `[g, m, d]` that lies in the protected span: `M P` (right) or `P M` (left), each group by itself."""
+    """The part of `[g, m, d]` in the protected span: `M P` (right) or `P M` (left), each group by itself."""
     dense = projector(basis) if scale is None else projector(basis * scale.sqrt()[:, None, :].to(basis.dtype))
     parts = [
         double(matrix)[i] @ dense[i] if side == "right" else dense[i] @ double(matrix)[i] for i in range(len(matrix))
@@ -41,7 +42,7 @@ def moved_within_free_directions(
 
 
 def gpm_rank(rows: Tensor, basis: Tensor | None, threshold: float) -> int:
-    """New directions by GPM (Saha et al. 2021, eq. 8 and 9), on singular values of the activations `R = X^T` `[s, n]`."""
+    """New directions by GPM (Saha et al. 2021, eq. 8 and 9), on singular values of `R = X^T` `[s, n]`."""
     activations = double(rows).T
     energy = (torch.linalg.svdvals(activations) ** 2).sum()
     residual = activations

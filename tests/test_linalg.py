@@ -113,7 +113,7 @@ def test_largest_eigenvalue_is_a_close_lower_bound(seed):
     matrix = torch.stack([moment(40, 60, seed), torch.block_diag(moment(39, 100, seed), torch.tensor([[50.0]]))])
     exact = torch.linalg.eigvalsh(matrix.double())[:, -1]
     found = linalg.largest_eigenvalue(matrix).double()
-    assert (found <= exact * (1 + 1e-5)).all() and (found >= 0.97 * exact).all()
+    assert (found <= exact * (1 + 1e-5)).all() and (found >= 0.95 * exact).all()
     assert linalg.largest_eigenvalue(torch.zeros(1, 4, 4)).tolist() == [0.0]
 
 

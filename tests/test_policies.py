@@ -1,0 +1,395 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import reference_impl as slow
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nullspace_optim.errors import ConsolidationError, OptionError, ShapeError
+from nullspace_optim.linalg import orthogonality_error, principal_angles
+from nullspace_optim.policies import (
+    EigenvalueRatio,
+    Energy,
+    FixedRank,
+    NumericalRank,
+    Policy,
+    RankBudget,
+    Spectrum,
+    TailEnergy,
+)
+from nullspace_optim.policies.merge import Choice, choose, examine
+
+ALL = (Energy(), TailEnergy(), EigenvalueRatio(), FixedRank(5), NumericalRank(), RankBudget())
+POLICIES = pytest.mark.parametrize("policy", ALL, ids=lambda policy: type(policy).__name__)
+
+
+def task_rows(seed: int, n: int = 40, s: int = 24, decay: float = 3.0) -> Tensor:
+    """Rows `[n, s]` with a spectrum that falls by `10^decay`, in a rotation of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    rotation = torch.linalg.qr(torch.randn(s, s, generator=generator, dtype=torch.float64))[0]
+    rows = torch.randn(n, s, generator=generator, dtype=torch.float64) * torch.logspace(
+        0, -decay, s, dtype=torch.float64
+    )
+    return rows @ rotation
+
+
+def moment_of(*groups: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.stack([rows.mH @ rows for rows in groups]).to(dtype)
+
+
+def consolidate(policy: Policy, moment: Tensor, before: Choice | None = None) -> Choice:
+    """One consolidation of one weight with the policy alone in the model."""
+    moment = moment.double() if policy.precise and not moment.is_complex() else moment
+    basis, covariance = (before.basis, before.covariance) if before else (None, None)
+    candidate = examine(policy, moment, [40] * len(moment), basis, covariance, name="w")
+    taken = policy.ranks({str(i): spectrum for i, spectrum in enumerate(candidate.spectra)})
+    return choose(candidate, list(taken.values()), basis)
+
+
+def spectrum(values: list[float], *, covered: float = 0.0, kept: int = 0, total: float | None = None) -> Spectrum:
+    return Spectrum(torch.tensor(values), total or sum(values), max(values), covered, kept, rows=10)
+
+
+# Each rule against its formula
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.95, 0.999])
+@pytest.mark.parametrize("seed", range(3))
+def test_energy_is_gpm_by_singular_value_decomposition(threshold, seed):
+    policy, tasks, before = Energy(threshold), [task_rows(10 * seed + t) for t in range(3)], None
+    for done in range(1, 4):
+        after = consolidate(policy, moment_of(tasks[done - 1]), before)
+        twin = slow.gpm_basis(tasks[:done], threshold)
+        assert after.ranks == (twin.shape[1],)
+        assert principal_angles(after.basis[0], twin).max() < 2e-3
+        assert after.energy >= threshold - 1e-6
+        before = after
+
+
+@pytest.mark.parametrize("rho", [0.05, 0.15, 0.5])
+def test_tail_energy_is_gnsp_by_singular_value_decomposition(rho):
+    policy, before = TailEnergy(rho), None
+    tasks = [[task_rows(t, 8), task_rows(t, 16), task_rows(t + 50, 8)] for t in range(3)]
+    for done, batches in enumerate(tasks, start=1):
+        moment = sum(moment_of(rows) / moment_of(rows).norm() for rows in batches)
+        before = consolidate(policy, moment, before)
+        merged = slow.gnsp_moment(tasks[:done])
+        left = torch.linalg.svd(merged)[0]
+        assert torch.allclose(before.covariance[0].double(), merged, atol=1e-6)
+        assert before.ranks == (slow.gnsp_rank(merged, rho),)
+        assert principal_angles(before.basis[0], left[:, : before.ranks[0]]).max() < 1e-3
+
+
+@pytest.mark.parametrize("a", [1, 2, 10, 1000])
+def test_eigenvalue_ratio_is_adam_nscl_by_an_eigenvalue_list(a):
+    moments = [moment_of(task_rows(t, decay=1.0), dtype=torch.float64) for t in range(3)]
+    policy, before = EigenvalueRatio(a), None
+    for done, moment in enumerate(moments, start=1):
+        before = consolidate(policy, moment, before)
+        eigenvalues = torch.linalg.eigvalsh(sum(moments[:done])[0]).tolist()
+        assert before.ranks == (slow.nscl_rank(eigenvalues, a),)
+
+
+def test_eigenvalue_ratio_takes_rounding_as_the_floor_of_a_singular_spectrum():
+    eps = torch.finfo(torch.float32).eps
+    assert EigenvalueRatio(10).rank(spectrum([1.0, 20 * eps, 9 * eps, 0.0])) == 2
+    assert EigenvalueRatio(8).rank(spectrum([1.0, 2**-4, 2**-7])) == 1
+    assert EigenvalueRatio(10).rank(spectrum([1.0, 0.9, 0.8])) == 0
+
+
+def test_numerical_rank_is_the_rank_of_the_rows():
+    for seed, rank in enumerate((1, 7, 24)):
+        rows = task_rows(seed, n=rank, decay=2.0)
+        assert consolidate(NumericalRank(), moment_of(rows, dtype=torch.float64)).ranks == (rank,)
+    rows = task_rows(0)
+    expected = int(torch.linalg.matrix_rank(rows, rtol=0.01))
+    assert consolidate(NumericalRank(0.01), moment_of(rows, dtype=torch.float64)).ranks == (expected,)
+
+
+def test_numerical_rank_takes_no_rounding_of_a_task_it_covers():
+    rows = task_rows(0, n=10)
+    before = consolidate(NumericalRank(), moment_of(rows, dtype=torch.float64))
+    again = consolidate(NumericalRank(), moment_of(rows, dtype=torch.float64), before)
+    assert again.ranks == before.ranks == (10,)
+    assert torch.equal(again.basis, before.basis)
+    output_change = (rows - rows @ slow.projector(again.basis)[0]).norm() / rows.norm()
+    assert output_change < 1e-6
+
+
+def test_fixed_rank_counts_what_is_stored():
+    first = consolidate(FixedRank(5), moment_of(task_rows(0)))
+    assert first.ranks == (5,)
+    assert consolidate(FixedRank(5), moment_of(task_rows(1)), first).ranks == (5,)
+    assert consolidate(FixedRank(8), moment_of(task_rows(1)), first).ranks == (8,)
+    assert consolidate(FixedRank(100), moment_of(task_rows(1)), first).ranks == (24,)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.29, 0.5, 1.0])
+def test_rank_budget_is_greedy_over_all_weights(share):
+    moments = {
+        name: moment_of(task_rows(i, s=s, n=2 * s), dtype=torch.float64)
+        for i, (name, s) in enumerate((("a", 8), ("b", 20), ("c", 12)))
+    }
+    spectra = {name: examine(RankBudget(), moment, [10]).spectra[0] for name, moment in moments.items()}
+    shares = {name: s.shares.tolist() for name, s in spectra.items()}
+    expected = slow.budget_ranks(shares, math.floor(share * 40 + 1e-9))
+    taken = RankBudget(share).ranks(spectra)
+    assert taken == expected
+    assert sum(taken.values()) <= share * 40 + 1e-9
+
+
+def test_rank_budget_counts_old_directions_and_skips_rounding():
+    spectra = {"old": spectrum([1.0, 0.5, 0.0, 0.0], kept=2), "new": spectrum([3.0, 2.0, 1e-9, 0.0])}
+    assert RankBudget(0.5).ranks(spectra) == {"old": 1, "new": 1}
+    assert RankBudget(0.25).ranks(spectra) == {"old": 0, "new": 0}
+    assert RankBudget(1.0).ranks(spectra) == {"old": 2, "new": 2}
+    assert RankBudget(0.1).ranks(spectra) == {"old": 0, "new": 0}
+
+
+def test_ties_go_to_the_first_key_and_position():
+    spectra = {key: spectrum([1.0, 1.0]) for key in ("b", "a")}
+    assert RankBudget(0.75).ranks(spectra) == {"b": 1, "a": 2}
+    assert Energy(0.5).rank(spectrum([1.0, 1.0, 1.0, 1.0])) == 2
+    assert TailEnergy(0.5).rank(spectrum([1.0, 1.0, 1.0, 1.0])) == 3
+
+
+def test_energy_boundaries():
+    assert Energy(0.75).rank(spectrum([2.0, 1.0, 1.0])) == 2
+    assert Energy(0.7500001).rank(spectrum([2.0, 1.0, 1.0])) == 3
+    assert Energy(0.9).rank(spectrum([0.1, 0.0], covered=0.9, kept=1, total=1.0)) == 0
+    assert Energy(0.95).rank(spectrum([0.1, 0.0], covered=0.9, kept=1, total=1.0)) == 1
+
+
+@POLICIES
+def test_an_all_zero_matrix_has_rank_zero(policy):
+    choice = consolidate(policy, torch.zeros(2, 6, 6))
+    assert choice.ranks == (0, 0) and choice.basis.shape == (2, 6, 0)
+    before = consolidate(policy, moment_of(task_rows(0), task_rows(1)))
+    after = consolidate(policy, torch.zeros(2, 24, 24), before)
+    assert after.ranks == before.ranks
+    assert after.energy == 1.0
+
+
+@POLICIES
+def test_the_rank_does_not_depend_on_the_unit_of_the_rows(policy):
+    rows = task_rows(3)
+    assert consolidate(policy, moment_of(rows)).ranks == consolidate(policy, moment_of(256.0 * rows)).ranks
+
+
+# Options
+
+
+WRONG = [
+    (Energy, "threshold", r"\(0, 1\)", (0, 1, 1.5, -0.1, float("nan"), float("inf"), "0.9", None, True)),
+    (TailEnergy, "rho", r"\(0, 1\)", (0, 1, 1.5, -0.1, float("nan"), None)),
+    (EigenvalueRatio, "a", r"\[1, inf\)", (0, 0.5, -1, float("nan"), float("inf"), None)),
+    (FixedRank, "k", r"\[1, inf\)", (0, -1, 1.5, float("nan"), None, True)),
+    (NumericalRank, "tolerance", r"\(0, 1\)", (0, 1, 2, -0.1, float("nan"))),
+    (RankBudget, "share", r"\(0, 1\]", (0, 1.01, -0.1, float("nan"), None)),
+]
+CASES = [
+    pytest.param(policy, option, interval, value, id=f"{policy.__name__}-{value}")
+    for policy, option, interval, values in WRONG
+    for value in values
+]
+
+
+@pytest.mark.parametrize("policy, option, interval, value", CASES)
+def test_a_wrong_option_names_itself_and_its_interval(policy, option, interval, value):
+    with pytest.raises(OptionError, match=rf"{policy.__name__}\({option}=.*{interval}"):
+        policy(**{option: value})
+
+
+@POLICIES
+def test_policies_are_frozen_and_compare_by_value(policy):
+    assert policy == dataclasses.replace(policy)
+    assert eval(repr(policy)) == policy
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.threshold = 0.5
+
+
+def test_the_defaults_are_the_papers_constants():
+    assert Energy().threshold == 0.999
+    assert TailEnergy().rho == 0.15 and TailEnergy.batch_frobenius and TailEnergy.merge == "accumulate"
+    assert EigenvalueRatio().a == 10 and EigenvalueRatio.merge == "accumulate"
+    assert NumericalRank.precise and not Energy.precise
+    assert {type(policy).merge for policy in (Energy(), FixedRank(1), NumericalRank(), RankBudget())} == {"append"}
+
+
+def test_a_policy_without_a_rule_says_so():
+    class Nothing(Policy):
+        pass
+
+    with pytest.raises(NotImplementedError, match="Nothing must implement rank"):
+        Nothing().ranks({"w": spectrum([1.0])})
+
+
+# Merging
+
+
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("policy", [Energy(0.9), TailEnergy()], ids=["append", "accumulate"])
+def test_bases_stay_orthonormal_over_fifty_tasks(policy, size):
+    before, generator = None, torch.Generator().manual_seed(0)
+    for _ in range(50):
+        rows = torch.randn(size // 4, size, generator=generator) * torch.logspace(0, -2, size)
+        rows = rows[:, torch.randperm(size, generator=generator)]
+        before = consolidate(policy, moment_of(rows), before)
+        assert orthogonality_error(before.basis) <= 1e-6
+    assert before.basis.dtype == torch.float32
+    assert size // 4 < before.ranks[0] <= size
+
+
+@pytest.mark.parametrize("policy", [Energy(0.9), FixedRank(20), NumericalRank(), RankBudget()], ids=repr)
+def test_appending_never_touches_stored_columns(policy):
+    before = None
+    for seed in range(4):
+        moment = moment_of(task_rows(3 * seed, n=5), task_rows(3 * seed + 1, n=9), task_rows(3 * seed + 2, n=2))
+        after = consolidate(policy, moment, before)
+        for group in range(3):
+            kept = before.ranks[group] if before else 0
+            if before:
+                assert torch.equal(after.basis[group, :, :kept], before.basis[group, :, :kept])
+            assert after.ranks[group] >= kept
+            assert not after.basis[group, :, after.ranks[group] :].any()
+        assert after.dropped == 0.0 and after.covariance is None
+        before = after
+
+
+def test_groups_grow_independently():
+    groups = [task_rows(0), task_rows(1, n=3), torch.zeros(2, 24, dtype=torch.float64), task_rows(2)]
+    policy, later = Energy(0.9), [task_rows(5), task_rows(6), task_rows(7), torch.zeros(2, 24, dtype=torch.float64)]
+    together = consolidate(policy, moment_of(*later), consolidate(policy, moment_of(*groups)))
+    for group in range(4):
+        alone = consolidate(policy, moment_of(later[group]), consolidate(policy, moment_of(groups[group])))
+        assert together.ranks[group] == alone.ranks[0]
+        if alone.ranks[0]:
+            found = together.basis[group, :, : alone.ranks[0]]
+            assert principal_angles(found, alone.basis[0]).max() < 1e-3
+
+
+def test_appending_fills_up_to_every_direction_and_no_further():
+    before = consolidate(FixedRank(23), moment_of(task_rows(0)))
+    full = consolidate(FixedRank(24), moment_of(task_rows(0)), before)
+    assert full.ranks == (24,) and full.energy == pytest.approx(1.0)
+    assert orthogonality_error(full.basis) <= 1e-6
+    after = consolidate(FixedRank(24), moment_of(task_rows(1)), full)
+    assert torch.equal(after.basis, full.basis) and after.energy == 1.0
+
+
+def test_directions_without_energy_are_still_orthogonal_to_what_is_stored():
+    rows = task_rows(0, n=4)
+    before = consolidate(NumericalRank(), moment_of(rows, dtype=torch.float64))
+    candidate = examine(Energy(), moment_of(rows), [4], before.basis)
+    filled = choose(candidate, [20], before.basis)
+    assert filled.ranks == (24,) and orthogonality_error(filled.basis) <= 1e-6
+
+
+def test_the_examined_residual_is_that_of_the_dense_formula():
+    before = consolidate(FixedRank(6), moment_of(task_rows(0)))
+    moment = moment_of(task_rows(1))
+    candidate = examine(Energy(), moment, [40], before.basis, name="w")
+    free = torch.eye(24, dtype=torch.float64) - slow.projector(before.basis)[0]
+    dense = torch.linalg.eigvalsh(free @ slow.double(moment[0]) @ free).flip(0).clamp(min=0)
+    found = candidate.spectra[0]
+    assert torch.allclose(candidate.values[0].double(), dense, atol=1e-5 * float(dense[0]))
+    assert found.covered == pytest.approx(1 - float(dense.sum() / moment[0].trace()), abs=1e-5)
+    assert (found.kept, found.free, found.size, found.rows) == (6, 18, 24, 40)
+    assert found.largest == pytest.approx(float(torch.linalg.eigvalsh(slow.double(moment[0]))[-1]), rel=0.05)
+
+
+@pytest.mark.parametrize("policy", [Energy(0.9), TailEnergy(0.3)], ids=["append", "accumulate"])
+def test_energy_is_the_share_of_the_new_task_inside_the_basis(policy):
+    before = consolidate(policy, moment_of(task_rows(0), task_rows(1)))
+    moment = moment_of(task_rows(2), 3 * task_rows(3))
+    after = consolidate(policy, moment, before)
+    inside = (slow.projector(after.basis) @ slow.double(moment)).diagonal(dim1=1, dim2=2).sum()
+    assert after.energy == pytest.approx(float(inside / slow.double(moment).diagonal(dim1=1, dim2=2).sum()), abs=1e-5)
+
+
+def test_dropped_is_the_share_of_old_directions_lost():
+    first = consolidate(TailEnergy(0.3), moment_of(task_rows(0)))
+    assert first.dropped == 0.0
+    same = consolidate(TailEnergy(0.3), moment_of(task_rows(0)), first)
+    assert same.dropped == pytest.approx(0.0, abs=1e-5)
+    other = consolidate(TailEnergy(0.3), moment_of(task_rows(9)), first)
+    angles = slow.projector(other.basis)[0] @ slow.double(first.basis[0])
+    expected = 1 - float((angles**2).sum()) / first.ranks[0]
+    assert 0 < other.dropped == pytest.approx(expected, abs=1e-5)
+
+
+def test_complex_second_moments_grow_too():
+    generator = torch.Generator().manual_seed(0)
+    before = None
+    for _ in range(3):
+        rows = torch.randn(4, 10, generator=generator, dtype=torch.complex128)
+        before = consolidate(Energy(0.99), moment_of(rows, dtype=torch.complex64), before)
+        assert before.basis.dtype == torch.complex64 and orthogonality_error(before.basis) <= 1e-6
+        leftover = rows.conj() - rows.conj() @ slow.projector(before.basis)[0].mT
+        assert float(leftover.norm() ** 2 / rows.norm() ** 2) <= 0.01 + 1e-5
+
+
+def test_examine_and_choose_leave_their_arguments_alone():
+    moment = moment_of(task_rows(0))
+    for policy in (Energy(), TailEnergy()):
+        first = consolidate(policy, moment)
+        saved = [t.clone() for t in (moment, first.basis, *(() if first.covariance is None else (first.covariance,)))]
+        consolidate(policy, moment, first)
+        now = [moment, first.basis, *(() if first.covariance is None else (first.covariance,))]
+        assert all(torch.equal(a, b) for a, b in zip(saved, now))
+
+
+def test_the_result_is_deterministic():
+    runs = [
+        consolidate(Energy(0.9), moment_of(task_rows(1)), consolidate(Energy(0.9), moment_of(task_rows(0))))
+        for _ in "ab"
+    ]
+    assert torch.equal(runs[0].basis, runs[1].basis)
+
+
+def test_wrong_arguments_name_the_parameter():
+    basis = consolidate(FixedRank(2), moment_of(task_rows(0))).basis
+    with pytest.raises(ShapeError, match=r"'c_fc\.weight' has stored shape \(1, 24, 2\)"):
+        examine(Energy(), torch.eye(10)[None], [4], basis, name="c_fc.weight")
+    with pytest.raises(ConsolidationError, match=r"'c_fc\.weight' is not finite"):
+        examine(Energy(), torch.full((1, 24, 24), float("nan")), [4], basis, name="c_fc.weight")
+    candidate = examine(Energy(), moment_of(task_rows(0)), [4], basis, name="c_fc.weight")
+    for number in (-1, 23):
+        with pytest.raises(ConsolidationError, match=rf"takes {number} directions of 'c_fc\.weight', expected 0 to 22"):
+            choose(candidate, [number], basis)
+
+
+SPECTRA = st.lists(st.floats(0, 100), min_size=1, max_size=12).map(lambda v: sorted(v, reverse=True))
+PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@given(SPECTRA, st.floats(0.01, 0.99), st.floats(0.01, 0.99))
+@PROPERTY
+def test_property_ranks_are_monotone_in_the_threshold(values, first, second):
+    seen = spectrum(values)
+    low, high = sorted((first, second))
+    assert 0 <= Energy(low).rank(seen) <= Energy(high).rank(seen) <= seen.size
+    assert 0 <= TailEnergy(high).rank(seen) <= TailEnergy(low).rank(seen) <= seen.size
+
+
+@given(st.lists(SPECTRA, min_size=1, max_size=5), st.floats(0.01, 1))
+@PROPERTY
+def test_property_the_budget_is_never_exceeded(lists, share):
+    spectra = {str(i): spectrum(values) for i, values in enumerate(lists)}
+    taken = RankBudget(share).ranks(spectra)
+    assert sum(taken.values()) <= share * sum(s.size for s in spectra.values())
+    assert all(0 <= taken[key] <= spectra[key].free for key in spectra)
+
+
+@given(st.integers(0, 2**20), st.integers(1, 20), st.floats(0.1, 0.99))
+@PROPERTY
+def test_property_two_tasks_in_the_span_of_the_first_add_nothing(seed, n, threshold):
+    rows = task_rows(seed, n=n, s=16, decay=1.0)
+    before = consolidate(NumericalRank(), moment_of(rows, dtype=torch.float64))
+    mixed = torch.randn(5, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) @ rows
+    assert consolidate(Energy(threshold), moment_of(mixed), before).ranks == before.ranks
