@@ -8,7 +8,7 @@ Functions whose name ends in `_` write into their first argument. Half-precision
 rounded once. Products never use TF32, or bfloat16 in place of float32, unless `low_precision` asks for it, whatever
 the global flags and autocast say: `W U - A` is smaller than TF32's error in `W U`.
 
-The projections are those of GPM (Saha et al. 2021, eq. 6 and 7) and Adam-NSCL (Wang et al. 2021, eq. 5), applied to
+The projections are those of GPM (Saha et al. 2021) and Adam-NSCL (Wang et al. 2021), applied to
 what the base optimizer really did; the anchor form `W <- W - (W U - A) U^H` is ours.
 """
 
@@ -141,7 +141,7 @@ def project_difference_complement_(
 
 @torch.no_grad()
 def project_gradient_(gradient: Tensor, basis: Tensor, side: MatrixSide) -> Tensor:
-    """Remove from a gradient `[g, m, d]` its part in the span of `U`: `G <- G - (G U) U^H` (GPM eq. 6), or left."""
+    """Remove from a gradient `[g, m, d]` its part in the span of `U`: `G <- G - (G U) U^H` (GPM), or left."""
     wide = _wide(gradient)
     basis = basis.to(wide.dtype)
     with exact_products(gradient.device):

@@ -13,7 +13,8 @@ from .base import Merge, Policy, Spectrum, check_number
 
 @dataclass(frozen=True)
 class EigenvalueRatio(Policy):
-    """Protect all directions with `l > a * l_min`; the null space is `{l <= a * l_min}` (section 3.3). Paper: `a = 10`.
+    """Protect all directions with `l > a * l_min`; the null space is `{l <= a * l_min}`. Paper: `a = 10`, 30 with 20
+    tasks.
 
     `l` are the eigenvalues of the sum of all tasks' second moments. All directions are chosen anew after each task.
 
