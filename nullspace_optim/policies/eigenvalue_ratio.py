@@ -13,10 +13,10 @@ from .base import Merge, Policy, Spectrum, check_number
 
 @dataclass(frozen=True)
 class EigenvalueRatio(Policy):
-    """Protect all directions with `l > a * l_min`; the null space is `{l <= a * l_min}`. Paper: `a = 10`, 30 with 20
-    tasks.
+    """Protect all directions with `l > a * l_min`; the null space is `{l <= a * l_min}`.
 
-    `l` are the eigenvalues of the sum of all tasks' second moments. All directions are chosen anew after each task.
+    Paper: `a = 10`, or 30 with 20 tasks. `l` are the eigenvalues of the sum of all tasks' second moments. All directions
+    are chosen anew after each task.
 
     The rule follows the smallest eigenvalue, which is noise as soon as the spectrum is numerically singular, as in
     most transformers: taken literally it then protects everything, or nothing. Below `eps * l_max` (`eps` of the

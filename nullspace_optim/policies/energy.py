@@ -14,10 +14,9 @@ class Energy(Policy):
     """Add the fewest directions that bring the protected share of the new task's energy to `threshold`.
 
     With `K = X^T X`, stored basis `U` and residual eigenvalues `l_1 >= l_2 >= ...` of `(I - U U^T) K (I - U U^T)`:
-    the smallest `r` with `covered + (l_1 + ... + l_r) / tr K >= threshold`, where `covered = tr(U^T K U) / tr K` (eq.
-    9; eq. 8 is the same for the first task, where `covered = 0`). Paper: 0.95 and 0.99 by layer, or 0.97 growing by
-    0.003 a task; 0.999
-    is our default.
+    the smallest `r` with `covered + (l_1 + ... + l_r) / tr K >= threshold`, where `covered = tr(U^T K U) / tr K`
+    (eq. 9; eq. 8 is the same for the first task, where `covered = 0`). Paper: 0.95 and 0.99 by layer, or 0.97 growing
+    by 0.003 a task; 0.999 is our default.
 
     The released GPM code takes one direction fewer on the first task: it counts the directions whose running share is
     still *below* the threshold. Directions of equal energy are taken in the order in which the eigenvalue solver
