@@ -15,8 +15,8 @@ from .base import Merge, Policy, Spectrum, check_number
 class EigenvalueRatio(Policy):
     """Protect all directions with `l > a * l_min`; the null space is `{l <= a * l_min}`.
 
-    Paper: `a = 10`, or 30 with 20 tasks. `l` are the eigenvalues of the sum of all tasks' second moments. All directions
-    are chosen anew after each task.
+    Paper: `a = 10`, or 30 with 20 tasks. `l` are the eigenvalues of the sum of all tasks' second moments. All
+    directions are chosen anew after each task.
 
     The rule follows the smallest eigenvalue, which is noise as soon as the spectrum is numerically singular, as in
     most transformers: taken literally it then protects everything, or nothing. Below `eps * l_max` (`eps` of the
