@@ -159,6 +159,8 @@ class ClipForward:
         if not self._fed:
             outputs["text_features"] = model.encode_text(self._tokens.to(device), normalize=True)
             self._fed = True
+        if hasattr(model, "logit_scale"):
+            outputs["logit_scale"] = model.logit_scale.exp()
         return outputs
 
 
