@@ -17,25 +17,22 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .basis import Basis, BasisStore, Fate, Side, Subspace
-from .capture import Capture, Captured
+from .basis import BasisStore, Fate
+from .capture import Capture
 from .diagnostics import allowed_drift
 from .discovery import Forward, feeder
 from .displacement import Displacement
 from .errors import ConsolidationError, OptionError
-from .layout import Layout
+from .fates import grow
 from .names import named_buffers
 from .policies import Energy, Policy
-from .policies.merge import Candidate, Choice, choose, examine
-from .probes import Recorder, digests_of, first_samples
-from .projection import anchor
-from .protection import Guard, matrix_of
+from .probes import Probe, Recorder, digests_of, first_samples
+from .protection import Guard
 from .report import ConsolidationReport, ParameterReport
 from .untouched import untouched
 
 ENDLESS = 100_000
 NEARLY_FULL = 0.9
-DENSE_SIDES: tuple[Side, ...] = ("right", "left")
 
 
 @dataclass(frozen=True)
@@ -101,9 +98,9 @@ def consolidate(
             batch_frobenius=options.policy.batch_frobenius,
         )
         first, batches = _observe(work, capture, run)
-        grown, rows = _grow(work, capture.captured, store, options)
-        probe = record_probe(work, first, rows="all")
-        drift, assumed = allowed_drift(work.parameters, grown, displacement, lambda: _restarted(work, first))
+        grown, rows = grow(work.parameters, capture.captured, store, work.task, options.policy, options.uncovered)
+        probe = record_probe(work, first)
+        drift, assumed = allowed_drift(work.parameters, grown, displacement, lambda: _runner(work)(first))
     buffers = named_buffers(work.model)
     for buffer in sorted(capture.buffers_read - set(grown.buffers)):
         grown.buffers[buffer] = buffers[buffer].detach().clone()
@@ -139,10 +136,6 @@ def _runner(work: Pass) -> Forward:
     if restart is not None:
         restart()
     return feeder(work.model, work.forward)
-
-
-def _restarted(work: Pass, batch: Any) -> Any:
-    return _runner(work)(batch)
 
 
 def _observe(work: Pass, capture: Capture, run: Forward) -> tuple[Any, int]:
@@ -183,204 +176,15 @@ def _bounded(work: Pass) -> Iterator[Any]:
             )
 
 
-def record_probe(work: Pass, samples: Any, rows: Literal["all"] = "all") -> Any:
+def record_probe(work: Pass, samples: Any) -> Probe:
     """Run the model on `samples` and return the probe of its layers and outputs."""
     recorder = Recorder()
-    capture = Capture(work.parameters, rows=rows, statistics=False)
+    capture = Capture(work.parameters, rows="all", statistics=False)
     capture.observe = recorder.observe
     run = _runner(work)
     with capture:
         outputs = capture.batch(lambda: run(samples))
     return recorder.finish(outputs, digests_of(samples))
-
-
-def _grow(
-    work: Pass, captured: Mapping[str, Captured], store: BasisStore, options: ConsolidationOptions
-) -> tuple[BasisStore, list[ParameterReport]]:
-    """Decide the fate of every parameter; the policy sees the spectra of all of them at once."""
-    grown = store.copy()
-    candidates: dict[tuple[str, Side], Candidate] = {}
-    cache: dict[tuple[int, int], Candidate] = {}
-    for name in work.parameters:
-        seen, old = captured.get(name), store.get(name)
-        if seen is None or not _protectable(name, seen, old):
-            continue
-        for side, moment in seen.sides.items():
-            before = old.subspaces.get(side) if old else None
-            key = (id(moment), id(before.basis) if before else 0)
-            if key not in cache:
-                cache[key] = examine(
-                    options.policy,
-                    moment.matrix,
-                    moment.rows.tolist(),
-                    before.basis if before else None,
-                    before.covariance if before else None,
-                    name=name,
-                )
-            candidates[name, side] = cache[key]
-    taken = _ranks(options.policy, candidates)
-    choices: dict[tuple[int, tuple[int, ...]], Choice] = {}
-    rows = []
-    for name, parameter in work.parameters.items():
-        mine: dict[Side, Choice] = {}
-        for side in DENSE_SIDES:
-            if (name, side) in candidates:
-                candidate, ranks = candidates[name, side], taken[name, side]
-                if (id(candidate), ranks) not in choices:
-                    choices[id(candidate), ranks] = choose(candidate, ranks, _stored(store, name, side))
-                mine[side] = choices[id(candidate), ranks]
-        basis, row = _decide(work, name, parameter, captured.get(name), store.get(name), mine, options)
-        grown.put(basis)
-        rows.append(row)
-    return grown, rows
-
-
-def _stored(store: BasisStore, name: str, side: Side) -> Tensor | None:
-    basis = store.get(name)
-    return basis.subspaces[side].basis if basis is not None and side in basis.subspaces else None
-
-
-def _protectable(name: str, seen: Captured, old: Basis | None) -> bool:
-    return seen.met and not seen.reasons and not (old and old.fate in (Fate.FROZEN, Fate.FULL))
-
-
-def _ranks(policy: Policy, candidates: Mapping[tuple[str, Side], Candidate]) -> dict[tuple[str, Side], tuple[int, ...]]:
-    spectra = {
-        f"{name}/{side}/{group}": spectrum
-        for (name, side), candidate in candidates.items()
-        for group, spectrum in enumerate(candidate.spectra)
-    }
-    ranks = policy.ranks(spectra)
-    return {
-        (name, side): tuple(ranks[f"{name}/{side}/{group}"] for group in range(len(candidate.spectra)))
-        for (name, side), candidate in candidates.items()
-    }
-
-
-def _decide(
-    work: Pass,
-    name: str,
-    parameter: Tensor,
-    seen: Captured | None,
-    old: Basis | None,
-    choices: Mapping[Side, Choice],
-    options: ConsolidationOptions,
-) -> tuple[Basis, ParameterReport]:
-    """Return the new basis of one parameter and its line of the report."""
-    if old is not None and old.fate in (Fate.FROZEN, Fate.FULL):
-        return old, _line(old)
-    if seen is None or not seen.met:
-        basis = old or _plain(name, parameter, Fate.FREE, "not read by any consolidated forward pass")
-        return basis, _line(basis)
-    reason = "; ".join(seen.reasons) or _conflict(seen, old)
-    if reason and options.uncovered == "train":
-        basis = _plain(
-            name, parameter, Fate.FREE, f'{reason}; trained all the same (uncovered="train"): old outputs may move'
-        )
-        return basis, _line(basis)
-    if reason:
-        basis = _plain(name, parameter, Fate.FROZEN, reason)
-        basis.kept = parameter.detach().clone()
-        return basis, _line(basis)
-    basis = _protected(work, name, parameter, seen, old, choices)
-    added = basis.rank - (old.rank if old else 0)
-    dropped = max((choice.dropped for choice in choices.values()), default=0.0)
-    return basis, _line(basis, added=added, dropped=dropped)
-
-
-def _conflict(seen: Captured, old: Basis | None) -> str:
-    """Return why this task's use of a weight cannot be joined with its stored basis, or an empty string."""
-    if old is None or not old.subspaces:
-        return ""
-    if seen.layout != old.layout:
-        return "used with another layout than in an earlier task"
-    if seen.bias != old.bias:
-        return "used with another bias than in an earlier task"
-    return ""
-
-
-def _plain(name: str, parameter: Tensor, fate: Fate, reason: str) -> Basis:
-    return Basis(name=name, shape=tuple(parameter.shape), fate=fate, reason=reason)
-
-
-def _protected(
-    work: Pass, name: str, parameter: Tensor, seen: Captured, old: Basis | None, choices: Mapping[Side, Choice]
-) -> Basis:
-    bias = work.parameters[seen.bias] if seen.bias else None
-    layout = seen.layout or Layout()
-    subspaces: dict[Side, Subspace] = dict(old.subspaces) if old else {}
-    with torch.no_grad(), matrix_of(parameter, layout, bias) as matrix:
-        for side, choice in choices.items():
-            subspaces[side] = _anchored(matrix, side, choice, subspaces.get(side))
-        if seen.row_index is not None:
-            subspaces["rows"] = _used_rows(matrix, seen.row_index, subspaces.get("rows"))
-    full = any(subspace.full for subspace in subspaces.values())
-    basis = Basis(
-        name=name,
-        shape=tuple(parameter.shape),
-        fate=Fate.FULL if full else Fate.PROTECTED,
-        reason=f"no free direction left after task '{work.task}'" if full else "its inputs are known",
-        layout=layout,
-        subspaces=subspaces,
-        tasks=(*(old.tasks if old else ()), work.task),
-        bias=seen.bias,
-        kept=parameter.detach().clone() if full else None,
-    )
-    basis.history = (*(old.history if old else ()), basis.rank)
-    return basis
-
-
-def _anchored(matrix: Tensor, side: Side, choice: Choice, old: Subspace | None) -> Subspace:
-    """Anchor a grown basis; columns that were protected before keep the anchor they had."""
-    anchors = anchor(matrix, choice.basis, side)
-    if old is not None and choice.covariance is None:
-        for group, rank in enumerate(old.ranks):
-            kept = (group, slice(None), slice(rank)) if side == "right" else (group, slice(rank))
-            anchors[kept] = old.anchor[kept].to(anchors)
-    return Subspace(
-        side=side,
-        basis=choice.basis,
-        anchor=anchors,
-        ranks=choice.ranks,
-        size=choice.basis.shape[1],
-        spectrum=choice.spectrum,
-        energy=choice.energy,
-        covariance=choice.covariance,
-    )
-
-
-def _used_rows(matrix: Tensor, index: Tensor, old: Subspace | None) -> Subspace:
-    anchors = matrix[0].index_select(0, index)
-    if old is not None:
-        index, order = torch.cat([old.basis, fresh := index[~torch.isin(index, old.basis)]]).sort()
-        anchors = torch.cat([old.anchor, matrix[0].index_select(0, fresh).to(old.anchor)])[order]
-    return Subspace(
-        side="rows",
-        basis=index,
-        anchor=anchors,
-        ranks=(len(index),),
-        size=matrix.shape[1],
-        spectrum=matrix.new_zeros(1, 0, dtype=torch.float32),
-        energy=1.0,
-    )
-
-
-def _line(basis: Basis, added: int = 0, dropped: float = 0.0) -> ParameterReport:
-    main = basis.main
-    if main is None:
-        return ParameterReport(basis.name, basis.fate, basis.reason)
-    energy = min(subspace.energy for subspace in basis.subspaces.values())
-    return ParameterReport(
-        basis.name,
-        basis.fate,
-        basis.reason,
-        side="+".join(basis.subspaces),
-        rank=main.rank,
-        dimension=main.dimension,
-        added=added,
-        energy=energy,
-        dropped=dropped,
-    )
 
 
 def _warnings(work: Pass, rows: list[ParameterReport]) -> Iterator[str]:

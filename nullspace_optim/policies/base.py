@@ -75,6 +75,11 @@ class Policy:
     precise: ClassVar[bool] = False
     batch_frobenius: ClassVar[bool] = False
 
+    @property
+    def joint(self) -> bool:
+        """True if the rule must see the spectra of all weights at once: it overrides `ranks`."""
+        return type(self).ranks is not Policy.ranks
+
     def ranks(self, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
         """Return how many leading directions of each spectrum to take: new (append) or all (accumulate)."""
         return {key: min(self.rank(spectrum), spectrum.free) for key, spectrum in spectra.items()}

@@ -1,0 +1,240 @@
+"""The fate of every parameter after one more task, and the basis that goes with it.
+
+Input: what `Capture` saw of each parameter. A weight whose rows are known grows its basis by what the policy takes; a
+parameter that was used
+in any other way is frozen; one that was not read stays free. Fates only get stricter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .basis import Basis, BasisStore, Fate, Side, Subspace
+from .capture import Captured
+from .covariance import SecondMoment
+from .layout import Layout
+from .policies import Policy
+from .policies.merge import Candidate, Choice, choose, examine
+from .projection import MatrixSide, anchor
+from .protection import matrix_of
+from .report import ParameterReport
+
+Key = tuple[str, MatrixSide]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One side of one weight: the new task's second moment and the subspace stored before."""
+
+    moment: SecondMoment
+    before: Subspace | None
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Equal for weights that met the same rows and share one stored basis: their new basis is the same."""
+        return id(self.moment), id(self.before.basis) if self.before else 0
+
+
+def grow(
+    parameters: Mapping[str, Tensor],
+    captured: Mapping[str, Captured],
+    store: BasisStore,
+    task: str,
+    policy: Policy,
+    uncovered: Literal["freeze", "train"],
+) -> tuple[BasisStore, list[ParameterReport]]:
+    """Return a store that protects `task` as well, and one report line a parameter; `store` is unchanged."""
+    grown = store.copy()
+    uses = {
+        (name, side): Use(moment, store[name].subspaces.get(side) if name in store else None)
+        for name in parameters
+        if _grows(captured.get(name), store.get(name))
+        for side, moment in captured[name].sides.items()
+    }
+    choices = _choices(policy, uses)
+    rows = []
+    for name, parameter in parameters.items():
+        seen, old = captured.get(name), store.get(name)
+        mine = {side: choice for (owner, side), choice in choices.items() if owner == name}
+        if seen is not None and _grows(seen, old):
+            bias = parameters[seen.bias] if seen.bias else None
+            basis = _protected(name, parameter, bias, seen, old, mine, task)
+        else:
+            basis = _settled(name, parameter, seen, old, uncovered)
+        grown.put(basis)
+        rows.append(_line(basis, old, mine))
+    return grown, rows
+
+
+def _grows(seen: Captured | None, old: Basis | None) -> bool:
+    """Return whether a parameter's basis can grow by what was seen."""
+    if seen is None or not seen.met or seen.reasons or (old and old.fate in (Fate.FROZEN, Fate.FULL)):
+        return False
+    return not _conflict(seen, old)
+
+
+def _conflict(seen: Captured, old: Basis | None) -> str:
+    """Return why this task's use of a weight cannot be joined with its stored basis, or an empty string."""
+    if old is None or not old.subspaces:
+        return ""
+    if seen.layout != old.layout:
+        return "used with another layout than in an earlier task"
+    if seen.bias != old.bias:
+        return "used with another bias than in an earlier task"
+    return ""
+
+
+def _choices(policy: Policy, uses: Mapping[Key, Use]) -> dict[Key, Choice]:
+    """Let the policy decide; weights that share rows and basis share the result.
+
+    Only a joint policy needs the eigenvectors of all weights at once; otherwise one weight at a time is held.
+    """
+    groups: dict[tuple[int, int], list[Key]] = {}
+    for key, use in uses.items():
+        groups.setdefault(use.identity, []).append(key)
+    if policy.joint:
+        return _joint_choices(policy, uses, groups)
+    choices: dict[Key, Choice] = {}
+    for members in groups.values():
+        candidate = _examined(policy, uses[members[0]], members[0])
+        ranks = _ranks(policy, {members[0]: candidate})[members[0]]
+        choice = choose(candidate, ranks, _basis(uses[members[0]]))
+        choices.update(dict.fromkeys(members, choice))
+    return choices
+
+
+def _joint_choices(
+    policy: Policy, uses: Mapping[Key, Use], groups: Mapping[tuple[int, int], list[Key]]
+) -> dict[Key, Choice]:
+    candidates: dict[Key, Candidate] = {}
+    for members in groups.values():
+        candidates.update(dict.fromkeys(members, _examined(policy, uses[members[0]], members[0])))
+    ranks = _ranks(policy, candidates)
+    return {key: choose(candidate, ranks[key], _basis(uses[key])) for key, candidate in candidates.items()}
+
+
+def _examined(policy: Policy, use: Use, key: Key) -> Candidate:
+    covariance = use.before.covariance if use.before else None
+    return examine(policy, use.moment.matrix, use.moment.rows.tolist(), _basis(use), covariance, name=key[0])
+
+
+def _basis(use: Use) -> Tensor | None:
+    return use.before.basis if use.before else None
+
+
+def _ranks(policy: Policy, candidates: Mapping[Key, Candidate]) -> dict[Key, tuple[int, ...]]:
+    spectra = {
+        f"{name}/{side}/{group}": spectrum
+        for (name, side), candidate in candidates.items()
+        for group, spectrum in enumerate(candidate.spectra)
+    }
+    ranks = policy.ranks(spectra)
+    return {
+        (name, side): tuple(ranks[f"{name}/{side}/{group}"] for group in range(len(candidate.spectra)))
+        for (name, side), candidate in candidates.items()
+    }
+
+
+def _settled(name: str, parameter: Tensor, seen: Captured | None, old: Basis | None, uncovered: str) -> Basis:
+    """Return the basis of a parameter that does not grow: as it was, free, or frozen."""
+    if old is not None and old.fate in (Fate.FROZEN, Fate.FULL):
+        return old
+    shape = tuple(parameter.shape)
+    if seen is None or not seen.met:
+        return old or Basis(name, shape, Fate.FREE, "not read by any consolidated forward pass")
+    reason = "; ".join(seen.reasons) or _conflict(seen, old)
+    if uncovered == "train":
+        text = f'{reason}; trained all the same (uncovered="train"): old outputs may move'
+        return old if old is not None and old.subspaces else Basis(name, shape, Fate.FREE, text)
+    return Basis(name, shape, Fate.FROZEN, reason, kept=parameter.detach().clone())
+
+
+def _protected(
+    name: str,
+    parameter: Tensor,
+    bias: Tensor | None,
+    seen: Captured,
+    old: Basis | None,
+    choices: Mapping[MatrixSide, Choice],
+    task: str,
+) -> Basis:
+    """Return the grown basis with its anchors."""
+    layout = seen.layout or Layout()
+    subspaces: dict[Side, Subspace] = dict(old.subspaces) if old else {}
+    with torch.no_grad(), matrix_of(parameter, layout, bias) as matrix:
+        for side, choice in choices.items():
+            subspaces[side] = _anchored(matrix, side, choice, subspaces.get(side))
+        if seen.row_index is not None:
+            subspaces["rows"] = _used_rows(matrix, seen.row_index, subspaces.get("rows"))
+    full = any(subspace.full for subspace in subspaces.values())
+    basis = Basis(
+        name=name,
+        shape=tuple(parameter.shape),
+        fate=Fate.FULL if full else Fate.PROTECTED,
+        reason=f"no free direction left after task '{task}'" if full else "its inputs are known",
+        layout=layout,
+        subspaces=subspaces,
+        tasks=(*(old.tasks if old else ()), task),
+        bias=seen.bias,
+        kept=parameter.detach().clone() if full and bias is None else None,
+    )
+    basis.history = (*(old.history if old else ()), basis.rank)
+    return basis
+
+
+def _anchored(matrix: Tensor, side: Side, choice: Choice, old: Subspace | None) -> Subspace:
+    """Anchor a grown basis; columns that were protected before keep the anchor they had."""
+    anchors = anchor(matrix, choice.basis, side)
+    if old is not None and choice.covariance is None:
+        for group, rank in enumerate(old.ranks):
+            kept = (group, slice(None), slice(rank)) if side == "right" else (group, slice(rank))
+            anchors[kept] = old.anchor[kept].to(anchors)
+    return Subspace(
+        side=side,
+        basis=choice.basis,
+        anchor=anchors,
+        ranks=choice.ranks,
+        size=choice.basis.shape[1],
+        spectrum=choice.spectrum,
+        energy=choice.energy,
+        covariance=choice.covariance,
+    )
+
+
+def _used_rows(matrix: Tensor, index: Tensor, old: Subspace | None) -> Subspace:
+    anchors = matrix[0].index_select(0, index)
+    if old is not None:
+        index = torch.cat([old.basis, index[~torch.isin(index, old.basis)]])
+        anchors = torch.cat([old.anchor, matrix[0].index_select(0, index[len(old.basis) :]).to(old.anchor)])
+    return Subspace(
+        side="rows",
+        basis=index,
+        anchor=anchors,
+        ranks=(len(index),),
+        size=matrix.shape[1],
+        spectrum=matrix.new_zeros(1, 0, dtype=torch.float32),
+        energy=1.0,
+    )
+
+
+def _line(basis: Basis, old: Basis | None, choices: Mapping[MatrixSide, Choice]) -> ParameterReport:
+    """Return the report's line of one parameter."""
+    main = basis.main
+    if main is None:
+        return ParameterReport(basis.name, basis.fate, basis.reason)
+    return ParameterReport(
+        basis.name,
+        basis.fate,
+        basis.reason,
+        side="+".join(basis.subspaces),
+        rank=main.rank,
+        dimension=main.dimension,
+        added=basis.rank - (old.rank if old else 0),
+        energy=min(subspace.energy for subspace in basis.subspaces.values()),
+        dropped=max((choice.dropped for choice in choices.values()), default=0.0),
+    )
