@@ -16,11 +16,12 @@ from .errors import (
     ConsolidationError,
     ModelNotFoundError,
     NullSpaceError,
+    NullSpaceWarning,
     OptionError,
     ShapeError,
     StaleAnchorError,
 )
-from .optimizer import NullSpaceOptimizer, NullSpaceWarning
+from .optimizer import NullSpaceOptimizer
 from .policies import EigenvalueRatio, Energy, FixedRank, NumericalRank, Policy, RankBudget, Spectrum, TailEnergy
 from .report import ConsolidationReport, ParameterReport, VerifyReport
 

@@ -37,3 +37,7 @@ class ShapeError(NullSpaceError):
 
 class BasisFileError(NullSpaceError):
     """A basis file or a protected checkpoint is damaged, foreign or does not fit the model."""
+
+
+class NullSpaceWarning(UserWarning):
+    """Something a user of protection should know; the text says what to do."""

@@ -1,0 +1,221 @@
+"""The mutable parts behind one wrapper: bases, store, guards, the model and the hooks on all of them.
+
+Frameworks may subclass or rebind the wrapper itself; everything that changes lives in its `Core`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from .basis import BasisStore
+from .consolidation import ConsolidationOptions
+from .discovery import find_model
+from .displacement import Displacement
+from .errors import BasisFileError, ModelNotFoundError, OptionError, ShapeError
+from .names import named_parameters
+from .norm_stats import freeze_statistics
+from .protection import Protection, ProtectionOptions
+
+
+class Core:
+    """Bases, options, store, guards and hooks of one wrapper."""
+
+    def __init__(self, bases: list[Optimizer], options: dict[str, Any]) -> None:
+        self.bases = bases
+        self.options = options
+        self.measuring = ConsolidationOptions(
+            policy=options["policy"],
+            rows=options["rows"],
+            bias=options["bias"],
+            uncovered=options["uncovered"],
+            on_full=options["on_full"],
+        )
+        self.protection = Protection(ProtectionOptions(project=options["project"], precision=options["precision"]))
+        self.store = BasisStore()
+        self.displacement = Displacement()
+        self.parameters: dict[str, Tensor] = {}
+        self.model: Callable[[], nn.Module | None] = lambda: None
+        self.base_handles: list[Any] = []
+        self.model_handles: list[Any] = []
+        self.copied = False
+
+    def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Step pre-hook of every base."""
+        if self.copied:
+            self.find_copied_model()
+        self.displacement.remember(p for group in base.param_groups for p in group["params"])
+        return self.protection.before_step(base, args, kwargs)
+
+    def wrapped(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the parameters that are both in the bases and in `model`, by name."""
+        ids = {id(p) for base in self.bases for group in base.param_groups for p in group["params"]}
+        return {name: p for name, p in named_parameters(model).items() if id(p) in ids}
+
+    def install(self, model: nn.Module) -> None:
+        """Hook `model` for norm statistics and exact evaluation."""
+        for handle in self.model_handles:
+            handle.remove()
+        self.model_handles.clear()
+        self.model_handles.append(model.register_forward_pre_hook(BeforeEvaluation(self)))
+        if self.options["norm_stats"] == "frozen":
+            self.model_handles.extend(freeze_statistics(model, self.store.buffers))
+
+    def find_copied_model(self) -> None:
+        """After deepcopy or unpickling: hook the copy of the model, if there is one."""
+        self.copied = False
+        with suppress(ModelNotFoundError):
+            self.install(self.owner())
+
+    def attach(self) -> None:
+        """Hook every base."""
+        for base in self.bases:
+            self.base_handles.append(base.register_step_pre_hook(self.before_step))
+            self.base_handles.append(base.register_step_post_hook(self.protection.after_step))
+
+    def detach(self) -> None:
+        """Remove every hook from bases, model and parameters."""
+        if self.copied:
+            self.find_copied_model()
+        self.protection.release_gradient_hooks()
+        for handle in [*self.base_handles, *self.model_handles]:
+            handle.remove()
+        self.base_handles.clear()
+        self.model_handles.clear()
+
+    def owner(self) -> nn.Module:
+        """Return the module that owns the wrapped parameters.
+
+        Raises:
+            ModelNotFoundError: it was not given and cannot be found.
+        """
+        model = self.model()
+        if model is None:
+            model = find_model(p for base in self.bases for group in base.param_groups for p in group["params"])
+            self.model = weakref.ref(model)
+        return model
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Return the parameters with gradients that are both in the bases and in the model, by name."""
+        return {name: p for name, p in self.wrapped(self.owner()).items() if p.requires_grad}
+
+    def adopt(self, store: BasisStore) -> None:
+        """Take over a loaded store; every anchor is compared with the weights before the next step."""
+        model = self.owner()
+        parameters = self.wrapped(model)
+        check_fit(store, parameters)
+        for name, basis in store.items():
+            _place(basis, parameters[name].device)
+        self.take(store, parameters)
+        for guard in self.protection.guards.values():
+            guard.seen = (0, -1)
+
+    def take(self, store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
+        """Guard what `store` keeps of `parameters`, and hook the model."""
+        self.store.replace(store)
+        self.parameters = {**self.parameters, **parameters}
+        self.protection.rebuild(self.store, self.parameters)
+        self.install(self.owner())
+
+    @contextmanager
+    def evaluation_point(self) -> Iterator[None]:
+        """Measure where the user evaluates: bases with modes (Schedule-Free) give their averaged weights."""
+        training = [base for base in self.bases if any(group.get("train_mode", False) for group in base.param_groups)]
+        for base in training:
+            base.eval()  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for base in training:
+                base.train()  # type: ignore[attr-defined]
+
+
+class BeforeEvaluation:
+    """Forward pre-hook of the model: an evaluation sees exact weights. Copies of the model carry it without effect."""
+
+    def __init__(self, core: Core | None = None) -> None:
+        self.core: Callable[[], Core | None] = (lambda: None) if core is None else weakref.ref(core)
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        """Apply pending exact corrections before an evaluation forward."""
+        core = self.core()
+        if core is not None and not model.training:
+            core.protection.make_exact()
+
+    def __reduce__(self) -> tuple[type[BeforeEvaluation], tuple[()]]:
+        return BeforeEvaluation, ()
+
+
+def check_bases(bases: list[Any]) -> None:
+    """Refuse what cannot be protected.
+
+    Raises:
+        OptionError: not an optimizer, wrapped already, differentiable, LBFGS beside others, a parameter in two bases.
+    """
+    if not bases:
+        raise OptionError("base=[]: expected an optimizer or a list of optimizers")
+    for base in bases:
+        if isinstance(getattr(base, "_core", None), Core):
+            raise OptionError("base is a NullSpaceOptimizer already: one wrapper is enough, use it or its detach()")
+        if not isinstance(base, Optimizer) or not hasattr(base, "state") or not hasattr(base, "defaults"):
+            raise OptionError(
+                f"base={type(base).__name__}: expected a torch.optim.Optimizer with param_groups, state and defaults"
+            )
+        if any(isinstance(getattr(hook, "__self__", None), Core) for hook in base._optimizer_step_pre_hooks.values()):
+            raise OptionError(
+                f"this {type(base).__name__} is wrapped already: call detach() on its NullSpaceOptimizer first"
+            )
+        if any(group.get("differentiable") for group in base.param_groups):
+            raise OptionError(
+                f"{type(base).__name__}(differentiable=True): corrections cannot be differentiated through; "
+                "use differentiable=False"
+            )
+    if len(bases) > 1 and any(isinstance(base, LBFGS) for base in bases):
+        raise OptionError("LBFGS evaluates its closure many times and cannot share a step: wrap it alone")
+    owners: dict[int, tuple[int, Any]] = {}
+    for number, base in enumerate(bases):
+        for group in base.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in owners:
+                    raise OptionError(
+                        f"a parameter of shape {tuple(parameter.shape)} is in bases {owners[id(parameter)][0]} "
+                        f"and {number}: each parameter belongs to one optimizer"
+                    )
+                owners[id(parameter)] = (number, group)
+
+
+def check_fit(store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse bases that do not belong to `parameters`.
+
+    Raises:
+        BasisFileError: the store names parameters that are not there.
+        ShapeError: a parameter has another shape than its basis.
+    """
+    missing = sorted(set(store) - set(parameters))
+    if missing:
+        unexpected = sorted(set(parameters) - set(store))
+        raise BasisFileError(
+            f"the bases name parameters that the model (or the optimizer) lacks: {', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}; without a basis here: {', '.join(unexpected[:5]) or 'none'}"
+        )
+    wrong = [
+        f"'{name}' is {tuple(parameters[name].shape)}, its basis was made for {basis.shape}"
+        for name, basis in store.items()
+        if tuple(parameters[name].shape) != tuple(basis.shape)
+    ]
+    if wrong:
+        raise ShapeError(f"shapes changed: {'; '.join(wrong[:5])}; use the model the bases were made with")
+
+
+def _place(basis: Any, device: torch.device) -> None:
+    """Move the tensors of a loaded basis to the device of its parameter."""
+    if basis.kept is not None:
+        basis.kept = basis.kept.to(device)
+    for subspace in basis.subspaces.values():
+        subspace.basis, subspace.anchor = subspace.basis.to(device), subspace.anchor.to(device)
