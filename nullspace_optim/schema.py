@@ -72,7 +72,7 @@ def pack(store: BasisStore) -> tuple[dict[str, Tensor], str]:
     values.
     """
     tensors: dict[str, Tensor] = {}
-    for key, tensor in _tensors_of(store):
+    for key, tensor in tensors_of(store):
         if key in tensors:
             raise BasisFileError(f"two tensors would be stored as {key!a}; rename one of the parameters or buffers")
         tensors[key] = tensor.detach().contiguous()
@@ -123,7 +123,8 @@ def sealed(document: dict[str, Any]) -> str:
     return _canonical({**document, "digest": seal})
 
 
-def _tensors_of(store: BasisStore) -> Iterator[tuple[str, Tensor]]:
+def tensors_of(store: BasisStore) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of `store` with its key in a file."""
     for name, basis in store.items():
         if basis.kept is not None:
             yield f"{name}/kept", basis.kept

@@ -1,0 +1,210 @@
+"""Rules that no single test of behaviour can see: who imports whom, how long things are, what must never appear."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "nullspace_optim"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+REFERENCE = sorted((ROOT / "reference").rglob("*.py"))
+MOST_STATEMENTS = 50
+MOST_LINES = 400
+
+# From the bottom up. A string is one module; a tuple is a module and the files it was split into, which may import each
+# other (without cycles). Everything else may be imported only from a layer above its own.
+LAYERS: list[list[str | tuple[str, ...]]] = [
+    ["errors"],
+    ["linalg", "names", "layout"],
+    ["basis", "projection", "covariance", "policies", "displacement", "checkpoints", "norm_stats"],
+    [
+        ("capture", "watching", "recognise", "operators", "rows", "uses", "tally", "relevance"),
+        ("persistence", "schema", "validation"),
+        "report",
+        "probes",
+        "untouched",
+    ],
+    ["discovery", "protection"],
+    ["diagnostics", "fates"],
+    ["consolidation"],
+    ["optimizer"],
+    ["plots", "integrations"],
+    ["cli"],
+    ["__init__", "__main__"],
+]
+PLACE = {
+    module: (height, names[0] if isinstance(names, tuple) else names)
+    for height, layer in enumerate(LAYERS)
+    for names in layer
+    for module in ([names] if isinstance(names, str) else names)
+}
+
+
+def label(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_of(path: Path) -> str:
+    """Return the first name below the package: `policies` for each file of that folder."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the modules of the package that `path` imports, anywhere in it."""
+    folder = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = (
+                [*folder[: len(folder) + 1 - node.level], *filter(None, [node.module])] if node.level else [node.module]
+            )
+            names = [".".join([*map(str, base), alias.name]) for alias in node.names]
+        else:
+            continue
+        for parts in (name.split(".") for name in names):
+            if parts[0] == "nullspace_optim":
+                yield parts[1] if len(parts) > 1 and _is_module(parts[1]) else "__init__"
+
+
+def _is_module(name: str) -> bool:
+    return (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=label)
+def test_imports_run_strictly_downward(path: Path) -> None:
+    module = module_of(path)
+    assert module in PLACE, f"give '{module}' a place in LAYERS"
+    height, family = PLACE[module]
+    for other in imported(path):
+        below, relatives = PLACE[other]
+        assert below < height or relatives == family, f"{label(path)} must not import {other}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    edges = {module: set[str]() for module in map(module_of, MODULES)}
+    for path in MODULES:
+        edges[module_of(path)] |= set(imported(path)) - {module_of(path)}
+    while free := [module for module, others in edges.items() if not others]:
+        edges = {module: others - set(free) for module, others in edges.items() if module not in free}
+    assert not edges, f"a cycle runs through {sorted(edges)}"
+
+
+@pytest.mark.parametrize("path", REFERENCE, ids=label)
+def test_the_reference_uses_only_public_names(path: Path) -> None:
+    public = set(ast.literal_eval(_assigned(tree_of(PACKAGE / "__init__.py"), "__all__")))
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("nullspace_optim.") for alias in node.names), ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "nullspace_optim":
+            assert node.module == "nullspace_optim", ast.unparse(node)
+            assert {alias.name for alias in node.names} <= public | {"__version__"}, ast.unparse(node)
+
+
+def _assigned(tree: ast.Module, name: str) -> ast.expr:
+    return next(n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == name)
+
+
+@pytest.mark.parametrize("path", MODULES + REFERENCE, ids=label)
+def test_nothing_is_unpickled(path: Path) -> None:
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
+            assert not names & {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}, ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            safe = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert safe.get("weights_only") == "True", ast.unparse(node)
+        elif isinstance(node, ast.Call) and any(k.arg == "allow_pickle" for k in node.keywords):
+            assert "allow_pickle=False" in ast.unparse(node), ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", MODULES + REFERENCE, ids=label)
+def test_files_and_functions_are_short(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MOST_LINES, f"{label(path)} has {lines} lines; split it"
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            count = sum(isinstance(inner, ast.stmt) for inner in ast.walk(node)) - 1
+            assert count <= MOST_STATEMENTS, f"{label(path)}: {node.name} has {count} statements"
+
+
+def _public(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.stmt]]:
+    for node in body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+            if isinstance(node, ast.ClassDef):
+                yield from _public(node.body, f"{node.name}.")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=label)
+def test_everything_public_is_documented(path: Path) -> None:
+    tree = tree_of(path)
+    assert ast.get_docstring(tree), f"{label(path)} has no docstring"
+    setters = (".setter", ".deleter", "overload")
+    for name, node in _public(tree.body):
+        assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        if not any(ast.unparse(decorator).endswith(setters) for decorator in node.decorator_list):
+            assert ast.get_docstring(node), f"{label(path)}: {name} has no docstring"
+
+
+# Written in pieces, so that this file is not found by its own test.
+FOREIGN = re.compile(
+    "|".join(
+        [
+            r"(?<![\w.])/wo" + "rk/",
+            r"(?<![\w.])/op" + "t/",
+            r"(?<![\w.])/ho" + r"me/\w",
+            r"(?<![\w.])/ro" + "ot/",
+            r"(?<![\w.])/Us" + r"ers/\w",
+            "fi" + "le:///",
+            "py" + r"pi\.org",
+            "python" + r"hosted\.org",
+            "download" + r"\.pytorch\.org",
+            "--(extra-)?index" + "-url",
+        ]
+    )
+)
+TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".ipynb", ".json", ".txt", ".cfg", ".sh", ""}
+
+
+def _tracked() -> list[Path]:
+    try:
+        found = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    return [ROOT / os.fsdecode(name) for name in found.split(b"\0") if name and (ROOT / os.fsdecode(name)).is_file()]
+
+
+def test_no_path_or_package_index_of_one_machine() -> None:
+    hits = []
+    for path in _tracked():
+        if path.suffix in TEXT:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            hits += [f"{label(path)}: {found.group()}" for found in FOREIGN.finditer(text)]
+    assert not hits
+
+
+def test_the_top_level_is_fixed() -> None:
+    allowed = {"pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"}
+    allowed |= {"nullspace_optim", "reference", "tests", "notebooks", "docs", "mkdocs.yml"}
+    found = {path.relative_to(ROOT).parts[0] for path in _tracked()}
+    assert {name for name in found if not name.startswith(".")} <= allowed
+
+
+def test_the_test_command_stands_in_the_readme_alone() -> None:
+    commands = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "-m pytest" in line]
+    assert len(commands) == 1 and 'pip install -e ".[reference,dev]"' in commands[0]
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "README.md" in script and "pytest -" not in script
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
