@@ -34,6 +34,8 @@ LAYERS: list[list[str | tuple[str, ...]]] = [
     ["discovery", "protection"],
     ["diagnostics", "fates"],
     ["consolidation"],
+    ["core"],
+    ["contract"],
     ["optimizer"],
     ["plots", "integrations"],
     ["cli"],
