@@ -1,9 +1,8 @@
 """What is kept of earlier tasks: one `Basis` a parameter, all of them in a `BasisStore`.
 
 Shapes follow `layout`: a right basis `U` is `[g, d, k]` with anchor `A = W U` `[g, m, k]`; a left basis is `[g, m,
-k]` with
-anchor `U^H W` `[g, k, d]`; a row index is `[k]` with anchor `[k, d]`. Groups of smaller rank are padded with zero
-columns.
+k]` with anchor `U^H W` `[g, k, d]`; a row index is `[k]` with anchor `[k, d]`. Groups of smaller rank are padded with
+zero columns.
 """
 
 from __future__ import annotations
@@ -39,8 +38,7 @@ class Subspace:
     """One protected side of one weight.
 
     `basis` is `U` `[g, s, k]`, or the `int64` row index `[k]` for side "rows"; `spectrum` `[g, s]` holds the last
-    task's
-    second-moment eigenvalues, descending; `energy` is the share of that task's energy inside `U`.
+    task's second-moment eigenvalues, descending; `energy` is the share of that task's energy inside `U`.
     """
 
     side: Side
@@ -73,8 +71,7 @@ class Basis:
     """The fate of one parameter and, if it is protected, its subspaces.
 
     `kept` is the value of a frozen parameter; `reason` says why it has its fate; `tasks` names the consolidations
-    that used it
-    and `history` the rank after each of them.
+    that used it and `history` the rank after each of them.
     """
 
     name: str
@@ -128,8 +125,7 @@ class BasisStore(Mapping[str, Basis]):
     """All bases of one optimizer by parameter name, the consolidated tasks and the buffers they relied on.
 
     The store is one mutable object for the lifetime of an optimizer: `replace` swaps its content at once, so a
-    consolidation is
-    either wholly visible or not at all.
+    consolidation is either wholly visible or not at all.
     """
 
     def __init__(self) -> None:

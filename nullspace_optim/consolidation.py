@@ -1,8 +1,7 @@
 """One pass over a loader: capture -> second moments -> policy -> bases. All or nothing.
 
 `consolidate` reads the model and returns a new `BasisStore` and a report; nothing is changed until the caller takes
-the store over, and the
-model is left exactly as it was found (see `untouched`).
+the store over, and the model is left exactly as it was found (see `untouched`).
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from .discovery import Forward, feeder
 from .displacement import Displacement
 from .errors import ConsolidationError, OptionError
 from .fates import grow
+from .guard import Guard
 from .names import named_buffers
 from .policies import Energy, Policy
 from .probes import Probe, Recorder, digests_of, first_samples
-from .protection import Guard
 from .report import ConsolidationReport, ParameterReport
 from .untouched import untouched
 

@@ -1,8 +1,7 @@
 """The torch.optim contract: a real `Optimizer` whose groups, state, defaults and step are those of the wrapped base.
 
 `param_groups`, `state` and `defaults` are live properties, never copies by reference: after `load_state_dict` the
-base's list is a new
-object. Nothing is ever stored in the base's `state`.
+base's list is a new object. Nothing is ever stored in the base's `state`.
 """
 
 from __future__ import annotations

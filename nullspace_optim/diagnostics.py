@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .basis import Basis, BasisStore, Fate
 from .displacement import Displacement
+from .guard import matrix_of
 from .probes import flat_outputs
 from .projection import project_gradient_
-from .protection import matrix_of
 
 ASSUMED_UPDATE = 0.01
 
@@ -24,8 +24,8 @@ def allowed_drift(
     """Return the relative output change under one random update that keeps all protected directions.
 
     Each protected weight moves by a Gaussian matrix, projected onto its free directions and scaled to the distance
-    that the weight moved in
-    the last task (1 % of its norm if it did not move; then the second value is True). The weights are restored bitwise.
+    that the weight moved in the last task (1 % of its norm if it did not move; then the second value is True). The
+    weights are restored bitwise.
     """
     free = {
         name: parameters[name] for name, basis in store.items() if basis.fate is Fate.PROTECTED and name in parameters

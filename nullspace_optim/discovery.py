@@ -77,10 +77,8 @@ def feeder(model: nn.Module, forward: Forward | None = None) -> Forward:
     """Return a callable that runs `model` on one batch.
 
     With `forward` given it decides alone. Otherwise: a tensor is the only argument; a mapping (or dataclass) gives
-    the keys that
-    `model.forward` accepts; a tuple or list gives its first item, or as many leading items as `forward` has required
-    positional
-    parameters. Tensors are moved to the device of the model's first parameter.
+    the keys that `model.forward` accepts; a tuple or list gives its first item, or as many leading items as `forward`
+    has required positional parameters. Tensors are moved to the device of the model's first parameter.
     """
     if forward is not None:
         return forward

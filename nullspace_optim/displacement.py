@@ -1,8 +1,7 @@
 """How far each weight has moved since a moment, without a copy of the weights.
 
 For a random-sign matrix `G` `[d, 8]`, `E ||D G||_F^2 = 8 ||D||_F^2`: keeping `W G` `[m, 8]` is enough to estimate
-`||W_t - W_0||_F`
-(within a few per cent for `m` in the hundreds).
+`||W_t - W_0||_F` (within a few per cent for `m` in the hundreds).
 """
 
 from __future__ import annotations

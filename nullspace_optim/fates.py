@@ -1,8 +1,7 @@
 """The fate of every parameter after one more task, and the basis that goes with it.
 
 Input: what `Capture` saw of each parameter. A weight whose rows are known grows its basis by what the policy takes; a
-parameter that was used
-in any other way is frozen; one that was not read stays free. Fates only get stricter.
+parameter that was used in any other way is frozen; one that was not read stays free. Fates only get stricter.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from torch import Tensor
 from .basis import Basis, BasisStore, Fate, Side, Subspace
 from .capture import Captured
 from .covariance import SecondMoment
+from .guard import matrix_of
 from .layout import Layout
 from .policies import Policy
 from .policies.merge import Candidate, Choice, choose, examine
 from .projection import MatrixSide, anchor
-from .protection import matrix_of
 from .report import ParameterReport
 
 Key = tuple[str, MatrixSide]

@@ -1,10 +1,9 @@
 """`NullSpaceOptimizer`: wrap any optimizer, consolidate after each task, verify, save.
 
 The protection itself lives in step hooks on the base optimizer, so `opt.step()`, `base.step()` and
-`scaler.step(base)` are protected alike,
-and a framework that unwraps the base keeps it. Sources: GNSP (arXiv 2507.19839) and the gradient-projection family
-(GPM, Adam-NSCL); the
-anchor correction `W <- W - (W U - A) U^H` after the step is this library's own.
+`scaler.step(base)` are protected alike, and a framework that unwraps the base keeps it. Sources: GNSP (arXiv
+2507.19839) and the gradient-projection family (GPM, Adam-NSCL); the anchor correction `W <- W - (W U - A) U^H` after
+the step is this library's own.
 """
 
 from __future__ import annotations
@@ -27,11 +26,12 @@ from .core import Core, check_bases
 from .diagnostics import moved_buffers
 from .discovery import Forward, unwrap
 from .errors import NullSpaceWarning, OptionError
+from .guard import Precision, matrix_of
 from .names import named_buffers
 from .policies import Energy, Policy
 from .probes import Probe, compare, find_samples
 from .projection import anchor
-from .protection import Precision, Project, matrix_of
+from .protection import Project
 from .report import ConsolidationReport, VerifyReport
 from .untouched import untouched
 
@@ -157,10 +157,8 @@ class NullSpaceOptimizer(OptimizerContract):
         """Check that everything kept is still what it was.
 
         Without a loader: the invariant `||W U - A|| / ||A||` per parameter and every buffer that moved. With the
-        loader of a consolidated task
-        (in any order, without augmentation): also the output drift per layer on the samples that `consolidate`
-        remembered by digest, and the first layer
-        that breaks.
+        loader of a consolidated task (in any order, without augmentation): also the output drift per layer on the
+        samples that `consolidate` remembered by digest, and the first layer that breaks.
         """
         core = self._core
         core.protection.make_exact()

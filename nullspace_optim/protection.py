@@ -1,40 +1,28 @@
 """What happens around one base step: hide frozen gradients, let the base move, put the kept directions back.
 
-`Protection` owns one `Guard` a parameter. Its two hooks run before and after `step` of every wrapped optimizer, so that
-`opt.step()`, `base.step()` and `scaler.step(base)` are protected alike. No host synchronisation happens in a step
-unless a weight was
-edited outside the optimizer.
+`Protection` owns one `Guard` a parameter. Its two hooks run before and after `step` of every wrapped optimizer, so
+that `opt.step()`, `base.step()` and `scaler.step(base)` are protected alike. No host synchronisation happens in a
+step unless a weight was edited outside the optimizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from .basis import Basis, BasisStore, Side, Subspace
+from .basis import BasisStore
 from .errors import OptionError, StaleAnchorError
-from .layout import Layout
-from .linalg import complement
-from .projection import (
-    anchor_drift,
-    project_difference_,
-    project_difference_complement_,
-    project_gradient_,
-    restore_anchor_,
-    restore_rows_,
-)
+from .guard import Guard, Precision, guard_low_precision
 
 EXACT_EVERY = 16
 STALE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
 Project = Literal["update", "gradient", "both"]
-Precision = Literal["exact", "fast"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +30,9 @@ class ProtectionOptions:
     """How kept directions are kept.
 
     `project`: ``"update"`` corrects the weights after the base step (exact under any optimizer), ``"gradient"`` only
-    projects the
-    gradient before it (as GPM, GNSP and PEFT's OSF do; leaks under most optimizers), ``"both"`` does the first and
-    also projects
-    each gradient as it is accumulated. `precision`: ``"fast"`` uses low-precision products on the update and an exact
-    correction
-    every 16th step.
+    projects the gradient before it (as GPM, GNSP and PEFT's OSF do; leaks under most optimizers), ``"both"`` does the
+    first and also projects each gradient as it is accumulated. `precision`: ``"fast"`` uses low-precision products on
+    the update and an exact correction every 16th step.
     """
 
     project: Project = "update"
@@ -57,149 +42,6 @@ class ProtectionOptions:
         for name, allowed in (("project", ("update", "gradient", "both")), ("precision", ("exact", "fast"))):
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, allowed))}")
-
-
-@contextmanager
-def matrix_of(parameter: Tensor, layout: Layout, bias: Tensor | None = None) -> Iterator[Tensor]:
-    """Give `parameter` as a writable stack `[g, m, d]` in at least float32; changes are written back once on exit.
-
-    With `bias` the matrix is `[W b]`, `[1, m, d + 1]`.
-    """
-    weight = parameter.detach()
-    matrix = layout.to_matrix(weight)
-    if matrix.dtype in (torch.float16, torch.bfloat16):
-        matrix = matrix.float()
-    if bias is not None:
-        matrix = torch.cat([matrix, bias.detach().to(matrix.dtype).reshape(1, -1, 1)], dim=2)
-    yield matrix
-    if bias is not None:
-        bias.detach().copy_(matrix[0, :, -1])
-        matrix = matrix[:, :, :-1]
-    if matrix.data_ptr() != weight.data_ptr() or matrix.dtype != weight.dtype:
-        weight.copy_(layout.from_matrix(matrix, weight.shape))
-
-
-@dataclass
-class Guard:
-    """One parameter, its basis and the workspaces of its correction."""
-
-    parameter: Tensor
-    basis: Basis
-    bias: Tensor | None = None
-    complements: dict[Side, Tensor] = field(default_factory=dict)
-    previous: list[Tensor] = field(default_factory=list)
-    residuals: dict[Side, Tensor] = field(default_factory=dict)
-    seen: tuple[int, int] | None = None
-    pending: bool = False
-
-    @property
-    def immovable(self) -> bool:
-        """True if the whole parameter keeps its value."""
-        return self.basis.kept is not None
-
-    @property
-    def members(self) -> list[Tensor]:
-        """The tensors that this guard moves: the parameter and a bias folded into it."""
-        return [self.parameter] if self.bias is None else [self.parameter, self.bias]
-
-    def mark(self) -> None:
-        """Remember storage and version of the parameter as we left it."""
-        self.seen = (self.parameter.data_ptr(), self.parameter._version)
-
-    @property
-    def edited(self) -> bool:
-        """True if somebody other than the base step may have written to the parameter."""
-        return self.seen is not None and self.seen != (self.parameter.data_ptr(), self.parameter._version)
-
-    def wants_difference(self, precision: Precision) -> bool:
-        """True where the difference form runs: more than half of the directions kept, or low-precision products."""
-        dense = [s for s in self.basis.subspaces.values() if s.side != "rows"]
-        return bool(dense) and (precision == "fast" or any(2 * s.rank > s.dimension for s in dense))
-
-    def remember(self) -> None:
-        """Copy the parameter (and a bias folded in) before the base moves it."""
-        if not self.previous:
-            self.previous = [torch.empty_like(p, memory_format=torch.preserve_format).detach() for p in self.members]
-        for copy, parameter in zip(self.previous, self.members):
-            copy.copy_(parameter.detach())
-
-    @property
-    def unmoved(self) -> bool:
-        """True if everything still is, bit for bit, what `remember` copied (waits for the device)."""
-        return all(torch.equal(copy, parameter) for copy, parameter in zip(self.previous, self.members))
-
-    def correct(self) -> None:
-        """Anchor form on every side: `W <- W - (W U - A) U^H`."""
-        with matrix_of(self.parameter, self.basis.layout, self.bias) as matrix:
-            for subspace in self.basis.subspaces.values():
-                if subspace.rank:
-                    restore_anchor_(
-                        matrix, subspace.basis, subspace.anchor, subspace.side, self._workspace(subspace, matrix.dtype)
-                    )
-
-    def _workspace(self, subspace: Subspace, dtype: torch.dtype) -> Tensor:
-        """Return the residual's buffer, made once."""
-        if subspace.side not in self.residuals or self.residuals[subspace.side].dtype != dtype:
-            self.residuals[subspace.side] = torch.empty_like(subspace.anchor, dtype=dtype)
-        return self.residuals[subspace.side]
-
-    def correct_difference(self, low_precision: torch.dtype | None) -> None:
-        """Difference form on every side: only what the base just added is projected."""
-        with matrix_of(self.parameter, self.basis.layout) as matrix:
-            before = self.basis.layout.to_matrix(self.previous[0]).to(matrix.dtype)
-            for subspace in self.basis.subspaces.values():
-                if subspace.side == "rows":
-                    restore_rows_(matrix, subspace.basis, subspace.anchor)
-                elif 2 * subspace.rank > subspace.dimension:
-                    free = self._complement(subspace)
-                    project_difference_complement_(matrix, before, free, subspace.side, low_precision=low_precision)
-                elif subspace.rank:
-                    project_difference_(matrix, before, subspace.basis, subspace.side, low_precision=low_precision)
-
-    def _complement(self, subspace: Subspace) -> Tensor:
-        if subspace.side not in self.complements:
-            parts = [complement(u[:, :k]) for u, k in zip(subspace.basis, subspace.ranks)]
-            free = subspace.basis.new_zeros(len(parts), subspace.size, max(p.shape[1] for p in parts))
-            for group, part in enumerate(parts):
-                free[group, :, : part.shape[1]] = part
-            self.complements[subspace.side] = free
-        return self.complements[subspace.side]
-
-    def project_gradient(self, gradient: Tensor) -> None:
-        """Remove the kept directions from `gradient` (and from the gradient of a bias folded in) in place."""
-        if gradient.layout != torch.strided:
-            raise OptionError(
-                f"'{self.basis.name}' has a sparse gradient, which cannot be projected: "
-                'use project="update" or a dense embedding'
-            )
-        bias = None if self.bias is None else self.bias.grad
-        if self.bias is not None and bias is None:
-            return
-        with matrix_of(gradient, self.basis.layout, bias) as matrix:
-            for subspace in self.basis.subspaces.values():
-                if subspace.side == "rows":
-                    matrix[0].index_fill_(0, subspace.basis, 0.0)
-                elif subspace.rank:
-                    project_gradient_(matrix, subspace.basis, subspace.side)
-
-    def drift(self) -> float:
-        """Return the largest relative change of a kept quantity since it was anchored (0 where nothing is kept)."""
-        if self.basis.kept is not None:
-            return relative(self.parameter.detach(), self.basis.kept)
-        worst = 0.0
-        with matrix_of(self.parameter, self.basis.layout, self.bias) as matrix:
-            for subspace in self.basis.subspaces.values():
-                if subspace.rank:
-                    worst = max(worst, float(anchor_drift(matrix, subspace.basis, subspace.anchor, subspace.side)))
-        return worst
-
-
-def relative(now: Tensor, then: Tensor) -> float:
-    """Return `||now - then|| / ||then||` (absolute if `then` is zero)."""
-    then = then.to(device=now.device)
-    now, then = (t.to(torch.complex128 if t.is_complex() else torch.float64) for t in (now, then))
-    norm = float(then.norm())
-    return float((now - then).norm()) / (norm or 1.0)
 
 
 class Protection:
@@ -369,8 +211,7 @@ class Protection:
         """Return `closure` followed by hiding (and projecting) gradients.
 
         LBFGS builds its search direction from many evaluations, so there gradients are projected in every evaluation:
-        the whole
-        line search then stays inside the free directions.
+        the whole line search then stays inside the free directions.
         """
         project = line_search or self.options.project == "gradient"
 
@@ -383,12 +224,6 @@ class Protection:
             return loss
 
         return evaluate
-
-
-def guard_low_precision(guard: Guard) -> torch.dtype:
-    """Return the dtype of the fast products: bfloat16 (float32 for double-precision or complex weights)."""
-    wide = guard.parameter.is_complex() or guard.parameter.dtype == torch.float64
-    return torch.float32 if wide else torch.bfloat16
 
 
 def _accumulated(guard: Guard) -> Callable[[Tensor], None]:

@@ -44,10 +44,8 @@ class ConsolidationReport:
     """The result of one `consolidate`.
 
     `drift_allowed` is the relative change of the model's output on the consolidated data under a random update of the
-    last task's size
-    that keeps every protected direction: what the cut-off energy lets through. `assumed_update` is True if the
-    weights had not been trained
-    before, so that an update of 1 % of each weight's norm was assumed.
+    last task's size that keeps every protected direction: what the cut-off energy lets through. `assumed_update` is
+    True if the weights had not been trained before, so that an update of 1 % of each weight's norm was assumed.
     """
 
     task: str
@@ -119,9 +117,8 @@ class VerifyReport:
     """The result of `verify`.
 
     `kept` is `||W U - A|| / ||A||` per parameter (for frozen ones the relative change of the value); `buffers` names
-    the buffers that moved;
-    `layers` holds, per task whose samples were found, the estimated relative drift per layer in execution order, the
-    last entry being the output.
+    the buffers that moved; `layers` holds, per task whose samples were found, the estimated relative drift per layer
+    in execution order, the last entry being the output.
     """
 
     kept: dict[str, float]

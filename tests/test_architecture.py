@@ -31,7 +31,7 @@ LAYERS: list[list[str | tuple[str, ...]]] = [
         "probes",
         "untouched",
     ],
-    ["discovery", "protection"],
+    ["discovery", ("protection", "guard")],
     ["diagnostics", "fates"],
     ["consolidation"],
     ["core"],
