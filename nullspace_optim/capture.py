@@ -1,10 +1,11 @@
 """Which input rows met which weight, watched operator by operator, with the model left as found.
 
-`Capture` runs forward passes under a `TorchDispatchMode` (`watching`). Whatever module, function or `@` led there, a product with
-a parameter ends in one of few operators; the operand that is the parameter is recognised by its bytes (`recognise`), the side of
-the weight follows from its strides (`operators`), and rows that no output can depend on are left out (`relevance`). Rows stream
-into `SecondMoment`s `[g, s, s]`; weights that always meet the same rows share one (`tally`). Every operator that reads a parameter
-in another way gives a reason why it cannot be protected, so the fates of all parameters add up.
+`Capture` runs forward passes under a `TorchDispatchMode` (`watching`). Whatever module, function or `@` led
+there, a product with a parameter ends in one of few operators; the operand that is the parameter is recognised
+by its bytes (`recognise`), the side of the weight follows from its strides (`operators`), and rows that no
+output can depend on are left out (`relevance`). Rows stream into `SecondMoment`s `[g, s, s]`; weights that
+always meet the same rows share one (`tally`). Every operator that reads a parameter in another way gives a
+reason why it cannot be protected, so the fates of all parameters add up.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ class Capture:
     ) -> None:
         """Watch `parameters` and `buffers`, by name.
 
-        ``rows="relevant"`` leaves out rows that no output of the model depends on; ``bias="joint"`` extends the rows of a weight
-        by a constant 1 for its bias; `dtype` is what second moments are summed in; `batch_frobenius` normalises each batch's
-        Gram matrix (GNSP); without `statistics` no sums are kept, only reasons, order and `observe`.
+        ``rows="relevant"`` leaves out rows that no output of the model depends on; ``bias="joint"`` extends the
+        rows of a weight by a constant 1 for its bias; `dtype` is what second moments are summed in;
+        `batch_frobenius` normalises each batch's Gram matrix (GNSP); without `statistics` no sums are kept,
+        only reasons, order and `observe`.
 
         Raises:
             OptionError: an unknown value of `rows` or `bias`.
@@ -103,7 +105,8 @@ class Capture:
         active = self._relevance if self._relevance is not None and self._relevance.note is None else None
         try:
             outputs = self._forward(run, active)
-            self._tally.end_batch(self._batches)
+            with torch.inference_mode(False), torch.no_grad():
+                self._tally.end_batch(self._batches)
         except _InferenceTensorError:
             return self.batch(run)
         finally:
@@ -127,12 +130,12 @@ class Capture:
                     raise _InferenceTensorError from error
                 raise
             gradients: list[Tensor | None] | None = None
-            wanted = watch.wanted()
+            wanted = watch.uses.wanted()
             if relevance is not None and relevance.note is None and wanted:
                 watch.probing = True
                 gradients = relevance.probe(outputs, wanted)
-        with torch.no_grad():
-            watch.settle(gradients)
+        with torch.inference_mode(False), torch.no_grad():
+            watch.uses.settle(gradients)
             self._tally.flush()
         return detached(outputs)
 

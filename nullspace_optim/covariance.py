@@ -1,12 +1,10 @@
 """Streaming second moments of the rows that met a weight.
 
-Rows come as `[g, n, s]`: `g` groups, `n` rows, `s` features (the input side `d` of a weight for side "right", the
-output side `m`
-for side "left"). A `SecondMoment` keeps `sum_i x_i x_i^T`, the uncentred covariance of GPM (Saha et al., 2021, eq.
-6), GNSP
-(2507.19839, eq. 3) and Adam-NSCL (Wang et al., 2021, eq. 8); it can be merged across batches and across ranks. On the
-CPU the
-sum is a symmetric rank-n update by BLAS `syrk`, half the work of a product; elsewhere it is one batched product.
+Rows come as `[g, n, s]`: `g` groups, `n` rows, `s` features (the input side `d` of a weight for side "right",
+the output side `m` for side "left"). A `SecondMoment` keeps `sum_i x_i x_i^T`, the uncentred covariance of GPM
+(Saha et al., 2021, eq. 6), GNSP (2507.19839, eq. 3) and Adam-NSCL (Wang et al., 2021, eq. 8); it can be merged
+across batches and across ranks. On the CPU the sum is a symmetric rank-n update by BLAS `syrk`, half the work
+of a product; elsewhere it is one batched product.
 """
 
 from __future__ import annotations
@@ -114,10 +112,10 @@ class SecondMoment:
             self._batch = torch.zeros_like(self._sum)
         target = self._sum if self._batch is None else self._batch
         rows = rows.detach().to(self.device, self.dtype)
+        self._half = True  # only the lower triangle is kept up to date, or exactly symmetric to the upper one
         if self._uses_syrk(len(index)):
             for i, block in zip(index, rows, strict=True):
                 _syrk(target[i], block)
-            self._half = True
             return
         with _full_precision(self.device):
             gram = rows.mT @ rows.conj()

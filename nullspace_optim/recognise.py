@@ -1,9 +1,10 @@
 """Which tensor is which weight, told by the bytes it reads.
 
-A parameter owns a range of bytes in one storage. Every tensor in that range is an *alias* of the parameter, whatever views led to
-it, and its strides say which elements it holds. Copies (an autocast cast, `contiguous`) live in storages of their own; for them
-the strides in the parameter's element space are carried along from operator to operator. All recognised storages are held alive
-until the batch ends, so that a freed and reused address is never mistaken for a weight.
+A parameter owns a range of bytes in one storage. Every tensor in that range is an *alias* of the parameter,
+whatever views led to it, and its strides say which elements it holds. Copies (an autocast cast, `contiguous`)
+live in storages of their own; for them the strides in the parameter's element space are carried along from
+operator to operator. All recognised storages are held alive until the batch ends, so that a freed and reused
+address is never mistaken for a weight.
 """
 
 from __future__ import annotations
@@ -179,12 +180,14 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _logical(tensor: Tensor, parameter: Tensor) -> Geometry | None:
-    """Return where the elements of `tensor` lie in the row-major order of `parameter`, or `None` if strides cannot say it."""
+    """Return where the elements of `tensor` lie in the row-major order of `parameter`, or `None` if strides cannot say
+    it.
+    """
     offset = int(tensor.storage_offset()) - int(parameter.storage_offset())
     if parameter.is_contiguous():
         return Geometry(offset, tuple(tensor.shape), tuple(tensor.stride()))
     logical = _row_major(parameter.shape)
-    dims = sorted((s, l) for s, l, n in zip(parameter.stride(), logical, parameter.shape, strict=True) if n > 1)
+    dims = [(s, step) for s, step, n in zip(parameter.stride(), logical, parameter.shape, strict=True) if n > 1]
     strides = [_translate(stride, dims, exact=True) for stride in tensor.stride()]
     position = _translate(offset, dims, exact=False)
     dims_seen = dict(zip(parameter.stride(), parameter.shape, strict=True))

@@ -1,10 +1,10 @@
 """Which rows can reach the model's output: one backward pass of a random probe.
 
-A row is irrelevant if the gradient of its output row is exactly zero *because nothing reads it* (tokens after EOT, every token but
-the pooled one in the last block). A unit that is merely switched off reads its row all the same, so during the probe the
-derivatives of activation functions and pools are replaced by ones that pass every gradient on. Where a forward pass chooses by
-value in a way that this cannot mend (sorting, clamping, comparing activations), `Relevance.note` names the operator and all
-rows of the capture count.
+A row is irrelevant if the gradient of its output row is exactly zero *because nothing reads it* (tokens after
+EOT, every token but the pooled one in the last block). A unit that is merely switched off reads its row all the
+same, so during the probe the derivatives of activation functions and pools are replaced by ones that pass every
+gradient on. Where a forward pass chooses by value in a way that this cannot mend (sorting, clamping, comparing
+activations), `Relevance.note` names the operator and all rows of the capture count.
 """
 
 from __future__ import annotations
@@ -26,28 +26,19 @@ aten = torch.ops.aten
 _ACTIVATIONS = frozenset(
     f"{name}_backward"
     for name in (
-        *("threshold", "hardtanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "gelu", "silu", "mish", "softplus"),
-        *("hardshrink", "softshrink", "sigmoid", "tanh", "log_sigmoid", "rrelu_with_noise"),
-    )
+        "threshold hardtanh hardswish hardsigmoid leaky_relu elu gelu silu mish softplus hardshrink softshrink sigmoid "
+        "tanh log_sigmoid rrelu_with_noise"
+    ).split()
 )
 # Operators that choose by value: their gradient does not tell what they have read.
 _CHOOSING = frozenset(
     (
-        *("max", "min", "amax", "amin", "aminmax", "topk", "sort", "argmax", "argmin", "argsort", "kthvalue", "median"),
-        *("nanmedian", "mode", "cummax", "cummin", "maximum", "minimum", "fmax", "fmin", "adaptive_max_pool2d"),
-        *("adaptive_max_pool3d", "fractional_max_pool2d", "fractional_max_pool3d", "max_pool3d_with_indices"),
-        *("gt", "ge", "lt", "le", "eq", "ne", "sign", "sgn", "round", "floor", "ceil", "trunc", "frac", "heaviside"),
-        *(
-            "bucketize",
-            "searchsorted",
-            "multinomial",
-            "bernoulli",
-            "bernoulli_",
-            "native_dropout",
-            "_local_scalar_dense",
-        ),
-        *("nonzero", "nan_to_num", "isnan", "logical_and", "logical_or", "logical_not", "unique", "_unique2", "histc"),
-    )
+        "max min amax amin aminmax topk sort argmax argmin argsort kthvalue median nanmedian mode cummax cummin "
+        "maximum minimum fmax fmin adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d "
+        "fractional_max_pool3d max_pool3d_with_indices gt ge lt le eq ne sign sgn round floor ceil trunc frac "
+        "heaviside bucketize searchsorted multinomial _local_scalar_dense nonzero nan_to_num isnan logical_and "
+        "logical_or logical_not _unique2 histc"
+    ).split()
 )
 _RANDOM = frozenset(("bernoulli", "bernoulli_", "native_dropout", "_fused_dropout"))
 _CLAMPS = frozenset(("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"))
@@ -62,11 +53,13 @@ class Relevance:
         self._seed = seed
         self._gates: dict[Key, Tensor] = {}
         self._cut: dict[int, Tensor] = {}
+        self._recomputed = False
 
     def forget(self) -> None:
         """End the batch."""
         self._gates.clear()
         self._cut.clear()
+        self._recomputed = False
 
     def refuse(self, reason: str) -> None:
         """Give up on relevance for the rest of the capture."""
@@ -107,6 +100,11 @@ class Relevance:
 
     def backward(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run one operator of the probe's backward pass, with derivatives of switched-off units replaced."""
+        if torch.is_grad_enabled():  # a checkpointed part of the forward pass is run again
+            if not self._recomputed and any(not bool(gate.all()) for gate in self._gates.values()):
+                self.refuse("an activation that is exactly zero multiplies another in a checkpointed model")
+            self._recomputed = True
+            return func(*args, **kwargs)
         if name in _ACTIVATIONS:
             return args[0].clone()
         if name == "glu_backward":
@@ -129,7 +127,8 @@ class Relevance:
     def probe(self, outputs: Any, wanted: Sequence[Tensor]) -> list[Tensor | None] | None:
         """Return the gradient of a random probe of all floating `outputs` with respect to each of `wanted`.
 
-        `None` as a whole means that relevance cannot be used (see `note`); an entry is `None` where nothing reads that tensor.
+        `None` as a whole means that relevance cannot be used (see `note`); an entry is `None` where nothing
+        reads that tensor.
         """
         floats = [t for t in tensors_in(outputs) if t.is_floating_point() or t.is_complex()]
         if not floats:
@@ -145,10 +144,11 @@ class Relevance:
             for device_type in {t.device.type for t in live} | {"cpu"}:
                 stack.enter_context(torch.autocast(device_type, enabled=False))
             try:
-                return list(torch.autograd.grad(live, list(wanted), self._directions(live), allow_unused=True))
+                gradients = torch.autograd.grad(live, list(wanted), self._directions(live), allow_unused=True)
             except (RuntimeError, NotImplementedError) as error:
                 self.refuse(f"the probe's backward pass failed ({str(error).splitlines()[0]})")
                 return None
+        return None if self.note else list(gradients)
 
     def _directions(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Draw a random direction for every output; no generator of the user is touched."""
@@ -193,8 +193,8 @@ def detached(tree: Any) -> Any:
             twin[key] = detached(value)
         return twin
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        twin = copy.copy(tree)
+        record: Any = copy.copy(tree)
         for field in dataclasses.fields(tree):
-            object.__setattr__(twin, field.name, detached(getattr(tree, field.name)))
-        return twin
+            object.__setattr__(record, field.name, detached(getattr(tree, field.name)))
+        return record
     return tree

@@ -1,8 +1,8 @@
 """What a capture has learnt so far, parameter by parameter: second moments, used rows, reasons, biases.
 
-Weights whose rows are the same tensors in every batch share one `SecondMoment`; the sum is cloned when a later batch tells them
-apart. Rows wait in a short queue before they are added, so that the query, key and value weights of one attention find each
-other; the queue is what keeps activations alive, nothing else does.
+Weights whose rows are the same tensors in every batch share one `SecondMoment`; the sum is cloned when a later
+batch tells them apart. Rows wait in a short queue before they are added, so that the query, key and value
+weights of one attention find each other; the queue is what keeps activations alive, nothing else does.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from .covariance import SecondMoment
 from .errors import CaptureError
 from .layout import Layout
-from .operators import Patches, Rows
 from .recognise import storage_pointer
+from .rows import Patches, Rows
 
 WeightSide = Literal["right", "left"]
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -26,11 +26,12 @@ _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 @dataclass
 class Captured:
-    """What is known of one parameter: its layout, the second moment of each side, the embedding rows used, and why not.
+    """What is known of one parameter: its layout, the second moment of each side, the embedding rows used, and why
+    not.
 
-    `sides` maps "right" or "left" to the rows' second moment (size `d + 1` if `bias` names a bias that is protected jointly);
-    `row_index` `[k]` holds the embedding rows that were looked up, sorted; `reasons` says what read the parameter in a way
-    that cannot be protected; `met` whether anything read it at all.
+    `sides` maps "right" or "left" to the rows' second moment (size `d + 1` if `bias` names a bias that is
+    protected jointly); `row_index` `[k]` holds the embedding rows that were looked up, sorted; `reasons` says
+    what read the parameter in a way that cannot be protected; `met` whether anything read it at all.
     """
 
     layout: Layout | None = None
@@ -73,12 +74,13 @@ class Tally:
             self.order.setdefault(name)
             self._reasons.setdefault(name, {}).setdefault(reason)
 
-    def meet(self, name: str, layout: Layout) -> None:
-        """Note that rows met the weight `name`, read by `layout`."""
+    def meet(self, name: str, layout: Layout) -> bool:
+        """Note that rows met the weight `name`, read by `layout`; return whether it was always read by this layout."""
         self.order.setdefault(name)
         known = self._layouts.setdefault(name, layout)
         if known != layout:
             self.refuse([name], f"used with two layouts ({known.kind} and {layout.kind})")
+        return known == layout
 
     def meet_rows(self, name: str) -> None:
         """Note that rows of the embedding `name` were looked up; its layout is the plain matrix."""
@@ -123,7 +125,7 @@ class Tally:
         for name, moment in self._touched.values():
             if not bool(torch.isfinite(moment.diagonal()).all()):
                 raise CaptureError(
-                    f"batch {number}: non-finite input rows of '{name}' (NaN, infinity, or too large for {moment.dtype}). "
+                    f"batch {number}: non-finite input rows of '{name}' (NaN, infinity or overflow of {moment.dtype}). "
                     "Remove the sample, or run the forward pass in float32"
                 )
             moment.end_batch()
@@ -143,9 +145,11 @@ class Tally:
         """Return what is known of one parameter of `shape`."""
         bias = self._joint_bias(name)
         sides: dict[WeightSide, SecondMoment] = {}
-        for side in ("right", "left"):
+        known: tuple[WeightSide, ...] = ("right", "left")
+        for side in known:
             if (name, side) in self._moments:
-                sides[side] = self._sized(self._moments[name, side], self._size(name, side, shape), bias is not None)  # type: ignore[index]
+                size = self._size(name, side, shape)
+                sides[side] = self._sized(self._moments[name, side], size, joint=bias is not None)
         reasons = dict(self._reasons.get(name, {}))
         for weight, partners in self._partners.items():
             if name in partners and self._joint_bias(weight) != name:
@@ -185,13 +189,9 @@ class Tally:
 
     def _sum(self, waiting: _Waiting, sums: Sequence[SecondMoment]) -> None:
         """Stream the blocks of rows into `sums`."""
-        dtype, place = sums[0].dtype, waiting.rows.place
-        for block, count in waiting.rows.blocks(waiting.mask, dtype):
+        for block, count in waiting.rows.blocks(waiting.mask, sums[0].dtype):
             for moment in sums:
-                groups = place.groups
-                if groups is not None and block.shape[0] != len(groups):
-                    block = block.expand(len(groups), -1, -1)
-                moment.update(block, groups, count)
+                moment.update(block, waiting.rows.place.groups, count)
 
     def _fresh(self, rows: Rows | Patches, groups: int) -> SecondMoment:
         """Return an empty sum for `rows`; without statistics it has no features."""
@@ -208,7 +208,7 @@ class Tally:
         _, m, d = self._layouts[name].matrix_shape(shape)
         return d if side == "right" else m
 
-    def _sized(self, moment: SecondMoment, size: int, joint: bool) -> SecondMoment:
+    def _sized(self, moment: SecondMoment, size: int, *, joint: bool) -> SecondMoment:
         """Return `moment`, without the constant input of the bias unless a bias is protected jointly."""
         if joint or moment.size <= size:
             return moment
