@@ -111,7 +111,7 @@ def pretrained_clip(config: Config, pretraining: Task, seed: int) -> Clip:
     )  # fmt: skip
     clip = assemble(model, tokenizer, config.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=config.pretrain_rate)
+    optimizer = torch.optim.AdamW(parameters, lr=config.pretrain_rate, fused=True)
     schedule = replace(config, iterations=config.pretrain_iterations, learning_rate=config.pretrain_rate)
 
     def loss(images: Tensor, labels: Tensor, tokens: Tensor) -> Tensor:
@@ -150,25 +150,23 @@ def _render(name: str, count: int, random: Generator, pretraining: bool = False)
     draw = RENDERERS[name]
     pixels = np.stack([draw(labels[n], random, pretraining) for n in numbers])
     if pretraining:
-        pixels = (pixels - 0.5) * random.uniform(0.4, 1.0, (count, 1, 1, 1)) + random.normal(0.5, 0.12, pixels.shape)
+        pixels = (pixels - 0.5) * random.uniform(0.6, 1.0, (count, 1, 1, 1)) + random.normal(0.5, 0.05, pixels.shape)
     images = torch.tensor((pixels.clip(0, 1) * 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
     return Split(images, torch.tensor(numbers, dtype=torch.int64))
 
 
 def _ink(random: Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Two colours that can be told apart: paper and ink."""
-    paper = random.integers(0, 256, 3)
-    ink = (paper + random.integers(90, 166, 3)) % 256
-    return tuple(int(c) for c in paper), tuple(int(c) for c in ink)
+    """Two colours: light paper and dark ink."""
+    return tuple(random.integers(140, 256, 3).tolist()), tuple(random.integers(0, 100, 3).tolist())
 
 
 def _shape(label: str, random: Generator, pretraining: bool) -> Pixels:
-    """A filled figure in any colour, size and place; pretraining has it large and in the middle, grey on grey."""
+    """A filled figure in varying colour, size and place; pretraining has it in grey and nearly in the middle."""
     paper, ink = ((200, 200, 200), (40, 40, 40)) if pretraining else _ink(random)
     image = Image.new("RGB", (SIZE, SIZE), paper)
     pen = ImageDraw.Draw(image)
-    radius = random.uniform(10, 13) if pretraining else random.uniform(5, 11)
-    x, y = random.uniform(radius, SIZE - radius, 2)
+    radius = random.uniform(10, 13) if pretraining else random.uniform(7, 11)
+    x, y = SIZE / 2 + random.uniform(-1, 1, 2) * (1 if pretraining else 4)
     box = (x - radius, y - radius, x + radius, y + radius)
     thin = radius / 3
     if label in ("circle", "ring"):
@@ -192,14 +190,14 @@ def _glyph(text: str, fonts: Sequence[str], random: Generator, pretraining: bool
     """One character in a font that matplotlib ships, turned a little."""
     paper, ink = ((230, 230, 230), (20, 20, 20)) if pretraining else _ink(random)
     image = Image.new("RGB", (SIZE, SIZE), paper)
-    font = ImageFont.truetype(str(_FONTS / f"{fonts[random.integers(len(fonts))]}.ttf"), int(random.integers(20, 29)))
-    place = tuple(SIZE / 2 + random.uniform(-3, 3, 2))
+    font = ImageFont.truetype(str(_FONTS / f"{fonts[random.integers(len(fonts))]}.ttf"), int(random.integers(24, 30)))
+    place = tuple(SIZE / 2 + random.uniform(-2, 2, 2))
     ImageDraw.Draw(image).text(place, text, fill=ink, font=font, anchor="mm")
-    return np.asarray(image.rotate(random.uniform(-15, 15), fillcolor=paper), np.float32) / 255
+    return np.asarray(image.rotate(random.uniform(-8, 8), fillcolor=paper), np.float32) / 255
 
 
 def _letter(label: str, random: Generator, pretraining: bool) -> Pixels:
-    fonts = ("DejaVuSans",) if pretraining else ("DejaVuSerif-Bold", "STIXGeneralItalic", "DejaVuSansMono", "cmmi10")
+    fonts = ("DejaVuSans",) if pretraining else ("DejaVuSerif-Bold", "STIXGeneral")
     return _glyph(label, fonts, random, pretraining)
 
 

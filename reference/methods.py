@@ -6,12 +6,12 @@ A method owns the model's optimizer for the whole sequence; the state of the bas
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from nullspace_optim import Energy, NullSpaceOptimizer, clip_forward
 from reference.clip import Clip, classification_loss
 from reference.config import Config
 from reference.errors import ExperimentError
@@ -30,7 +30,7 @@ class FineTune:
         self.clip = clip
         self.config = config
         trained = [parameter for parameter in clip.model.parameters() if parameter.requires_grad]
-        base = AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        base = AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         self.optimizer: Optimizer = self.wrap(base)
 
     def wrap(self, base: Optimizer) -> Optimizer:
@@ -49,12 +49,6 @@ class FineTune:
         """What is done with the finished task; returns what the log should know."""
         return {}
 
-    def save(self, path: Path) -> None:
-        """Write what the method carries from task to task, if anything."""
-
-    def load(self, path: Path) -> None:
-        """Read what `save` wrote; the model already holds the weights of that moment."""
-
 
 class ZeroShot(FineTune):
     """The pretrained model, never trained: every row of its accuracy matrix is the pretrained row."""
@@ -63,7 +57,39 @@ class ZeroShot(FineTune):
     trains = False
 
 
-METHODS: dict[str, type[FineTune]] = {m.name: m for m in (ZeroShot, FineTune)}
+class NullSpace(FineTune):
+    """Ours: after each AdamW step the weights are corrected, so that kept directions of earlier tasks do not move."""
+
+    name = "nullspace"
+    project: ClassVar[Literal["update", "gradient"]] = "update"
+    optimizer: NullSpaceOptimizer
+
+    def wrap(self, base: Optimizer) -> Optimizer:
+        """AdamW under protection."""
+        return NullSpaceOptimizer(base, self.clip.model, policy=Energy(self.config.energy), project=self.project)
+
+    def after_task(self, name: str, batches: Batches, tokens: Tensor) -> dict[str, Any]:
+        """Protect what the images of `batches` and the prompts `tokens` use."""
+        forward = clip_forward(self.clip.model, tokens)
+        report = self.optimizer.consolidate(batches, name=name, forward=forward, progress=False)
+        return {"report": str(report)}
+
+
+class Gradient(NullSpace):
+    """As published by the gradient-projection family (GPM, GNSP): the gradient is projected, then AdamW steps."""
+
+    name = "gradient"
+    project = "gradient"
+
+
+class NullSpaceReference(NullSpace):
+    """Ours, with a pool of general images and captions consolidated before task 1: protects pretrained knowledge too."""
+
+    name = "nullspace-reference"
+    needs_reference = True
+
+
+METHODS: dict[str, type[FineTune]] = {m.name: m for m in (ZeroShot, FineTune, Gradient, NullSpace, NullSpaceReference)}
 
 
 def chosen_methods(names: tuple[str, ...]) -> tuple[type[FineTune], ...]:

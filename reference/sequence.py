@@ -1,7 +1,6 @@
 """One method with one seed over all tasks: train, consolidate, evaluate, save; stop and go on.
 
-Files in the run's folder: `log.jsonl` always, `checkpoint.pt` and `bases-<n>.safetensors` until the run is finished,
-`results.json` then.
+Files in the run's folder: `log.jsonl` always, `checkpoint.pt` until the run is finished, `results.json` then.
 """
 
 from __future__ import annotations
@@ -29,6 +28,9 @@ from reference.tasks import Split, Task
 from reference.tracking import Log, machine, peak_memory, write_json
 
 
+ACTIVITIES = ("training", "consolidation", "evaluation")
+
+
 class Stopped(Exception):
     """The run was asked to stop; everything needed to go on is saved."""
 
@@ -40,7 +42,7 @@ class Progress:
     rows: list[list[float]] = field(default_factory=list)
     pretrained: list[float] = field(default_factory=list)
     step: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"training": 0.0, "consolidation": 0.0, "evaluation": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ACTIVITIES, 0.0))
 
     @property
     def task(self) -> int:
@@ -91,7 +93,7 @@ class Sequence:
             self._one_task(number)
         results = self._results()
         write_json(finished, results)
-        self._discard_saved_state()
+        (self.folder / "checkpoint.pt").unlink()
         self.log("finished", seconds=self.progress.seconds)
         return results
 
@@ -103,7 +105,7 @@ class Sequence:
         if self.method.needs_reference and pool is not None:
             images = Split(pool.images, torch.zeros(len(pool.images), dtype=torch.int64))
             self._consolidate("reference", images, list(dict.fromkeys(pool.captions)))
-        self._save(optimizer=False)
+        self._save()
 
     def _one_task(self, number: int) -> None:
         task = self.experiment.tasks[number]
@@ -119,8 +121,8 @@ class Sequence:
         self.progress.rows.append(row)
         self.progress.step = 0
         self.log("evaluated", task=task.name, accuracy=row)
-        tqdm.write(f"{self.method.name}, seed {self.seed}: {number + 1}/{len(row)} {task.name:<14} {row[number]:5.1f} %")
-        self._save(optimizer=False)
+        tqdm.write(f"{self.method.name}, seed {self.seed}: {task.name} ({number + 1}/{len(row)}) {row[number]:.1f} %")
+        self._save()
         if self.stop():
             raise Stopped
 
@@ -132,7 +134,7 @@ class Sequence:
             if self.stop() and step + 1 < self.config.iterations:
                 self.progress.step = step + 1
                 self.progress.seconds["training"] += time.perf_counter() - started
-                self._save(optimizer=True)
+                self._save()
                 raise Stopped
 
         train(
@@ -174,23 +176,17 @@ class Sequence:
             "config": asdict(self.config),
         }
 
-    def _save(self, optimizer: bool) -> None:
-        """Write the state of this moment, bases first, so that `checkpoint.pt` always points at bases that exist."""
-        bases = self.folder / f"bases-{self.progress.task}.safetensors"
-        if self.progress.step == 0:
-            self.method.save(bases)
+    def _save(self) -> None:
+        """Write the state of this moment in one move; the optimizer's state holds the bases as well."""
         state = {
             "identity": json.dumps(identity(self.config)),
             "progress": asdict(self.progress),
             "model": self.clip.model.state_dict(),
-            "optimizer": self.method.optimizer.state_dict() if optimizer else None,
+            "optimizer": self.method.optimizer.state_dict(),
         }
         draft = self.folder / "checkpoint.tmp"
         torch.save(state, draft)
         os.replace(draft, self.folder / "checkpoint.pt")
-        for old in self.folder.glob("bases-*.safetensors"):
-            if old != bases:
-                old.unlink()
 
     def _load(self) -> bool:
         """Take up the saved state, if there is one."""
@@ -201,9 +197,7 @@ class Sequence:
         self._checked({"config": json.loads(state["identity"])})
         self.progress = Progress(**state["progress"])
         self.clip.model.load_state_dict(state["model"])
-        self.method.load(self.folder / f"bases-{self.progress.task}.safetensors")
-        if state["optimizer"] is not None:
-            self.method.optimizer.load_state_dict(state["optimizer"])
+        self.method.optimizer.load_state_dict(state["optimizer"])
         self.log("resumed", task=self.progress.task, step=self.progress.step)
         return True
 
@@ -216,7 +210,3 @@ class Sequence:
                     "resume with the same settings or choose another --output"
                 )
         return saved
-
-    def _discard_saved_state(self) -> None:
-        for path in (self.folder / "checkpoint.pt", *self.folder.glob("bases-*.safetensors")):
-            path.unlink(missing_ok=True)

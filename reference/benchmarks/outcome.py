@@ -1,0 +1,93 @@
+"""What a benchmark hands back: tables, with the machine and the command that made them, as Markdown and JSON."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: a title, column heads, rows of printable cells, and a sentence on how to read it."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def markdown(self) -> str:
+        """The table under a heading, its note below it."""
+        lines = [f"### {self.title}", "", _line(self.header), _line(["---"] * len(self.header)), *map(_line, self.rows)]
+        return "\n".join([*lines, *(["", self.note] if self.note else [])])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All tables of one benchmark run and what they were measured on."""
+
+    benchmark: str
+    command: str
+    machine: str
+    date: str
+    seconds: float
+    tables: tuple[Table, ...]
+
+    def markdown(self) -> str:
+        """The whole run as one Markdown section."""
+        about = f"`{self.command}`\n\n{self.machine}; {self.date}; {self.seconds:.0f} s in all"
+        return "\n\n".join([f"## {self.benchmark}", about, *(table.markdown() for table in self.tables)])
+
+    def save(self, folder: str | Path) -> None:
+        """Write `<benchmark>.md` and `<benchmark>.json` into `folder`, which is made if it is missing."""
+        where = Path(folder)
+        where.mkdir(parents=True, exist_ok=True)
+        (where / f"{self.benchmark}.md").write_text(self.markdown() + "\n", encoding="utf-8")
+        (where / f"{self.benchmark}.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def finish(
+    benchmark: str, arguments: Sequence[str], device: torch.device, seconds: float, tables: Sequence[Table], output: str
+) -> Outcome:
+    """Print the tables of a run and, if `output` names a folder, write them there."""
+    command = shlex.join(["python", "-m", f"reference.benchmarks.{benchmark}", *arguments])
+    date = datetime.date.today().isoformat()
+    outcome = Outcome(benchmark, command, machine(device), date, seconds, tuple(tables))
+    print("\n" + outcome.markdown())
+    if output:
+        outcome.save(output)
+    return outcome
+
+
+def machine(device: torch.device) -> str:
+    """Processor, cores, threads in use and versions, in one line."""
+    parts = [f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+    if device.type == "cuda":
+        parts.insert(0, torch.cuda.get_device_name(device))
+    return "; ".join([*parts, f"torch {torch.__version__}", f"Python {platform.python_version()}"])
+
+
+def progress(text: str) -> None:
+    """One line on what is being measured, to the error stream."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _processor() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

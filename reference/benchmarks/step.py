@@ -1,0 +1,321 @@
+"""What protection costs in a training step: with over without, and against the dense `P` of published methods.
+
+    python -m reference.benchmarks.step                      ViT-B/32 on a CPU, ViT-B/16 in bfloat16 on a GPU
+    python -m reference.benchmarks.step --shares 1/4,1/2 --blocks 3 --repeats 5
+
+Matrices are `W` `[m, d]`, bases `U` `[d, k]`; `k/d` is the share of protected directions. Anchor form: `4 m d k`
+operations; difference form: `4 m d min(k, d - k)`, plus the anchor form every 16th step. Dense `P` (Adam-NSCL, GPM, GNSP):
+`G <- G P`, `2 m d^2`, whatever k is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.utils.flop_counter import FlopCounterMode
+
+from nullspace_optim import Basis, NullSpaceOptimizer, clip_forward
+from reference.benchmarks.outcome import Outcome, Table, finish, progress
+from reference.benchmarks.timing import in_turn, ratio, wait
+from reference.benchmarks.workload import Batch, Share, Still, build, contrastive_loss, random_batch, shrink
+
+RATE = 1e-6
+EXACT_EVERY = 16
+TASKS = (1, 5, 10, 20)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured: see `parse` for each field."""
+
+    model: str
+    blocks: int | None
+    batch: int
+    repeats: int
+    shares: tuple[Fraction, ...]
+    autocast: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """A model with an optimizer over all its parameters."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    batch: Batch
+    autocast: torch.dtype
+
+    def gradients(self) -> None:
+        """Forward and backward."""
+        device = self.batch.images.device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast != torch.float32):
+            loss = contrastive_loss(self.model, self.batch)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def timed_step(self) -> tuple[float, float]:
+        """Seconds of one whole training step, and of the optimizer's part of it."""
+        device = self.batch.images.device
+        wait(device)
+        started = time.perf_counter()
+        self.gradients()
+        wait(device)
+        middle = time.perf_counter()
+        self.optimizer.step()
+        wait(device)
+        ended = time.perf_counter()
+        return ended - started, ended - middle
+
+
+def main(arguments: Sequence[str]) -> Outcome:
+    """Run what the command line asks for."""
+    options = parse(arguments)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    graphic = device.type == "cuda"
+    settings = Settings(
+        model=options.model or ("ViT-B-16" if graphic else "ViT-B-32"),
+        blocks=options.blocks,
+        batch=options.batch or (64 if graphic else 32),
+        repeats=options.repeats or (20 if graphic else 3),
+        shares=tuple(sorted((Fraction(share) for share in options.shares.split(",")), reverse=True)),
+        autocast=getattr(torch, options.autocast or ("bfloat16" if graphic else "float32")),
+        device=device,
+    )
+    started = time.perf_counter()
+    parts = {"step": whole_steps, "projection": projections, "tasks": over_tasks}
+    tables = [table for name in options.parts.split(",") for table in parts[name](settings)]
+    return finish("step", arguments, device, time.perf_counter() - started, tables, options.output)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.step", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", help="open_clip architecture, or tiny; default: ViT-B-32 (CPU), ViT-B-16 (GPU)")
+    parser.add_argument("--blocks", type=int, help="use only so many blocks of each tower; default: all")
+    parser.add_argument("--batch", type=int, help="image-text pairs a step; default: 32 (CPU), 64 (GPU)")
+    parser.add_argument("--repeats", type=int, help="pairs of steps a figure; default: 3 (CPU), 20 (GPU)")
+    parser.add_argument("--shares", default="1/16,1/4,1/2,3/4,15/16", help="k/d of every matrix, fractions")
+    parser.add_argument("--autocast", choices=("float32", "bfloat16"), help="default: float32 (CPU), bfloat16 (GPU)")
+    parser.add_argument("--parts", default="step,projection,tasks", help="which of step,projection,tasks")
+    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
+    parser.add_argument("--output", default="", help="folder for step.md and step.json")
+    return parser.parse_args(arguments)
+
+
+def whole_steps(settings: Settings) -> list[Table]:
+    """Training steps with protection over steps without, for every share and both precisions."""
+    batch = random_batch(build_cached(settings), settings.batch, settings.device)
+    with_it = build(settings.model, settings.blocks, settings.device)
+    without = copy.deepcopy(with_it)
+    bare = Trainer(without, AdamW(without.parameters(), lr=RATE), batch, settings.autocast)
+    operations = step_operations(bare)
+    base = AdamW(with_it.parameters(), lr=RATE)
+    rows: list[tuple[str, ...]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        bases = Path(folder) / "bases.safetensors"
+        consolidated(base, with_it, max(settings.shares), settings.device).save(bases)
+        for share in settings.shares:
+            for precision in ("exact", "fast"):
+                progress(f"training step, k/d {share}, {precision}")
+                optimizer = NullSpaceOptimizer(base, with_it, precision=precision)  # type: ignore[arg-type]
+                optimizer.load(bases)
+                shrink(optimizer.bases, float(share))
+                guarded = Trainer(with_it, optimizer, batch, settings.autocast)
+                rows.append((str(share), precision, *_compare(bare, guarded, settings, operations, precision)))
+                optimizer.detach()
+    return [_step_table(rows, settings, bare, operations)]
+
+
+def _compare(
+    bare: Trainer, guarded: Trainer, settings: Settings, operations: float, precision: str
+) -> tuple[str, ...]:
+    """Time pairs of steps without and with protection: the cells of one row."""
+    bare.timed_step()
+    guarded.timed_step()
+    pairs = [(bare.timed_step(), guarded.timed_step()) for _ in range(settings.repeats)]
+    plain = median(without[0] for without, _ in pairs)
+    added = median(with_it[1] for _, with_it in pairs) - median(without[1] for without, _ in pairs)
+    assert isinstance(guarded.optimizer, NullSpaceOptimizer)
+    extra = protection_operations(guarded.optimizer.bases, precision)
+    return (
+        f"{ratio([w[0] for _, w in pairs], [b[0] for b, _ in pairs]):.3f}",
+        f"{1 + added / plain:.3f}",
+        f"{1 + extra / operations:.3f}",
+        f"{plain:.3f}",
+        f"{added:+.3f}",
+        f"{guarded.optimizer.verify().worst:.1e}",
+    )
+
+
+def _step_table(rows: Sequence[tuple[str, ...]], settings: Settings, bare: Trainer, operations: float) -> Table:
+    depth = "" if settings.blocks is None else f", {settings.blocks} blocks a tower"
+    kind = str(settings.autocast).removeprefix("torch.")
+    other = torch.bfloat16 if settings.autocast == torch.float32 else torch.float32
+    faster = Trainer(bare.model, bare.optimizer, bare.batch, other)
+    faster.timed_step()
+    plain = median(faster.timed_step()[0] for _ in range(settings.repeats))
+    derived = [(*row, f"{1 + float(row[6]) / plain:.3f}") for row in rows]
+    otherwise = str(other).removeprefix("torch.")
+    return Table(
+        f"Training step, {settings.model}{depth}, batch {settings.batch}, both towers, AdamW, {kind}",
+        (
+            "k/d", "precision", "with / without", "by the optimizer's part", "predicted",
+            "step without (s)", "added (s)", "drift", f"under {otherwise}",
+        ),
+        tuple(reversed(derived)),
+        f"With / without: median of {settings.repeats} neighbouring pairs of whole steps. By the optimizer's part: 1 + what "
+        "the optimizer takes longer, over the whole step without (steadier). Predicted: operations of the protection over "
+        f"the {operations / 1e9:.0f} GFLOP of forward and backward, at equal rate. Drift: largest relative change of a kept "
+        f"direction afterwards. Under {otherwise}: the same addition (weights stay float32) beside a step whose forward and "
+        f"backward run under that autocast, {plain:.3f} s.",
+    )  # fmt: skip
+
+
+def projections(settings: Settings) -> list[Table]:
+    """The correction alone against `G <- G P`, on every matrix shape of the model once."""
+    model = build(settings.model, 1, settings.device)
+    weights = [w for name, w in model.named_parameters() if w.ndim > 1 and "embedding" not in name]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    base = Still(weights)
+    repeats = 10 * settings.repeats
+    rows: list[tuple[str, ...]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        bases = Path(folder) / "bases.safetensors"
+        consolidated(base, model, max(settings.shares), settings.device).save(bases)
+        for share in settings.shares:
+            cells: list[str] = []
+            for precision in ("exact", "fast"):
+                progress(f"projection alone, k/d {share}, {precision}")
+                optimizer = NullSpaceOptimizer(base, model, precision=precision)  # type: ignore[arg-type]
+                optimizer.load(bases)
+                shrink(optimizer.bases, float(share))
+                dense = dense_projections(model, optimizer.bases)
+                found = in_turn({"ours": optimizer.step, "dense": partial(_multiply, dense)}, repeats, settings.device)
+                cells += [f"{1e3 * median(found['ours']):.2f}", f"{1 / ratio(found['ours'], found['dense']):.2f}"]
+                optimizer.detach()
+            predicted = 1 / min(2 * share, 2 - 2 * share + 2 * share / EXACT_EVERY)
+            dense_time = f"{1e3 * median(found['dense']):.2f}"
+            rows.append((str(share), dense_time, cells[0], cells[1], f"{float(predicted):.2f}", *cells[2:]))
+    return [
+        Table(
+            f"Projection alone, each matrix shape of {settings.model} once, float32 weights",
+            ("k/d", "dense P (ms)", "exact (ms)", "dense / exact", "predicted", "fast (ms)", "dense / fast"),
+            tuple(reversed(rows)),
+            f"Median of {repeats} turns. Dense: G <- G P with a stored P [d, d], the arithmetic of Adam-NSCL, GPM and GNSP, "
+            "which leaks under most base optimizers. Exact and fast: what a protected step does, with all its bookkeeping. "
+            "Predicted: operations of dense over exact.",
+        )
+    ]
+
+
+def over_tasks(settings: Settings) -> list[Table]:
+    """The cost of protection after 1, 5, 10 and 20 consolidated tasks of small growth."""
+    size = 64 if settings.model == "tiny" else 768
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(3)]).to(settings.device)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer = NullSpaceOptimizer(Still(model.parameters()), model, policy=Share(0.25, growth=1))
+    snapshots: dict[str, NullSpaceOptimizer] = {}
+    for task in range(1, max(TASKS) + 1):
+        progress(f"task {task} of {max(TASKS)}")
+        optimizer.consolidate([torch.randn(8, size, device=settings.device)], progress=False)
+        if task in TASKS:
+            snapshots[str(task)] = copy.deepcopy((model, optimizer))[1]
+    for snapshot in snapshots.values():
+        for weight in (w for group in snapshot.param_groups for w in group["params"]):
+            weight.grad = torch.zeros_like(weight)
+    repeats = 20 * settings.repeats
+    found = in_turn({name: snapshot.step for name, snapshot in snapshots.items()}, repeats, settings.device)
+    rows = []
+    for name, snapshot in snapshots.items():
+        rank = next(iter(snapshot.bases.values())).rank
+        first = next(iter(snapshots.values()))
+        expected = rank / next(iter(first.bases.values())).rank
+        relative = ratio(found[name], found[str(TASKS[0])])
+        rows.append((name, f"{rank}/{size}", f"{1e3 * median(found[name]):.3f}", f"{relative:.3f}", f"{expected:.3f}"))
+    return [
+        Table(
+            f"Protection alone after many tasks, three {size} x {size} matrices, one new direction a task",
+            ("tasks", "k/d", "ms", "over 1 task", "predicted"),
+            tuple(rows),
+            "Predicted: the ratio of ranks; the number of tasks itself has no part in it.",
+        )
+    ]
+
+
+def build_cached(settings: Settings) -> Any:
+    """A model only to read image size, context length and vocabulary from (one block)."""
+    return build(settings.model, 1, torch.device("cpu"))
+
+
+def consolidated(base: Optimizer, model: nn.Module, share: Fraction, device: torch.device) -> NullSpaceOptimizer:
+    """Protect `share` of every matrix: a few samples decide which, directions without energy fill up the rest."""
+    progress(f"consolidating once at k/d {share} (an eigen-decomposition of every second moment)")
+    optimizer = NullSpaceOptimizer(base, model, policy=Share(float(share)))
+    batch = random_batch(model, 4, device, seed=1)
+    optimizer.consolidate([batch.images], name="task", forward=clip_forward(model, batch.tokens), progress=False)
+    optimizer.detach()
+    return optimizer
+
+
+def dense_projections(model: nn.Module, bases: Mapping[str, Basis]) -> list[tuple[Tensor, Tensor, bool]]:
+    """Gradient `[m, d]`, projector `I - U U^T` and whether it stands on the right, for every protected matrix."""
+    parameters = dict(model.named_parameters())
+    found = []
+    for name, basis in bases.items():
+        for side, subspace in basis.subspaces.items():
+            if side != "rows":
+                u = subspace.basis[0]
+                projector = torch.eye(len(u), device=u.device) - u @ u.T
+                gradient = torch.randn_like(parameters[name]).reshape(parameters[name].shape[0], -1)
+                found.append((gradient, projector, side == "right"))
+    return found
+
+
+def _multiply(dense: Sequence[tuple[Tensor, Tensor, bool]]) -> None:
+    for gradient, projector, right in dense:
+        _ = gradient @ projector if right else projector @ gradient
+
+
+def protection_operations(bases: Mapping[str, Basis], precision: str) -> float:
+    """Operations of one protected step: anchor or difference form as the library chooses it (see the module's page)."""
+    total = 0.0
+    for basis in bases.values():
+        for side, subspace in basis.subspaces.items():
+            if side == "rows":
+                continue
+            other = subspace.anchor.shape[1] if side == "right" else subspace.anchor.shape[2]
+            k, size = max(subspace.ranks), subspace.size
+            anchor = 4.0 * other * size * k * len(subspace.ranks)
+            difference = 4.0 * other * size * min(k, size - k) * len(subspace.ranks)
+            total += anchor if precision == "exact" and 2 * k <= size else difference + anchor / EXACT_EVERY
+    return total
+
+
+def step_operations(trainer: Trainer) -> float:
+    """Operations of forward and backward, counted by torch."""
+    with FlopCounterMode(display=False) as counter:
+        trainer.gradients()
+    return float(counter.get_total_flops())
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1:])

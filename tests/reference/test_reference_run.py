@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from reference.config import Config, load_config
+from reference.experiment import Experiment, prepare
+from reference.methods import METHODS
+from reference.run import main
+from reference.sequence import Sequence, Stopped
+
+SMALL = {
+    "tasks": ["colours", "photographs"], "methods": "all", "iterations": 6, "pretrain_iterations": 4, "warmup": 2, "batch_size": 8,
+    "evaluation_images": 40, "consolidation_images": 32, "reference_images": 32,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return load_config("demo", {**SMALL, "output": "unused"})
+
+
+@pytest.fixture(scope="module")
+def experiment(config: Config) -> Experiment:
+    prepared = prepare(config)
+    clip = prepared.pretrained(0)
+    return Experiment(prepared.tasks, prepared.pool, lambda seed: clip)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_leaves_a_results_file(name: str, config: Config, experiment: Experiment, tmp_path: Path) -> None:
+    Sequence(experiment, METHODS[name], config, 0, tmp_path).run()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["method"] == name and results["seed"] == 0 and results["tasks"] == SMALL["tasks"]
+    assert len(results["accuracy"]) == 2 and all(len(row) == 2 for row in results["accuracy"])
+    assert {"transfer", "average", "last", "pretrained", "seconds", "peak_memory", "machine", "torch", "config"} <= set(results)
+    assert not (tmp_path / "checkpoint.pt").exists() and (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["finetune", "nullspace"])
+@pytest.mark.parametrize("calls", [3, 7, 9], ids=["in-task-1", "after-task-1", "in-task-2"])
+def test_resume_is_bitwise(name: str, calls: int, config: Config, experiment: Experiment, tmp_path: Path) -> None:
+    straight = Sequence(experiment, METHODS[name], config, 0, tmp_path / "straight")
+    expected = straight.run()
+    asked = iter(range(1000))
+    with pytest.raises(Stopped):
+        Sequence(experiment, METHODS[name], config, 0, tmp_path / "two", lambda: next(asked) >= calls - 1).run()
+    resumed = Sequence(experiment, METHODS[name], config, 0, tmp_path / "two")
+    assert resumed.run(resume=True)["accuracy"] == expected["accuracy"]
+    for (key, one), two in zip(straight.clip.model.state_dict().items(), resumed.clip.model.state_dict().values()):
+        assert torch.equal(one, two), key
+
+
+def test_the_command_draws_tables_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pairs = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items() if key != "methods"]
+    arguments = ["--methods", "finetune,nullspace", "--output", str(tmp_path), *pairs]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "after photographs" in printed and "transfer" in printed
+    assert (tmp_path / "forgetting.png").exists() and (tmp_path / "nullspace-seed0" / "heatmap.png").exists()
+    assert main(arguments) == 2
+    assert "already holds results" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert main([*arguments, "--resume", "--set", "iterations=7"]) == 2
+    assert "iterations" in capsys.readouterr().err
