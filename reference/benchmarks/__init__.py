@@ -1,1 +1,1 @@
-"""Measurements behind every figure of speed, memory and drift: `python -m reference.benchmarks.{step,consolidate,drift}`."""
+"""Measurements behind every figure of speed and drift: `python -m reference.benchmarks.{step,consolidate,drift}`."""

@@ -1,10 +1,11 @@
-"""What a consolidation costs: over a forward-only pass, part by part, and beside the decompositions of published methods.
+"""What a consolidation costs: over a forward-only pass, part by part, and beside the SVDs of published methods.
 
     python -m reference.benchmarks.consolidate --model DIR --model ViT-B-32
 
-A consolidation is a forward pass under observation, second moments `K = X^T X` `[d, d]` of the rows `X` `[n, d]` of every
-weight, for `rows="relevant"` a backward pass that finds the rows that matter, one eigen-decomposition a moment, and a probe
-for `verify`. The first three grow with the data, the last two do not. GPM takes a full SVD of `X`, GNSP one of `K`.
+A consolidation is a forward pass under observation, second moments `K = X^T X` `[d, d]` of the rows `X` `[n, d]` of
+every weight, for `rows="relevant"` a backward pass that finds the rows that matter, one eigen-decomposition a moment,
+and a probe for `verify`. The first three grow with the data, the last two do not. GPM takes a full SVD of `X`, GNSP one
+of `K`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from cProfile import Profile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pstats import Stats
 from statistics import median
@@ -27,7 +29,7 @@ from torch.optim import SGD
 from nullspace_optim import NullSpaceOptimizer, clip_forward
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.timing import ratio, seconds
-from reference.benchmarks.workload import build, random_batch
+from reference.benchmarks.workload import build, quiet, random_batch
 from reference.clip import load_clip
 from reference.config import load_config
 
@@ -94,7 +96,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     about = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.consolidate", description=about)
     parser.add_argument(
-        "--model", action="append", help="open_clip architecture, folder of an open_clip model, or tiny; may be repeated"
+        "--model", action="append", help="open_clip architecture, folder of an open_clip model, or tiny; repeatable"
     )
     parser.add_argument("--blocks", type=int, help="use only so many blocks of each tower; default: all")
     parser.add_argument("--images", type=int, default=128, help="images of the task, in batches of 32")
@@ -115,7 +117,8 @@ def prepare(name: str, blocks: int | None, images: int, device: torch.device) ->
     else:
         model = build(name, blocks, device)
     batch = random_batch(model, max(images, PROMPTS), device)
-    return Case(name, model, list(batch.images[:images].split(BATCH)), batch.tokens[:PROMPTS])
+    parts = [batch.images[start : min(start + BATCH, images)] for start in range(0, images, BATCH)]
+    return Case(name, model, parts, batch.tokens[:PROMPTS])
 
 
 def measure(case: Case, rows: str, repeats: int, device: torch.device) -> Spent:
@@ -134,12 +137,11 @@ def measure(case: Case, rows: str, repeats: int, device: torch.device) -> Spent:
     for _ in range(repeats):
         plain.append(seconds(forward_only, device))
         optimizer = NullSpaceOptimizer(SGD(case.model.parameters(), lr=1e-3), case.model, rows=rows)  # type: ignore[arg-type]
-        profile = Profile()
-        profile.enable()
-        whole.append(seconds(lambda o=optimizer: o.consolidate(case.batches, forward=forward, progress=False), device))  # type: ignore[misc]
-        profile.disable()
+        with quiet(), Profile() as profile:
+            whole.append(seconds(partial(optimizer.consolidate, case.batches, forward=forward, progress=False), device))
         optimizer.detach()
-    sizes = {name: basis.main.size for name, basis in optimizer.bases.items() if basis.main and basis.main.side != "rows"}
+    kept = {name: basis.main for name, basis in optimizer.bases.items() if basis.main is not None}
+    sizes = {name: subspace.size for name, subspace in kept.items() if subspace.side != "rows"}
     return Spent(plain, whole, parts_of(profile), sizes)
 
 
@@ -167,9 +169,13 @@ def peer_seconds(case: Case, sizes: dict[str, int], device: torch.device) -> tup
     for (rows, size), number in shapes.items():
         progress(f"{case.name}: SVD of {rows} x {size}")
         x = torch.randn(rows, size, device=device)
-        rows_svd += number * seconds(lambda x=x: torch.linalg.svd(x.T, full_matrices=False), device)  # type: ignore[misc]
-        gram_svd += number * seconds(lambda x=x: torch.linalg.svd(x.T @ x), device)  # type: ignore[misc]
+        rows_svd += number * seconds(partial(torch.linalg.svd, x.T, full_matrices=False), device)
+        gram_svd += number * seconds(partial(_gram_svd, x), device)
     return rows_svd, gram_svd
+
+
+def _gram_svd(x: Tensor) -> None:
+    torch.linalg.svd(x.T @ x)
 
 
 def _row(case: Case, rows: str, spent: Spent) -> tuple[str, ...]:
@@ -198,26 +204,27 @@ def _pass_table(rows: Sequence[tuple[str, ...]], repeats: int) -> Table:
             "forward, observed", "relevance", "second moments", "eigh", "bases", "probe, estimate", "rest",
         ),
         tuple(rows),
-        f"{repeats} pairs, forward-only and consolidation in turn, float32, random images. Forward, relevance and second "
-        "moments grow with the data; the others depend on the widths alone, so the whole ratio falls towards the sixth column "
-        "as the task grows. The consolidation ran under Python's profiler, which tells the parts and slows it a little.",
+        f"{repeats} pairs, forward-only and consolidation in turn, float32, random images. Forward, relevance and "
+        "second moments grow with the data; the others depend on the widths alone, so the whole ratio falls "
+        "towards the sixth column as the task grows. The consolidation ran under Python's profiler, which tells "
+        "the parts and slows it a little.",
     )  # fmt: skip
 
 
 def _compare(case: Case, spent: Spent, device: torch.device) -> tuple[str, ...]:
     rows_svd, gram_svd = peer_seconds(case, spent.sizes, device)
     ours = spent.parts["moments"] + spent.parts["eigh"]
-    cells = (ours, rows_svd, gram_svd)
-    return f"{case.name}, {case.images} images", *(f"{x:.2f}" for x in cells), f"{rows_svd / ours:.1f}", f"{gram_svd / ours:.1f}"
+    cells = [f"{value:.2f}" for value in (ours, rows_svd, gram_svd)]
+    return f"{case.name}, {case.images} images", *cells, f"{rows_svd / ours:.1f}", f"{gram_svd / ours:.1f}"
 
 
 def _peer_table(rows: Sequence[tuple[str, ...]]) -> Table:
     return Table(
         "Finding the directions: ours beside full decompositions, seconds for all matrices",
-        ("model", "second moments + eigh", "SVD of all rows (GPM)", "Gram + SVD of it (GNSP)", "GPM / ours", "GNSP / ours"),
+        ("model", "second moments + eigh", "SVD of rows (GPM)", "Gram and its SVD (GNSP)", "GPM / ours", "GNSP / ours"),
         tuple(rows),
-        "Ours: from the last row of the model above; weights that share their rows share one decomposition. The SVDs: "
-        "torch.linalg.svd of noise, each shape once, times the number of weights of that shape.",
+        "Ours: from the last row of the model above; weights that share their rows share one decomposition. The "
+        "SVDs: torch.linalg.svd of noise, each shape once, times the number of weights of that shape.",
     )
 
 

@@ -2,11 +2,11 @@
 
     python -m reference.benchmarks.drift --data-root DIR --model DIR
 
-First table: a CLIP of two blocks learns one task, the task is consolidated, then another is trained with each base optimizer:
-without protection, with the gradient projected before the step (GPM, GNSP, PEFT's OSF), and with the anchor correction after
-it. Its figure is the largest `||W U - A|| / ||A||` over the protected matrices `W` `[m, d]` with basis `U` `[d, k]`.
-Second table: the given CLIP consolidates a task under several policies, then trains on another task; its figures are what
-became of the first task's outputs on images that were not consolidated.
+First table: a CLIP of two blocks learns one task, the task is consolidated, then another is trained with each base
+optimizer: without protection, with the gradient projected before the step (GPM, GNSP, PEFT's OSF), and with the anchor
+correction after it. Its figure is the largest `||W U - A|| / ||A||` over the protected matrices `W` `[m, d]` with basis
+`U` `[d, k]`. Second table: the given CLIP consolidates a task under several policies, then trains on another task; its
+figures are what became of the first task's outputs on images that were not consolidated.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from nullspace_optim import Energy, Fate, NullSpaceOptimizer, NumericalRank, Policy, clip_forward
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
+from reference.benchmarks.workload import quiet
 from reference.clip import Clip, assemble, class_logits, classification_loss, load_clip
 from reference.config import Config, load_config
 from reference.data import load_tasks
@@ -56,7 +57,7 @@ BASES: dict[str, Base] = {
 
 @dataclass(frozen=True)
 class Scores:
-    """What is compared before and after: outputs on held-out images of the old task, its accuracy, the new task's loss."""
+    """Compared before and after: outputs on held-out images of the old task, its accuracy, the new task's loss."""
 
     features: Tensor
     logits: Tensor
@@ -80,7 +81,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     about = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.drift", description=about)
     parser.add_argument("--data-root", required=True, help="folder with one folder of images per task")
-    parser.add_argument("--model", required=True, help="folder of an open_clip model, or <architecture>:<pretrained tag>")
+    parser.add_argument("--model", required=True, help="folder of an open_clip model, or <name>:<tag>")
     parser.add_argument("--old", default="eurosat", help="task that is consolidated")
     parser.add_argument("--new", default="dtd", help="task that is trained afterwards")
     parser.add_argument("--tables", default="optimizers,thresholds", help="which of optimizers,thresholds")
@@ -122,10 +123,11 @@ def by_optimizer(options: argparse.Namespace, clip: Clip, old: Task, new: Task) 
         f"Relative drift of kept directions after {options.optimizer_steps} steps, by base optimizer",
         ("base optimizer", "no protection", "gradient projected before the step", "anchor correction"),
         tuple(rows),
-        f"A CLIP of two blocks a tower, trained on {old.name}, consolidated there with Energy(0.999) (images and prompts), "
-        f"then trained on {new.name}, batch {options.batch}; only 2-D weights of blocks and projections train, so that Muon "
-        "can take them all. Largest ||W U - A|| / ||A|| over all protected matrices. Training loss on the new task at the "
-        f"end, in the order of the columns (chance {torch.tensor(len(new.class_names)).log().item():.2f}): "
+        f"A CLIP of two blocks a tower, trained on {old.name}, consolidated there with Energy(0.999) (images and "
+        f"prompts), then trained on {new.name}, batch {options.batch}; only 2-D weights of blocks and projections "
+        "train, so that Muon can take them all. Largest ||W U - A|| / ||A|| over all protected matrices. Training "
+        "loss on the new task at the end, in the order of the columns (chance "
+        f"{torch.tensor(len(new.class_names)).log().item():.2f}): "
         + "; ".join(losses) + ".",
     )  # fmt: skip
 
@@ -135,8 +137,12 @@ def two_blocks(clip: Clip) -> Clip:
     torch.manual_seed(0)
     vision = {"image_size": clip.size, "layers": 2, "width": 128, "head_width": 32, "patch_size": clip.size // 4}
     given = cast(Any, clip.model)
-    text = {"context_length": given.context_length, "vocab_size": given.vocab_size, "width": 128, "heads": 4, "layers": 2}
-    return assemble(open_clip.CLIP(embed_dim=128, vision_cfg=vision, text_cfg=text), clip.tokenizer, str(clip.device))
+    text = {"context_length": given.context_length, "vocab_size": given.vocab_size, "width": 128, "heads": 4}
+    return assemble(
+        open_clip.CLIP(embed_dim=128, vision_cfg=vision, text_cfg={**text, "layers": 2}),
+        clip.tokenizer,
+        str(clip.device),
+    )
 
 
 def matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -180,7 +186,7 @@ def by_threshold(options: argparse.Namespace, clip: Clip, old: Task, new: Task) 
         scores = [after for _, after in found]
         rows.append(
             (
-                "unprotected" if policy is None else repr(policy).replace("(threshold=", "(").replace("tolerance=None", ""),
+                named(policy),
                 f"{shares:.0%}",
                 percent([relative(after.features, before.features) for after in scores]),
                 percent([relative(after.logits, before.logits) for after in scores]),
@@ -196,17 +202,23 @@ def by_threshold(options: argparse.Namespace, clip: Clip, old: Task, new: Task) 
             "accuracy on the old task (%)", "training loss of the new task",
         ),
         tuple(rows),
-        f"Old task {old.name}: {min(options.images, len(old.train))} training images and its prompts consolidated, drift "
-        f"||Y' - Y|| / ||Y|| on {held_out} test images that were not. New task {new.name}: batch {options.batch}, learning "
-        f"rate {options.rate:g} with warm-up and cosine, loss over its training images before → after. Protected directions: "
-        f"mean share over the protected matrices. {len(seeds)} seeds (mean, smallest and largest in brackets).",
+        f"Old task {old.name}: {min(options.images, len(old.train))} training images and its prompts consolidated, "
+        f"drift ||Y' - Y|| / ||Y|| on {held_out} test images that were not. New task {new.name}: batch "
+        f"{options.batch}, learning rate {options.rate:g} with warm-up and cosine, loss over its training images "
+        f"before → after. Protected directions: mean share over the protected matrices. {len(seeds)} seeds (mean, "
+        "smallest and largest in brackets).",
     )  # fmt: skip
+
+
+def named(policy: Policy | None) -> str:
+    """How the policy stands in the table."""
+    return "unprotected" if policy is None else repr(policy).replace("threshold=", "").replace("tolerance=None", "")
 
 
 def after_new_task(
     clip: Clip, policy: Policy | None, seed: int, config: Config, images: int, old: Task, new: Task
 ) -> tuple[float, Scores]:
-    """Consolidate `old` under `policy` (None: no protection), train `new`: share of protected directions, and scores."""
+    """Consolidate `old` under `policy`, if any, then train `new`: share of protected directions, and scores."""
     progress(f"drift by threshold: {policy}, seed {seed}")
     trained = [parameter for parameter in clip.model.parameters() if parameter.requires_grad]
     optimizer: Optimizer = AdamW(trained, lr=config.learning_rate, weight_decay=0.01)
@@ -214,8 +226,8 @@ def after_new_task(
     if policy is not None:
         optimizer = NullSpaceOptimizer(optimizer, clip.model, policy=policy)
         consolidate(optimizer, clip, old, images)
-        found = [basis.main for basis in optimizer.bases.values() if basis.main is not None and basis.main.side != "rows"]
-        share = mean(subspace.rank / subspace.dimension for subspace in found)
+        found = [basis.main for basis in optimizer.bases.values() if basis.main is not None]
+        share = mean(subspace.rank / subspace.dimension for subspace in found if subspace.side != "rows")
     train(clip, optimizer, new, config, plain_loss(clip), seed=seed)
     return share, score(clip, old, new, config)
 
@@ -227,9 +239,11 @@ def score(clip: Clip, old: Task, new: Task, config: Config) -> Scores:
     images = clip.normalised(old.test.drawn(HELD_OUT, seed=0).images)
     model = cast(Any, clip.model)
     tokens = clip.tokens(old.prompts())
-    features = torch.cat([model.encode_image(part, normalize=True) for part in images.split(64)])
-    logits = torch.cat([class_logits(clip.model, part, tokens) for part in images.split(64)])
-    return Scores(features, logits, evaluate(clip, old, replace(config, evaluation_images=None)), training_loss(clip, new))
+    parts = [images[start : start + 64] for start in range(0, len(images), 64)]
+    features = torch.cat([model.encode_image(part, normalize=True) for part in parts])
+    logits = torch.cat([class_logits(clip.model, part, tokens) for part in parts])
+    accuracy = evaluate(clip, old, replace(config, evaluation_images=None))
+    return Scores(features, logits, accuracy, training_loss(clip, new))
 
 
 def relative(now: Tensor, then: Tensor) -> float:
@@ -251,7 +265,8 @@ def consolidate(optimizer: NullSpaceOptimizer, clip: Clip, task: Task, images: i
     clip.model.eval()
     loader = list(batches(clip, task.train.drawn(images, seed=0)))
     forward = clip_forward(clip.model, clip.tokens(task.prompts()))
-    optimizer.consolidate(loader, name=task.name, forward=forward, progress=False)
+    with quiet():
+        optimizer.consolidate(loader, name=task.name, forward=forward, progress=False)
 
 
 def plain_loss(clip: Clip) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -4,8 +4,8 @@
     python -m reference.benchmarks.step --shares 1/4,1/2 --blocks 3 --repeats 5
 
 Matrices are `W` `[m, d]`, bases `U` `[d, k]`; `k/d` is the share of protected directions. Anchor form: `4 m d k`
-operations; difference form: `4 m d min(k, d - k)`, plus the anchor form every 16th step. Dense `P` (Adam-NSCL, GPM, GNSP):
-`G <- G P`, `2 m d^2`, whatever k is.
+operations; difference form: `4 m d min(k, d - k)`, plus the anchor form every 16th step. Dense `P` (Adam-NSCL, GPM,
+GNSP): `G <- G P`, `2 m d^2`, whatever k is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nullspace_optim import Basis, NullSpaceOptimizer, clip_forward
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.timing import in_turn, ratio, wait
-from reference.benchmarks.workload import Batch, Share, Still, build, contrastive_loss, random_batch, shrink
+from reference.benchmarks.workload import Batch, Share, Still, build, contrastive_loss, quiet, random_batch, shrink
 
 RATE = 1e-6
 EXACT_EVERY = 16
@@ -103,7 +102,8 @@ def main(arguments: Sequence[str]) -> Outcome:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.step", description=(__doc__ or "").split("\n")[0])
+    about = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.step", description=about)
     parser.add_argument("--model", help="open_clip architecture, or tiny; default: ViT-B-32 (CPU), ViT-B-16 (GPU)")
     parser.add_argument("--blocks", type=int, help="use only so many blocks of each tower; default: all")
     parser.add_argument("--batch", type=int, help="image-text pairs a step; default: 32 (CPU), 64 (GPU)")
@@ -118,8 +118,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def whole_steps(settings: Settings) -> list[Table]:
     """Training steps with protection over steps without, for every share and both precisions."""
-    batch = random_batch(build_cached(settings), settings.batch, settings.device)
     with_it = build(settings.model, settings.blocks, settings.device)
+    batch = random_batch(with_it, settings.batch, settings.device)
     without = copy.deepcopy(with_it)
     bare = Trainer(without, AdamW(without.parameters(), lr=RATE), batch, settings.autocast)
     operations = step_operations(bare)
@@ -131,7 +131,7 @@ def whole_steps(settings: Settings) -> list[Table]:
         for share in settings.shares:
             for precision in ("exact", "fast"):
                 progress(f"training step, k/d {share}, {precision}")
-                optimizer = NullSpaceOptimizer(base, with_it, precision=precision)  # type: ignore[arg-type]
+                optimizer = NullSpaceOptimizer(base, with_it, precision=precision)
                 optimizer.load(bases)
                 shrink(optimizer.bases, float(share))
                 guarded = Trainer(with_it, optimizer, batch, settings.autocast)
@@ -140,9 +140,7 @@ def whole_steps(settings: Settings) -> list[Table]:
     return [_step_table(rows, settings, bare, operations)]
 
 
-def _compare(
-    bare: Trainer, guarded: Trainer, settings: Settings, operations: float, precision: str
-) -> tuple[str, ...]:
+def _compare(bare: Trainer, guarded: Trainer, settings: Settings, operations: float, precision: str) -> tuple[str, ...]:
     """Time pairs of steps without and with protection: the cells of one row."""
     bare.timed_step()
     guarded.timed_step()
@@ -177,11 +175,11 @@ def _step_table(rows: Sequence[tuple[str, ...]], settings: Settings, bare: Train
             "step without (s)", "added (s)", "drift", f"under {otherwise}",
         ),
         tuple(reversed(derived)),
-        f"With / without: median of {settings.repeats} neighbouring pairs of whole steps. By the optimizer's part: 1 + what "
-        "the optimizer takes longer, over the whole step without (steadier). Predicted: operations of the protection over "
-        f"the {operations / 1e9:.0f} GFLOP of forward and backward, at equal rate. Drift: largest relative change of a kept "
-        f"direction afterwards. Under {otherwise}: the same addition (weights stay float32) beside a step whose forward and "
-        f"backward run under that autocast, {plain:.3f} s.",
+        f"With / without: median of {settings.repeats} neighbouring pairs of whole steps. By the optimizer's part: "
+        "1 + what the optimizer takes longer, over the whole step without (steadier). Predicted: operations of the "
+        f"protection over the {operations / 1e9:.3g} GFLOP of forward and backward, at equal rate. Drift: largest "
+        f"relative change of a kept direction afterwards. Under {otherwise}: the same addition (weights stay "
+        f"float32) beside a step whose forward and backward run under that autocast, {plain:.3f} s.",
     )  # fmt: skip
 
 
@@ -201,7 +199,7 @@ def projections(settings: Settings) -> list[Table]:
             cells: list[str] = []
             for precision in ("exact", "fast"):
                 progress(f"projection alone, k/d {share}, {precision}")
-                optimizer = NullSpaceOptimizer(base, model, precision=precision)  # type: ignore[arg-type]
+                optimizer = NullSpaceOptimizer(base, model, precision=precision)
                 optimizer.load(bases)
                 shrink(optimizer.bases, float(share))
                 dense = dense_projections(model, optimizer.bases)
@@ -216,9 +214,9 @@ def projections(settings: Settings) -> list[Table]:
             f"Projection alone, each matrix shape of {settings.model} once, float32 weights",
             ("k/d", "dense P (ms)", "exact (ms)", "dense / exact", "predicted", "fast (ms)", "dense / fast"),
             tuple(reversed(rows)),
-            f"Median of {repeats} turns. Dense: G <- G P with a stored P [d, d], the arithmetic of Adam-NSCL, GPM and GNSP, "
-            "which leaks under most base optimizers. Exact and fast: what a protected step does, with all its bookkeeping. "
-            "Predicted: operations of dense over exact.",
+            f"Median of {repeats} turns. Dense: G <- G P with a stored P [d, d], the arithmetic of Adam-NSCL, GPM "
+            "and GNSP, which leaks under most base optimizers. Exact and fast: what a protected step does, with "
+            "all its bookkeeping. Predicted: operations of dense over exact.",
         )
     ]
 
@@ -259,17 +257,13 @@ def over_tasks(settings: Settings) -> list[Table]:
     ]
 
 
-def build_cached(settings: Settings) -> Any:
-    """A model only to read image size, context length and vocabulary from (one block)."""
-    return build(settings.model, 1, torch.device("cpu"))
-
-
 def consolidated(base: Optimizer, model: nn.Module, share: Fraction, device: torch.device) -> NullSpaceOptimizer:
     """Protect `share` of every matrix: a few samples decide which, directions without energy fill up the rest."""
     progress(f"consolidating once at k/d {share} (an eigen-decomposition of every second moment)")
     optimizer = NullSpaceOptimizer(base, model, policy=Share(float(share)))
     batch = random_batch(model, 4, device, seed=1)
-    optimizer.consolidate([batch.images], name="task", forward=clip_forward(model, batch.tokens), progress=False)
+    with quiet():
+        optimizer.consolidate([batch.images], name="task", forward=clip_forward(model, batch.tokens), progress=False)
     optimizer.detach()
     return optimizer
 

@@ -1,8 +1,10 @@
-"""What the speed benchmarks train: CLIP of open_clip with random weights, random images and prompts, a contrastive loss."""
+"""What the speed benchmarks train: an open_clip CLIP with random weights, random images and prompts, CLIP's loss."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nullspace_optim import Basis, Policy, Spectrum
+from nullspace_optim import Basis, NullSpaceWarning, Policy, Spectrum
 
 SMALLEST = {
     "embed_dim": 32,
@@ -41,6 +43,14 @@ class Still(Optimizer):
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Do nothing."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the library's warnings about capacity: benchmarks fill bases on purpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NullSpaceWarning)
+        yield
 
 
 @dataclass(frozen=True)
