@@ -44,15 +44,15 @@ def class_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
     """CLIP as a classifier: `exp(logit_scale) * image_features @ text_features.T`, `[n, classes]`."""
     image_features = model.encode_image(images, normalize=True)  # type: ignore[operator]
     text_features = model.encode_text(tokens, normalize=True)  # type: ignore[operator]
-    scale: Tensor = model.logit_scale.exp()  # type: ignore[union-attr, operator, assignment]
-    return scale * image_features @ text_features.T
+    logits: Tensor = model.logit_scale.exp() * image_features @ text_features.T  # type: ignore[operator]
+    return logits
 
 
 def assemble(model: nn.Module, tokenizer: Callable[[Sequence[str]], Tensor], device: str) -> Clip:
-    """A `Clip` from an open_clip model: float32, `logit_scale` fixed (as in GNSP), on `device` (`auto`: a GPU if any)."""
+    """A `Clip` from an open_clip model: float32, `logit_scale` fixed (as in GNSP), on `device` (`auto`: GPU if any)."""
     where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     model = model.float().to(where)
-    model.logit_scale.requires_grad_(False)  # type: ignore[union-attr, operator]
+    model.logit_scale.requires_grad_(False)  # type: ignore[operator]
     visual = model.visual
     size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size  # type: ignore[union-attr]
     mean, std = (
@@ -75,7 +75,9 @@ def load_clip(config: Config) -> Clip:
     name, _, tag = config.model.partition(":")
     if folder.is_dir():
         if not (folder / "open_clip_config.json").is_file():
-            raise ExperimentError(f"model={config.model}: no open_clip_config.json in this folder; give an open_clip folder")
+            raise ExperimentError(
+                f"model={config.model}: no open_clip_config.json in this folder; give an open_clip folder"
+            )
         name, tag = f"local-dir:{folder.resolve()}", ""
     elif (name, tag) not in open_clip.list_pretrained():
         raise ExperimentError(
@@ -91,4 +93,6 @@ def load_clip(config: Config) -> Clip:
 
 def classification_loss(model: nn.Module, images: Tensor, labels: Tensor, tokens: Tensor, smoothing: float) -> Tensor:
     """Cross entropy of `class_logits` over the classes of the task, with label smoothing; scalar."""
-    return F.cross_entropy(class_logits(model, images, tokens).float(), labels.to(images.device), label_smoothing=smoothing)
+    return F.cross_entropy(
+        class_logits(model, images, tokens).float(), labels.to(images.device), label_smoothing=smoothing
+    )

@@ -1,4 +1,4 @@
-"""Settings of one experiment: a frozen dataclass, filled from `configs/<preset>.yaml` and from `key=value` overrides."""
+"""Settings of one experiment: a frozen dataclass, filled from `configs/<preset>.yaml` and `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 
 def _convert(key: str, hint: Any, value: Any) -> Any:
-    """`value` as the type `hint` of the field `key`; strings such as `1e-4` (which YAML leaves a string) become floats."""
+    """`value` as the type `hint` of the field `key`; `1e-4`, which YAML leaves a string, becomes a float."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return None if value is None else _convert(key, arguments[0], value)

@@ -1,7 +1,8 @@
 """Tasks from folders of images: `<data root>/<task>/{train,test}/<class name>/<n>.jpg`, and the reference pool.
 
 Images are checked and decoded before any training: shorter side resized to the model's size, centre crop, uint8
-`[n, 3, s, s]` kept in memory. The validation split is the last fifth of each class's training images in natural file order.
+`[n, 3, s, s]` kept in memory. The validation split is the last fifth of each class's training images in natural file
+order.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def load_tasks(config: Config, size: int) -> list[Task]:
     """
     root = Path(config.data_root)
     if not root.is_dir():
-        raise ExperimentError(f"data_root={root} is not a folder; give the folder that holds the tasks with --data-root")
+        raise ExperimentError(
+            f"data_root={root} is not a folder; give the folder that holds the tasks with --data-root"
+        )
     found = sorted(path.name for path in root.iterdir() if path.is_dir())
     names = chosen(config.tasks, found) if config.tasks else ORDERS[config.order]
     folders = {name: _folders(root / name) for name in names}
@@ -60,7 +63,7 @@ def load_reference_pool(config: Config, size: int) -> ReferencePool:
     listing = root / "captions.csv"
     if not config.reference_root or not listing.is_file():
         raise ExperimentError(
-            f"reference_root={config.reference_root!r} holds no captions.csv, which the method nullspace-reference reads; "
+            f"reference_root={config.reference_root!r} holds no captions.csv, which nullspace-reference reads; "
             "give --reference-root or leave that method out of --methods"
         )
     with listing.open(newline="", encoding="utf-8") as stream:
@@ -104,11 +107,15 @@ def _folders(folder: Path) -> tuple[ImageFolder, ImageFolder]:
         try:
             listed.append(ImageFolder(str(folder / part)))
         except FileNotFoundError as error:
-            raise ExperimentError(f"{folder / part}: {error}".split("\n")[0] + "; every class needs an image") from error
+            raise ExperimentError(
+                f"{folder / part}: {error}".split("\n")[0] + "; every class needs an image"
+            ) from error
     train, test = listed
     if train.classes != test.classes:
         odd = sorted(set(train.classes) ^ set(test.classes))
-        raise ExperimentError(f"{folder}: class folders differ between train and test ({', '.join(odd)}); make them equal")
+        raise ExperimentError(
+            f"{folder}: class folders differ between train and test ({', '.join(odd)}); make them equal"
+        )
     return train, test
 
 
@@ -131,6 +138,9 @@ def _decode(path: str, size: int) -> Tensor:
         with Image.open(path) as image:
             rgb = image.convert("RGB")
     except (OSError, SyntaxError) as error:
-        raise ExperimentError(f"image {path} is missing or cannot be decoded ({error}); replace or delete it") from error
+        raise ExperimentError(
+            f"image {path} is missing or cannot be decoded ({error}); replace or delete it"
+        ) from error
     rgb = transforms.resize(rgb, [size], interpolation=transforms.InterpolationMode.BICUBIC)
-    return transforms.pil_to_tensor(transforms.center_crop(rgb, [size, size]))
+    decoded: Tensor = transforms.pil_to_tensor(transforms.center_crop(rgb, [size, size]))
+    return decoded

@@ -1,8 +1,8 @@
 """The demo's data and model: nothing is downloaded.
 
 Six tasks of different kinds, 32 x 32 pixels, rendered with PIL and numpy or taken from what scikit-learn ships, and a
-tiny CLIP of open_clip that is first trained on the same class names in *another style* (other fonts, positions, noise and
-contrast), as a pretrained model knows the classes of a new data set without knowing its images.
+tiny CLIP of open_clip that is first trained on the same class names in *another style* (other fonts, positions, noise
+and contrast), as a pretrained model knows the classes of a new data set without knowing its images.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,7 +30,7 @@ from reference.tasks import Split, Task, chosen
 
 SIZE = 32
 TRAIN, TEST, PRETRAIN = 400, 200, 400  # images per task
-Pixels = NDArray[np.float32]  # `[32, 32, 3]`, 0..1
+Pixels = NDArray[Any]  # `[32, 32, 3]`, 0..1
 
 COLOURS = {
     "red": (0.85, 0.1, 0.1), "orange": (0.95, 0.55, 0.1), "yellow": (0.95, 0.9, 0.2), "green": (0.1, 0.65, 0.2),
@@ -75,7 +76,7 @@ class WordTokenizer:
 
 
 def tasks(config: Config) -> list[Task]:
-    """The tasks of the configuration, rendered; with `split=validation` the last fifth of the training images is the test."""
+    """The tasks of the configuration, rendered; `split=validation` tests on the last fifth of the training images."""
     names = chosen(config.tasks, ORDER[config.order])
     return [_task(name, config.split == "validation") for name in names]
 
@@ -183,14 +184,16 @@ def _shape(label: str, random: Generator, pretraining: bool) -> Pixels:
         angles = -np.pi / 2 + 2 * np.pi * np.arange(corners) / corners
         reach = radius * np.where(np.arange(corners) % 2 == 0, 1.0, inner)
         pen.polygon([(x + r * np.cos(a), y + r * np.sin(a)) for r, a in zip(reach, angles)], fill=ink)
-    return np.asarray(image, np.float32) / 255
+    return np.asarray(image, dtype=np.float32) / np.float32(255)
 
 
 def _glyph(text: str, fonts: Sequence[str], random: Generator, pretraining: bool) -> Pixels:
     """One character in a font that matplotlib ships, turned a little."""
     paper, ink = ((230, 230, 230), (20, 20, 20)) if pretraining else _ink(random)
     image = Image.new("RGB", (SIZE, SIZE), paper)
-    font = ImageFont.truetype(str(_FONTS / f"{fonts[random.integers(len(fonts))]}.ttf"), int(random.integers(24, 30)))
+    font = ImageFont.truetype(
+        str(_FONTS / f"{fonts[int(random.integers(len(fonts)))]}.ttf"), int(random.integers(24, 30))
+    )
     place = tuple(SIZE / 2 + random.uniform(-2, 2, 2))
     ImageDraw.Draw(image).text(place, text, fill=ink, font=font, anchor="mm")
     return np.asarray(image.rotate(random.uniform(-8, 8), fillcolor=paper), np.float32) / 255
@@ -234,7 +237,7 @@ def _photograph(label: str, random: Generator, pretraining: bool) -> Pixels:
     treatment, subject = label.split()
     photo = _PHOTOS[("temple", "flower").index(subject)]
     side = int(random.integers(60, 120) if pretraining else random.integers(160, 400))
-    left, top = random.integers(0, photo.width - side), random.integers(0, photo.height - side)
+    left, top = int(random.integers(0, photo.width - side)), int(random.integers(0, photo.height - side))
     crop = photo.crop((left, top, left + side, top + side)).resize((SIZE, SIZE))
     if treatment == "blurred":
         crop = crop.filter(ImageFilter.GaussianBlur(2))

@@ -1,7 +1,7 @@
 """Training one task and scoring tasks.
 
-Every random choice comes from a generator seeded by (seed, task number, step), so that a run which was stopped goes on to
-the same numbers, bitwise on the CPU.
+Every random choice comes from a generator seeded by (seed, task number, step), so that a run which was stopped goes on
+to the same numbers, bitwise on the CPU.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def crop(images: Tensor, generator: torch.Generator) -> Tensor:
 
 def batches(clip: Clip, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
     """The images of `split` in order, normalised `[n, 3, s, s]`, with their class numbers `[n]`."""
-    for images, labels in zip(split.images.split(EVALUATION_BATCH), split.labels.split(EVALUATION_BATCH)):
-        yield clip.normalised(images), labels
+    for first in range(0, len(split), EVALUATION_BATCH):
+        part = slice(first, first + EVALUATION_BATCH)
+        yield clip.normalised(split.images[part]), split.labels[part]
 
 
 @torch.no_grad()
@@ -130,4 +131,4 @@ def _order(images: int, config: Config, generator: torch.Generator) -> list[Tens
     """Image numbers of each step's batch: shuffled passes over the data, one after another."""
     needed = config.iterations * config.batch_size
     passes = [torch.randperm(images, generator=generator) for _ in range(-(-needed // images))]
-    return list(torch.cat(passes)[:needed].split(config.batch_size))
+    return list(torch.cat(passes)[:needed].view(config.iterations, config.batch_size))

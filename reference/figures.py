@@ -10,13 +10,13 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 Results = dict[str, Any]
 
 
 def heatmap(results: Results, path: Path) -> None:
-    """The accuracy matrix of one run, with the pretrained row on top; trained cells are those on and below the diagonal."""
+    """The accuracy matrix of one run under the pretrained row; a white line bounds the cells of trained tasks."""
     cells = np.array([results["pretrained"], *results["accuracy"]], dtype=float)
     tasks = results["tasks"]
     figure, axes = plt.subplots(figsize=(2.2 + 0.75 * len(tasks), 1.8 + 0.45 * len(cells)), layout="constrained")
@@ -39,7 +39,13 @@ def forgetting_curves(runs: Sequence[Results], path: Path) -> None:
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(3.1 * columns, 2.4 * rows + 0.5), sharex=True, sharey=True, squeeze=False, layout="constrained"
+        rows,
+        columns,
+        figsize=(3.1 * columns, 2.4 * rows + 0.5),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for number, (axes, task) in enumerate(zip(grid.flat, tasks)):
         for method in dict.fromkeys(run["method"] for run in runs):

@@ -1,6 +1,6 @@
 """The methods that are compared: what happens before, during and after a task.
 
-A method owns the model's optimizer for the whole sequence; the state of the base optimizer starts afresh with each task.
+A method owns the model's optimizer for the whole sequence; the base optimizer starts afresh with each task.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class ZeroShot(FineTune):
 
 
 class NullSpace(FineTune):
-    """Ours: after each AdamW step the weights are corrected, so that kept directions of earlier tasks do not move."""
+    """Ours: after each AdamW step the weights are corrected; kept directions of earlier tasks do not move."""
 
     name = "nullspace"
     project: ClassVar[Literal["update", "gradient"]] = "update"
@@ -83,7 +83,7 @@ class Gradient(NullSpace):
 
 
 class NullSpaceReference(NullSpace):
-    """Ours, with a pool of general images and captions consolidated before task 1: protects pretrained knowledge too."""
+    """Ours, with a pool of general images and captions consolidated before task 1: protects what was pretrained."""
 
     name = "nullspace-reference"
     needs_reference = True

@@ -1,8 +1,8 @@
 """Numbers of continual learning, from an accuracy matrix.
 
-Convention: `accuracy[j, i]` is the accuracy on task i after training task j, both 0-based in training order, `[T, T]`, in
-whatever unit (percent here). The row of the pretrained model is not part of the matrix. A cell that was not measured is
-NaN: means run over the cells that exist, and `Mean` says how many there were.
+Convention: `accuracy[j, i]` is the accuracy on task i after training task j, both 0-based in training order, `[T, T]`,
+in whatever unit (percent here). The row of the pretrained model is not part of the matrix. A cell that was not measured
+is NaN: means run over the cells that exist, and `Mean` says how many there were.
 Definitions: ZSCL (Zheng et al., 2023; its `results.ipynb`) for Transfer, Average and Last; Chaudhry et al., 2018, for
 forgetting; Lopez-Paz and Ranzato, 2017, for backward transfer.
 """
@@ -80,7 +80,12 @@ def summary(accuracy: Matrix, pretrained: Sequence[float]) -> dict[str, Mean]:
     Raises:
         ValueError: the matrix is not square, is empty, or `pretrained` has another length.
     """
-    if accuracy.ndim != 2 or accuracy.shape[0] != accuracy.shape[1] or accuracy.shape[0] != len(pretrained) or not len(accuracy):
+    if (
+        accuracy.ndim != 2
+        or accuracy.shape[0] != accuracy.shape[1]
+        or accuracy.shape[0] != len(pretrained)
+        or not len(accuracy)
+    ):
         raise ValueError(f"accuracy must be [T, T] and pretrained [T]; found {accuracy.shape} and {len(pretrained)}")
     figures = {f.__name__: f(accuracy) for f in (transfer, average, last, forgetting, backward_transfer)}
     return {**figures, "diagonal_gain": diagonal_gain(accuracy, pretrained)}

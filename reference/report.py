@@ -18,7 +18,9 @@ def matrix_table(results: dict[str, Any]) -> str:
     first = len("after ") + max(len(task) for task in results["tasks"])
     lines = [f"{results['method']}, seed {results['seed']}: accuracy [%]"]
     lines.append(" " * first + "".join(f"{task:>{width}}" for task in results["tasks"]))
-    lines.append(f"{'pretrained':<{first}}" + "".join(f"{_number(value):>{width - 1}} " for value in results["pretrained"]))
+    lines.append(
+        f"{'pretrained':<{first}}" + "".join(f"{_number(value):>{width - 1}} " for value in results["pretrained"])
+    )
     for j, row in enumerate(results["accuracy"]):
         cells = (f"[{_number(value)}]" if i == j else f"{_number(value)} " for i, value in enumerate(row))
         lines.append(f"after {results['tasks'][j]:<{first - 6}}" + "".join(f"{cell:>{width}}" for cell in cells))
@@ -35,7 +37,10 @@ def summary_table(runs: Sequence[dict[str, Any]], note: str) -> str:
         of_method = [run for run in runs if run["method"] == method]
         rows.append([method, *(_spread([run[name] for run in of_method]) for name in (*FIGURES, "seconds"))])
     widths = [max(len(row[i]) for row in rows) for i in range(len(headings))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
     pretrained = np.nanmean([run["pretrained"] for run in runs])
     lines.append(f"before any fine-tuning: {pretrained:.1f} % on average")
     return "\n".join([*lines, note] if note else lines)

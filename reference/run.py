@@ -1,7 +1,7 @@
 """The experiment on one page: fine-tune CLIP on task after task with several methods and compare what is kept.
 
-    python -m reference.run                                              everything embedded, a few minutes
-    python -m reference.run --preset mini --data-root DIR --model DIR    folders of images, a CLIP of your own
+python -m reference.run                                              everything embedded, a few minutes
+python -m reference.run --preset mini --data-root DIR --model DIR    folders of images, a CLIP of your own
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reference.errors import ExperimentError
 from reference.experiment import Experiment, prepare
 from reference.methods import chosen_methods
 from reference.report import matrix_table, summary_table
-from reference.sequence import Sequence, Stopped
+from reference.sequence import Sequence, StoppedError
 
 
 class StopRequest:
@@ -56,7 +56,7 @@ def main(arguments: Arguments[str] | None = None) -> int:
     except ExperimentError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Stopped:
+    except StoppedError:
         print(f"stopped and saved; go on with: {resume_command(options, config)}", file=sys.stderr)
         return 130
     for results in runs:
@@ -65,7 +65,9 @@ def main(arguments: Arguments[str] | None = None) -> int:
     return 0
 
 
-def compare(experiment: Experiment, config: Config, output: Path, resume: bool, stop: StopRequest) -> list[dict[str, Any]]:
+def compare(
+    experiment: Experiment, config: Config, output: Path, resume: bool, stop: StopRequest
+) -> list[dict[str, Any]]:
     """Every method with every seed, each with its results file and heatmap; then the curves of all."""
     runs = []
     for seed in config.seeds:
@@ -90,7 +92,9 @@ def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", help="test (default) or validation, for choosing settings")
     parser.add_argument("--output", help="folder for results; default: runs/<preset>-<date and time>")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished runs in --output")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of reference/config.py")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of reference/config.py"
+    )
     return parser.parse_args(arguments)
 
 

@@ -27,11 +27,10 @@ from reference.methods import FineTune
 from reference.tasks import Split, Task
 from reference.tracking import Log, machine, peak_memory, write_json
 
-
 ACTIVITIES = ("training", "consolidation", "evaluation")
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The run was asked to stop; everything needed to go on is saved."""
 
 
@@ -81,7 +80,7 @@ class Sequence:
         """Go through all tasks and return what `results.json` holds.
 
         Raises:
-            Stopped: after `stop()` became true; the state is saved.
+            StoppedError: after `stop()` became true; the state is saved.
             ExperimentError: resuming a run of other settings.
         """
         finished = self.folder / "results.json"
@@ -124,7 +123,7 @@ class Sequence:
         tqdm.write(f"{self.method.name}, seed {self.seed}: {task.name} ({number + 1}/{len(row)}) {row[number]:.1f} %")
         self._save()
         if self.stop():
-            raise Stopped
+            raise StoppedError
 
     def _train(self, number: int, task: Task) -> None:
         started = time.perf_counter()
@@ -135,7 +134,7 @@ class Sequence:
                 self.progress.step = step + 1
                 self.progress.seconds["training"] += time.perf_counter() - started
                 self._save()
-                raise Stopped
+                raise StoppedError
 
         train(
             self.clip, self.method.optimizer, task, self.config, self.method.loss, self.seed, number,

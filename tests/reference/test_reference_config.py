@@ -10,7 +10,9 @@ from reference.tasks import ORDERS, chosen, templates_of
 
 
 def test_overrides_are_typed() -> None:
-    config = load_config("demo", {"output": "o", **parse_overrides(["learning_rate=1e-4", "seeds=1,2", "tasks=shapes"])})
+    config = load_config(
+        "demo", {"output": "o", **parse_overrides(["learning_rate=1e-4", "seeds=1,2", "tasks=shapes"])}
+    )
     assert (config.learning_rate, config.seeds, config.tasks) == (1e-4, (1, 2), ("shapes",))
 
 

@@ -10,11 +10,11 @@ from reference.config import Config, load_config
 from reference.experiment import Experiment, prepare
 from reference.methods import METHODS
 from reference.run import main
-from reference.sequence import Sequence, Stopped
+from reference.sequence import Sequence, StoppedError
 
 SMALL = {
-    "tasks": ["colours", "photographs"], "methods": "all", "iterations": 6, "pretrain_iterations": 4, "warmup": 2, "batch_size": 8,
-    "evaluation_images": 40, "consolidation_images": 32, "reference_images": 32,
+    "tasks": ["colours", "photographs"], "methods": "all", "iterations": 6, "pretrain_iterations": 4, "warmup": 2,
+    "batch_size": 8, "evaluation_images": 40, "consolidation_images": 32, "reference_images": 32,
 }  # fmt: skip
 
 
@@ -36,7 +36,9 @@ def test_every_method_leaves_a_results_file(name: str, config: Config, experimen
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["method"] == name and results["seed"] == 0 and results["tasks"] == SMALL["tasks"]
     assert len(results["accuracy"]) == 2 and all(len(row) == 2 for row in results["accuracy"])
-    assert {"transfer", "average", "last", "pretrained", "seconds", "peak_memory", "machine", "torch", "config"} <= set(results)
+    assert {"transfer", "average", "last", "pretrained", "seconds", "peak_memory", "machine", "torch", "config"} <= set(
+        results
+    )
     assert not (tmp_path / "checkpoint.pt").exists() and (tmp_path / "log.jsonl").exists()
 
 
@@ -46,7 +48,7 @@ def test_resume_is_bitwise(name: str, calls: int, config: Config, experiment: Ex
     straight = Sequence(experiment, METHODS[name], config, 0, tmp_path / "straight")
     expected = straight.run()
     asked = iter(range(1000))
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         Sequence(experiment, METHODS[name], config, 0, tmp_path / "two", lambda: next(asked) >= calls - 1).run()
     resumed = Sequence(experiment, METHODS[name], config, 0, tmp_path / "two")
     assert resumed.run(resume=True)["accuracy"] == expected["accuracy"]
