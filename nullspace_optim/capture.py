@@ -22,7 +22,7 @@ from torch import Tensor
 from .covariance import SecondMoment
 from .errors import OptionError
 from .recognise import Memory, tensor_key
-from .relevance import Relevance, detached
+from .relevance import Relevance, detached, tensors_in
 from .tally import Captured, Tally
 from .watching import Watch
 
@@ -129,6 +129,7 @@ class Capture:
                     relevance.refuse("the batch consists of inference tensors, which autograd cannot save")
                     raise _InferenceTensorError from error
                 raise
+            self._note_returned(outputs)
             gradients: list[Tensor | None] | None = None
             wanted = watch.uses.wanted()
             if relevance is not None and relevance.note is None and wanted:
@@ -138,6 +139,12 @@ class Capture:
             watch.uses.settle(gradients)
             self._tally.flush()
         return detached(outputs)
+
+    def _note_returned(self, outputs: Any) -> None:
+        """A parameter that is itself an output (a logit bias) has been used, although no operator read it."""
+        for tensor in tensors_in(outputs):
+            if self._memory.knows(tensor):
+                self._tally.refuse(self._memory.origin(tensor).names, "returned by the model")
 
 
 class _InferenceTensorError(Exception):

@@ -150,13 +150,13 @@ class Relevance:
                 return None
         return None if self.note else list(gradients)
 
+    @torch.no_grad()
     def _directions(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         """Draw a random direction for every output; no generator of the user is touched."""
         directions = []
         for i, output in enumerate(outputs):
             generator = torch.Generator(output.device).manual_seed(self._seed + i)
-            direction = torch.empty_like(output, requires_grad=False, memory_format=torch.contiguous_format)
-            directions.append(direction.detach().normal_(generator=generator))
+            directions.append(torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device))
         return directions
 
 

@@ -397,6 +397,11 @@ def test_rule_d_shapes_and_types_may_be_read_freely() -> None:
     assert not capture(model, W(9, 4)).captured["w"].met
 
 
+def test_rule_d_a_returned_parameter_has_been_used() -> None:
+    model = Holds(lambda x, w, b: (functional.linear(x, w), b), w=W(5, 4), b=W(()))
+    assert capture(model, W(9, 4)).captured["b"].reasons == ("returned by the model",)
+
+
 def test_rule_d_recurrent_kernels_are_accounted_for() -> None:
     found = capture(nn.LSTM(4, 5), W(3, 2, 4)).captured
     assert all(seen.met and (seen.reasons or seen.sides) for seen in found.values())
