@@ -95,9 +95,9 @@ class Protection:
                 kwargs = {**kwargs, "closure": wrapped}
             else:
                 args = (args[0], wrapped, *args[2:])
-        else:
+        self._touched = _with_gradient(mine) if closure is None else set()
+        if closure is None:
             self._prepare(mine, project=self.options.project == "gradient")
-        self._touched = {id(p) for g in mine for p in g.members if closure is not None or p.grad is not None}
         self._idle = _idle(base)
         for guard in mine:
             if self._uses_difference(guard) or (id(guard.parameter) in self._idle and not guard.immovable):
@@ -220,6 +220,7 @@ class Protection:
                 self.put_back()
             loss = closure()
             with torch.no_grad():
+                self._touched |= _with_gradient(guards)
                 self._prepare(guards, project)
             return loss
 
@@ -238,6 +239,11 @@ def _accumulated(guard: Guard) -> Callable[[Tensor], None]:
 def _kept(guard: Guard) -> Tensor:
     assert guard.basis.kept is not None
     return guard.basis.kept
+
+
+def _with_gradient(guards: Iterable[Guard]) -> set[int]:
+    """Return the ids of the tensors that the base may move because they have a gradient."""
+    return {id(p) for guard in guards for p in guard.members if p.grad is not None}
 
 
 def _idle(base: Optimizer) -> set[int]:
