@@ -20,7 +20,7 @@ from .discovery import find_model
 from .displacement import Displacement
 from .errors import BasisFileError, ModelNotFoundError, OptionError, ShapeError
 from .names import named_parameters
-from .norm_stats import freeze_statistics
+from .norm_stats import ModelHook, freeze_statistics, remove_copied_hooks
 from .protection import Protection, ProtectionOptions
 
 
@@ -63,6 +63,7 @@ class Core:
         for handle in self.model_handles:
             handle.remove()
         self.model_handles.clear()
+        remove_copied_hooks(model)
         self.model_handles.append(model.register_forward_pre_hook(BeforeEvaluation(self)))
         if self.options["norm_stats"] == "frozen":
             self.model_handles.extend(freeze_statistics(model, self.store.buffers))
@@ -136,11 +137,12 @@ class Core:
                 base.train()  # type: ignore[attr-defined]
 
 
-class BeforeEvaluation:
+class BeforeEvaluation(ModelHook):
     """Forward pre-hook of the model: an evaluation sees exact weights. Copies of the model carry it without effect."""
 
     def __init__(self, core: Core | None = None) -> None:
         self.core: Callable[[], Core | None] = (lambda: None) if core is None else weakref.ref(core)
+        self.copied = core is None
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         """Apply pending exact corrections before an evaluation forward."""

@@ -13,11 +13,20 @@ from torch import nn
 from .names import canonical
 
 
-class FrozenStatistics:
+class ModelHook:
+    """A forward hook of ours; `copied` is True on a model that was made by deepcopy or unpickling."""
+
+    copied = False
+
+
+class FrozenStatistics(ModelHook):
     """Forward hooks of one norm layer that switch it to evaluation for the duration of its forward."""
 
     def __init__(self) -> None:
         self.interrupted: list[bool] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, copied=True)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook: use the running statistics."""
@@ -28,6 +37,17 @@ class FrozenStatistics:
         """Forward hook (also after an error): back to the mode the user set."""
         if self.interrupted:
             module.training = self.interrupted.pop()
+
+
+def remove_copied_hooks(model: nn.Module) -> None:
+    """Remove hooks of ours that came with a copy of a model, so that the copy's own optimizer can put its own."""
+    for module in model.modules():
+        for table in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(table.items()):
+                owner = getattr(hook, "__self__", hook)
+                if isinstance(owner, ModelHook) and owner.copied:
+                    del table[key]
+                    module._forward_hooks_always_called.pop(key, None)
 
 
 def freeze_statistics(model: nn.Module, buffers: Collection[str]) -> list[Any]:
