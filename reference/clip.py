@@ -52,7 +52,7 @@ def assemble(model: nn.Module, tokenizer: Callable[[Sequence[str]], Tensor], dev
     """A `Clip` from an open_clip model: float32, `logit_scale` fixed (as in GNSP), on `device` (`auto`: GPU if any)."""
     where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     model = model.float().to(where)
-    model.logit_scale.requires_grad_(False)  # type: ignore[operator]
+    model.logit_scale.requires_grad_(False)
     visual = model.visual
     size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size  # type: ignore[union-attr]
     mean, std = (
