@@ -27,6 +27,7 @@ from .guard import Guard
 from .names import named_buffers
 from .policies import Energy, Policy
 from .probes import Probe, Recorder, digests_of, first_samples
+from .projection import exact_products
 from .report import ConsolidationReport, ParameterReport
 from .untouched import untouched
 
@@ -97,7 +98,8 @@ def consolidate(
             batch_frobenius=options.policy.batch_frobenius,
         )
         first, batches = _observe(work, capture, run)
-        grown, rows = grow(work.parameters, capture.captured, store, work.task, options.policy, options.uncovered)
+        with exact_products(next(iter(work.parameters.values())).device):
+            grown, rows = grow(work.parameters, capture.captured, store, work.task, options.policy, options.uncovered)
         probe = record_probe(work, first)
         drift, assumed = allowed_drift(work.parameters, grown, displacement, lambda: _runner(work)(first))
     buffers = named_buffers(work.model)
@@ -202,7 +204,7 @@ def _warnings(work: Pass, rows: list[ParameterReport]) -> Iterator[str]:
     for row in rows:
         if row.fate is Fate.FULL:
             yield f"'{row.name}' has no free direction left and is frozen from now on"
-        elif row.fate is Fate.PROTECTED and row.rank >= NEARLY_FULL * row.dimension:
+        elif row.dimension and row.rank >= NEARLY_FULL * row.dimension:
             yield f"'{row.name}' is nearly full: {row.rank} of {row.dimension} directions are protected"
 
 

@@ -31,7 +31,8 @@ def unwrap(module: nn.Module) -> nn.Module:
 def find_model(parameters: Iterable[Tensor]) -> nn.Module:
     """Return the smallest live module whose parameters contain all of `parameters`.
 
-    Smallest means fewest parameters, then fewest submodules, after `unwrap`.
+    Smallest means fewest parameters, then fewest submodules, after `unwrap`; modules without a forward of their own
+    (a `ModuleList`) count only where there is no other.
 
     Raises:
         ModelNotFoundError: no module owns all of them, or several unrelated ones do.
@@ -53,7 +54,7 @@ def find_model(parameters: Iterable[Tensor]) -> nn.Module:
     ranked = sorted(owners.values(), key=_size)
     ties = [module for module in ranked if _size(module) == _size(ranked[0])]
     if len(ties) > 1:
-        listing = ", ".join(f"{type(m).__name__} ({_size(m)[0]} parameters)" for m in ties)
+        listing = ", ".join(f"{type(m).__name__} ({_size(m)[1]} parameters)" for m in ties)
         raise ModelNotFoundError(
             f"several live modules own all wrapped parameters: {listing}; "
             "say which one: NullSpaceOptimizer(base, model=...)"
@@ -61,8 +62,10 @@ def find_model(parameters: Iterable[Tensor]) -> nn.Module:
     return ranked[0]
 
 
-def _size(module: nn.Module) -> tuple[int, int]:
-    return sum(1 for _ in module.parameters()), sum(1 for _ in module.modules())
+def _size(module: nn.Module) -> tuple[bool, int, int]:
+    """Return the order of preference: has no forward, number of parameters, number of submodules."""
+    idle = getattr(type(module), "forward", nn.Module.forward) is nn.Module.forward
+    return idle, sum(1 for _ in module.parameters()), sum(1 for _ in module.modules())
 
 
 def _nobody(count: int, nearest: list[tuple[int, str]]) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .projection import exact_products
+
 PROBES = 8
 
 
@@ -46,4 +48,5 @@ def _sketch(parameter: Tensor) -> Tensor:
     matrix = matrix.to(torch.float32) if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
     generator = torch.Generator().manual_seed(matrix.shape[1])
     signs = torch.randint(0, 2, (matrix.shape[1], PROBES), generator=generator) * 2 - 1
-    return matrix @ signs.to(device=matrix.device, dtype=matrix.dtype)
+    with exact_products(matrix.device):
+        return matrix @ signs.to(device=matrix.device, dtype=matrix.dtype)

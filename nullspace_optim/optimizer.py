@@ -135,10 +135,9 @@ class NullSpaceOptimizer(OptimizerContract):
         """
         core = self._core
         parameters = core.trainable()
-        core.protection.check_anchors()
         task = name if name is not None else f"task {len(core.store.tasks) + 1}"
         work = Pass(self.model, parameters, loader, task, forward, max_batches, progress)
-        with core.evaluation_point():
+        with core.protection.exactly(), core.evaluation_point():
             grown, report = consolidate(work, core.store, core.measuring, core.displacement)
         core.take(grown, parameters)
         core.displacement.forget()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .projection import exact_products
+
 SAMPLES = 32
 WIDTH = 64
 OUTPUT = "(output)"
@@ -60,7 +62,8 @@ def sketch(output: Tensor) -> tuple[Tensor, Tensor]:
     flat = torch.nn.functional.pad(flat, (0, columns * WIDTH - flat.numel()))
     generator = torch.Generator().manual_seed(columns)
     signs = torch.randint(0, 2, (columns,), generator=generator).to(device=flat.device, dtype=flat.dtype) * 2 - 1
-    return (flat.reshape(WIDTH, columns) @ signs).float(), flat.norm().float()
+    with exact_products(flat.device):
+        return (flat.reshape(WIDTH, columns) @ signs).float(), flat.norm().float()
 
 
 def flat_outputs(outputs: Any) -> Tensor:

@@ -7,7 +7,8 @@ step unless a weight was edited outside the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -141,6 +142,27 @@ class Protection:
                 guard.mark()
                 guard.pending = False
         self.inexact_steps = 0
+
+    @contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Correct what is pending and compare all anchors; after an error every bit is as it was before.
+
+        Raises:
+            StaleAnchorError: a weight was changed by something other than the wrapped optimizer.
+        """
+        owed = self.owed
+        pending = [guard for guard in self.guards.values() if guard.pending and not guard.edited]
+        saved = [(guard, [p.detach().clone() for p in guard.members]) for guard in pending]
+        try:
+            self.check_anchors()
+            yield
+        except BaseException:
+            for guard, values in saved:
+                for parameter, value in zip(guard.members, values):
+                    parameter.detach().copy_(value)
+                guard.mark()
+            self.owed = owed
+            raise
 
     @property
     def owed(self) -> dict[str, Any]:

@@ -1,0 +1,296 @@
+"""One consolidation: loaders, names, fates, warnings, embeddings, tied weights, joint biases, and the report."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, SparseAdam
+
+from nullspace_optim import ConsolidationError, Energy, Fate, FixedRank, NullSpaceOptimizer, NumericalRank
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 8))
+
+
+def _wrap(model: nn.Module, base: Any = None, **options: Any) -> NullSpaceOptimizer:
+    options.setdefault("policy", NumericalRank())
+    return NullSpaceOptimizer(base or AdamW(model.parameters(), lr=0.01, weight_decay=0.1), model, **options)
+
+
+def _train(optimizer: NullSpaceOptimizer, model: nn.Module, inputs: Tensor, steps: int = 100) -> None:
+    targets = torch.randn_like(model(inputs))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(inputs) - targets).square().mean().backward()
+        optimizer.step()
+
+
+def _drift(now: Tensor, then: Tensor) -> float:
+    return float((now - then).detach().norm() / then.detach().norm())
+
+
+def test_an_empty_loader_adds_no_task() -> None:
+    model = _mlp()
+    optimizer = _wrap(model)
+    with pytest.raises(ConsolidationError, match="'task 1' gave no batches; nothing was changed"):
+        optimizer.consolidate([], progress=False)
+    assert not optimizer.bases
+    assert not model._forward_pre_hooks
+
+
+def test_an_endless_loader_needs_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless() -> Iterator[Tensor]:
+        while True:
+            yield torch.randn(1, 24)
+
+    optimizer = _wrap(_model := _mlp())
+    monkeypatch.setattr("nullspace_optim.consolidation.ENDLESS", 20)
+    with pytest.raises(ConsolidationError, match="max_batches="):
+        optimizer.consolidate(endless(), progress=False)
+    assert optimizer.consolidate(endless(), max_batches=3, progress=False).batches == 3
+    assert _model is not None
+
+
+def test_a_name_is_used_once_and_defaults_count_up() -> None:
+    model, old = _mlp(), torch.randn(4, 24)
+    optimizer = _wrap(model)
+    assert optimizer.consolidate([old], name="birds", progress=False).task == "birds"
+    with pytest.raises(ConsolidationError, match=r"'birds' has been consolidated already.*name="):
+        optimizer.consolidate([old], name="birds", progress=False)
+    assert optimizer.consolidate([old], progress=False).task == "task 2"
+    assert optimizer.bases["0.weight"].tasks == ("birds", "task 2")
+
+
+def test_the_same_data_twice_adds_nothing() -> None:
+    model, old = _mlp(), torch.randn(4, 24)
+    optimizer = _wrap(model)
+    optimizer.consolidate([old], progress=False)
+    basis = optimizer.bases["0.weight"].U.clone()
+    report = optimizer.consolidate([old], progress=False)
+    assert [row.added for row in report.of(Fate.PROTECTED)] == [0, 0]
+    assert torch.equal(optimizer.bases["0.weight"].U, basis)
+
+
+def test_bases_grow_over_tasks_and_every_task_stays_exact() -> None:
+    model, tasks = _mlp(), [torch.randn(2, 24) for _ in range(3)]
+    optimizer, outputs = _wrap(model), []
+    for number, rows in enumerate(tasks, 1):
+        optimizer.consolidate([rows], progress=False)
+        outputs.append(model(rows).detach())
+        assert optimizer.bases["0.weight"].rank == 2 * number
+        _train(optimizer, model, torch.randn(16, 24))
+    for rows, before in zip(tasks, outputs):
+        assert _drift(model(rows), before) <= 1e-5
+    assert optimizer.bases["0.weight"].history == (2, 4, 6)
+    assert optimizer.capacity()["0.weight"] == 1 - 6 / 24
+
+
+def test_the_report_prints_every_fate_and_adds_up() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.small, self.norm = nn.Linear(24, 16), nn.Linear(16, 4), nn.LayerNorm(16)
+            self.full, self.later = nn.Linear(4, 4, bias=False), nn.Linear(24, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.full(self.small(self.norm(self.used(x))))
+            return result
+
+    model = Net()
+    optimizer = _wrap(model)
+    with pytest.warns(UserWarning):
+        report = optimizer.consolidate([torch.randn(6, 24)], progress=False)
+    assert report.fates == {Fate.FREE: 2, Fate.PROTECTED: 2, Fate.FULL: 1, Fate.FROZEN: 4}
+    assert sum(report.fates.values()) == len(list(model.parameters()))
+    text = str(report)
+    for name, _ in model.named_parameters():
+        assert len(re.findall(rf"^{re.escape(name)} ", text, re.MULTILINE)) == 1, name
+    assert text.splitlines()[0].startswith("consolidated 'task 1' of Net with NumericalRank")
+    assert text.index("free (2)") < text.index("protected (2)") < text.index("full (1)") < text.index("frozen (4)")
+    assert "output drift that the cut-off energy allows" in text
+    assert [row.free for row in report.of(Fate.PROTECTED)] == [18, 10]
+    assert optimizer.capacity()["full.weight"] == optimizer.capacity()["norm.bias"] == 0.0
+    assert optimizer.capacity()["later.weight"] == 1.0
+
+
+def test_the_allowed_drift_follows_the_threshold() -> None:
+    drifts = []
+    for policy in (Energy(0.5), Energy(0.95), NumericalRank()):
+        torch.manual_seed(0)
+        model = _mlp()
+        optimizer = _wrap(model, policy=policy)
+        report = optimizer.consolidate([torch.randn(8, 24) * torch.logspace(0, -2, 24)], progress=False)
+        assert report.assumed_update
+        drifts.append(report.drift_allowed)
+    assert drifts[0] > drifts[1] > drifts[2]
+    assert drifts[2] < 1e-5
+
+
+def test_a_full_parameter_is_frozen_with_a_warning() -> None:
+    model, rows = _mlp(), torch.randn(64, 24)
+    optimizer = _wrap(model)
+    with pytest.warns(UserWarning, match=r"'0\.weight' has no free direction left"):
+        report = optimizer.consolidate([rows], progress=False)
+    assert len(report.of(Fate.FULL)) == 2
+    start = copy.deepcopy(model.state_dict())
+    _train(optimizer, model, rows, 5)
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+    optimizer.consolidate([rows + 1], progress=False)
+
+
+def test_a_nearly_full_parameter_is_announced() -> None:
+    optimizer = _wrap(_model := _mlp())
+    with pytest.warns(UserWarning, match=r"'0\.weight' is nearly full: 22 of 24"):
+        optimizer.consolidate([torch.randn(22, 24)], progress=False)
+    assert _model is not None
+
+
+def test_on_full_raise_changes_nothing() -> None:
+    model = _mlp()
+    optimizer = _wrap(model, on_full="raise")
+    optimizer.consolidate([torch.randn(4, 24)], progress=False)
+    before = {name: basis.rank for name, basis in optimizer.bases.items()}
+    with pytest.raises(ConsolidationError, match=r"no free direction is left in '0\.weight'.*on_full=\"warn\""):
+        optimizer.consolidate([torch.randn(64, 24)], progress=False)
+    assert {name: basis.rank for name, basis in optimizer.bases.items()} == before
+    assert len(optimizer._core.store.tasks) == 1
+
+
+def test_uncovered_train_leaves_biases_free_and_says_so() -> None:
+    model, old = _mlp(), torch.randn(4, 24)
+    optimizer = _wrap(model, uncovered="train")
+    with pytest.warns(UserWarning, match="old outputs may move"):
+        report = optimizer.consolidate([old], progress=False)
+    assert {row.name for row in report.of(Fate.FREE)} == {"0.bias", "2.bias"}
+    bias = model[0].bias.detach().clone()
+    _train(optimizer, model, torch.randn(16, 24), 5)
+    assert not torch.equal(model[0].bias, bias)
+    assert optimizer.verify().worst <= 1e-5
+
+
+@pytest.mark.parametrize("rows", [6, 14], ids=["few-rows", "many-rows"])
+def test_joint_biases_train_and_old_outputs_are_exact(rows: int) -> None:
+    model, old = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 8)), torch.randn(rows, 24)
+    optimizer = _wrap(model, bias="joint")
+    report = optimizer.consolidate([old], progress=False)
+    assert not report.of(Fate.FROZEN)
+    assert not report.warnings
+    assert optimizer.bases["0.weight"].bias == "0.bias"
+    assert optimizer.bases["0.weight"].U.shape == (25, rows)
+    before, bias = model(old).detach(), model[0].bias.detach().clone()
+    _train(optimizer, model, torch.randn(16, 24), 300)
+    assert _drift(model(old), before) <= 1e-5
+    assert _drift(model[0].bias, bias) > 1e-2
+    optimizer.consolidate([torch.randn(2, 24)], progress=False)
+    _train(optimizer, model, torch.randn(16, 24), 100)
+    assert _drift(model(old), before) <= 1e-5
+
+
+class Words(nn.Module):
+    """Token embedding, and a head that may be tied to it."""
+
+    def __init__(self, tied: bool = False, sparse: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 12, sparse=sparse)
+        self.tied = tied
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embedding(tokens).mean(1)
+        return hidden @ self.embedding.weight.T if self.tied else hidden
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["AdamW", "SparseAdam"])
+def test_used_embedding_rows_are_fixed_and_the_others_free(sparse: bool) -> None:
+    model = Words(sparse=sparse)
+    base = SparseAdam(model.parameters(), lr=0.1) if sparse else AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    optimizer = _wrap(model, base)
+    start = model.embedding.weight.detach().clone()
+    for task, used in enumerate(([7, 3, 5], [9, 3, 0]), 1):
+        optimizer.consolidate([torch.tensor([used])], progress=False)
+        assert optimizer.bases["embedding.weight"].rank == (3, 5)[task - 1]
+        before = model.embedding.weight.detach().clone()
+        _train(optimizer, model, torch.randint(0, 20, (16, 4)), 20)
+        now = model.embedding.weight.detach()
+        assert torch.equal(now[used], before[used])
+        assert torch.equal(now[[7, 3, 5]], start[[7, 3, 5]])
+        assert not torch.equal(now[11], before[11])
+    assert optimizer.bases["embedding.weight"].U.tolist() == [0, 3, 5, 7, 9]
+    assert optimizer.verify().ok
+
+
+def test_tied_embedding_and_head_keep_both_constraints() -> None:
+    model, tokens = Words(tied=True), torch.tensor([[1, 2], [3, 4]])
+    optimizer = _wrap(model)
+    optimizer.consolidate([tokens], progress=False)
+    assert set(optimizer.bases["embedding.weight"].subspaces) == {"rows", "right"}
+    before, start = model(tokens).detach(), model.embedding.weight.detach().clone()
+    _train(optimizer, model, torch.randint(5, 20, (16, 3)), 200)
+    now = model.embedding.weight.detach()
+    assert _drift(model(tokens), before) <= 1e-5
+    assert torch.equal(now[1:5], start[1:5])
+    assert _drift(now[5:], start[5:]) > 1e-2
+
+
+def test_fates_only_get_stricter_until_released() -> None:
+    model, old = _mlp(), torch.randn(4, 24)
+    optimizer = _wrap(model)
+    optimizer.consolidate([old], progress=False)
+    optimizer.consolidate([old], forward=lambda rows: model[0](rows), name="trunk only", progress=False)
+    assert optimizer.bases["2.weight"].fate is Fate.PROTECTED
+    assert optimizer.bases["2.bias"].fate is Fate.FROZEN
+    optimizer.consolidate([old], forward=lambda rows: model(rows) + model[0].weight.sum(), name="sum", progress=False)
+    assert optimizer.bases["0.weight"].fate is Fate.FROZEN
+    optimizer.consolidate([old], name="plain again", progress=False)
+    assert optimizer.bases["0.weight"].fate is Fate.FROZEN
+
+
+def test_a_protected_weight_is_not_given_up_by_uncovered_train() -> None:
+    model, old = _mlp(), torch.randn(4, 24)
+    optimizer = _wrap(model, uncovered="train")
+    optimizer.consolidate([old], progress=False)
+    kept = optimizer.bases["0.weight"].U.clone()
+    optimizer.consolidate([old], forward=lambda rows: model(rows) + model[0].weight.sum(), name="sum", progress=False)
+    assert optimizer.bases["0.weight"].fate is not Fate.FREE
+    assert torch.equal(optimizer.bases["0.weight"].U, kept)
+
+
+def test_a_parameter_frozen_by_the_user_keeps_its_basis() -> None:
+    model, old = _mlp(), torch.randn(4, 24)
+    optimizer = _wrap(model)
+    optimizer.consolidate([old], progress=False)
+    before = model(old).detach()
+    model[0].weight.requires_grad_(False)
+    optimizer.consolidate([old + 1], progress=False)
+    assert optimizer.bases["0.weight"].rank == 4
+    optimizer.load_state_dict(optimizer.state_dict())
+    model[0].weight.requires_grad_(True)
+    _train(optimizer, model, torch.randn(16, 24))
+    assert _drift(model(old), before) <= 1e-5
+
+
+def test_a_joint_policy_sees_all_weights() -> None:
+    from nullspace_optim import RankBudget
+
+    model = _mlp()
+    optimizer = _wrap(model, policy=RankBudget(0.25))
+    optimizer.consolidate([torch.randn(64, 24)], progress=False)
+    assert sum(basis.rank for basis in optimizer.bases.values()) == int(0.25 * (24 + 16))
+
+
+def test_zero_size_and_unused_parameters_are_no_obstacle() -> None:
+    model = _mlp()
+    model.empty = nn.Parameter(torch.zeros(0, 3))
+    model.scale = nn.Parameter(torch.ones(()))
+    optimizer = _wrap(model, SGD(model.parameters(), lr=0.1), policy=FixedRank(3))
+    optimizer.consolidate([torch.randn(6, 24)], forward=lambda rows: nn.Sequential.forward(model, rows), progress=False)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.bases["empty"].fate is Fate.FREE
