@@ -88,7 +88,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--optimizer-steps", type=int, default=500, help="steps on the new task in the first table")
     parser.add_argument("--steps", type=int, default=200, help="steps on the new task in the second table")
     parser.add_argument("--rate", type=float, default=1e-4, help="largest learning rate in the second table")
-    parser.add_argument("--batch", type=int, default=16, help="images a step")
+    parser.add_argument("--batch", type=int, default=8, help="images a step")
     parser.add_argument("--images", type=int, default=512, help="images of the old task that are consolidated")
     parser.add_argument("--seeds", default="0", help="numbers separated by commas")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
