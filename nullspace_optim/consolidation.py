@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .basis import BasisStore, Fate
 from .capture import Capture
@@ -86,6 +86,11 @@ def consolidate(
     """
     if any(task["name"] == work.task for task in store.tasks):
         raise ConsolidationError(f"task '{work.task}' has been consolidated already; give this one another name=")
+    if not work.parameters:
+        raise ConsolidationError(
+            f"{type(work.model).__name__} holds no trainable parameter of the wrapped optimizer; "
+            "pass the model that is trained"
+        )
     started = time.perf_counter()
     with untouched(work.model, work.loader):
         run = _runner(work)
@@ -197,8 +202,6 @@ def _warnings(work: Pass, rows: list[ParameterReport]) -> Iterator[str]:
             f"only one tower was run: {len(silent)} parameters are free and old image-text logits are not protected; "
             "pass forward=clip_forward(model, tokens)"
         )
-    elif silent:
-        yield f"{len(silent)} parameters were not read by this forward pass and are free to change, e.g. '{silent[0]}'"
     if any("uncovered" in row.reason for row in free):
         yield 'parameters that are used but cannot be protected are trained (uncovered="train"): old outputs may move'
     for row in rows:
@@ -220,5 +223,6 @@ def stored_bytes(store: BasisStore) -> int:
 
 
 def _transient_bytes(parameters: Mapping[str, Tensor], store: BasisStore) -> int:
-    guards = (Guard(parameters[name], basis) for name, basis in store.items() if basis.fate is Fate.PROTECTED)
+    kept = ((name, basis) for name, basis in store.items() if basis.fate is Fate.PROTECTED and name in parameters)
+    guards = (Guard(parameters[name], basis) for name, basis in kept)
     return sum(guard.parameter.nbytes for guard in guards if guard.wants_difference("exact"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -147,8 +147,15 @@ class BeforeEvaluation(ModelHook):
     def __call__(self, model: nn.Module, args: Any) -> None:
         """Apply pending exact corrections before an evaluation forward."""
         core = self.core()
-        if core is not None and not model.training:
-            core.protection.make_exact()
+        if core is not None and not model.training and core.protection.inexact_steps:
+            pending = tuple(g.parameter for g in core.protection.guards.values() if g.pending and not g.edited)
+            with ExitStack() as versions:  # a graph that waits for its backward pass stays usable
+                for parameter in pending:
+                    versions.enter_context(torch.autograd._unsafe_preserve_version_counter(parameter))
+                core.protection.make_exact()
+            for guard in core.protection.guards.values():
+                if any(guard.parameter is parameter for parameter in pending):
+                    guard.mark()
 
     def __reduce__(self) -> tuple[type[BeforeEvaluation], tuple[()]]:
         return BeforeEvaluation, ()

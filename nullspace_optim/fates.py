@@ -175,7 +175,7 @@ def _protected(
         name=name,
         shape=tuple(parameter.shape),
         fate=Fate.FULL if full else Fate.PROTECTED,
-        reason=f"no free direction left after task '{task}'" if full else "its inputs are known",
+        reason=_why(full, bool(subspaces), task),
         layout=layout,
         subspaces=subspaces,
         tasks=(*(old.tasks if old else ()), task),
@@ -184,6 +184,12 @@ def _protected(
     )
     basis.history = (*(old.history if old else ()), basis.rank)
     return basis
+
+
+def _why(full: bool, own: bool, task: str) -> str:
+    if not own:
+        return "protected together with the weight it is added to"
+    return f"no free direction left after task '{task}'" if full else "its inputs are known"
 
 
 def _anchored(matrix: Tensor, side: Side, choice: Choice, old: Subspace | None) -> Subspace:
@@ -208,8 +214,9 @@ def _anchored(matrix: Tensor, side: Side, choice: Choice, old: Subspace | None) 
 def _used_rows(matrix: Tensor, index: Tensor, old: Subspace | None) -> Subspace:
     anchors = matrix[0].index_select(0, index)
     if old is not None:
-        index = torch.cat([old.basis, index[~torch.isin(index, old.basis)]])
-        anchors = torch.cat([old.anchor, matrix[0].index_select(0, index[len(old.basis) :]).to(old.anchor)])
+        fresh = index[~torch.isin(index, old.basis)]
+        index, order = torch.cat([old.basis, fresh]).sort()
+        anchors = torch.cat([old.anchor, matrix[0].index_select(0, fresh).to(old.anchor)])[order]
     return Subspace(
         side="rows",
         basis=index,

@@ -194,7 +194,7 @@ class NullSpaceOptimizer(OptimizerContract):
 
     @torch.no_grad()
     def reanchor(self) -> None:
-        """Accept the present weights as the values to keep (after a deliberate load, EMA swap or merge)."""
+        """Accept the present weights and buffers as the values to keep (after a deliberate load, EMA swap or merge)."""
         for guard in self._core.protection.guards.values():
             basis = guard.basis
             if basis.kept is not None:
@@ -203,6 +203,9 @@ class NullSpaceOptimizer(OptimizerContract):
                 for subspace in basis.subspaces.values():
                     subspace.anchor = anchor(matrix, subspace.basis, subspace.side)
             guard.mark()
+        buffers = named_buffers(self.model) if self._core.store.buffers else {}
+        for name in self._core.store.buffers.keys() & buffers.keys():
+            self._core.store.buffers[name] = buffers[name].detach().clone()
 
     def release(self, name: str) -> None:
         """Give up the protection of one parameter: it is free until a later consolidation meets it."""

@@ -1,0 +1,72 @@
+"""Running statistics that a past task used stay; others train; the user's modes are never changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from nullspace_optim import NullSpaceOptimizer
+
+
+class Towers(nn.Module):
+    """Two BatchNorm branches; a task runs one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8))
+        self.right = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8))
+
+    def forward(self, x: Tensor, right: bool = False) -> Tensor:
+        result: Tensor = (self.right if right else self.left)(x)
+        return result
+
+
+def _ready(norm_stats: str = "frozen") -> tuple[Towers, NullSpaceOptimizer]:
+    model = Towers()
+    optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, norm_stats=norm_stats)  # type: ignore[arg-type]
+    optimizer.consolidate([torch.randn(8, 12)], progress=False)
+    return model.train(), optimizer
+
+
+def test_only_statistics_that_the_task_used_are_frozen() -> None:
+    model, _ = _ready()
+    left, right = (tower[1].running_mean.clone() for tower in (model.left, model.right))
+    rows = torch.randn(16, 12) + 1
+    trained, evaluated = model(rows), model.eval()(rows)
+    assert torch.equal(trained, evaluated)
+    model.train()(rows, right=True)
+    assert torch.equal(model.left[1].running_mean, left)
+    assert int(model.left[1].num_batches_tracked) == 0
+    assert not torch.equal(model.right[1].running_mean, right)
+    assert model.left[1].training
+
+
+def test_train_lets_them_move_and_detach_gives_them_back() -> None:
+    model, _ = _ready("train")
+    before = model.left[1].running_mean.clone()
+    model(torch.randn(16, 12) + 1)
+    assert not torch.equal(model.left[1].running_mean, before)
+    model, optimizer = _ready()
+    before = model.left[1].running_mean.clone()
+    optimizer.detach()
+    model(torch.randn(16, 12) + 1)
+    assert not torch.equal(model.left[1].running_mean, before)
+
+
+def test_an_error_inside_the_layer_leaves_the_users_mode() -> None:
+    model, _ = _ready()
+    try:
+        model.left[1](torch.randn(4, 9))
+    except RuntimeError:
+        pass
+    assert model.left[1].training
+    model.left[1].eval()
+    model(torch.randn(4, 12))
+    assert not model.left[1].training
+
+
+def test_frozen_statistics_without_hooks_twice() -> None:
+    model, optimizer = _ready()
+    optimizer.consolidate([torch.randn(8, 12)], progress=False)
+    assert len(model.left[1]._forward_pre_hooks) == 1
