@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,15 @@ def test_the_command_draws_tables_and_figures(tmp_path: Path, capsys: pytest.Cap
     assert main([*arguments, "--resume"]) == 0
     assert main([*arguments, "--resume", "--set", "iterations=7"]) == 2
     assert "iterations" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("reference.run.StopRequest.__call__", lambda self: True)
+    before = signal.getsignal(signal.SIGINT)
+    pairs = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items() if key != "methods"]
+    assert main(["--methods", "finetune", "--output", str(tmp_path), *pairs]) == 130
+    signal.signal(signal.SIGINT, before)
+    assert "--resume --methods finetune" in capsys.readouterr().err
+    assert (tmp_path / "finetune-seed0" / "checkpoint.pt").exists()
