@@ -30,7 +30,7 @@ from reference.tasks import Split, Task, chosen
 
 SIZE = 32
 TRAIN, TEST, PRETRAIN = 400, 200, 400  # images per task
-Pixels = NDArray[Any]  # `[32, 32, 3]`, 0..1
+Pixels = NDArray[Any]  # `[32, 32, 3]`, floats 0..1
 
 COLOURS = {
     "red": (0.85, 0.1, 0.1), "orange": (0.95, 0.55, 0.1), "yellow": (0.95, 0.9, 0.2), "green": (0.1, 0.65, 0.2),
@@ -161,6 +161,10 @@ def _ink(random: Generator) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(random.integers(140, 256, 3).tolist()), tuple(random.integers(0, 100, 3).tolist())
 
 
+def _floats(image: Image.Image) -> Pixels:
+    return np.asarray(image, np.float32) / 255
+
+
 def _shape(label: str, random: Generator, pretraining: bool) -> Pixels:
     """A filled figure in varying colour, size and place; pretraining has it in grey and nearly in the middle."""
     paper, ink = ((200, 200, 200), (40, 40, 40)) if pretraining else _ink(random)
@@ -184,7 +188,7 @@ def _shape(label: str, random: Generator, pretraining: bool) -> Pixels:
         angles = -np.pi / 2 + 2 * np.pi * np.arange(corners) / corners
         reach = radius * np.where(np.arange(corners) % 2 == 0, 1.0, inner)
         pen.polygon([(x + r * np.cos(a), y + r * np.sin(a)) for r, a in zip(reach, angles)], fill=ink)
-    return np.asarray(image, dtype=np.float32) / np.float32(255)
+    return _floats(image)
 
 
 def _glyph(text: str, fonts: Sequence[str], random: Generator, pretraining: bool) -> Pixels:
@@ -196,7 +200,7 @@ def _glyph(text: str, fonts: Sequence[str], random: Generator, pretraining: bool
     )
     place = tuple(SIZE / 2 + random.uniform(-2, 2, 2))
     ImageDraw.Draw(image).text(place, text, fill=ink, font=font, anchor="mm")
-    return np.asarray(image.rotate(random.uniform(-8, 8), fillcolor=paper), np.float32) / 255
+    return _floats(image.rotate(random.uniform(-8, 8), fillcolor=paper))
 
 
 def _letter(label: str, random: Generator, pretraining: bool) -> Pixels:
@@ -210,11 +214,12 @@ def _digit(label: str, random: Generator, pretraining: bool) -> Pixels:
 
 def _colour(label: str, random: Generator, pretraining: bool) -> Pixels:
     """A plain patch in pretraining; speckled and unevenly lit in the task."""
-    patch = np.broadcast_to(np.array(COLOURS[label], np.float32), (SIZE, SIZE, 3))
+    patch: Pixels = np.tile(np.array(COLOURS[label], np.float32), (SIZE, SIZE, 1))
     if pretraining:
-        return patch.copy()
+        return patch
     light = np.linspace(random.uniform(0.3, 1), random.uniform(0.3, 1), SIZE)[:, None, None]
-    return np.float32(patch * light + random.normal(0, 0.25, (SIZE, SIZE, 1)))
+    speckled: Pixels = patch * light + random.normal(0, 0.25, (SIZE, SIZE, 1))
+    return speckled
 
 
 def _texture(label: str, random: Generator, pretraining: bool) -> Pixels:
@@ -229,7 +234,8 @@ def _texture(label: str, random: Generator, pretraining: bool) -> Pixels:
         "grainy": random.normal(0, 0.7, (SIZE, SIZE)),
     }  # fmt: skip
     tint = np.ones(3) if pretraining else random.uniform(0.2, 1, 3)
-    return np.float32(0.5 + 0.45 * waves[label][:, :, None] * tint)
+    pixels: Pixels = 0.5 + 0.45 * waves[label][:, :, None] * tint
+    return pixels
 
 
 def _photograph(label: str, random: Generator, pretraining: bool) -> Pixels:
@@ -241,7 +247,7 @@ def _photograph(label: str, random: Generator, pretraining: bool) -> Pixels:
     crop = photo.crop((left, top, left + side, top + side)).resize((SIZE, SIZE))
     if treatment == "blurred":
         crop = crop.filter(ImageFilter.GaussianBlur(2))
-    pixels = np.asarray(crop, np.float32) / 255 * (0.35 if treatment == "dark" else 1.0)
+    pixels = _floats(crop) * (0.35 if treatment == "dark" else 1.0)
     return pixels.mean(axis=2, keepdims=True).repeat(3, axis=2) if pretraining else pixels
 
 
