@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import LBFGS, Optimizer
 
 from .basis import BasisStore
@@ -151,7 +152,7 @@ class BeforeEvaluation(ModelHook):
             pending = tuple(g.parameter for g in core.protection.guards.values() if g.pending and not g.edited)
             with ExitStack() as versions:  # a graph that waits for its backward pass stays usable
                 for parameter in pending:
-                    versions.enter_context(torch.autograd._unsafe_preserve_version_counter(parameter))
+                    versions.enter_context(_unsafe_preserve_version_counter(parameter))
                 core.protection.make_exact()
             for guard in core.protection.guards.values():
                 if any(guard.parameter is parameter for parameter in pending):
