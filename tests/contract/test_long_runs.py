@@ -157,3 +157,19 @@ def test_zero_gradients_with_momentum_and_decay_do_not_move_what_is_frozen(build
         assert torch.equal(model.get_parameter(name), start[name])
     assert relative(model(old).detach(), outputs) <= 1e-5
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_history_from_before_does_not_move_what_is_frozen(search: str | None) -> None:
+    model, old = nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 8)), torch.randn(5, 24)
+    optimizer = NullSpaceOptimizer(
+        LBFGS(model.parameters(), lr=0.3, max_iter=3, line_search_fn=search), model, policy=NumericalRank()
+    )
+    inputs, targets = torch.randn(32, 24), torch.randn(32, 8)
+    take_steps(optimizer, lambda: (model(inputs) - targets).square().mean(), 3, closure=True)
+    optimizer.consolidate([old], progress=False)
+    outputs, bias, weight = model(old).detach(), model[0].bias.detach().clone(), model[0].weight.detach().clone()
+    take_steps(optimizer, lambda: (model(inputs) - targets).square().mean(), 5, closure=True)
+    assert torch.equal(model[0].bias, bias)
+    assert not torch.equal(model[0].weight, weight)
+    assert relative(model(old).detach(), outputs) <= 1e-5
