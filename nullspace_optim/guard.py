@@ -30,17 +30,17 @@ Precision = Literal["exact", "fast"]
 def matrix_of(parameter: Tensor, layout: Layout, bias: Tensor | None = None) -> Iterator[Tensor]:
     """Give `parameter` as a writable stack `[g, m, d]` in at least float32; changes are written back once on exit.
 
-    With `bias` the matrix is `[W b]`, `[1, m, d + 1]`.
+    With `bias` the matrix is `[W b]`, `[g, m, d + 1]`.
     """
     weight = parameter.detach()
     matrix = layout.to_matrix(weight)
     if matrix.dtype in (torch.float16, torch.bfloat16):
         matrix = matrix.float()
     if bias is not None:
-        matrix = torch.cat([matrix, bias.detach().to(matrix.dtype).reshape(1, -1, 1)], dim=2)
+        matrix = torch.cat([matrix, bias.detach().to(matrix.dtype).reshape(len(matrix), -1, 1)], dim=2)
     yield matrix
     if bias is not None:
-        bias.detach().copy_(matrix[0, :, -1])
+        bias.detach().copy_(matrix[:, :, -1].reshape(-1))
         matrix = matrix[:, :, :-1]
     if matrix.data_ptr() != weight.data_ptr() or matrix.dtype != weight.dtype:
         weight.copy_(layout.from_matrix(matrix, weight.shape))

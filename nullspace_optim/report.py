@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 from .basis import Fate
 
-ASSUMED = "an assumed update of 1 % of each weight"
-
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Return `rows` under `header` as aligned text, first column left, the others right."""
@@ -17,6 +15,14 @@ def table(header: list[str], rows: list[list[str]]) -> str:
         cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _bytes(count: int) -> str:
+    """Return a byte count as text with three digits and a unit."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} B"
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,8 @@ class ConsolidationReport:
     """The result of one `consolidate`.
 
     `drift_allowed` is the relative change of the model's output on the consolidated data under a random update of the
-    last task's size that keeps every protected direction: what the cut-off energy lets through. `assumed_update` is
+    last task's size that keeps every protected direction: what the cut-off energy lets through (an
+    indication, not a bound: training moves outputs further than chance). `assumed_update` is
     True if the weights had not been trained before, so that an update of 1 % of each weight's norm was assumed.
     """
 
@@ -72,18 +79,15 @@ class ConsolidationReport:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {fate.value}" for fate, count in self.fates.items() if count)
-        origin = (
-            "an assumed update of 1 % of each weight"
-            if self.assumed_update
-            else "a random update of the last task's size"
-        )
+        size = "1 % of each weight" if self.assumed_update else "the last task's"
         lines = [
             f"consolidated '{self.task}' of {self.model} with {self.policy}: "
             f"{self.batches} batches, {self.seconds:.1f} s",
             *(f"warning: {text}" for text in self.warnings),
-            f"parameters: {counts}; bases and anchors {self.bytes / 1e6:.1f} MB"
-            + (f", transient copy in a step {self.transient_bytes / 1e6:.1f} MB" if self.transient_bytes else ""),
-            f"output drift that the cut-off energy allows: {self.drift_allowed:.2%} under {origin}",
+            f"parameters: {counts}; bases and anchors {_bytes(self.bytes)}"
+            + (f", transient copy in a step {_bytes(self.transient_bytes)}" if self.transient_bytes else ""),
+            f"the cut-off energy lets outputs drift by {self.drift_allowed:.2%} under one random update of size "
+            f"{size} (training moves them further, no bound)",
             *(f"note: {text}" for text in self.notes),
         ]
         for fate in (Fate.FREE, Fate.PROTECTED, Fate.FULL, Fate.FROZEN):

@@ -40,6 +40,7 @@ class Config:
         consolidation_images: most images of one task that are consolidated; `null`: all.
         reference_images: how many images of the reference pool `nullspace-reference` protects.
         energy: share of the input energy of a task that is protected, 0..1.
+        project: `update` (weights corrected after the step) or `both` (gradients projected as well), for our methods.
         pretrain_iterations, pretrain_rate: the training of demo's own tiny CLIP.
         note: sentence printed under the table.
     """
@@ -67,6 +68,7 @@ class Config:
     consolidation_images: int | None = None
     reference_images: int = 1000
     energy: float = 0.999
+    project: Literal["update", "both"] = "both"
     pretrain_iterations: int = 0
     pretrain_rate: float = 0.0
     note: str = ""

@@ -61,8 +61,12 @@ class NullSpace(FineTune):
     """Ours: after each AdamW step the weights are corrected; kept directions of earlier tasks do not move."""
 
     name = "nullspace"
-    project: ClassVar[Literal["update", "gradient"]] = "update"
     optimizer: NullSpaceOptimizer
+
+    @property
+    def project(self) -> Literal["update", "gradient", "both"]:
+        """What is projected: the update, or the gradient as well."""
+        return self.config.project
 
     def wrap(self, base: Optimizer) -> Optimizer:
         """AdamW under protection."""
@@ -79,7 +83,11 @@ class Gradient(NullSpace):
     """As published by the gradient-projection family (GPM, GNSP): the gradient is projected, then AdamW steps."""
 
     name = "gradient"
-    project = "gradient"
+
+    @property
+    def project(self) -> Literal["update", "gradient", "both"]:
+        """The gradient alone."""
+        return "gradient"
 
 
 class NullSpaceReference(NullSpace):
