@@ -31,8 +31,9 @@ def unwrap(module: nn.Module) -> nn.Module:
 def find_model(parameters: Iterable[Tensor]) -> nn.Module:
     """Return the smallest live module whose parameters contain all of `parameters`.
 
-    Smallest means fewest parameters, then fewest submodules, after `unwrap`; modules without a forward of their own
-    (a `ModuleList`) count only where there is no other.
+    Smallest means fewest parameters, after `unwrap`; modules without a forward of their own come last, and of nested
+    modules with
+    the same parameters the outermost is taken.
 
     Raises:
         ModelNotFoundError: no module owns all of them, or several unrelated ones do.
@@ -51,21 +52,32 @@ def find_model(parameters: Iterable[Tensor]) -> nn.Module:
             nearest.append((len(held), type(candidate).__name__))
     if not owners:
         raise ModelNotFoundError(_nobody(len(wanted), nearest))
-    ranked = sorted(owners.values(), key=_size)
-    ties = [module for module in ranked if _size(module) == _size(ranked[0])]
-    if len(ties) > 1:
-        listing = ", ".join(f"{type(m).__name__} ({_size(m)[1]} parameters)" for m in ties)
+    return _chosen(list(owners.values()))
+
+
+def _chosen(owners: list[nn.Module]) -> nn.Module:
+    """Return the outermost of the owners with a forward and the fewest parameters.
+
+    Outermost, because a wrapper without parameters of its own (a normalisation, an output head of functions) decides
+    what reaches
+    the model inside: feeding the inner one raw batches would protect wrong directions in silence.
+    """
+    able = [m for m in owners if getattr(type(m), "forward", nn.Module.forward) is not nn.Module.forward] or owners
+    fewest = min(_count(module) for module in able)
+    smallest = [module for module in able if _count(module) == fewest]
+    inside = {id(inner) for module in smallest for inner in module.modules() if inner is not module}
+    outermost = [module for module in smallest if id(module) not in inside]
+    if len(outermost) > 1:
+        listing = ", ".join(f"{type(module).__name__} ({fewest} parameters)" for module in outermost)
         raise ModelNotFoundError(
             f"several live modules own all wrapped parameters: {listing}; "
             "say which one: NullSpaceOptimizer(base, model=...)"
         )
-    return ranked[0]
+    return outermost[0]
 
 
-def _size(module: nn.Module) -> tuple[bool, int, int]:
-    """Return the order of preference: has no forward, number of parameters, number of submodules."""
-    idle = getattr(type(module), "forward", nn.Module.forward) is nn.Module.forward
-    return idle, sum(1 for _ in module.parameters()), sum(1 for _ in module.modules())
+def _count(module: nn.Module) -> int:
+    return sum(1 for _ in module.parameters())
 
 
 def _nobody(count: int, nearest: list[tuple[int, str]]) -> str:

@@ -151,15 +151,17 @@ class NullSpaceOptimizer(OptimizerContract):
         *,
         forward: Forward | None = None,
         max_batches: int | None = None,
-        tolerance: float = 1e-5,
+        tolerance: float | None = None,
     ) -> VerifyReport:
         """Check that everything kept is still what it was.
 
         Without a loader: the invariant `||W U - A|| / ||A||` per parameter and every buffer that moved. With the
         loader of a consolidated task (in any order, without augmentation): also the output drift per layer on the
-        samples that `consolidate` remembered by digest, and the first layer that breaks.
+        samples that `consolidate` remembered by digest, and the first layer that breaks. `tolerance` is 1e-5 by default,
+        or what half precision rounds (2^-8 for bfloat16, 2^-11 for float16 parameters).
         """
         core = self._core
+        limit = core.protection.tolerance if tolerance is None else tolerance
         core.protection.make_exact()
         with torch.no_grad():
             kept = {name: guard.drift() for name, guard in core.protection.guards.items()}
@@ -171,7 +173,7 @@ class NullSpaceOptimizer(OptimizerContract):
             else:
                 layers[str(record["name"])] = drift
         buffers = moved_buffers(core.store, named_buffers(self.model)) if core.store.buffers else ()
-        return VerifyReport(kept, buffers, layers, tuple(missing), tolerance)
+        return VerifyReport(kept, buffers, layers, tuple(missing), limit)
 
     def _probe_drift(
         self, record: Mapping[str, Any], loader: Any, forward: Forward | None, limit: int | None

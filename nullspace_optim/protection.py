@@ -22,6 +22,7 @@ from .guard import Guard, Precision, guard_low_precision
 
 EXACT_EVERY = 16
 STALE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+ROUNDED = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 Project = Literal["update", "gradient", "both"]
 
@@ -177,6 +178,11 @@ class Protection:
         self.inexact_steps = int(owed["inexact_steps"])
         for name, guard in self.guards.items():
             guard.pending = name in owed["pending"]
+
+    @property
+    def tolerance(self) -> float:
+        """The drift of kept directions that rounding explains: 1e-5, or half a unit of the coarsest parameter."""
+        return max((ROUNDED.get(guard.parameter.dtype, 1e-5) for guard in self.guards.values()), default=1e-5)
 
     def check_anchors(self) -> None:
         """Compare every kept quantity with its anchor.

@@ -138,11 +138,26 @@ def test_a_container_without_a_forward_is_not_taken_for_the_model() -> None:
     assert NullSpaceOptimizer(SGD(model.parameters())).model is model
 
 
-def test_a_wrapper_with_the_same_parameters_loses_to_the_model_inside() -> None:
-    inner = Named()
-    outer = nn.Sequential(inner)
-    assert NullSpaceOptimizer(SGD(outer.parameters())).model is inner
-    assert outer is not None
+def test_the_outermost_of_nested_owners_is_taken_because_it_decides_what_the_inner_one_sees() -> None:
+    class Normalised(nn.Module):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net((x - 3.0) / 0.5)  # type: ignore[no-any-return]
+
+    outer = Normalised(nn.Linear(12, 6, bias=False))
+    optimizer = NullSpaceOptimizer(SGD(outer.parameters(), lr=1e-3), policy=NumericalRank())
+    assert optimizer.model is outer
+    rows = torch.randn(4, 12) + 3.0
+    optimizer.consolidate([rows], progress=False)
+    before = outer(rows).detach()
+    for _ in range(5):
+        optimizer.zero_grad()
+        outer(torch.randn(64, 12)).square().mean().backward()
+        optimizer.step()
+    assert (outer(rows) - before).norm() <= 1e-5 * before.norm()
 
 
 @pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.compile], ids=["DataParallel", "compile"])
