@@ -157,8 +157,8 @@ class NullSpaceOptimizer(OptimizerContract):
 
         Without a loader: the invariant `||W U - A|| / ||A||` per parameter and every buffer that moved. With the
         loader of a consolidated task (in any order, without augmentation): also the output drift per layer on the
-        samples that `consolidate` remembered by digest, and the first layer that breaks. `tolerance` is 1e-5 by default,
-        or what half precision rounds (2^-8 for bfloat16, 2^-11 for float16 parameters).
+        samples that `consolidate` remembered by digest, and the first layer that breaks. `tolerance` is 1e-5 by
+        default, or what half precision rounds (2^-8 for bfloat16, 2^-11 for float16 parameters).
         """
         core = self._core
         limit = core.protection.tolerance if tolerance is None else tolerance
