@@ -11,6 +11,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 Results = dict[str, Any]
 
@@ -54,6 +55,8 @@ def forgetting_curves(runs: Sequence[Results], path: Path) -> None:
         axes.axvline(number + 1, color="grey", linestyle=":", linewidth=1)
         axes.set_title(task, fontsize=9)
         axes.set_ylim(0, 102)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.grid(axis="y", linewidth=0.4, alpha=0.6)
     for axes in list(grid.flat)[len(tasks) :]:
         axes.axis("off")
     figure.supxlabel("tasks trained (dotted: the task itself)", fontsize=9)
