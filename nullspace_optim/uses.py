@@ -136,7 +136,8 @@ class Uses:
             if other.kind in (Kind.ALIAS, Kind.DERIVED):
                 self._tally.refuse(origin.names, BUILDS)
             else:
-                use = self._meet(operator, meeting, origin, rows, output) or use
+                met = self._meet(operator, meeting, origin, rows, output)
+                use = _counting_constants(met, other) or use
         position = PRODUCTS[operator.name][0].bias
         if position is not None and isinstance(bound[position], Tensor):
             handled |= self._read_bias(operator, use, bound[position], by_id)
@@ -208,7 +209,8 @@ class Uses:
                 size = kernel.layout.matrix_shape(weight.shape)[2] + self._joint
                 spatial = len(kernel.size)
                 rows = Patches(inputs, kernel, size, self._joint)
-                use = self._record(operator, name, rows, output, lambda g: convolution_kept(g, spatial))
+                met = self._record(operator, name, rows, output, lambda g: convolution_kept(g, spatial))
+                use = _counting_constants(met, other)
         if isinstance(bias, Tensor):
             handled |= self._read_bias(operator, use, bias, by_id)
         return handled
@@ -304,3 +306,12 @@ class Uses:
                     use.rows.clone_source()
                 if storage_pointer(use.output) == pointer and operator.name not in _ROWWISE_WRITES:
                     use.all_rows = True
+
+
+def _counting_constants(use: _Use | None, rows: Origin) -> _Use | None:
+    """Let all rows count that depend on no data (`A(eye)`, as DoRA does): the probe does not see such a product's
+    output where it is detached, and the outputs depend on it all the same.
+    """
+    if use is not None and rows.kind is Kind.CONSTANT:
+        use.all_rows = True
+    return use

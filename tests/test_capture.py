@@ -723,3 +723,12 @@ def test_an_output_overwritten_out_of_order_counts_all_rows() -> None:
         return y[:1]
 
     assert rows_of(Holds(forward, w=W(5, 4)), W(9, 4), "w")[0] == 9
+
+
+def test_constant_rows_count_where_the_product_is_detached() -> None:
+    """DoRA divides by the detached norm of `A(eye)`; without those rows `A` would be free to change it."""
+    model = Holds(lambda x, a: functional.linear(x, a) / functional.linear(torch.eye(6), a).detach().norm(), a=W(4, 6))
+    x = W(2, 6)
+    seen = capture(model, x, rows="relevant").captured["a"]
+    assert seen.sides["right"].rows.tolist() == [8]
+    assert close(seen.sides["right"].matrix[0], torch.eye(6).double() + gram(x))
