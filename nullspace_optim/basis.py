@@ -161,5 +161,8 @@ class BasisStore(Mapping[str, Basis]):
         self._bases[basis.name] = basis
 
     def remove(self, name: str) -> Basis:
-        """Remove and return the basis of `name`."""
-        return self._bases.pop(name)
+        """Remove and return the basis of `name`, with the entry of a bias that only this basis protected."""
+        basis = self._bases.pop(name)
+        if basis.bias is not None and basis.bias in self and self[basis.bias].kept is None:
+            del self._bases[basis.bias]
+        return basis

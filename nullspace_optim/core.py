@@ -116,7 +116,7 @@ class Core:
             _place(basis, parameters[name].device)
         self.take(store, parameters)
         for guard in self.protection.guards.values():
-            guard.seen = (0, -1)
+            guard.seen = ()
 
     def take(self, store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
         """Guard what `store` keeps of `parameters`, and hook the model."""

@@ -67,7 +67,23 @@ def grow(
             basis = _settled(name, parameter, seen, old, uncovered)
         grown.put(basis)
         rows.append(_line(basis, old, mine))
-    return grown, rows
+    return grown, _freeze_left_alone(parameters, store, grown, rows)
+
+
+def _freeze_left_alone(
+    parameters: Mapping[str, Tensor], before: BasisStore, grown: BasisStore, rows: list[ParameterReport]
+) -> list[ParameterReport]:
+    """Freeze biases whose weight protected them in `before` and, being frozen itself, no longer does in `grown`."""
+    lost = {old.bias for name, old in before.items() if old.bias and name in grown and grown[name].bias is None}
+    for number, row in enumerate(rows):
+        basis = grown[row.name]
+        if row.name in lost and basis.kept is None:
+            reason = "protected together with a weight that is frozen from now on"
+            kept = parameters[row.name].detach().clone()
+            frozen = Basis(row.name, basis.shape, Fate.FROZEN, reason, tasks=basis.tasks, kept=kept)
+            grown.put(frozen)
+            rows[number] = _line(frozen, basis, {})
+    return rows
 
 
 def _grows(seen: Captured | None, old: Basis | None) -> bool:
@@ -165,7 +181,7 @@ def _protected(
     """Return the grown basis with its anchors."""
     layout = seen.layout or Layout()
     subspaces: dict[Side, Subspace] = dict(old.subspaces) if old else {}
-    with torch.no_grad(), matrix_of(parameter, layout, bias) as matrix:
+    with torch.no_grad(), matrix_of(parameter, layout, bias, write=False) as matrix:
         for side, choice in choices.items():
             subspaces[side] = _anchored(matrix, side, choice, subspaces.get(side))
         if seen.row_index is not None:

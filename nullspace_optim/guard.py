@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Literal
 
 import torch
@@ -27,10 +28,11 @@ Precision = Literal["exact", "fast"]
 
 
 @contextmanager
-def matrix_of(parameter: Tensor, layout: Layout, bias: Tensor | None = None) -> Iterator[Tensor]:
-    """Give `parameter` as a writable stack `[g, m, d]` in at least float32; changes are written back once on exit.
+def matrix_of(parameter: Tensor, layout: Layout, bias: Tensor | None = None, *, write: bool = True) -> Iterator[Tensor]:
+    """Give `parameter` as a stack `[g, m, d]` in at least float32; with `write`, changes are written back on exit.
 
-    With `bias` the matrix is `[W b]`, `[g, m, d + 1]`.
+    With `bias` the matrix is `[W b]`, `[g, m, d + 1]`. Who only reads says ``write=False``: a write, even of the same
+    values, makes a graph that waits for its backward pass unusable.
     """
     weight = parameter.detach()
     matrix = layout.to_matrix(weight)
@@ -39,6 +41,8 @@ def matrix_of(parameter: Tensor, layout: Layout, bias: Tensor | None = None) -> 
     if bias is not None:
         matrix = torch.cat([matrix, bias.detach().to(matrix.dtype).reshape(len(matrix), -1, 1)], dim=2)
     yield matrix
+    if not write:
+        return
     if bias is not None:
         bias.detach().copy_(matrix[:, :, -1].reshape(-1))
         matrix = matrix[:, :, :-1]
@@ -56,7 +60,7 @@ class Guard:
     complements: dict[Side, Tensor] = field(default_factory=dict)
     previous: list[Tensor] = field(default_factory=list)
     residuals: dict[Side, Tensor] = field(default_factory=dict)
-    seen: tuple[int, int] | None = None
+    seen: tuple[tuple[int, int], ...] | None = None
     pending: bool = False
 
     @property
@@ -70,13 +74,13 @@ class Guard:
         return [self.parameter] if self.bias is None else [self.parameter, self.bias]
 
     def mark(self) -> None:
-        """Remember storage and version of the parameter as we left it."""
-        self.seen = (self.parameter.data_ptr(), self.parameter._version)
+        """Remember storage and version of every member as we left it."""
+        self.seen = tuple((p.data_ptr(), p._version) for p in self.members)
 
     @property
     def edited(self) -> bool:
-        """True if somebody other than the base step may have written to the parameter."""
-        return self.seen is not None and self.seen != (self.parameter.data_ptr(), self.parameter._version)
+        """True if somebody other than the base step may have written to the parameter (or its joint bias)."""
+        return self.seen is not None and self.seen != tuple((p.data_ptr(), p._version) for p in self.members)
 
     def wants_difference(self, precision: Precision) -> bool:
         """True where the difference form runs: more than half of the directions kept, or low-precision products."""
@@ -150,15 +154,17 @@ class Guard:
                     project_gradient_(matrix, subspace.basis, subspace.side)
 
     def drift(self) -> float:
-        """Return the largest relative change of a kept quantity since it was anchored (0 where nothing is kept)."""
+        """Return the largest relative change of a kept quantity since it was anchored (0 where nothing is kept;
+        NaN where one is not a number).
+        """
         if self.basis.kept is not None:
             return relative(self.parameter.detach(), self.basis.kept)
-        worst = 0.0
-        with matrix_of(self.parameter, self.basis.layout, self.bias) as matrix:
+        drifts = [0.0]
+        with matrix_of(self.parameter, self.basis.layout, self.bias, write=False) as matrix:
             for subspace in self.basis.subspaces.values():
                 if subspace.rank:
-                    worst = max(worst, float(anchor_drift(matrix, subspace.basis, subspace.anchor, subspace.side)))
-        return worst
+                    drifts.append(float(anchor_drift(matrix, subspace.basis, subspace.anchor, subspace.side)))
+        return max(drifts, key=lambda drift: (isnan(drift), drift))
 
 
 def relative(now: Tensor, then: Tensor) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isnan
 from typing import Any, Literal
 
 import torch
@@ -59,16 +60,19 @@ class Protection:
         self._handles: list[Any] = []
 
     def rebuild(self, store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
-        """Make guards for every parameter of `store` that is kept in any way."""
+        """Make guards for every parameter of `store` that is kept in any way; a basis that stays keeps what it owes."""
         self.release_gradient_hooks()
-        self.guards = {}
+        before, self.guards = self.guards, {}
         for name, basis in store.items():
             if basis.kept is None and not basis.subspaces:
                 continue
             bias = parameters[basis.bias] if basis.bias else None
-            self.guards[name] = Guard(parameters[name], basis, bias)
-            self.guards[name].mark()
-        self.inexact_steps = 0
+            guard = self.guards[name] = Guard(parameters[name], basis, bias)
+            guard.mark()
+            if name in before and before[name].basis is basis:
+                guard.seen, guard.pending = before[name].seen, before[name].pending
+        if not any(guard.pending for guard in self.guards.values()):
+            self.inexact_steps = 0
         if self.options.project == "both":
             self._handles = [
                 guard.parameter.register_post_accumulate_grad_hook(_accumulated(guard))  # type: ignore[no-untyped-call]
@@ -199,6 +203,11 @@ class Protection:
             return
         limit = STALE.get(guard.parameter.dtype, 1e-3)
         drift = guard.drift()
+        if isnan(drift):
+            raise StaleAnchorError(
+                f"'{guard.basis.name}' holds values that are not finite, its kept directions are lost: training "
+                "diverged or it was edited; go back to an earlier checkpoint"
+            )
         if not drift <= limit:
             raise StaleAnchorError(
                 f"'{guard.basis.name}' was changed outside the optimizer: its kept directions moved by {drift:.1e} "
@@ -214,7 +223,7 @@ class Protection:
 
     def _guards_of(self, base: Optimizer) -> list[Guard]:
         ids = {id(p) for group in base.param_groups for p in group["params"]}
-        return [guard for guard in self.guards.values() if id(guard.parameter) in ids]
+        return [guard for guard in self.guards.values() if any(id(p) in ids for p in guard.members)]
 
     def _prepare(self, guards: Iterable[Guard], project: bool) -> None:
         """Hide the gradients of immovable parameters and, if asked, project those of protected ones."""

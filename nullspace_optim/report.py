@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isnan
 
 from .basis import Fate
 
@@ -133,8 +134,8 @@ class VerifyReport:
 
     @property
     def worst(self) -> float:
-        """The largest relative change of a kept quantity."""
-        return max(self.kept.values(), default=0.0)
+        """The largest relative change of a kept quantity; NaN if one of them is not a number."""
+        return max(self.kept.values(), key=lambda drift: (isnan(drift), drift), default=0.0)
 
     @property
     def ok(self) -> bool:
@@ -147,7 +148,7 @@ class VerifyReport:
 
     def first_break(self, task: str) -> str | None:
         """Return the first layer whose output moved by more than `tolerance` on the samples of `task`."""
-        return next((name for name, drift in self.layers[task].items() if drift > self.tolerance), None)
+        return next((name for name, drift in self.layers[task].items() if not drift <= self.tolerance), None)
 
     def __str__(self) -> str:
         state = "holds" if self.ok else "BROKEN"
@@ -155,7 +156,7 @@ class VerifyReport:
             f"protection {state}: largest relative change of a kept direction {self.worst:.1e} "
             f"(tolerance {self.tolerance:.0e})"
         ]
-        broken = sorted(((v, k) for k, v in self.kept.items() if v > self.tolerance), reverse=True)
+        broken = sorted(((v, k) for k, v in self.kept.items() if not v <= self.tolerance), reverse=True)
         lines += [f"  '{name}' moved by {value:.1e}" for value, name in broken]
         lines += [f"  buffer '{name}' moved" for name in self.buffers]
         for task in self.layers:

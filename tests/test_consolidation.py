@@ -294,3 +294,26 @@ def test_zero_size_and_unused_parameters_are_no_obstacle() -> None:
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert optimizer.bases["empty"].fate is Fate.FREE
+
+
+def test_a_joint_bias_is_frozen_with_a_weight_that_is_used_without_it() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head, self.biased = nn.Linear(24, 24), nn.Linear(24, 4), True
+
+        def forward(self, x: Tensor) -> Tensor:
+            inner = self.inner(x) if self.biased else nn.functional.linear(x, self.inner.weight)
+            result: Tensor = self.head(inner.tanh())
+            return result
+
+    model, rows = Partly(), torch.randn(4, 24)
+    optimizer = _wrap(model, bias="joint")
+    optimizer.consolidate([rows], progress=False)
+    before = model(rows)
+    model.biased = False
+    report = optimizer.consolidate([torch.randn(4, 24)], progress=False)
+    model.biased = True
+    _train(optimizer, model, torch.randn(16, 24))
+    assert {line.name for line in report.of(Fate.FROZEN)} == {"inner.weight", "inner.bias"}
+    assert _drift(model(rows), before) <= 1e-5

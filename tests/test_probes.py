@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from nullspace_optim import NullSpaceOptimizer, NumericalRank
+from nullspace_optim import NullSpaceOptimizer, NumericalRank, StaleAnchorError
 
 
 @pytest.fixture
@@ -88,3 +88,15 @@ def test_moved_buffers_are_named(ready: Any) -> None:
     assert "buffer '1.running_var' moved" in str(report)
     optimizer.reanchor()
     assert optimizer.verify().ok
+
+
+def test_a_weight_that_is_not_a_number_is_no_kept_direction(ready: Any, tmp_path: Any) -> None:
+    model, optimizer, data = ready
+    model[3].weight.detach().fill_(float("nan"))
+    report = optimizer.verify(DataLoader(data, 4))
+    assert not report.ok
+    with pytest.raises(StaleAnchorError, match=r"'3\.weight' holds values that are not finite"):
+        optimizer.save(tmp_path / "bases.safetensors")
+    assert "protection BROKEN" in str(report)
+    assert "'3.weight' moved by nan" in str(report)
+    assert report.first_break("task 1") == "3.weight"

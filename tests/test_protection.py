@@ -245,3 +245,51 @@ def test_an_evaluation_between_forward_and_backward_is_harmless() -> None:
     loss.backward()
     optimizer.step()
     assert optimizer.verify().ok
+
+
+def test_a_joint_bias_in_another_optimizer_is_protected_as_well() -> None:
+    model = _mlp()
+    bases = [AdamW([p for p in model.parameters() if p.ndim == n], lr=0.01) for n in (2, 1)]
+    optimizer = NullSpaceOptimizer(bases, model, policy=NumericalRank(), bias="joint")
+    optimizer.consolidate([OLD], progress=False)
+    before = model(OLD)
+    _train(optimizer, model)
+    assert _drift(model(OLD), before) <= 1e-5
+    assert optimizer.verify().ok
+
+
+def test_an_edit_of_a_joint_bias_is_found() -> None:
+    model = _mlp()
+    optimizer = _wrap(model, bias="joint")
+    model[0].bias.detach().add_(3)
+    with pytest.raises(StaleAnchorError, match=r"'0\.weight'"):
+        _train(optimizer, model, 1)
+
+
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, "freeze"), (torch.float32, "joint")])
+def test_verify_between_forward_and_backward_is_harmless(dtype: torch.dtype, bias: str) -> None:
+    model = _mlp().to(dtype)
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model, bias=bias)  # type: ignore[arg-type]
+    optimizer.consolidate([OLD.to(dtype)], progress=False)
+    loss = model(NEW.to(dtype)).square().mean()
+    optimizer.verify()
+    loss.backward()
+
+
+def test_release_of_one_parameter_keeps_what_the_others_owe_and_what_is_known_of_edits() -> None:
+    model = _mlp()
+    optimizer = _wrap(model, precision="fast")
+    _train(optimizer, model, 5)
+    optimizer.release("2.bias")
+    assert optimizer.verify().ok
+    model[0].weight.detach().add_(1)
+    optimizer.release("0.bias")
+    with pytest.raises(StaleAnchorError, match=r"'0\.weight'"):
+        _train(optimizer, model, 1)
+
+
+def test_release_of_a_joint_weight_releases_its_bias() -> None:
+    model = _mlp()
+    optimizer = _wrap(model, bias="joint")
+    optimizer.release("0.weight")
+    assert set(optimizer.bases) == {"2.weight", "2.bias"}
