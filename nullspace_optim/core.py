@@ -21,7 +21,7 @@ from .discovery import find_model
 from .displacement import Displacement
 from .errors import BasisFileError, ModelNotFoundError, OptionError, ShapeError
 from .names import named_parameters
-from .norm_stats import ModelHook, freeze_statistics, remove_copied_hooks
+from .norm_stats import ModelHook, forget_compiled, freeze_statistics, remove_copied_hooks
 from .protection import Protection, ProtectionOptions
 
 
@@ -45,6 +45,8 @@ class Core:
         self.model: Callable[[], nn.Module | None] = lambda: None
         self.base_handles: list[Any] = []
         self.model_handles: list[Any] = []
+        self.norm_handles: list[Any] = []
+        self.frozen: set[str] = set()
         self.copied = False
 
     def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -66,8 +68,20 @@ class Core:
         self.model_handles.clear()
         remove_copied_hooks(model)
         self.model_handles.append(model.register_forward_pre_hook(BeforeEvaluation(self)))
-        if self.options["norm_stats"] == "frozen":
-            self.model_handles.extend(freeze_statistics(model, self.store.buffers))
+        frozen = set(self.store.buffers) if self.options["norm_stats"] == "frozen" else set()
+        if frozen != self.frozen:  # hooks that stay need no new compilation
+            self.thaw()
+            self.norm_handles, self.frozen = freeze_statistics(model, frozen), frozen
+            if self.norm_handles:
+                forget_compiled()
+
+    def thaw(self) -> None:
+        """Let running statistics move again."""
+        for handle in self.norm_handles:
+            handle.remove()
+        if self.norm_handles:
+            forget_compiled()
+        self.norm_handles, self.frozen = [], set()
 
     def find_copied_model(self) -> None:
         """After deepcopy or unpickling: hook the copy of the model, if there is one."""
@@ -86,6 +100,7 @@ class Core:
         if self.copied:
             self.find_copied_model()
         self.protection.release_gradient_hooks()
+        self.thaw()
         for handle in [*self.base_handles, *self.model_handles]:
             handle.remove()
         self.base_handles.clear()

@@ -1,13 +1,16 @@
 """Keep running statistics that a past task relied on: such norm layers run as in `eval()` while everything else trains.
 
-BatchNorm's running mean and variance move in every train-mode forward, whatever the optimizer does.
+BatchNorm's running mean and variance move in every train-mode forward, whatever the optimizer does; so do the singular
+vectors of `spectral_norm`.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from torch import nn
 
 from .names import canonical
@@ -51,12 +54,29 @@ def remove_copied_hooks(model: nn.Module) -> None:
 
 
 def freeze_statistics(model: nn.Module, buffers: Collection[str]) -> list[Any]:
-    """Hook every module of `model` that owns running statistics named in `buffers`; return the handles."""
+    """Hook every module of `model` that owns running statistics named in `buffers`; return the handles.
+
+    Running statistics are those of norm layers and the singular vectors of `spectral_norm`, old and new.
+    """
     handles: list[Any] = []
     for prefix, module in model.named_modules():
-        if "running_mean" not in module._buffers or canonical(f"{prefix}.running_mean").lstrip(".") not in buffers:
+        if not any(canonical(f"{prefix}.{name}").lstrip(".") in buffers for name in _statistics(module)):
             continue
         hooks = FrozenStatistics()
-        handles.append(module.register_forward_pre_hook(hooks.before))
+        handles.append(module.register_forward_pre_hook(hooks.before, prepend=True))
         handles.append(module.register_forward_hook(hooks.after, always_call=True))
     return handles
+
+
+def _statistics(module: nn.Module) -> list[str]:
+    """Return the names of the buffers of `module` itself that its train-mode forward moves."""
+    spectral = [
+        name for name in module._buffers if name == "_u" or f"{name.removesuffix('_u')}_orig" in module._parameters
+    ]
+    return ["running_mean", *spectral] if "running_mean" in module._buffers else spectral
+
+
+def forget_compiled() -> None:
+    """Make compiled models notice hooks that come or go: compiled code does not look for hooks again by itself."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

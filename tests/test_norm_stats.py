@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, spectral_norm
 from torch.optim import SGD
 
-from nullspace_optim import NullSpaceOptimizer
+from nullspace_optim import NullSpaceOptimizer, NumericalRank
 
 
 class Towers(nn.Module):
@@ -70,3 +74,33 @@ def test_frozen_statistics_without_hooks_twice() -> None:
     model, optimizer = _ready()
     optimizer.consolidate([torch.randn(8, 12)], progress=False)
     assert len(model.left[1]._forward_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.spectral_norm, spectral_norm], ids=["parametrization", "hook"])
+def test_spectral_norm_keeps_its_singular_vectors(wrap: Any) -> None:
+    model = nn.Sequential(wrap(nn.Linear(20, 32)), nn.ReLU(), nn.Linear(32, 4))
+    optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=1e-3), model, policy=NumericalRank())
+    rows = torch.randn(5, 20)
+    optimizer.consolidate([rows], progress=False)
+    before = model.eval()(rows).detach()
+    model.train()
+    for _ in range(10):
+        optimizer.zero_grad()
+        (model(torch.randn(16, 20)) - 1).square().mean().backward()
+        optimizer.step()
+    assert float((model.eval()(rows) - before).detach().norm()) <= 1e-5 * float(before.norm())
+    assert optimizer.verify().ok
+
+
+def test_a_compiled_model_notices_frozen_statistics_and_detach() -> None:
+    model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8))
+    compiled = torch.compile(model, backend="eager")
+    compiled(torch.randn(16, 12))
+    optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model)
+    optimizer.consolidate([torch.randn(8, 12)], progress=False)
+    before = model[1].running_mean.clone()
+    compiled(torch.randn(16, 12) + 1)
+    assert torch.equal(model[1].running_mean, before)
+    optimizer.detach()
+    compiled(torch.randn(16, 12) + 1)
+    assert not torch.equal(model[1].running_mean, before)
