@@ -196,6 +196,11 @@ def record_probe(work: Pass, samples: Any) -> Probe:
 def _warnings(work: Pass, rows: list[ParameterReport]) -> Iterator[str]:
     free = [row for row in rows if row.fate is Fate.FREE]
     silent = [row.name for row in free if row.reason.startswith("not read")]
+    if len(silent) == len(rows):
+        yield (
+            "nothing is protected: the forward pass read none of the trained parameters "
+            "(another copy of the model, or weights that were copied before?)"
+        )
     clip_towers = hasattr(work.model, "encode_image") and hasattr(work.model, "encode_text")
     if silent and clip_towers and work.forward is None:
         yield (

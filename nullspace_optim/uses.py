@@ -111,6 +111,8 @@ class Uses:
     def read(self, operator: Operator, bound: list[Any], by_id: dict[int, Origin], results: list[Tensor]) -> None:
         """Note the rows that met each parameter, or that the parameter was read in another way."""
         handled: set[int] = set()
+        if operator.name == "embedding_renorm_":
+            return  # max_norm: rows that were looked up are within it already and stay as they are
         if operator.name in PRODUCTS:
             handled = self._read_product(operator, bound, by_id, results[0])
         elif operator.name in CONVOLUTIONS:

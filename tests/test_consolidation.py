@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, SparseAdam
 
-from nullspace_optim import ConsolidationError, Energy, Fate, FixedRank, NullSpaceOptimizer, NumericalRank
+from nullspace_optim import (
+    ConsolidationError,
+    Energy,
+    Fate,
+    FixedRank,
+    NullSpaceOptimizer,
+    NullSpaceWarning,
+    NumericalRank,
+)
 
 
 def _mlp() -> nn.Sequential:
@@ -317,3 +325,21 @@ def test_a_joint_bias_is_frozen_with_a_weight_that_is_used_without_it() -> None:
     _train(optimizer, model, torch.randn(16, 24))
     assert {line.name for line in report.of(Fate.FROZEN)} == {"inner.weight", "inner.bias"}
     assert _drift(model(rows), before) <= 1e-5
+
+
+def test_a_forward_that_reads_no_trained_parameter_is_announced() -> None:
+    model = _mlp()
+    twin = copy.deepcopy(model)
+    with pytest.warns(NullSpaceWarning, match="nothing is protected: the forward pass read none of the trained"):
+        _wrap(model).consolidate([torch.randn(4, 24)], forward=twin, progress=False)
+
+
+def test_an_embedding_with_max_norm_keeps_its_used_rows_and_trains_the_others() -> None:
+    model = nn.Sequential(nn.Embedding(10, 12, max_norm=1.0), nn.Linear(12, 4))
+    optimizer, used = _wrap(model), torch.arange(4)
+    report = optimizer.consolidate([used], progress=False)
+    assert report.fates[Fate.PROTECTED] == 2
+    before = model(used)
+    _train(optimizer, model, torch.arange(10))
+    assert _drift(model(used), before) <= 1e-5
+    assert optimizer.verify().ok
