@@ -37,13 +37,14 @@ class Capture:
         parameters: Mapping[str, Tensor],
         *,
         buffers: Mapping[str, Tensor] | None = None,
+        untrained: Mapping[str, Tensor] | None = None,
         rows: Literal["relevant", "all"] = "relevant",
         bias: Literal["freeze", "joint"] = "freeze",
         dtype: torch.dtype = torch.float32,
         batch_frobenius: bool = False,
         statistics: bool = True,
     ) -> None:
-        """Watch `parameters` and `buffers`, by name.
+        """Watch `parameters` and `buffers`, by name; note which of the `untrained` parameters are read.
 
         ``rows="relevant"`` leaves out rows that no output of the model depends on; ``bias="joint"`` extends the
         rows of a weight by a constant 1 for its bias; `dtype` is what second moments are summed in;
@@ -60,7 +61,7 @@ class Capture:
         self.observe: Callable[[str, Tensor], None] | None = None
         self._names = _unique(parameters)
         distinct = {name: parameters[name] for name in dict.fromkeys(self._names.values())}
-        self._memory = Memory(distinct, buffers or {})
+        self._memory = Memory(distinct, buffers or {}, untrained or {})
         self._tally = Tally(dtype=dtype, batch_frobenius=batch_frobenius, statistics=statistics)
         self._relevance = Relevance() if rows == "relevant" else None
         self._joint = bias == "joint"
@@ -85,6 +86,11 @@ class Capture:
     def buffers_read(self) -> set[str]:
         """Names of the buffers that a forward pass has read."""
         return set(self._memory.buffers_read)
+
+    @property
+    def untrained_read(self) -> set[str]:
+        """Names of the untrained parameters that a forward pass has read."""
+        return set(self._memory.untrained_read)
 
     @property
     def order(self) -> list[str]:

@@ -24,7 +24,7 @@ from .displacement import Displacement
 from .errors import ConsolidationError, OptionError
 from .fates import grow
 from .guard import Guard
-from .names import named_buffers
+from .names import named_buffers, named_parameters
 from .policies import Energy, Policy
 from .probes import Probe, Recorder, digests_of, first_samples
 from .projection import exact_products
@@ -97,6 +97,7 @@ def consolidate(
         capture = Capture(
             work.parameters,
             buffers=named_buffers(work.model),
+            untrained={n: p for n, p in named_parameters(work.model).items() if n not in work.parameters},
             rows=options.rows,
             bias=options.bias,
             dtype=torch.float64 if options.policy.precise else torch.float32,
@@ -111,8 +112,15 @@ def consolidate(
     for buffer in sorted(capture.buffers_read - set(grown.buffers)):
         grown.buffers[buffer] = buffers[buffer].detach().clone()
     grown.probes[work.task] = {"digests": probe.digests, "sketches": probe.sketches, "norms": probe.norms}
+    untrained = sorted(capture.untrained_read - set(grown))
     grown.tasks.append(
-        {"name": work.task, "policy": repr(options.policy), "batches": batches, "layers": list(probe.layers)}
+        {
+            "name": work.task,
+            "policy": repr(options.policy),
+            "batches": batches,
+            "layers": list(probe.layers),
+            "untrained": untrained,
+        }
     )
     report = ConsolidationReport(
         task=work.task,
@@ -126,7 +134,7 @@ def consolidate(
         bytes=stored_bytes(grown),
         transient_bytes=_transient_bytes(work.parameters, grown),
         warnings=tuple(_warnings(work, rows)),
-        notes=tuple(filter(None, [capture.relevance_note])),
+        notes=tuple(filter(None, [capture.relevance_note, _untrained_note(untrained)])),
     )
     if options.on_full == "raise" and report.of(Fate.FULL):
         raise ConsolidationError(
@@ -214,6 +222,16 @@ def _warnings(work: Pass, rows: list[ParameterReport]) -> Iterator[str]:
             yield f"'{row.name}' has no free direction left and is frozen from now on"
         elif row.dimension and row.rank >= NEARLY_FULL * row.dimension:
             yield f"'{row.name}' is nearly full: {row.rank} of {row.dimension} directions are protected"
+
+
+def _untrained_note(names: list[str]) -> str | None:
+    """Say that parameters were read that have no basis, because nothing trains them so far."""
+    if not names:
+        return None
+    return (
+        f"{len(names)} parameters were read but are not trained, so they have no basis ('{names[0]}', ...): "
+        "make them trainable before this consolidation if a later task shall train them"
+    )
 
 
 def stored_bytes(store: BasisStore) -> int:

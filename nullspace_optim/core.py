@@ -5,6 +5,7 @@ Frameworks may subclass or rebind the wrapper itself; everything that changes li
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,7 +20,7 @@ from .basis import BasisStore
 from .consolidation import ConsolidationOptions
 from .discovery import find_model
 from .displacement import Displacement
-from .errors import BasisFileError, ModelNotFoundError, OptionError, ShapeError
+from .errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError, ShapeError
 from .names import named_parameters
 from .norm_stats import ModelHook, forget_compiled, freeze_statistics, remove_copied_hooks
 from .protection import Protection, ProtectionOptions
@@ -47,14 +48,29 @@ class Core:
         self.model_handles: list[Any] = []
         self.norm_handles: list[Any] = []
         self.frozen: set[str] = set()
+        self.unguarded: dict[int, str] = {}
         self.copied = False
 
     def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step pre-hook of every base."""
         if self.copied:
             self.find_copied_model()
+        self._warn_unguarded(base)
         self.displacement.remember(p for group in base.param_groups for p in group["params"])
         return self.protection.before_step(base, args, kwargs)
+
+    def _warn_unguarded(self, base: Optimizer) -> None:
+        """Warn, once each, of parameters that begin to train although consolidated tasks read them without a basis."""
+        trained = (p for group in base.param_groups for p in group["params"] if p.grad is not None)
+        names = [self.unguarded.pop(id(p)) for p in trained if id(p) in self.unguarded] if self.unguarded else []
+        if names:
+            warnings.warn(
+                f"{len(names)} parameters that consolidated tasks read begin to train without a basis "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): old outputs will move. They were not "
+                "trainable then; consolidate those tasks again with these parameters trainable, or keep them fixed",
+                NullSpaceWarning,
+                stacklevel=5,
+            )
 
     def wrapped(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the parameters that are both in the bases and in `model`, by name."""
@@ -67,6 +83,8 @@ class Core:
             handle.remove()
         self.model_handles.clear()
         remove_copied_hooks(model)
+        read = {name for task in self.store.tasks for name in task.get("untrained", ())}  # type: ignore[attr-defined]
+        self.unguarded = {id(p): name for name, p in named_parameters(model).items() if name in read - set(self.store)}
         self.model_handles.append(model.register_forward_pre_hook(BeforeEvaluation(self)))
         frozen = set(self.store.buffers) if self.options["norm_stats"] == "frozen" else set()
         if frozen != self.frozen:  # hooks that stay need no new compilation

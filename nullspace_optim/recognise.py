@@ -87,11 +87,16 @@ class _Owner(NamedTuple):
 class Memory:
     """The map from storages to parameters, buffers and what was computed from them during the current batch."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        """Watch `parameters` and `buffers`, both by name."""
+    def __init__(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], untrained: Mapping[str, Tensor]
+    ) -> None:
+        """Watch `parameters` and `buffers`, both by name; of `untrained` parameters only note that they were read."""
         self.parameters = dict(parameters)
         self.buffers = dict(buffers)
+        self.untrained = dict(untrained)
         self.buffers_read: set[str] = set()
+        self.untrained_read: set[str] = set()
+        self._untrained: dict[int, str] = {}
         self._owners: dict[int, list[_Owner]] = {}
         self._storages: dict[int, Kind] = {}
         self._aliases: dict[Key, Origin] = {}
@@ -108,6 +113,7 @@ class Memory:
                     start = int(tensor.storage_offset()) * tensor.element_size()
                     owner = _Owner(name, start, start + _extent(tensor) * tensor.element_size(), tensor, is_parameter)
                     self._owners.setdefault(pointer, []).append(owner)
+        self._untrained = {storage_pointer(t): name for name, t in self.untrained.items()}
 
     def forget(self) -> None:
         """End the batch: let go of everything that was held."""
@@ -123,6 +129,8 @@ class Memory:
     def knows(self, tensor: Tensor) -> bool:
         """Return whether the storage of `tensor` is one that is watched or was computed from such."""
         pointer = storage_pointer(tensor)
+        if pointer in self._untrained:
+            self.untrained_read.add(self._untrained[pointer])
         return pointer in self._owners or pointer in self._storages
 
     def origin(self, tensor: Tensor) -> Origin:

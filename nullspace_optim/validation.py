@@ -31,7 +31,10 @@ def unpack(tensors: Mapping[str, Tensor], metadata: str, source: str) -> BasisSt
     document = _Record(_opened(metadata, source), "metadata", source)
     parts = _Parts(tensors, document.get("tensors", dict), source)
     store = BasisStore()
-    store.tasks = [dict(record.data) for record in document.records("tasks")]
+    for record in document.records("tasks"):
+        if "untrained" in record.data:
+            record.texts("untrained")
+        store.tasks.append(dict(record.data))
     for record in document.records("bases"):
         basis = _read_basis(record, parts)
         if basis.name in store:

@@ -62,7 +62,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operands = tensors_among([*args, *kwargs.values()])
         if operator.writes:
             self.uses.before_writing(operator, args, kwargs)
-        known = not operands or any(self._memory.knows(t) for t in operands)
+        known = not operands or any([self._memory.knows(t) for t in operands])  # each is asked: reads are noted
         origins = [self._memory.origin(t) for t in operands] if known else [DATA] * len(operands)
         output = func(*args, **kwargs)
         if self.relevance is not None and self.relevance.note is None:

@@ -343,3 +343,25 @@ def test_an_embedding_with_max_norm_keeps_its_used_rows_and_trains_the_others() 
     _train(optimizer, model, torch.arange(10))
     assert _drift(model(used), before) <= 1e-5
     assert optimizer.verify().ok
+
+
+@pytest.mark.parametrize("how", ["requires_grad", "add_param_group", "after load"])
+def test_a_parameter_that_was_read_before_it_was_trainable_does_not_train_in_silence(how: str, tmp_path: Any) -> None:
+    model = _mlp().append(nn.Linear(8, 4))
+    backbone = list(model[0].parameters())
+    model[0].requires_grad_(how == "add_param_group")
+    trained = [p for p in model.parameters() if how != "add_param_group" or all(p is not q for q in backbone)]
+    optimizer = _wrap(model, SGD(trained, lr=0.1))
+    report = optimizer.consolidate([torch.randn(4, 24)], progress=False)
+    assert "2 parameters were read but are not trained" in str(report)
+    if how == "after load":
+        optimizer.save(tmp_path / "bases.safetensors")
+        optimizer.detach()
+        optimizer = _wrap(model, SGD(trained, lr=0.1))
+        optimizer.load(tmp_path / "bases.safetensors")
+    _train(optimizer, model, torch.randn(4, 24), 2)
+    if how == "add_param_group":
+        optimizer.add_param_group({"params": backbone})
+    model[0].requires_grad_(True)
+    with pytest.warns(NullSpaceWarning, match=r"2 parameters that consolidated tasks read begin .*0\.weight, 0\.bias"):
+        _train(optimizer, model, torch.randn(4, 24), 2)
