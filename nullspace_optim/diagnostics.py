@@ -25,7 +25,7 @@ def allowed_drift(
 
     Each protected weight moves by a Gaussian matrix, projected onto its free directions and scaled to the distance
     that the weight moved in the last task (1 % of its norm if it did not move; then the second value is True). The
-    weights are restored bitwise.
+    weights are restored bitwise. NaN where the shape of the outputs depends on the weights (a detector's boxes).
     """
     free = {
         name: parameters[name] for name, basis in store.items() if basis.fate is Fate.PROTECTED and name in parameters
@@ -45,6 +45,8 @@ def allowed_drift(
     finally:
         for name, parameter in free.items():
             parameter.detach().copy_(saved[name])
+    if after.shape != before.shape:
+        return float("nan"), assumed
     return float((after - before).norm() / before.norm().clamp_min(1e-30)), assumed
 
 

@@ -114,10 +114,11 @@ class Protection:
     def after_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Step post-hook of a base: put kept directions, frozen values and hidden gradients back."""
         owed = False
+        foreign = not type(base).__module__.startswith("torch.optim")  # may write through p.data, which leaves no mark
         for guard in self._guards_of(base):
-            moved = guard.edited or bool(self._touched & {id(p) for p in guard.members})
+            moved = foreign or guard.edited or bool(self._touched & {id(p) for p in guard.members})
             if guard.immovable:
-                if guard.edited:
+                if foreign or guard.edited:
                     guard.parameter.detach().copy_(_kept(guard))
             elif moved and self.options.project != "gradient":
                 if id(guard.parameter) not in self._idle or not guard.unmoved:

@@ -81,14 +81,19 @@ class ConsolidationReport:
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {fate.value}" for fate, count in self.fates.items() if count)
         size = "1 % of each weight" if self.assumed_update else "the last task's"
+        drift = (
+            "how far the cut-off energy lets outputs drift is unknown: their shape depends on the weights"
+            if isnan(self.drift_allowed)
+            else f"the cut-off energy lets outputs drift by {self.drift_allowed:.2%} under one random update of size "
+            f"{size} (training moves them further, no bound)"
+        )
         lines = [
             f"consolidated '{self.task}' of {self.model} with {self.policy}: "
             f"{self.batches} batches, {self.seconds:.1f} s",
             *(f"warning: {text}" for text in self.warnings),
             f"parameters: {counts}; bases and anchors {_bytes(self.bytes)}"
             + (f", transient copy in a step {_bytes(self.transient_bytes)}" if self.transient_bytes else ""),
-            f"the cut-off energy lets outputs drift by {self.drift_allowed:.2%} under one random update of size "
-            f"{size} (training moves them further, no bound)",
+            drift,
             *(f"note: {text}" for text in self.notes),
         ]
         for fate in (Fate.FREE, Fate.PROTECTED, Fate.FULL, Fate.FROZEN):

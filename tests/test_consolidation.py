@@ -365,3 +365,23 @@ def test_a_parameter_that_was_read_before_it_was_trainable_does_not_train_in_sil
     model[0].requires_grad_(True)
     with pytest.warns(NullSpaceWarning, match=r"2 parameters that consolidated tasks read begin .*0\.weight, 0\.bias"):
         _train(optimizer, model, torch.randn(4, 24), 2)
+
+
+def test_outputs_whose_shape_depends_on_the_weights_are_no_obstacle() -> None:
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(24, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.score(x)
+            return scores[scores[:, 0] > 0]
+
+    model = Boxes()
+    optimizer = _wrap(model, SGD(model.parameters(), lr=0.1), policy=FixedRank(2))
+    rows = torch.randn(64, 24)
+    for _ in range(20):
+        optimizer.zero_grad()
+        (model.score(rows) - 0.1).square().mean().backward()
+        optimizer.step()
+    assert "their shape depends on the weights" in str(optimizer.consolidate([rows], progress=False))

@@ -293,3 +293,26 @@ def test_release_of_a_joint_weight_releases_its_bias() -> None:
     optimizer = _wrap(model, bias="joint")
     optimizer.release("0.weight")
     assert set(optimizer.bases) == {"2.weight", "2.bias"}
+
+
+class Old(torch.optim.Optimizer):
+    """An optimizer of the old style: decay of every parameter, written through `.data`."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            parameter.data.mul_(0.99)
+            if parameter.grad is not None:
+                parameter.data.add_(parameter.grad, alpha=-0.01)
+
+
+def test_an_optimizer_that_writes_through_data_cannot_move_frozen_parameters() -> None:
+    model = _mlp()
+    optimizer = NullSpaceOptimizer(Old(model.parameters()), model, policy=NumericalRank())
+    optimizer.consolidate([OLD], progress=False)
+    before = model(OLD)
+    _train(optimizer, model)
+    assert _drift(model(OLD), before) <= 1e-5
+    assert optimizer.verify().ok
