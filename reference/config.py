@@ -14,6 +14,7 @@ import yaml
 from reference.errors import ExperimentError
 
 CONFIGS = Path(__file__).parent / "configs"
+FOLDERS = ("data_root", "model", "reference_root")
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,16 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     return parsed
 
 
-def identity(config: Config) -> dict[str, Any]:
-    """The settings that decide about the numbers of a run (all but where the results go and who else is run)."""
-    left_out = ("output", "methods", "seeds", "note")
-    return {field.name: getattr(config, field.name) for field in fields(config) if field.name not in left_out}
+def recorded(config: Config) -> dict[str, Any]:
+    """All settings as results keep them: folders by their last name only, since a path belongs to one machine."""
+    settings = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "output"}
+    return {name: Path(value).name if name in FOLDERS else value for name, value in settings.items()}
+
+
+def identity(config: Config, reference: bool = True) -> dict[str, Any]:
+    """The settings that decide about the numbers of a run (not who else is run; the pool only if `reference`)."""
+    left_out = {"methods", "seeds", "note"} | (set() if reference else {"reference_root", "reference_images"})
+    return {name: value for name, value in recorded(config).items() if name not in left_out}
 
 
 def _convert(key: str, hint: Any, value: Any) -> Any:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from reference import metrics
 from reference.clip import Clip
-from reference.config import Config, identity
+from reference.config import Config, identity, recorded
 from reference.engine import batches, evaluate, train
 from reference.errors import ExperimentError
 from reference.experiment import Experiment
@@ -98,7 +98,7 @@ class Sequence:
 
     def _begin(self) -> None:
         """Score the pretrained model, and protect the reference pool where the method asks for it."""
-        self.log("started", method=self.method.name, seed=self.seed, config=asdict(self.config))
+        self.log("started", method=self.method.name, seed=self.seed, config=recorded(self.config))
         self.progress.pretrained = self._evaluate_all()
         pool = self.experiment.pool
         if self.method.needs_reference and pool is not None:
@@ -172,7 +172,7 @@ class Sequence:
             "parameters": sum(p.numel() for p in self.clip.model.parameters()),
             "machine": machine(),
             "torch": torch.__version__,
-            "config": asdict(self.config),
+            "config": recorded(self.config),
         }
 
     def _save(self) -> None:
@@ -202,7 +202,7 @@ class Sequence:
 
     def _checked(self, saved: dict[str, Any]) -> dict[str, Any]:
         """`saved`, if its settings are those of this run."""
-        for key, value in json.loads(json.dumps(identity(self.config))).items():
+        for key, value in json.loads(json.dumps(identity(self.config, self.method.needs_reference))).items():
             if saved["config"].get(key) != value:
                 raise ExperimentError(
                     f"{self.folder} was made with {key}={saved['config'].get(key)!r}, this run has {value!r}; "
