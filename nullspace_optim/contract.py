@@ -107,11 +107,11 @@ class OptimizerContract(Optimizer):
             core.bases[0].add_param_group(param_group)
 
     def train(self) -> None:
-        """Switch bases that have modes (Schedule-Free) to training."""
+        """Switch bases that have modes to training."""
         self._set_mode("train")
 
     def eval(self) -> None:
-        """Switch bases that have modes (Schedule-Free) to evaluation."""
+        """Switch bases that have modes to evaluation."""
         self._set_mode("eval")
 
     def _set_mode(self, mode: str) -> None:

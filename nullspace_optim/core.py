@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -158,18 +158,6 @@ class Core:
         self.protection.rebuild(self.store, self.parameters)
         self.install(self.owner())
 
-    @contextmanager
-    def evaluation_point(self) -> Iterator[None]:
-        """Measure where the user evaluates: bases with modes (Schedule-Free) give their averaged weights."""
-        training = [base for base in self.bases if any(group.get("train_mode", False) for group in base.param_groups)]
-        for base in training:
-            base.eval()  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            for base in training:
-                base.train()  # type: ignore[attr-defined]
-
 
 class BeforeEvaluation(ModelHook):
     """Forward pre-hook of the model: an evaluation sees exact weights. Copies of the model carry it without effect."""
@@ -199,26 +187,13 @@ def check_bases(bases: list[Any]) -> None:
     """Refuse what cannot be protected.
 
     Raises:
-        OptionError: not an optimizer, wrapped already, differentiable, LBFGS beside others, a parameter in two bases.
+        OptionError: not an optimizer, wrapped already, Schedule-Free, differentiable, LBFGS beside others, or a
+            parameter in two bases.
     """
     if not bases:
         raise OptionError("base=[]: expected an optimizer or a list of optimizers")
     for base in bases:
-        if isinstance(getattr(base, "_core", None), Core):
-            raise OptionError("base is a NullSpaceOptimizer already: one wrapper is enough, use it or its detach()")
-        if not isinstance(base, Optimizer) or not hasattr(base, "state") or not hasattr(base, "defaults"):
-            raise OptionError(
-                f"base={type(base).__name__}: expected a torch.optim.Optimizer with param_groups, state and defaults"
-            )
-        if any(isinstance(getattr(hook, "__self__", None), Core) for hook in base._optimizer_step_pre_hooks.values()):
-            raise OptionError(
-                f"this {type(base).__name__} is wrapped already: call detach() on its NullSpaceOptimizer first"
-            )
-        if any(group.get("differentiable") for group in base.param_groups):
-            raise OptionError(
-                f"{type(base).__name__}(differentiable=True): corrections cannot be differentiated through; "
-                "use differentiable=False"
-            )
+        _check_base(base)
     if len(bases) > 1 and any(isinstance(base, LBFGS) for base in bases):
         raise OptionError("LBFGS evaluates its closure many times and cannot share a step: wrap it alone")
     owners: dict[int, tuple[int, Any]] = {}
@@ -231,6 +206,29 @@ def check_bases(bases: list[Any]) -> None:
                         f"and {number}: each parameter belongs to one optimizer"
                     )
                 owners[id(parameter)] = (number, group)
+
+
+def _check_base(base: Any) -> None:
+    if isinstance(getattr(base, "_core", None), Core):
+        raise OptionError("base is a NullSpaceOptimizer already: one wrapper is enough, use it or its detach()")
+    if not isinstance(base, Optimizer) or not hasattr(base, "state") or not hasattr(base, "defaults"):
+        raise OptionError(
+            f"base={type(base).__name__}: expected a torch.optim.Optimizer with param_groups, state and defaults"
+        )
+    if any(isinstance(getattr(hook, "__self__", None), Core) for hook in base._optimizer_step_pre_hooks.values()):
+        raise OptionError(
+            f"this {type(base).__name__} is wrapped already: call detach() on its NullSpaceOptimizer first"
+        )
+    if any("train_mode" in group for group in base.param_groups):
+        raise OptionError(
+            f"{type(base).__name__} keeps averaged weights beside the trained ones (Schedule-Free), whose kept "
+            "directions cannot be held yet; use an optimizer with one set of weights, such as AdamW"
+        )
+    if any(group.get("differentiable") for group in base.param_groups):
+        raise OptionError(
+            f"{type(base).__name__}(differentiable=True): corrections cannot be differentiated through; "
+            "use differentiable=False"
+        )
 
 
 def check_fit(store: BasisStore, parameters: Mapping[str, Tensor]) -> None:

@@ -137,7 +137,7 @@ class NullSpaceOptimizer(OptimizerContract):
         parameters = core.trainable()
         task = name if name is not None else f"task {len(core.store.tasks) + 1}"
         work = Pass(self.model, parameters, loader, task, forward, max_batches, progress)
-        with core.protection.exactly(), core.evaluation_point():
+        with core.protection.exactly():
             grown, report = consolidate(work, core.store, core.measuring, core.displacement)
         core.take(grown, parameters)
         core.displacement.forget()
@@ -181,7 +181,7 @@ class NullSpaceOptimizer(OptimizerContract):
         stored = self._core.store.probes[str(record["name"])]
         before = Probe(stored["digests"], tuple(record["layers"]), stored["sketches"], stored["norms"])
         model = self.model
-        with untouched(model, loader), self._core.evaluation_point():
+        with untouched(model, loader):
             samples = find_samples(loader, before.digests, limit)
             if samples is None:
                 return None
