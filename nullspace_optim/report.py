@@ -84,7 +84,7 @@ class ConsolidationReport:
         drift = (
             "how far the cut-off energy lets outputs drift is unknown: their shape depends on the weights"
             if isnan(self.drift_allowed)
-            else f"the cut-off energy lets outputs drift by {self.drift_allowed:.2%} under one random update of size "
+            else f"the cut-off energy lets outputs drift by {self.drift_allowed:.2%} under one random update as large as "
             f"{size} (training moves them further, no bound)"
         )
         lines = [
