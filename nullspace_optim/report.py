@@ -84,8 +84,8 @@ class ConsolidationReport:
         drift = (
             "how far the cut-off energy lets outputs drift is unknown: their shape depends on the weights"
             if isnan(self.drift_allowed)
-            else f"the cut-off energy lets outputs drift by {self.drift_allowed:.2%} under one random update as large as "
-            f"{size} (training moves them further, no bound)"
+            else f"the cut-off energy lets outputs drift by {self.drift_allowed:.2%} under one random update as large "
+            f"as {size} (training moves them further, no bound)"
         )
         lines = [
             f"consolidated '{self.task}' of {self.model} with {self.policy}: "
