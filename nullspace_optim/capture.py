@@ -24,6 +24,7 @@ from .errors import OptionError
 from .recognise import Memory, tensor_key
 from .relevance import Relevance, detached, tensors_in
 from .tally import Captured, Tally
+from .uses import Uses
 from .watching import Watch
 
 __all__ = ["Capture", "Captured", "SecondMoment"]
@@ -126,7 +127,8 @@ class Capture:
     def _forward(self, run: Callable[[], Any], relevance: Relevance | None) -> Any:
         """Run the forward pass and, for relevance, the probe; hand the rows to the tally."""
         self._memory.refresh()
-        watch = Watch(self._memory, self._tally, relevance, joint=self._joint, observe=self.observe)
+        uses = Uses(self._memory, self._tally, relevance, joint=self._joint, observe=self.observe)
+        watch = Watch(self._memory, self._tally, relevance, uses)
         with _environment(gradients=relevance is not None), watch:
             try:
                 outputs = run()
@@ -137,12 +139,12 @@ class Capture:
                 raise
             self._note_returned(outputs)
             gradients: list[Tensor | None] | None = None
-            wanted = watch.uses.wanted()
+            wanted = uses.wanted()
             if relevance is not None and relevance.note is None and wanted:
                 watch.probing = True
                 gradients = relevance.probe(outputs, wanted)
         with torch.inference_mode(False), torch.no_grad():
-            watch.uses.settle(gradients)
+            uses.settle(gradients)
             self._tally.flush()
         return detached(outputs)
 

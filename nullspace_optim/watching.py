@@ -6,7 +6,7 @@ a reason why the parameter cannot be protected). During the probe's backward pas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,15 +28,13 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         memory: Memory,
         tally: Tally,
         relevance: Relevance | None,
-        *,
-        joint: bool,
-        observe: Callable[[str, Tensor], None] | None,
+        uses: Uses,
     ) -> None:
-        """Sort what reads the parameters of `memory` into `tally`."""
+        """Sort what reads the parameters of `memory` into `uses` and `tally`."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.relevance = relevance
         self.probing = False
-        self.uses = Uses(memory, tally, relevance, joint=joint, observe=observe)
+        self.uses = uses
         self._memory, self._tally = memory, tally
         self._operators: dict[Any, Operator] = {}
 
