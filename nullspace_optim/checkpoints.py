@@ -63,8 +63,9 @@ def pop_protection(state: StateDict) -> tuple[StateDict, Any, str | None]:
     `state` itself is not changed.
     """
     plain = {key: value for key, value in state.items() if key != "nullspace"}
-    prints = {group.get("nullspace") for group in state["param_groups"]} - {None}
-    plain["param_groups"] = [
-        {key: value for key, value in group.items() if key != "nullspace"} for group in state["param_groups"]
-    ]
+    prints = {group.get("nullspace") for group in state.get("param_groups", ())} - {None}
+    if "param_groups" in state:
+        plain["param_groups"] = [
+            {key: value for key, value in group.items() if key != "nullspace"} for group in state["param_groups"]
+        ]
     return plain, state.get("nullspace"), prints.pop() if prints else None

@@ -115,10 +115,11 @@ class OptimizerContract(Optimizer):
         self._set_mode("eval")
 
     def _set_mode(self, mode: str) -> None:
-        for base in self._core.bases:
-            switch = getattr(base, mode, None)
-            if callable(switch):
-                switch()
+        with self._core.unedited():
+            for base in self._core.bases:
+                switch = getattr(base, mode, None)
+                if callable(switch):
+                    switch()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state dict plus the bases under ``"nullspace"`` and their fingerprint in every group.
@@ -130,13 +131,14 @@ class OptimizerContract(Optimizer):
             hook(self)
         state = join_states([base.state_dict() for base in self._core.bases])
         store = self._core.store
-        for group in state["param_groups"]:
+        groups = state.get("param_groups", ())  # optimizers around an optimizer may have their own structure
+        for group in groups:
             group.pop("nullspace", None)
         if store.tasks:
             tensors, metadata = persistence.pack(store)
             state["nullspace"] = {"tensors": tensors, "metadata": metadata, **self._core.protection.owed}
             print_ = persistence.fingerprint(store)
-            for group in state["param_groups"]:
+            for group in groups:
                 group["nullspace"] = print_
         for post in self._optimizer_state_dict_post_hooks.values():
             state = post(self, state) or state

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .consolidation import ConsolidationOptions
 from .discovery import find_model
 from .displacement import Displacement
 from .errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError, ShapeError
+from .iterates import Evaluation, evaluated, refuse_unknown_modes
 from .names import named_parameters
 from .norm_stats import ModelHook, forget_compiled, freeze_statistics, remove_copied_hooks
 from .protection import Protection, ProtectionOptions
@@ -124,6 +125,27 @@ class Core:
         self.base_handles.clear()
         self.model_handles.clear()
 
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Let the body move parameters without that counting as an edit by somebody else."""
+        clean = [guard for guard in self.protection.guards.values() if not guard.edited]
+        try:
+            yield
+        finally:
+            for guard in clean:
+                guard.mark()
+
+    @contextmanager
+    def evaluated(self) -> Iterator[Evaluation]:
+        """Let the parameters hold what is evaluated (see `iterates.evaluated`)."""
+        with self.unedited(), evaluated(self.bases) as moment:
+            yield moment
+
+    def align(self) -> None:
+        """Give weights that bases keep beside the parameters every kept direction."""
+        for base in self.bases:
+            self.protection.align(base)
+
     def owner(self) -> nn.Module:
         """Return the module that owns the wrapped parameters.
 
@@ -187,8 +209,8 @@ def check_bases(bases: list[Any]) -> None:
     """Refuse what cannot be protected.
 
     Raises:
-        OptionError: not an optimizer, wrapped already, Schedule-Free, differentiable, LBFGS beside others, or a
-            parameter in two bases.
+        OptionError: not an optimizer, wrapped already, without step hooks, with weights that cannot be reached,
+            differentiable, LBFGS beside others, or a parameter in two bases.
     """
     if not bases:
         raise OptionError("base=[]: expected an optimizer or a list of optimizers")
@@ -215,15 +237,21 @@ def _check_base(base: Any) -> None:
         raise OptionError(
             f"base={type(base).__name__}: expected a torch.optim.Optimizer with param_groups, state and defaults"
         )
+    if not getattr(type(base).step, "hooked", False):
+        raise OptionError(
+            f"{type(base).__name__}.step() runs no step hooks (its class skips torch.optim.Optimizer.__init__), so "
+            "nothing could be protected; wrap the optimizer inside it, before anything else does"
+        )
+    if hasattr(base, "fused_backward"):
+        raise OptionError(
+            f"{type(base).__name__} moves the weights during the backward pass, outside step(), where kept directions "
+            "cannot be held; use an optimizer that moves them in step()"
+        )
     if any(isinstance(getattr(hook, "__self__", None), Core) for hook in base._optimizer_step_pre_hooks.values()):
         raise OptionError(
             f"this {type(base).__name__} is wrapped already: call detach() on its NullSpaceOptimizer first"
         )
-    if any("train_mode" in group for group in base.param_groups):
-        raise OptionError(
-            f"{type(base).__name__} keeps averaged weights beside the trained ones (Schedule-Free), whose kept "
-            "directions cannot be held yet; use an optimizer with one set of weights, such as AdamW"
-        )
+    refuse_unknown_modes(base)
     if any(group.get("differentiable") for group in base.param_groups):
         raise OptionError(
             f"{type(base).__name__}(differentiable=True): corrections cannot be differentiated through; "

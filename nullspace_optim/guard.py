@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isnan
@@ -99,14 +99,25 @@ class Guard:
         """True if everything still is, bit for bit, what `remember` copied (waits for the device)."""
         return all(torch.equal(copy, parameter) for copy, parameter in zip(self.previous, self.members))
 
-    def correct(self) -> None:
-        """Anchor form on every side: `W <- W - (W U - A) U^H`."""
-        with matrix_of(self.parameter, self.basis.layout, self.bias) as matrix:
+    def correct(self, weights: Sequence[Tensor] | None = None) -> None:
+        """Anchor form on every side: `W <- W - (W U - A) U^H`.
+
+        `weights` are other tensors in the place of `members`: weights that the base keeps beside them.
+        """
+        weight, *bias = self.members if weights is None else weights
+        with matrix_of(weight, self.basis.layout, bias[0] if bias else None) as matrix:
             for subspace in self.basis.subspaces.values():
                 if subspace.rank:
                     restore_anchor_(
                         matrix, subspace.basis, subspace.anchor, subspace.side, self._workspace(subspace, matrix.dtype)
                     )
+
+    def align(self, weights: Sequence[Tensor]) -> None:
+        """Give other weights, in the place of `members`, everything that is kept."""
+        if self.basis.kept is not None:
+            weights[0].detach().copy_(self.basis.kept)
+        else:
+            self.correct(weights)
 
     def _workspace(self, subspace: Subspace, dtype: torch.dtype) -> Tensor:
         """Return the residual's buffer, made once."""

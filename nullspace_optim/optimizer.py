@@ -137,9 +137,12 @@ class NullSpaceOptimizer(OptimizerContract):
         parameters = core.trainable()
         task = name if name is not None else f"task {len(core.store.tasks) + 1}"
         work = Pass(self.model, parameters, loader, task, forward, max_batches, progress)
-        with core.protection.exactly():
+        with core.protection.exactly(), core.evaluated() as moment:
             grown, report = consolidate(work, core.store, core.measuring, core.displacement)
-        core.take(grown, parameters)
+            core.take(grown, parameters)
+            core.align()
+            moment.keep_changes = True
+        core.protection.mark()
         core.displacement.forget()
         for text in report.warnings:
             warnings.warn(text, NullSpaceWarning, stacklevel=2)
@@ -163,15 +166,16 @@ class NullSpaceOptimizer(OptimizerContract):
         core = self._core
         limit = core.protection.tolerance if tolerance is None else tolerance
         core.protection.make_exact()
-        with torch.no_grad():
-            kept = {name: guard.drift() for name, guard in core.protection.guards.items()}
         layers, missing = {}, []
-        for record in core.store.tasks if loader is not None else []:
-            drift = self._probe_drift(record, loader, forward, max_batches)
-            if drift is None:
-                missing.append(str(record["name"]))
-            else:
-                layers[str(record["name"])] = drift
+        with core.evaluated():
+            with torch.no_grad():
+                kept = {name: guard.drift() for name, guard in core.protection.guards.items()}
+            for record in core.store.tasks if loader is not None else []:
+                drift = self._probe_drift(record, loader, forward, max_batches)
+                if drift is None:
+                    missing.append(str(record["name"]))
+                else:
+                    layers[str(record["name"])] = drift
         buffers = moved_buffers(core.store, named_buffers(self.model)) if core.store.buffers else ()
         return VerifyReport(kept, buffers, layers, tuple(missing), limit)
 
@@ -205,6 +209,7 @@ class NullSpaceOptimizer(OptimizerContract):
                 for subspace in basis.subspaces.values():
                     subspace.anchor = anchor(matrix, subspace.basis, subspace.side)
             guard.mark()
+        self._core.align()
         buffers = named_buffers(self.model) if self._core.store.buffers else {}
         for name in self._core.store.buffers.keys() & buffers.keys():
             self._core.store.buffers[name] = buffers[name].detach().clone()
@@ -238,3 +243,4 @@ class NullSpaceOptimizer(OptimizerContract):
             ShapeError: a basis does not fit its parameter.
         """
         self._core.adopt(persistence.load(path))
+        self._core.align()

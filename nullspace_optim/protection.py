@@ -20,6 +20,7 @@ from torch.optim import LBFGS, Optimizer
 from .basis import BasisStore
 from .errors import OptionError, StaleAnchorError
 from .guard import Guard, Precision, guard_low_precision
+from .iterates import second_weights, state_keys
 
 EXACT_EVERY = 16
 STALE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -57,6 +58,7 @@ class Protection:
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._touched: set[int] = set()
         self._idle: set[int] = set()
+        self._second_weights = False
         self._handles: list[Any] = []
 
     def rebuild(self, store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
@@ -79,6 +81,11 @@ class Protection:
                 for guard in self.guards.values()
                 if not guard.immovable and guard.bias is None and guard.parameter.requires_grad
             ]
+
+    def mark(self) -> None:
+        """Take the parameters as they are now for our own work."""
+        for guard in self.guards.values():
+            guard.mark()
 
     def release_gradient_hooks(self) -> None:
         """Remove the accumulation hooks of ``project="both"``."""
@@ -105,6 +112,7 @@ class Protection:
         if closure is None:
             self._prepare(mine, project=self.options.project == "gradient")
         self._idle = _idle(base)
+        self._second_weights = bool(state_keys(base))
         for guard in mine:
             if self._uses_difference(guard) or (id(guard.parameter) in self._idle and not guard.immovable):
                 guard.remember()
@@ -124,10 +132,19 @@ class Protection:
                 if id(guard.parameter) not in self._idle or not guard.unmoved:
                     owed |= self._correct(guard)
             guard.mark()
+        if self._second_weights and self.options.project != "gradient":
+            self.align(base)
         self.inexact_steps += owed
         if self.inexact_steps >= EXACT_EVERY:
             self.make_exact()
         self.put_back()
+
+    @torch.no_grad()
+    def align(self, base: Optimizer) -> None:
+        """Give the weights that `base` keeps beside the parameters every kept direction."""
+        for guard in self._guards_of(base):
+            for weights in second_weights(base, guard.members):
+                guard.align(weights)
 
     def _correct(self, guard: Guard) -> bool:
         """Correct one guard after a step; return True if an exact correction is still owed."""
@@ -218,7 +235,7 @@ class Protection:
         guard.mark()
 
     def _uses_difference(self, guard: Guard) -> bool:
-        if guard.immovable or guard.bias is not None or self.options.project == "gradient":
+        if guard.immovable or guard.bias is not None or self._second_weights or self.options.project == "gradient":
             return False
         return guard.wants_difference(self.options.precision)
 

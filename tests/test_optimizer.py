@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from nullspace_optim import ConsolidationError, Energy, Fate, NullSpaceOptimizer, OptionError, StaleAnchorError
+from nullspace_optim import ConsolidationError, Energy, Fate, NullSpaceOptimizer, StaleAnchorError
 
 
 def test_three_tasks_in_a_row_with_one_argument() -> None:
@@ -77,11 +77,3 @@ def test_reanchor_is_named_by_the_error_that_needs_it() -> None:
     optimizer.reanchor()
     optimizer.step()
     assert optimizer.verify().ok
-
-
-def test_an_optimizer_with_averaged_weights_is_refused() -> None:
-    model = nn.Linear(3, 2)
-    base = AdamW(model.parameters())
-    base.param_groups[0]["train_mode"] = True  # what Schedule-Free optimizers keep in their groups
-    with pytest.raises(OptionError, match="Schedule-Free"):
-        NullSpaceOptimizer(base, model)
