@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -37,12 +37,15 @@ class Config:
         precision: autocast type of forward passes; parameters stay float32.
         device: `auto`, `cpu`, `cuda` ...
         evaluation_images: most images of one task that are scored (a fixed draw); `null`: all.
-        evaluation_templates: class vectors from the `first` prompt template or from the mean of `all`.
+        evaluation_templates: class vectors from the `first` prompt template, from the mean of `all`, or `gnsp`: the
+            first for tasks trained before the latest one, all for the others.
+        also_templates: further rules of the same kind whose scores are stored beside the accuracy matrix.
         consolidation_images: most images of one task that are consolidated; `null`: all.
         reference_images: how many images of the reference pool `nullspace-reference` protects.
         energy: share of the input energy of a task that is protected, 0..1.
         project: `update` (weights corrected after the step) or `both` (gradients projected as well), for our methods.
         pretrain_iterations, pretrain_rate: the training of demo's own tiny CLIP.
+        of_method: settings that differ for one method, by its name; the rate of each method, say.
         note: sentence printed under the table.
     """
 
@@ -65,13 +68,15 @@ class Config:
     precision: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"
     evaluation_images: int | None = None
-    evaluation_templates: Literal["first", "all"] = "first"
+    evaluation_templates: Literal["first", "all", "gnsp"] = "first"
+    also_templates: tuple[Literal["first", "all", "gnsp"], ...] = ()
     consolidation_images: int | None = None
     reference_images: int = 1000
     energy: float = 0.999
     project: Literal["update", "both"] = "both"
     pretrain_iterations: int = 0
     pretrain_rate: float = 0.0
+    of_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -106,14 +111,16 @@ def load_config(preset: str, overrides: Mapping[str, Any]) -> Config:
     if preset not in known:
         raise ExperimentError(f"unknown preset {preset!r}: choose one of {', '.join(known)}")
     settings = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8"))
-    settings = {**settings, **overrides, "preset": preset}
-    hints = get_type_hints(Config)
-    for key in settings:
-        if key not in hints:
-            near = get_close_matches(key, hints, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else "known settings: " + ", ".join(hints)
-            raise ExperimentError(f"unknown setting {key!r}: {advice}")
-    return Config(**{key: _convert(key, hints[key], value) for key, value in settings.items()})
+    return Config(**_converted({**settings, **overrides, "preset": preset}))
+
+
+def for_method(config: Config, name: str) -> Config:
+    """The settings under which method `name` runs: `of_method` applied and emptied.
+
+    Raises:
+        ExperimentError: an unknown setting, or a value of the wrong kind.
+    """
+    return replace(config, **_converted(config.of_method.get(name, {})), of_method={})
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
@@ -146,11 +153,25 @@ def identity(config: Config, reference: bool = True) -> dict[str, Any]:
     return {name: value for name, value in recorded(config).items() if name not in left_out}
 
 
+def _converted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    hints = get_type_hints(Config)
+    for key in settings:
+        if key not in hints:
+            near = get_close_matches(key, hints, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else "known settings: " + ", ".join(hints)
+            raise ExperimentError(f"unknown setting {key!r}: {advice}")
+    return {key: _convert(key, hints[key], value) for key, value in settings.items()}
+
+
 def _convert(key: str, hint: Any, value: Any) -> Any:
     """`value` as the type `hint` of the field `key`; `1e-4`, which YAML leaves a string, becomes a float."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return None if value is None else _convert(key, arguments[0], value)
+    if key == "of_method":
+        if not isinstance(value, Mapping) or not all(isinstance(inner, Mapping) for inner in value.values()):
+            raise ExperimentError(f"of_method={value!r} must map names of methods to settings")
+        return {str(name): _converted(inner) for name, inner in value.items()}
     if origin is Literal:
         if value not in arguments:
             raise ExperimentError(f"{key}={value!r} must be one of {', '.join(arguments)}")

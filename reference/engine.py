@@ -10,6 +10,8 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,80 @@ SMALLEST_CROP = 0.9  # share of the image's area, as in CLIP's own training
 EVALUATION_BATCH = 64
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains on.
+
+    `images` `[n, 3, s, s]` are normalised, on the model's device; `labels` `[n]`; `tokens` `[classes, context]` are the
+    task's prompts; `task` and `step` are numbers from 0; `index` `[n]` holds the numbers of the task's training images.
+    """
+
+    images: Tensor
+    labels: Tensor
+    tokens: Tensor
+    task: int
+    step: int
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of one task and the learning rate of each: linear warm-up, then cosine towards zero."""
+
+    iterations: int
+    rate: float
+    warmup: int
+
+    def at(self, step: int) -> float:
+        """Learning rate of `step`."""
+        if step < self.warmup:
+            return self.rate * (step + 1) / self.warmup
+        share = (step - self.warmup) / max(1, self.iterations - self.warmup)
+        return self.rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class Learner(Protocol):
+    """What the training loop needs of a method."""
+
+    clip: Clip
+    optimizer: Optimizer
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The scalar that is minimised."""
+
+    def set_rate(self, rate: float) -> None:
+        """Take this learning rate for the next step."""
+
+    def after_step(self, batch: Batch) -> None:
+        """What happens after `optimizer.step()`."""
+
+
+@dataclass
+class Plain:
+    """A learner that is an optimizer and a loss, nothing else."""
+
+    clip: Clip
+    optimizer: Optimizer
+    objective: Loss
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The objective of images, labels and prompts."""
+        return self.objective(batch.images, batch.labels, batch.tokens)
+
+    def set_rate(self, rate: float) -> None:
+        """One rate for all parameters."""
+        set_rate(self.optimizer, rate)
+
+    def after_step(self, batch: Batch) -> None:
+        """Nothing."""
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give every parameter group of `optimizer` the learning rate `rate`."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -48,12 +124,9 @@ def precision(clip: Clip, config: Config) -> Iterator[None]:
         yield
 
 
-def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up over `config.warmup` steps, then cosine towards zero at `config.iterations`."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    share = (step - config.warmup) / max(1, config.iterations - config.warmup)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+def uniform(config: Config) -> Schedule:
+    """The schedule that the settings name, the same for every task."""
+    return Schedule(config.iterations, config.learning_rate, config.warmup)
 
 
 def train(
@@ -64,28 +137,51 @@ def train(
     loss: Loss,
     seed: int,
     number: int = 0,
-    first_step: int = 0,
-    after_step: Callable[[int, float, float], None] | None = None,
 ) -> None:
-    """Train `task` (the `number`-th) from `first_step` on; `after_step(step, loss, rate)` may raise to stop.
+    """Train `task` (the `number`-th) with `optimizer` on `loss(images, labels, tokens)`.
 
     Raises:
         ExperimentError: the loss is no longer finite.
     """
+    learn(Plain(clip, optimizer, loss), task, config, uniform(config), seed, number)
+
+
+def learn(
+    learner: Learner,
+    task: Task,
+    config: Config,
+    schedule: Schedule,
+    seed: int,
+    number: int = 0,
+    first_step: int = 0,
+    after_step: Callable[[int, float, float], None] | None = None,
+) -> None:
+    """Let `learner` train `task` (the `number`-th) from `first_step` on.
+
+    `after_step(step, loss, rate)` is called after each step and may raise to stop.
+
+    Raises:
+        ExperimentError: the loss is no longer finite.
+    """
+    clip = learner.clip
     tokens = clip.tokens(task.prompts())
-    order = _order(len(task.train), config, seeded(seed, number))
+    order = shuffled_passes(len(task.train), schedule.iterations, config.batch_size, seeded(seed, number))
     clip.model.train()
-    bar = tqdm(range(first_step, config.iterations), desc=f"train {task.name}", leave=False, disable=None)
+    bar = tqdm(
+        range(first_step, schedule.iterations), desc=f"train {task.name}", leave=False, disable=None,
+        initial=first_step, total=schedule.iterations,
+    )  # fmt: skip
     for step in bar:
-        rate = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        rate = schedule.at(step)
+        learner.set_rate(rate)
         images = clip.normalised(crop(task.train.images[order[step]], seeded(seed, number, step)))
+        batch = Batch(images, task.train.labels[order[step]], tokens, number, step, order[step])
         with precision(clip, config):
-            value = loss(images, task.train.labels[order[step]], tokens)
-        optimizer.zero_grad()
+            value = learner.loss(batch)
+        learner.optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        learner.optimizer.step()
+        learner.after_step(batch)
         number_of_loss = value.item()
         bar.set_postfix(loss=f"{number_of_loss:.3f}")
         if not math.isfinite(number_of_loss):
@@ -104,30 +200,44 @@ def crop(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).round().to(torch.uint8)
 
 
-def batches(clip: Clip, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(clip: Clip, split: Split, size: int = EVALUATION_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
     """The images of `split` in order, normalised `[n, 3, s, s]`, with their class numbers `[n]`."""
-    for first in range(0, len(split), EVALUATION_BATCH):
-        part = slice(first, first + EVALUATION_BATCH)
+    for first in range(0, len(split), size):
+        part = slice(first, first + size)
         yield clip.normalised(split.images[part]), split.labels[part]
 
 
-@torch.no_grad()
 def evaluate(clip: Clip, task: Task, config: Config) -> float:
     """Accuracy in percent over the classes of `task`, on (a fixed draw of) its test images."""
+    (correct,) = scores(clip, task, config, (1 if config.evaluation_templates == "first" else len(task.templates),))
+    return accuracy(correct)
+
+
+def accuracy(correct: Tensor) -> float:
+    """Percent of the booleans `[n]` that are true."""
+    return 100.0 * int(correct.sum()) / len(correct)
+
+
+@torch.no_grad()
+def scores(clip: Clip, task: Task, config: Config, templates: tuple[int, ...]) -> list[Tensor]:
+    """Which test images are classified rightly, booleans `[n]`, once for each number of templates in `templates`.
+
+    A class is the mean of its first so many prompts' features; all share one pass over the images.
+    """
     clip.model.eval()
-    correct = 0
+    found: list[list[Tensor]] = [[] for _ in templates]
     split = task.test.drawn(config.evaluation_images, seed=0)
     with precision(clip, config):
-        classes = _class_vectors(clip, task, config)
+        classes = [class_vectors(clip, task, count) for count in templates]
         for images, labels in batches(clip, split):
             features = clip.model.encode_image(images, normalize=True).float()  # type: ignore[operator]
-            correct += int(((features @ classes.T).argmax(dim=1).cpu() == labels).sum())
-    return 100.0 * correct / len(split)
+            for vectors, correct in zip(classes, found):
+                correct.append((features @ vectors.T).argmax(dim=1).cpu() == labels)
+    return [torch.cat(correct) for correct in found]
 
 
-def _class_vectors(clip: Clip, task: Task, config: Config) -> Tensor:
+def class_vectors(clip: Clip, task: Task, templates: int) -> Tensor:
     """One unit vector per class, `[classes, d]`: normalised text features, averaged over the templates, normalised."""
-    templates = len(task.templates) if config.evaluation_templates == "all" else 1
     features = [
         clip.model.encode_text(clip.tokens(task.prompts(k)), normalize=True).float()  # type: ignore[operator]
         for k in range(templates)
@@ -135,8 +245,8 @@ def _class_vectors(clip: Clip, task: Task, config: Config) -> Tensor:
     return F.normalize(torch.stack(features).mean(dim=0), dim=-1)
 
 
-def _order(images: int, config: Config, generator: torch.Generator) -> list[Tensor]:
+def shuffled_passes(images: int, steps: int, batch: int, generator: torch.Generator) -> list[Tensor]:
     """Image numbers of each step's batch: shuffled passes over the data, one after another."""
-    needed = config.iterations * config.batch_size
+    needed = steps * batch
     passes = [torch.randperm(images, generator=generator) for _ in range(-(-needed // images))]
-    return list(torch.cat(passes)[:needed].view(config.iterations, config.batch_size))
+    return list(torch.cat(passes)[:needed].view(steps, batch))

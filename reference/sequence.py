@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from tqdm import tqdm
 
 from reference import metrics
 from reference.clip import Clip
-from reference.config import Config, identity, recorded
-from reference.engine import batches, evaluate, train
+from reference.config import Config, for_method, identity, recorded
+from reference.engine import learn
 from reference.errors import ExperimentError
 from reference.experiment import Experiment
-from reference.methods import FineTune
-from reference.tasks import Split, Task
+from reference.methods import Method, Setting
+from reference.scoring import Board, Scorer, as_results
+from reference.tasks import Task
 from reference.tracking import Log, machine, peak_memory, write_json
 
 ACTIVITIES = ("training", "consolidation", "evaluation")
@@ -36,17 +38,18 @@ class StoppedError(Exception):
 
 @dataclass
 class Progress:
-    """How far a run is: `rows[j][i]` accuracy on task i after task j, next task and step, seconds by activity."""
+    """How far a run is: finished tasks, next step, scores, trained parameters of each task, seconds by activity."""
 
-    rows: list[list[float]] = field(default_factory=list)
-    pretrained: list[float] = field(default_factory=list)
+    task: int = 0
     step: int = 0
+    boards: dict[str, Board] = field(default_factory=dict)
+    trained: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ACTIVITIES, 0.0))
 
-    @property
-    def task(self) -> int:
-        """Number of finished tasks, which is the number of the task at work."""
-        return len(self.rows)
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> Progress:
+        """The progress that `asdict` wrote."""
+        return cls(**{**saved, "boards": {name: Board(**board) for name, board in saved["boards"].items()}})
 
 
 class Sequence:
@@ -64,17 +67,24 @@ class Sequence:
     def __init__(
         self,
         experiment: Experiment,
-        method: type[FineTune],
+        method: type[Method],
         config: Config,
         seed: int,
         folder: Path,
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.experiment, self.config, self.seed, self.folder, self.stop = experiment, config, seed, folder, stop
+        self.config = config = for_method(config, method.name)
+        self.experiment, self.seed, self.folder, self.stop = experiment, seed, folder, stop
         self.clip: Clip = experiment.pretrained(seed).copy()
-        self.method = method(self.clip, config)
+        self.method = method(Setting(self.clip, config, experiment.tasks, experiment.pool, seed))
+        self.scorer = Scorer(self.method, experiment.tasks, config)
         self.progress = Progress()
         self.log = Log(folder / "log.jsonl")
+
+    @property
+    def main(self) -> Board:
+        """The scores that are the run's accuracy matrix."""
+        return self.progress.boards[self.scorer.names[0]]
 
     def run(self, resume: bool = False) -> dict[str, Any]:
         """Go through all tasks and return what `results.json` holds.
@@ -97,28 +107,25 @@ class Sequence:
         return results
 
     def _begin(self) -> None:
-        """Score the pretrained model, and protect the reference pool where the method asks for it."""
+        """Score the pretrained model, and let the method do what it does before the first task."""
         self.log("started", method=self.method.name, seed=self.seed, config=recorded(self.config))
-        self.progress.pretrained = self._evaluate_all()
-        pool = self.experiment.pool
-        if self.method.needs_reference and pool is not None:
-            images = Split(pool.images, torch.zeros(len(pool.images), dtype=torch.int64))
-            self._consolidate("reference", images, list(dict.fromkeys(pool.captions)))
+        self._evaluate(None)
+        self._consolidate("reference", self.method.before_sequence)
         self._save()
 
     def _one_task(self, number: int) -> None:
         task = self.experiment.tasks[number]
         if self.method.trains:
             if self.progress.step == 0:
-                self.method.before_task()
-            self._train(number, task)
-            consolidated = task.train.drawn(self.config.consolidation_images, seed=self.seed)
-            self._consolidate(task.name, consolidated, task.prompts())
-            row = self._evaluate_all()
-        else:
-            row = self.progress.pretrained
-        self.progress.rows.append(row)
+                self.method.before_task(number)
+                self.progress.trained.append(self.method.trained_parameters())
+            with self._timed("training"):
+                self._train(number, task)
+            self._consolidate(task.name, lambda: self.method.after_task(number))
+        self._evaluate(number)
+        self.progress.task += 1
         self.progress.step = 0
+        row = self.main.accuracy[-1]
         self.log("evaluated", task=task.name, accuracy=row)
         tqdm.write(f"{self.method.name}, seed {self.seed}: {task.name} ({number + 1}/{len(row)}) {row[number]:.1f} %")
         self._save()
@@ -126,50 +133,62 @@ class Sequence:
             raise StoppedError
 
     def _train(self, number: int, task: Task) -> None:
+        schedule = self.method.schedule(number)
         started = time.perf_counter()
 
         def after_step(step: int, loss: float, rate: float) -> None:
             self.log("step", task=task.name, step=step, loss=loss, rate=rate)
-            if self.stop() and step + 1 < self.config.iterations:
+            if self.stop() and step + 1 < schedule.iterations:
                 self.progress.step = step + 1
                 self.progress.seconds["training"] += time.perf_counter() - started
                 self._save()
+                self.progress.seconds["training"] -= time.perf_counter() - started
                 raise StoppedError
 
-        train(
-            self.clip, self.method.optimizer, task, self.config, self.method.loss, self.seed, number,
+        learn(
+            self.method, task, self.config, schedule, self.seed, number,
             first_step=self.progress.step, after_step=after_step,
         )  # fmt: skip
-        self.progress.seconds["training"] += time.perf_counter() - started
 
-    def _consolidate(self, name: str, split: Split, prompts: list[str]) -> None:
+    @contextmanager
+    def _timed(self, activity: str) -> Iterator[None]:
         started = time.perf_counter()
-        facts = self.method.after_task(name, list(batches(self.clip, split)), self.clip.tokens(prompts))
-        seconds = time.perf_counter() - started
-        self.progress.seconds["consolidation"] += seconds
-        self.log("consolidated", task=name, seconds=seconds, **facts)
+        try:
+            yield
+        finally:
+            self.progress.seconds[activity] += time.perf_counter() - started
 
-    def _evaluate_all(self) -> list[float]:
-        started = time.perf_counter()
-        bar = tqdm(self.experiment.tasks, desc="evaluate", leave=False, disable=None)
-        row = [evaluate(self.clip, task, self.config) for task in bar]
-        self.progress.seconds["evaluation"] += time.perf_counter() - started
-        return row
+    def _consolidate(self, name: str, what: Callable[[], dict[str, Any]]) -> None:
+        before = self.progress.seconds["consolidation"]
+        with self._timed("consolidation"):
+            facts = what()
+        if facts:
+            self.log("consolidated", task=name, seconds=self.progress.seconds["consolidation"] - before, **facts)
+
+    def _evaluate(self, number: int | None) -> None:
+        with self._timed("evaluation"):
+            if self.method.trains or number is None:
+                self.scorer.add_row(self.progress.boards, number)
+            else:
+                for board in self.progress.boards.values():
+                    board.add(list(board.right[0]))
 
     def _results(self) -> dict[str, Any]:
-        accuracy = np.array(self.progress.rows)
-        figures = metrics.summary(accuracy, self.progress.pretrained)
+        figures = metrics.summary(np.array(self.main.accuracy), self.main.pretrained)
+        others = {name: as_results(self.progress.boards[name]) for name in self.scorer.names[1:]}
         return {
             "method": self.method.name,
             "seed": self.seed,
             "tasks": [task.name for task in self.experiment.tasks],
-            "accuracy": self.progress.rows,
-            "pretrained": self.progress.pretrained,
+            **as_results(self.main),
             **{name: mean.value for name, mean in figures.items()},
+            "scored_otherwise": others,
+            "facts": self.method.facts(),
             "seconds": sum(self.progress.seconds.values()),
             "seconds_by_activity": self.progress.seconds,
             "peak_memory": peak_memory(),
             "parameters": sum(p.numel() for p in self.clip.model.parameters()),
+            "trained_parameters": self.progress.trained,
             "machine": machine(),
             "torch": torch.__version__,
             "config": recorded(self.config),
@@ -180,8 +199,7 @@ class Sequence:
         state = {
             "identity": json.dumps(identity(self.config)),
             "progress": asdict(self.progress),
-            "model": self.clip.model.state_dict(),
-            "optimizer": self.method.optimizer.state_dict(),
+            "method": self.method.state(),
         }
         draft = self.folder / "checkpoint.tmp"
         torch.save(state, draft)
@@ -194,18 +212,19 @@ class Sequence:
             return False
         state = torch.load(path, map_location=self.clip.device, weights_only=True)
         self._checked({"config": json.loads(state["identity"])})
-        self.progress = Progress(**state["progress"])
-        self.clip.model.load_state_dict(state["model"])
-        self.method.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress.of(state["progress"])
+        self.method.load_state(state["method"], self.progress.task)
         self.log("resumed", task=self.progress.task, step=self.progress.step)
         return True
 
     def _checked(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """`saved`, if its settings are those of this run."""
+        """`saved`, if its settings are those of this run; settings that are newer than it count as their defaults."""
+        defaults = recorded(Config(self.config.preset, output="", data_root="any", model="any"))
         for key, value in json.loads(json.dumps(identity(self.config, self.method.needs_reference))).items():
-            if saved["config"].get(key) != value:
+            found = saved["config"].get(key, json.loads(json.dumps(defaults[key])))
+            if found != value:
                 raise ExperimentError(
-                    f"{self.folder} was made with {key}={saved['config'].get(key)!r}, this run has {value!r}; "
+                    f"{self.folder} was made with {key}={found!r}, this run has {value!r}; "
                     "resume with the same settings or choose another --output"
                 )
         return saved

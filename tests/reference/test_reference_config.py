@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from reference.config import load_config, parse_overrides
+from reference.config import for_method, load_config, parse_overrides
 from reference.errors import ExperimentError
 from reference.methods import chosen_methods
 from reference.run import main
@@ -14,6 +14,12 @@ def test_overrides_are_typed() -> None:
         "demo", {"output": "o", **parse_overrides(["learning_rate=1e-4", "seeds=1,2", "tasks=shapes"])}
     )
     assert (config.learning_rate, config.seeds, config.tasks) == (1e-4, (1, 2), ("shapes",))
+
+
+def test_a_method_may_have_settings_of_its_own() -> None:
+    config = load_config("demo", {"output": "o", "of_method": {"finetune": {"learning_rate": "1e-5"}}})
+    assert for_method(config, "finetune").learning_rate == 1e-5
+    assert for_method(config, "nullspace").learning_rate == config.learning_rate == 7e-4
 
 
 @pytest.mark.parametrize(
@@ -28,6 +34,8 @@ def test_overrides_are_typed() -> None:
         (["energy=true"], "must be of type float"),
         (["energy"], "expected key=value"),
         (["methods=[]"], "at least one method"),
+        (["of_method={finetune: {learning_rat: 1}}"], "did you mean 'learning_rate'"),
+        (["of_method={finetune: 1}"], "must map names of methods to settings"),
     ],
     ids=lambda value: str(value),
 )

@@ -1,0 +1,115 @@
+"""What a method is: what happens before, during and after a task, and what else it wants to say.
+
+A method owns the model's optimizer for the whole sequence; the base optimizer starts afresh with each task. The order
+of calls is `before_sequence`, then for each task `before_task`, steps of (`set_rate`, `loss`, `optimizer.step`,
+`after_step`), `after_task`; `evaluating` stands around the scoring of every task. A run that was stopped calls
+`load_state` instead of what lies behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from reference.clip import Clip, classification_loss
+from reference.config import Config
+from reference.data import ReferencePool
+from reference.engine import Batch, Schedule, set_rate, uniform
+from reference.tasks import Task
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is given: the pretrained model (its own copy), the settings, the tasks in order, the pool, a seed.
+
+    A method uses of `tasks` only the tasks up to the one at work; `joint` alone looks ahead, and says so.
+    """
+
+    clip: Clip
+    config: Config
+    tasks: Sequence[Task]
+    pool: ReferencePool | None
+    seed: int
+
+
+class Method:
+    """Plain AdamW on every parameter except `logit_scale`; a child says what it does otherwise.
+
+    Class attributes:
+        name: as given to `--methods`.
+        trains: False if the model never changes.
+        needs_reference: the reference pool must be there.
+        scored: which tasks are scored after a task: `all`; `own`, the task just trained, while the others keep the
+            scores they had (separate models); `end`, all of them, but after the last task only.
+        evaluations: ways of scoring; the first is the accuracy matrix, the others are stored beside it.
+    """
+
+    name: ClassVar[str]
+    trains: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = False
+    scored: ClassVar[Literal["all", "own", "end"]] = "all"
+    evaluations: ClassVar[tuple[str, ...]] = ("task known",)
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.clip, self.config = setting, setting.clip, setting.config
+        self.optimizer: Optimizer = self.make_optimizer()
+
+    def make_optimizer(self) -> Optimizer:
+        """The optimizer whose `step` is called."""
+        trained = [parameter for parameter in self.clip.model.parameters() if parameter.requires_grad]
+        return AdamW(trained, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True)
+
+    def before_sequence(self) -> dict[str, Any]:
+        """What is done with the pretrained model before the first task; returns what the log should know."""
+        return {}
+
+    def before_task(self, number: int) -> None:
+        """Forget moments and step counts of the previous task."""
+        self.optimizer.state.clear()
+
+    def schedule(self, number: int) -> Schedule:
+        """Steps and learning rates of task `number`."""
+        return uniform(self.config)
+
+    def set_rate(self, rate: float) -> None:
+        """Take `rate` for the next step."""
+        set_rate(self.optimizer, rate)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross entropy over the classes of the task, label smoothing as in ZSCL; scalar."""
+        smoothing = self.config.label_smoothing
+        return classification_loss(self.clip.model, batch.images, batch.labels, batch.tokens, smoothing)
+
+    def after_step(self, batch: Batch) -> None:
+        """What is done after the optimizer's step."""
+
+    def after_task(self, number: int) -> dict[str, Any]:
+        """What is done with the finished task; returns what the log should know."""
+        return {}
+
+    def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
+        """The state in which the model is while `task` is scored in the way `evaluation`."""
+        return nullcontext()
+
+    def trained_parameters(self) -> int:
+        """How many numbers the optimizer may change in the task at work."""
+        groups = self.optimizer.param_groups
+        return sum(p.numel() for group in groups for p in group["params"] if p.requires_grad)
+
+    def facts(self) -> dict[str, Any]:
+        """Figures of the method's own for `results.json` (plain numbers, strings, lists)."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a stopped run needs to go on: tensors and plain values only."""
+        return {"model": self.clip.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state(self, state: dict[str, Any], number: int) -> None:
+        """Take up what `state` returned during task `number`."""
+        self.clip.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
