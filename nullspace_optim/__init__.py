@@ -22,10 +22,21 @@ from .errors import (
     StaleAnchorError,
 )
 from .optimizer import NullSpaceOptimizer
-from .policies import EigenvalueRatio, Energy, FixedRank, NumericalRank, Policy, RankBudget, Spectrum, TailEnergy
+from .policies import (
+    SGP,
+    EigenvalueRatio,
+    Energy,
+    FixedRank,
+    NumericalRank,
+    Policy,
+    RankBudget,
+    Spectrum,
+    TailEnergy,
+)
 from .report import ConsolidationReport, ParameterReport, VerifyReport
 
 __all__ = [
+    "SGP",
     "Basis",
     "BasisFileError",
     "BatchError",

@@ -39,6 +39,10 @@ class Subspace:
 
     `basis` is `U` `[g, s, k]`, or the `int64` row index `[k]` for side "rows"; `spectrum` `[g, s]` holds the last
     task's second-moment eigenvalues, descending; `energy` is the share of that task's energy inside `U`.
+
+    `scale` `[g, k]` in 0..1 protects softly: of every step's movement along a direction the share `1 - scale` is let
+    through, and `anchor` follows it. `None`: every direction is kept as it was (scale 1). `members` `[tasks, g, k]`
+    tells which directions span which task's own subspace, for policies that need it (TRGP).
     """
 
     side: Side
@@ -49,6 +53,8 @@ class Subspace:
     spectrum: Tensor
     energy: float
     covariance: Tensor | None = None
+    scale: Tensor | None = None
+    members: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -61,9 +67,14 @@ class Subspace:
         return self.size * len(self.ranks)
 
     @property
+    def held(self) -> float:
+        """Protected directions, each counted by its scale, summed over groups."""
+        return float(self.rank) if self.scale is None else float(self.scale.double().sum())
+
+    @property
     def full(self) -> bool:
-        """True if no free direction is left in any group."""
-        return self.rank >= self.dimension
+        """True if no direction of any group is free, not even by part."""
+        return self.rank >= self.dimension and (self.scale is None or self.held >= self.dimension)
 
 
 @dataclass
@@ -117,7 +128,7 @@ class Basis:
             return 0.0
         share = 1.0
         for subspace in self.subspaces.values():
-            share *= 1.0 - subspace.rank / max(1, subspace.dimension)
+            share *= 1.0 - subspace.held / max(1, subspace.dimension)
         return share
 
 

@@ -220,7 +220,7 @@ def _warnings(work: Pass, rows: list[ParameterReport]) -> Iterator[str]:
     for row in rows:
         if row.fate is Fate.FULL:
             yield f"'{row.name}' has no free direction left and is frozen from now on"
-        elif row.dimension and row.rank >= NEARLY_FULL * row.dimension:
+        elif row.dimension and row.dimension - row.free >= NEARLY_FULL * row.dimension:
             yield f"'{row.name}' is nearly full: {row.rank} of {row.dimension} directions are protected"
 
 
@@ -240,7 +240,7 @@ def stored_bytes(store: BasisStore) -> int:
     for basis in store.values():
         parts = [basis.kept]
         for subspace in basis.subspaces.values():
-            parts += [subspace.basis, subspace.anchor, subspace.covariance]
+            parts += [subspace.basis, subspace.anchor, subspace.covariance, subspace.scale]
         tensors.update({part.data_ptr(): part for part in parts if part is not None and part.numel()})
     return sum(tensor.nbytes for tensor in tensors.values())
 

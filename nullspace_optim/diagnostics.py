@@ -59,7 +59,7 @@ def _move(parameter: Tensor, basis: Basis, size: float, generator: torch.Generat
                 matrix[0].index_fill_(0, subspace.basis, 0.0)
             elif subspace.rank:
                 directions = subspace.basis[:, : matrix.shape[2]] if subspace.side == "right" else subspace.basis
-                project_gradient_(matrix, directions, subspace.side)
+                project_gradient_(matrix, directions, subspace.side, subspace.scale)
     parameter.add_((update * (size / float(update.norm().clamp_min(1e-30)))).to(parameter.dtype))
 
 

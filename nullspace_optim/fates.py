@@ -32,11 +32,13 @@ class Use:
 
     moment: SecondMoment
     before: Subspace | None
+    tasks: int = 0
 
     @property
-    def identity(self) -> tuple[int, int]:
+    def identity(self) -> tuple[int, ...]:
         """Equal for weights that met the same rows and share one stored basis: their new basis is the same."""
-        return id(self.moment), id(self.before.basis) if self.before else 0
+        before = self.before
+        return id(self.moment), *((id(before.basis), id(before.scale)) if before else ()), self.tasks
 
 
 def grow(
@@ -50,7 +52,7 @@ def grow(
     """Return a store that protects `task` as well, and one report line a parameter; `store` is unchanged."""
     grown = store.copy()
     uses = {
-        (name, side): Use(moment, store[name].subspaces.get(side) if name in store else None)
+        (name, side): Use(moment, *_before(store.get(name), side))
         for name in parameters
         if _grows(captured.get(name), store.get(name))
         for side, moment in captured[name].sides.items()
@@ -68,6 +70,11 @@ def grow(
         grown.put(basis)
         rows.append(_line(basis, old, mine))
     return grown, _freeze_left_alone(parameters, store, grown, rows)
+
+
+def _before(old: Basis | None, side: MatrixSide) -> tuple[Subspace | None, int]:
+    """Return what is stored of one side, and of how many tasks."""
+    return (None, 0) if old is None else (old.subspaces.get(side), len(old.tasks))
 
 
 def _freeze_left_alone(
@@ -109,7 +116,7 @@ def _choices(policy: Policy, uses: Mapping[Key, Use]) -> dict[Key, Choice]:
 
     Only a joint policy needs the eigenvectors of all weights at once; otherwise one weight at a time is held.
     """
-    groups: dict[tuple[int, int], list[Key]] = {}
+    groups: dict[tuple[int, ...], list[Key]] = {}
     for key, use in uses.items():
         groups.setdefault(use.identity, []).append(key)
     if policy.joint:
@@ -118,28 +125,32 @@ def _choices(policy: Policy, uses: Mapping[Key, Use]) -> dict[Key, Choice]:
     for members in groups.values():
         candidate = _examined(policy, uses[members[0]], members[0])
         ranks = _ranks(policy, {members[0]: candidate})[members[0]]
-        choice = choose(candidate, ranks, _basis(uses[members[0]]))
+        choice = _chosen(candidate, ranks, uses[members[0]])
         choices.update(dict.fromkeys(members, choice))
     return choices
 
 
 def _joint_choices(
-    policy: Policy, uses: Mapping[Key, Use], groups: Mapping[tuple[int, int], list[Key]]
+    policy: Policy, uses: Mapping[Key, Use], groups: Mapping[tuple[int, ...], list[Key]]
 ) -> dict[Key, Choice]:
     candidates: dict[Key, Candidate] = {}
     for members in groups.values():
         candidates.update(dict.fromkeys(members, _examined(policy, uses[members[0]], members[0])))
     ranks = _ranks(policy, candidates)
-    return {key: choose(candidate, ranks[key], _basis(uses[key])) for key, candidate in candidates.items()}
+    return {key: _chosen(candidate, ranks[key], uses[key]) for key, candidate in candidates.items()}
 
 
 def _examined(policy: Policy, use: Use, key: Key) -> Candidate:
-    covariance = use.before.covariance if use.before else None
-    return examine(policy, use.moment.matrix, use.moment.rows.tolist(), _basis(use), covariance, name=key[0])
+    before = use.before
+    stored = (before.basis, before.covariance) if before else (None, None)
+    scale = before.scale if before else None
+    matrix, rows = use.moment.matrix, use.moment.rows.tolist()
+    return examine(policy, matrix, rows, *stored, scale=scale, tasks=use.tasks, name=key[0])
 
 
-def _basis(use: Use) -> Tensor | None:
-    return use.before.basis if use.before else None
+def _chosen(candidate: Candidate, ranks: tuple[int, ...], use: Use) -> Choice:
+    before = use.before
+    return choose(candidate, ranks, *((before.basis, before.scale) if before else (None, None)))
 
 
 def _ranks(policy: Policy, candidates: Mapping[Key, Candidate]) -> dict[Key, tuple[int, ...]]:
@@ -183,7 +194,8 @@ def _protected(
     subspaces: dict[Side, Subspace] = dict(old.subspaces) if old else {}
     with torch.no_grad(), matrix_of(parameter, layout, bias, write=False) as matrix:
         for side, choice in choices.items():
-            subspaces[side] = _anchored(matrix, side, choice, subspaces.get(side))
+            tasks = len(old.tasks) if old else 0
+            subspaces[side] = _anchored(matrix, side, choice, subspaces.get(side), tasks)
         if seen.row_index is not None:
             subspaces["rows"] = _used_rows(matrix, seen.row_index, subspaces.get("rows"))
     full = any(subspace.full for subspace in subspaces.values())
@@ -208,10 +220,10 @@ def _why(full: bool, own: bool, task: str) -> str:
     return f"no free direction left after task '{task}'" if full else "its inputs are known"
 
 
-def _anchored(matrix: Tensor, side: Side, choice: Choice, old: Subspace | None) -> Subspace:
+def _anchored(matrix: Tensor, side: Side, choice: Choice, old: Subspace | None, tasks: int) -> Subspace:
     """Anchor a grown basis; columns that were protected before keep the anchor they had."""
     anchors = anchor(matrix, choice.basis, side)
-    if old is not None and choice.covariance is None:
+    if old is not None and not choice.renewed:
         for group, rank in enumerate(old.ranks):
             kept = (group, slice(None), slice(rank)) if side == "right" else (group, slice(rank))
             anchors[kept] = old.anchor[kept].to(anchors)
@@ -224,7 +236,20 @@ def _anchored(matrix: Tensor, side: Side, choice: Choice, old: Subspace | None) 
         spectrum=choice.spectrum,
         energy=choice.energy,
         covariance=choice.covariance,
+        scale=choice.scale,
+        members=_member_rows(choice, old, tasks),
     )
+
+
+def _member_rows(choice: Choice, old: Subspace | None, tasks: int) -> Tensor | None:
+    """Return which directions span which task's own subspace, `[tasks + 1, g, k]`, or `None` if no policy said it."""
+    if choice.members is None:
+        return None
+    members = choice.members.new_zeros(tasks + 1, *choice.members.shape)
+    if old is not None and old.members is not None:
+        members[:tasks, :, : old.members.shape[2]] = old.members
+    members[tasks] = choice.members
+    return members
 
 
 def _used_rows(matrix: Tensor, index: Tensor, old: Subspace | None) -> Subspace:
@@ -259,4 +284,5 @@ def _line(basis: Basis, old: Basis | None, choices: Mapping[MatrixSide, Choice])
         added=basis.rank - (old.rank if old else 0),
         energy=min(subspace.energy for subspace in basis.subspaces.values()),
         dropped=max((choice.dropped for choice in choices.values()), default=0.0),
+        held=None if main.scale is None else main.held,
     )

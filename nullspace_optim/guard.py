@@ -22,6 +22,8 @@ from .projection import (
     project_gradient_,
     restore_anchor_,
     restore_rows_,
+    shift_anchor_,
+    yield_anchor_,
 )
 
 Precision = Literal["exact", "fast"]
@@ -83,9 +85,19 @@ class Guard:
         return self.seen is not None and self.seen != tuple((p.data_ptr(), p._version) for p in self.members)
 
     def wants_difference(self, precision: Precision) -> bool:
-        """True where the difference form runs: more than half of the directions kept, or low-precision products."""
+        """True where the difference form runs: more than half of the directions kept, or low-precision products.
+
+        Soft sides take the anchor form at any rank: their complement is no projection.
+        """
         dense = [s for s in self.basis.subspaces.values() if s.side != "rows"]
-        return bool(dense) and (precision == "fast" or any(2 * s.rank > s.dimension for s in dense))
+        if self.soft and len(self.basis.subspaces) > 1:
+            return False
+        return bool(dense) and (precision == "fast" or any(2 * s.rank > s.dimension and s.scale is None for s in dense))
+
+    @property
+    def soft(self) -> bool:
+        """True if a side lets a share of each movement through."""
+        return any(subspace.scale is not None for subspace in self.basis.subspaces.values())
 
     def remember(self) -> None:
         """Copy the parameter (and a bias folded in) before the base moves it."""
@@ -119,6 +131,27 @@ class Guard:
         else:
             self.correct(weights)
 
+    def yield_softly(self) -> None:
+        """Anchor form of soft sides: what a step may change, anchors follow; everything else is put back."""
+        with matrix_of(self.parameter, self.basis.layout, self.bias) as matrix:
+            done: list[Subspace] = []
+            for subspace in sorted(self.basis.subspaces.values(), key=lambda s: s.side != "rows"):
+                if subspace.side == "rows":
+                    restore_rows_(matrix, subspace.basis, subspace.anchor)
+                elif subspace.rank:
+                    self._yield(matrix, subspace, done)
+                    done.append(subspace)
+
+    def _yield(self, matrix: Tensor, subspace: Subspace, done: list[Subspace]) -> None:
+        """Correct one side; what it takes out of the weight is no movement of the sides that are `done`."""
+        assert subspace.side != "rows"
+        scale = subspace.basis.new_ones(len(subspace.ranks), subspace.basis.shape[2]).real
+        scale = scale if subspace.scale is None else subspace.scale
+        removed = yield_anchor_(matrix, subspace.basis, subspace.anchor, scale, subspace.side)
+        for other in done:
+            assert other.side != "rows"
+            shift_anchor_(other.anchor, other.basis, removed, subspace.basis, other.side)
+
     def _workspace(self, subspace: Subspace, dtype: torch.dtype) -> Tensor:
         """Return the residual's buffer, made once."""
         if subspace.side not in self.residuals or self.residuals[subspace.side].dtype != dtype:
@@ -132,11 +165,14 @@ class Guard:
             for subspace in self.basis.subspaces.values():
                 if subspace.side == "rows":
                     restore_rows_(matrix, subspace.basis, subspace.anchor)
-                elif 2 * subspace.rank > subspace.dimension:
+                elif 2 * subspace.rank > subspace.dimension and subspace.scale is None:
                     free = self._complement(subspace)
                     project_difference_complement_(matrix, before, free, subspace.side, low_precision=low_precision)
                 elif subspace.rank:
-                    project_difference_(matrix, before, subspace.basis, subspace.side, low_precision=low_precision)
+                    soft = {} if subspace.scale is None else {"scale": subspace.scale, "kept": subspace.anchor}
+                    project_difference_(
+                        matrix, before, subspace.basis, subspace.side, low_precision=low_precision, **soft
+                    )
 
     def _complement(self, subspace: Subspace) -> Tensor:
         if subspace.side not in self.complements:
@@ -147,8 +183,11 @@ class Guard:
             self.complements[subspace.side] = free
         return self.complements[subspace.side]
 
-    def project_gradient(self, gradient: Tensor) -> None:
-        """Remove the kept directions from `gradient` (and from the gradient of a bias folded in) in place."""
+    def project_gradient(self, gradient: Tensor, *, softly: bool = True) -> None:
+        """Remove the kept directions from `gradient` (and from the gradient of a bias folded in) in place.
+
+        ``softly=False`` leaves directions alone that are kept by part: the update will be scaled there.
+        """
         if gradient.layout != torch.strided:
             raise OptionError(
                 f"'{self.basis.name}' has a sparse gradient, which cannot be projected: "
@@ -162,7 +201,8 @@ class Guard:
                 if subspace.side == "rows":
                     matrix[0].index_fill_(0, subspace.basis, 0.0)
                 elif subspace.rank:
-                    project_gradient_(matrix, subspace.basis, subspace.side)
+                    scale = subspace.scale if softly or subspace.scale is None else subspace.scale.floor()
+                    project_gradient_(matrix, subspace.basis, subspace.side, scale)
 
     def drift(self) -> float:
         """Return the largest relative change of a kept quantity since it was anchored (0 where nothing is kept;

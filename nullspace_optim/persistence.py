@@ -1,7 +1,7 @@
 """Basis files: one safetensors file, written atomically, checked completely when it is read, never a pickle.
 
-The format, schema version 1. `__metadata__` of the safetensors header has one key, ``nullspace_optim``, with one
-canonical JSON object (sorted keys, no spaces, ASCII)::
+The format, schema version 2 (version 1 had neither `scale` nor `members`). `__metadata__` of the safetensors header
+has one key, ``nullspace_optim``, with one canonical JSON object (sorted keys, no spaces, ASCII)::
 
     schema      1                    a reader refuses a newer number and migrates an older one
     library     "0.1.0"              nullspace_optim that wrote the file
@@ -25,6 +25,8 @@ Tensor keys and shapes (`k` columns; a group of smaller rank has columns of zero
     <parameter>/<side>/anchor        right `W U` `[g, m, k]`, left `U^H W` `[g, k, d]`, rows `[k, d]`
     <parameter>/<side>/spectrum      eigenvalues `[g, s]`, descending
     <parameter>/<side>/covariance    `[g, s, s]`, only where the policy accumulates
+    <parameter>/<side>/scale         `[g, k]` in 0..1, how strongly each column is kept; absent: fully
+    <parameter>/<side>/members       bool `[tasks, g, k]`, columns of each task's own subspace, if the policy says
     <parameter>/kept                 value of a frozen parameter, any dtype
     buffer/<name>    probe/<task>/<key>          any shape, dtype and values
 

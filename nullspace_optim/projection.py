@@ -79,6 +79,37 @@ def restore_anchor_(weight: Tensor, basis: Tensor, kept: Tensor, side: Side, wor
 
 
 @torch.no_grad()
+def yield_anchor_(weight: Tensor, basis: Tensor, kept: Tensor, scale: Tensor, side: MatrixSide) -> Tensor:
+    """Let the share `1 - s` of the movement along each protected direction through, and `kept` follow it, both in
+    place; return the part that was taken out of `W` `[g, m, d]`, in coordinates of `U` (the shape of `kept`).
+
+    With `R = W U - A` (right): `A <- A + R diag(1 - s)` and `W <- W - R diag(s) U^H`. Because `A` is always what `W U`
+    shall be, that equals `project_difference_` with `scale`, without a copy of the weight before the step, and a
+    direction with `s = 1` has the constant anchor of `restore_anchor_`.
+    """
+    wide = _wide(weight)
+    basis, share = basis.to(wide.dtype), scale.to(kept.dtype).unsqueeze(-2 if side == "right" else -1)
+    with exact_products(weight.device):
+        residual = torch.baddbmm(kept.to(wide.dtype), *_pair(wide, basis, side), beta=-1)
+        kept.add_(residual.to(kept.dtype) * (1 - share))
+        removed = residual * share.to(wide.dtype)
+        _subtract_lifted_(wide, removed, basis, side)
+    _write_back_(weight, wide)
+    return removed
+
+
+@torch.no_grad()
+def shift_anchor_(kept: Tensor, basis: Tensor, removed: Tensor, other: Tensor, side: MatrixSide) -> Tensor:
+    """Take out of the anchor `kept` of `side` what `removed` took out of the weight along the basis `other` of the
+    opposite side: `A <- A - (V C) U` (right) or `A <- A - U^H (C V^H)` (left); return it.
+    """
+    basis, other = basis.to(removed.dtype), other.to(removed.dtype)
+    with exact_products(kept.device):
+        lifted = other @ (removed @ basis) if side == "right" else (basis.mH @ removed) @ other.mH
+        return kept.sub_(lifted.to(kept.dtype))
+
+
+@torch.no_grad()
 def restore_rows_(weight: Tensor, index: Tensor, kept: Tensor) -> Tensor:
     """Write the kept rows `[k, d]` back into the rows `index` `[k]` of `W` `[1, m, d]`; return it. Exact."""
     weight[0].index_copy_(0, index, kept.to(weight.dtype))
@@ -93,6 +124,7 @@ def project_difference_(
     side: MatrixSide,
     scale: Tensor | None = None,
     low_precision: torch.dtype | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Remove from the change `W - previous` its part in the span of `U`; return `W` `[g, m, d]`.
 
@@ -101,7 +133,8 @@ def project_difference_(
     it is.
 
     `low_precision` (bfloat16) is the dtype of the products; the differences are taken in the weight's precision, so
-    the error is relative to the change, not to the weight. `basis` may then already have that dtype.
+    the error is relative to the change, not to the weight. `basis` may then already have that dtype. An anchor `kept`
+    follows, in place, the share that `scale` lets through.
     """
     wide = _wide(weight)
     product = low_precision or wide.dtype
@@ -109,7 +142,10 @@ def project_difference_(
     with exact_products(weight.device):
         inside = torch.bmm(*_pair((wide - previous).to(product), basis, side))
         if scale is not None:
-            inside *= scale.to(product).unsqueeze(-2 if side == "right" else -1)
+            share = scale.unsqueeze(-2 if side == "right" else -1)
+            if kept is not None:
+                kept.add_(inside.to(kept.dtype) * (1 - share).to(kept.dtype))
+            inside *= share.to(product)
         if product == wide.dtype:
             _subtract_lifted_(wide, inside, basis, side)
         else:
@@ -140,12 +176,18 @@ def project_difference_complement_(
 
 
 @torch.no_grad()
-def project_gradient_(gradient: Tensor, basis: Tensor, side: MatrixSide) -> Tensor:
-    """Remove from a gradient `[g, m, d]` its part in the span of `U`: `G <- G - (G U) U^H` (GPM), or left."""
+def project_gradient_(gradient: Tensor, basis: Tensor, side: MatrixSide, scale: Tensor | None = None) -> Tensor:
+    """Remove from a gradient `[g, m, d]` its part in the span of `U`: `G <- G - (G U) U^H` (GPM), or left.
+
+    With `scale` `[g, k]` the share `s` of it: `G <- G - (G U) diag(s) U^H` (SGP).
+    """
     wide = _wide(gradient)
     basis = basis.to(wide.dtype)
     with exact_products(gradient.device):
-        _subtract_lifted_(wide, torch.bmm(*_pair(wide, basis, side)), basis, side)
+        inside = torch.bmm(*_pair(wide, basis, side))
+        if scale is not None:
+            inside *= scale.to(inside.dtype).unsqueeze(-2 if side == "right" else -1)
+        _subtract_lifted_(wide, inside, basis, side)
     return _write_back_(gradient, wide)
 
 

@@ -152,6 +152,8 @@ class Protection:
             low = guard_low_precision(guard) if self.options.precision == "fast" else None
             guard.correct_difference(low)
             guard.pending = True
+        elif guard.soft:
+            guard.yield_softly()
         else:
             guard.correct()
         return guard.pending
@@ -253,7 +255,7 @@ class Protection:
                 self._hidden.append((guard.parameter, gradient))
                 guard.parameter.grad = None
             elif project:
-                guard.project_gradient(gradient)
+                guard.project_gradient(gradient, softly=self.options.project == "gradient")
 
     def put_back(self) -> None:
         """Give hidden gradients back to their parameters."""
@@ -286,7 +288,7 @@ def _accumulated(guard: Guard) -> Callable[[Tensor], None]:
     def project(parameter: Tensor) -> None:
         if parameter.grad is not None:
             with torch.no_grad():
-                guard.project_gradient(parameter.grad)
+                guard.project_gradient(parameter.grad, softly=False)
 
     return project
 

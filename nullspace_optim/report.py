@@ -28,7 +28,10 @@ def _bytes(count: int) -> str:
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """One parameter after a consolidation: its fate, why, and the share of the task's energy that is kept."""
+    """One parameter after a consolidation: its fate, why, and the share of the task's energy that is kept.
+
+    `held` is the rank with each direction counted by its scale; `None` where all directions are kept fully.
+    """
 
     name: str
     fate: Fate
@@ -39,11 +42,12 @@ class ParameterReport:
     added: int = 0
     energy: float = float("nan")
     dropped: float = 0.0
+    held: float | None = None
 
     @property
     def free(self) -> int:
-        """Directions of the input side that later tasks may use."""
-        return self.dimension - self.rank
+        """Directions of the input side that later tasks may use (those kept softly count by their free share)."""
+        return int(self.dimension - (self.rank if self.held is None else self.held))
 
 
 @dataclass(frozen=True)

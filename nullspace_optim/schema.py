@@ -22,7 +22,7 @@ from torch import Tensor
 from .basis import Basis, BasisStore
 from .errors import BasisFileError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def refuse(source: str, reason: str) -> NoReturn:
@@ -95,14 +95,18 @@ def pack(store: BasisStore) -> tuple[dict[str, Tensor], str]:
 
 
 def fingerprint(store: BasisStore) -> str:
-    """Return 16 hex digits over names, fates, ranks, tasks, bases and anchors: equal stores have equal fingerprints."""
+    """Return 16 hex digits over names, fates, ranks, tasks, bases and anchors: equal stores have equal fingerprints.
+
+    Where directions are kept softly their scales stand in for the anchors, which move with every step.
+    """
     lines = [json.dumps(store.tasks, sort_keys=True, default=repr)]
     for name in sorted(store):
         basis = store[name]
         lines.append(json.dumps([name, basis.fate.value, list(basis.shape), list(basis.tasks), list(basis.history)]))
         for side in sorted(basis.subspaces):
             subspace = basis.subspaces[side]
-            lines.append(f"{side} {list(subspace.ranks)} {digest(subspace.basis)} {digest(subspace.anchor)}")
+            kept = subspace.anchor if subspace.scale is None else subspace.scale  # a soft anchor moves with each step
+            lines.append(f"{side} {list(subspace.ranks)} {digest(subspace.basis)} {digest(kept)}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -132,8 +136,10 @@ def tensors_of(store: BasisStore) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}/{side}/basis", subspace.basis
             yield f"{name}/{side}/anchor", subspace.anchor
             yield f"{name}/{side}/spectrum", subspace.spectrum
-            if subspace.covariance is not None:
-                yield f"{name}/{side}/covariance", subspace.covariance
+            for what in ("covariance", "scale", "members"):
+                tensor = getattr(subspace, what)
+                if tensor is not None:
+                    yield f"{name}/{side}/{what}", tensor
     for name, tensor in store.buffers.items():
         yield f"buffer/{name}", tensor
     for task, values in store.probes.items():

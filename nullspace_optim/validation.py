@@ -188,9 +188,11 @@ def _read_subspace(record: _Record, side: Side, basis: Basis, parts: _Parts) -> 
         spectrum=parts.take(f"{key}/spectrum"),
         energy=record.get("energy", float, int),
         covariance=parts.optional(f"{key}/covariance"),
+        scale=parts.optional(f"{key}/scale") if side != "rows" else None,
+        members=parts.optional(f"{key}/members") if side != "rows" else None,
     )
     (_check_rows if side == "rows" else _check_columns)(record, basis, subspace)
-    for what in ("basis", "anchor", "spectrum", "covariance"):
+    for what in ("basis", "anchor", "spectrum", "covariance", "scale"):
         tensor = getattr(subspace, what)
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             record.fail(f"has non-finite values in its {what}")
@@ -237,8 +239,27 @@ def _check_columns(record: _Record, basis: Basis, subspace: Subspace) -> None:
     _expect(record, "anchor", subspace.anchor, (groups, m, k) if subspace.side == "right" else (groups, k, d))
     _expect(record, "spectrum", subspace.spectrum, (groups, s))
     _expect(record, "covariance", subspace.covariance, (groups, s, s))
+    _expect(record, "scale", subspace.scale, (groups, k))
+    _expect(record, "members", subspace.members, (len(basis.tasks), groups, k))
+    _check_scale(record, subspace)
     if subspace.basis.dtype not in EXACT:
         record.fail(f"has a basis of dtype {subspace.basis.dtype}, expected float32 or wider")
+
+
+def _check_scale(record: _Record, subspace: Subspace) -> None:
+    """Check that scales are shares, and that no padded column is kept or a member."""
+    scale, members = subspace.scale, subspace.members
+    if scale is not None and (scale.dtype != torch.float32 or not bool(((scale >= 0) & (scale <= 1)).all())):
+        record.fail("has scales that are not float32 numbers in 0..1")
+    if members is not None and members.dtype != torch.bool:
+        record.fail(f"has members of dtype {members.dtype}, expected bool")
+    for group, rank in enumerate(subspace.ranks):
+        padded = (
+            scale is not None and scale[group, rank:].any(),
+            members is not None and members[:, group, rank:].any(),
+        )
+        if any(map(bool, padded)):
+            record.fail(f"keeps columns beyond its rank {rank}")
 
 
 def _check_orthonormal(record: _Record, subspace: Subspace) -> None:

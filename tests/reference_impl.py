@@ -72,6 +72,26 @@ def gpm_basis(tasks: list[Tensor], threshold: float) -> Tensor:
     return memory
 
 
+def sgp(tasks: list[Tensor], threshold: float, alpha: float) -> tuple[Tensor, Tensor]:
+    """SGP's memory `[s, k]` and importances `[k]` (Saha and Roy 2023, eq. 5 to 9), by singular value decompositions."""
+    memory, importance = torch.zeros(double(tasks[0]).shape[1], 0, dtype=torch.float64), []
+    for rows in tasks:
+        R = double(rows).T
+        count = gpm_rank(rows, memory if memory.shape[1] else None, threshold)
+        left, fresh, _ = torch.linalg.svd(R - memory @ (memory.T @ R), full_matrices=False)
+        singular = []
+        if memory.shape[1]:
+            rotated, inside, _ = torch.linalg.svd(memory @ (memory.T @ R), full_matrices=False)
+            for j in range(memory.shape[1]):
+                energy = sum(float((memory[:, j] @ rotated[:, i]) * inside[i]) ** 2 for i in range(len(inside)))
+                singular.append(energy**0.5)
+        singular += fresh[:count].tolist()
+        new = [(alpha + 1) * value / (alpha * value + max(singular)) for value in singular]
+        importance = [min(1.0, a + b) for a, b in zip([*importance, *[0.0] * count], new, strict=True)]
+        memory = torch.linalg.qr(torch.cat([memory, left[:, :count]], dim=1))[0] if count else memory
+    return memory, torch.tensor(importance, dtype=torch.float64)
+
+
 def gnsp_moment(tasks: list[list[Tensor]]) -> Tensor:
     """GNSP's merged matrix `[s, s]`: batches of rows and tasks each divided by their Frobenius norm, then summed."""
     merged = 0.0

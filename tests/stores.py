@@ -62,6 +62,10 @@ def full_store() -> BasisStore:
     tied.subspaces["rows"] = Subspace("rows", index, torch.randn(3, 4), (3,), 9, torch.zeros(1, 0), 1.0)
     tied.fate, tied.reason = Fate.FULL, "no free direction left"
     store.put(tied)
+    soft = protected("soft.weight", (4, 7), "right", 3)
+    soft.subspaces["right"].scale = torch.tensor([[1.0, 0.75, 0.2]])
+    soft.subspaces["right"].members = torch.tensor([[[True, True, False]], [[False, True, True]]])
+    store.put(soft)
     store.put(
         Basis("visual.ln.weight", (8,), Fate.FROZEN, "read by aten.native_layer_norm", kept=torch.ones(8).bfloat16())
     )

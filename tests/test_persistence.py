@@ -30,6 +30,7 @@ from nullspace_optim.layout import Layout
 from nullspace_optim.persistence import fingerprint, load, pack, save, unpack
 from nullspace_optim.schema import digest, sealed
 
+SOFT = "soft.weight/right/"
 LEFT = "visual.proj/left/basis"
 FIXTURE = Path(__file__).parent / "data" / "schema1.safetensors"
 posix = pytest.mark.skipif(os.name == "nt", reason="modes and links of POSIX file systems")
@@ -150,6 +151,13 @@ def test_version_1_files_stay_readable() -> None:
     assert [task["name"] for task in store.tasks] == ["aircraft", "birds"]
     assert {basis.fate for basis in store.values()} == set(Fate)
     assert store["conv.weight"].main is not None and store["conv.weight"].main.ranks == (5, 2)
+
+
+def test_version_2_files_stay_readable() -> None:
+    store = load(FIXTURE.with_name("schema2.safetensors"))
+    soft = store["soft.weight"].subspaces["right"]
+    assert soft.scale is not None and soft.scale.shape == (1, 3) and 1.0 < soft.held < 3.0
+    assert soft.members is not None and soft.members.shape == (2, 1, 3) and soft.members.dtype == torch.bool
 
 
 # ---- fingerprint ----
@@ -466,8 +474,8 @@ def test_missing_and_unexpected_tensors_are_all_listed(tmp_path: Path) -> None:
 
 
 def test_a_newer_schema_says_which_version_is_needed(tmp_path: Path) -> None:
-    path = write(tmp_path / "f", *forged(full_store(), lambda d, t: d.update(schema=2, library="9.1.0")))
-    refused(path, r"schema version 2, written by nullspace_optim '9\.1\.0'.*upgrade")
+    path = write(tmp_path / "f", *forged(full_store(), lambda d, t: d.update(schema=3, library="9.1.0")))
+    refused(path, r"schema version 3, written by nullspace_optim '9\.1\.0'.*upgrade")
 
 
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], str]] = {
@@ -522,6 +530,12 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], 
         lambda d, t: t.update({"joint.weight/right/covariance": torch.zeros(1, 7, 7)}),
         "covariance of shape",
     ),
+    "share": (lambda d, t: t[SOFT + "scale"].mul_(2), "0..1"),
+    "shares": (lambda d, t: t.update({SOFT + "scale": torch.ones(1, 4)}), r"scale of shape \[1, 4\]"),
+    "NaN share": (lambda d, t: t[SOFT + "scale"].fill_(torch.nan), "0..1"),
+    "members": (lambda d, t: t.update({SOFT + "members": torch.ones(3, 1, 3, dtype=torch.bool)}), "members of shape"),
+    "member type": (lambda d, t: t.update({SOFT + "members": torch.ones(2, 1, 3)}), "members of dtype"),
+    "padded share": (lambda d, t: t.update({"conv.weight/right/scale": torch.ones(2, 5)}), "beyond its rank 2"),
     "row range": (lambda d, t: t.update({"tied.weight/rows/basis": torch.tensor([0, 3, 9])}), r"within 0\.\.8"),
     "row twice": (lambda d, t: t.update({"tied.weight/rows/basis": torch.tensor([0, 3, 3])}), "repeated"),
     "row below": (lambda d, t: t.update({"tied.weight/rows/basis": torch.tensor([-1, 3, 4])}), "within"),
@@ -585,7 +599,7 @@ def test_the_format_is_documented_in_the_module() -> None:
     assert persistence.__doc__ is not None
     for key in (*document, *document["bases"][0], *document["bases"][0]["sides"]["right"]):
         assert key in persistence.__doc__, key
-    assert len(persistence.__doc__.splitlines()) < 60 and validation.SCHEMA_VERSION == 1
+    assert len(persistence.__doc__.splitlines()) < 60 and validation.SCHEMA_VERSION == 2
 
 
 def test_the_digest_is_sha256_over_dtype_shape_and_bytes() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from nullspace_optim.errors import ConsolidationError, OptionError, ShapeError
 from nullspace_optim.linalg import orthogonality_error, principal_angles
 from nullspace_optim.policies import (
+    SGP,
     EigenvalueRatio,
     Energy,
     FixedRank,
@@ -24,7 +25,7 @@ from nullspace_optim.policies import (
 )
 from nullspace_optim.policies.merge import Choice, choose, examine
 
-ALL = (Energy(), TailEnergy(), EigenvalueRatio(), FixedRank(5), NumericalRank(), RankBudget())
+ALL = (Energy(), TailEnergy(), EigenvalueRatio(), FixedRank(5), NumericalRank(), RankBudget(), SGP())
 POLICIES = pytest.mark.parametrize("policy", ALL, ids=lambda policy: type(policy).__name__)
 
 
@@ -42,13 +43,13 @@ def moment_of(*groups: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.stack([rows.mH @ rows for rows in groups]).to(dtype)
 
 
-def consolidate(policy: Policy, moment: Tensor, before: Choice | None = None) -> Choice:
+def consolidate(policy: Policy, moment: Tensor, before: Choice | None = None, tasks: int = 0) -> Choice:
     """One consolidation of one weight with the policy alone in the model."""
     moment = moment.double() if policy.precise and not moment.is_complex() else moment
-    basis, covariance = (before.basis, before.covariance) if before else (None, None)
-    candidate = examine(policy, moment, [40] * len(moment), basis, covariance, name="w")
+    basis, covariance, scale = (before.basis, before.covariance, before.scale) if before else (None, None, None)
+    candidate = examine(policy, moment, [40] * len(moment), basis, covariance, scale=scale, tasks=tasks, name="w")
     taken = policy.ranks({str(i): spectrum for i, spectrum in enumerate(candidate.spectra)})
-    return choose(candidate, list(taken.values()), basis)
+    return choose(candidate, list(taken.values()), basis, scale)
 
 
 def spectrum(values: list[float], *, covered: float = 0.0, kept: int = 0, total: float | None = None) -> Spectrum:
@@ -190,6 +191,8 @@ WRONG = [
     (EigenvalueRatio, "a", r"\[1, inf\)", (0, 0.5, -1, float("nan"), float("inf"), None)),
     (FixedRank, "k", r"\[1, inf\)", (0, -1, 1.5, float("nan"), None, True)),
     (NumericalRank, "tolerance", r"\(0, 1\)", (0, 1, 2, -0.1, float("nan"))),
+    (SGP, "threshold", r"\(0, 1\)", (0, 1, None)),
+    (SGP, "alpha", r"\[0, inf\)", (-1, float("nan"), None)),
     (RankBudget, "share", r"\(0, 1\]", (0, 1.01, -0.1, float("nan"), None)),
 ]
 CASES = [
@@ -216,6 +219,7 @@ def test_policies_are_frozen_and_compare_by_value(policy):
 def test_the_defaults_are_the_papers_constants():
     assert Energy().threshold == 0.999
     assert TailEnergy().rho == 0.15 and TailEnergy.batch_frobenius and TailEnergy.merge == "accumulate"
+    assert (SGP().threshold, SGP().alpha) == (0.97, 10)
     assert EigenvalueRatio().a == 10 and EigenvalueRatio.merge == "accumulate"
     assert NumericalRank.precise and not Energy.precise
     assert {type(policy).merge for policy in (Energy(), FixedRank(1), NumericalRank(), RankBudget())} == {"append"}

@@ -8,9 +8,11 @@ from .energy import Energy
 from .fixed_rank import FixedRank
 from .numerical_rank import NumericalRank
 from .rank_budget import RankBudget
+from .sgp import SGP
 from .tail_energy import TailEnergy
 
 __all__ = [
+    "SGP",
     "EigenvalueRatio",
     "Energy",
     "FixedRank",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import OptionError
 
-Merge = Literal["append", "accumulate"]
+Merge = Literal["append", "accumulate", "or"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Spectrum:
     * `covered`: share of `total` that the stored basis already holds, 0..1 (1 where `total` is 0); accumulate: 0.
     * `kept`: rank already stored; accumulate: 0, because all directions are chosen anew.
     * `rows`: rows that the new task's `K` was summed over.
+    * `stored` `[kept]`: energy `u^H K u` of the new task along each stored direction.
+    * `tasks`: how many tasks this weight was consolidated for before.
     """
 
     values: Tensor
@@ -39,6 +41,8 @@ class Spectrum:
     covered: float
     kept: int
     rows: int
+    stored: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    tasks: int = 0
 
     @property
     def size(self) -> int:
@@ -66,7 +70,8 @@ class Policy:
     """How much of a task is protected; a subclass is one paper's rule with its constants as defaults.
 
     * `merge`: "append" adds directions to the stored basis, whose span only grows; "accumulate" sums second moments
-      over tasks and chooses all directions anew, so old ones may be dropped.
+      over tasks and chooses all directions anew, so old ones may be dropped; "or" sums the `odds` of tasks, which are
+      stored as directions and scales alone (conceptors).
     * `precise`: second moments are kept in float64.
     * `batch_frobenius`: each batch's second moment is divided by its Frobenius norm before it is added (GNSP).
     """
@@ -87,6 +92,24 @@ class Policy:
     def rank(self, spectrum: Spectrum) -> int:
         """Return the same for one spectrum alone; joint rules override `ranks` instead."""
         raise NotImplementedError(f"{type(self).__name__} must implement rank() or ranks()")
+
+    def scale(self, spectrum: Spectrum, take: int, before: Tensor | None) -> Tensor | None:
+        """Return how strongly each of the `kept + take` directions is protected, 0..1; `None`: all of them fully.
+
+        `before` `[kept]` is what was stored; 1 for directions that had no scale.
+        """
+        return None
+
+    def members(self, spectrum: Spectrum, take: int) -> Tensor | None:
+        """Return which of the `kept + take` directions span the new task's own subspace, as a mask; `None`: unknown."""
+        return None
+
+    def odds(self, moment: Tensor, rows: Tensor) -> Tensor:
+        """Return `s / (1 - s)` of the new task's scales `s` as a matrix `[g, s, s]` (only for the merge "or").
+
+        `moment` `[g, s, s]` is the sum over `rows` `[g]` rows.
+        """
+        raise NotImplementedError(f'{type(self).__name__} merges by "or" and must implement odds()')
 
     def accumulated(self, old: Tensor | None, new: Tensor) -> Tensor:
         """Return the second moment `[g, s, s]` of all tasks: the sum of the earlier ones' and the new one's."""

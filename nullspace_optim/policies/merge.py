@@ -7,7 +7,8 @@ rank.
 Appending follows GPM (Saha et al. 2021): the new directions are eigenvectors of the residual
 `(I - U U^H) K (I - U U^H)`. They are found in coordinates of the complement `N` of `U`, as those of `N^H K N`, so
 they cannot fall back into the span of `U` where the residual is all rounding. Accumulating follows Adam-NSCL and
-GNSP: eigenvectors of a sum over tasks.
+GNSP: eigenvectors of a sum over tasks. The Boolean OR of conceptors `C = U diag(s) U^H` (Jaeger 2014) is a sum as well:
+`odds(C or B) = odds(C) + odds(B)` with `odds(C) = C (I - C)^-1`, so directions and scales are all that is stored.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Candidate:
     """
 
     name: str
+    policy: Policy
     moment: Tensor
     covariance: Tensor | None
     values: Tensor
@@ -47,7 +49,9 @@ class Choice:
 
     `basis` `[g, s, k]` float32 (complex64) with `ranks` per group; `spectrum` `[g, s]` the eigenvalues the policy
     saw; `energy` the share of the new task's energy inside `basis`; `dropped` the share of the old directions that is
-    no longer in it (0 when appending); `covariance` `[g, s, s]` to hand to the next `examine` (accumulate only).
+    no longer in it (0 when appending); `covariance` `[g, s, s]` to hand to the next `examine` (accumulate only);
+    `scale` `[g, k]` how strongly each direction is kept, `None`: fully; `members` `[g, k]` which directions span the
+    new task's own subspace, where the policy says so; `renewed` tells that stored columns were replaced.
     """
 
     basis: Tensor
@@ -56,6 +60,9 @@ class Choice:
     energy: float
     dropped: float
     covariance: Tensor | None
+    scale: Tensor | None = None
+    members: Tensor | None = None
+    renewed: bool = False
 
 
 def examine(
@@ -65,11 +72,14 @@ def examine(
     basis: Tensor | None = None,
     covariance: Tensor | None = None,
     *,
+    scale: Tensor | None = None,
+    tasks: int = 0,
     name: str = "",
 ) -> Candidate:
     """Diagonalise the new task's second moment `[g, s, s]` of `rows` `[g]` rows against what is stored.
 
-    `basis` `[g, s, k]` and `covariance` `[g, s, s]` are those of the last `Choice`, `None` for the first task.
+    `basis` `[g, s, k]`, `covariance` `[g, s, s]` and `scale` `[g, k]` are those of the last `Choice`, `None` for the
+    first task; `tasks` counts the tasks before.
 
     Raises:
         ShapeError: the stored tensors do not fit `moment`.
@@ -81,15 +91,31 @@ def examine(
                 f"'{name}' has stored shape {tuple(stored.shape)} but the new second moment is {tuple(moment.shape)}; "
                 "the layer's input size changed: release it or load the matching bases"
             )
+    if policy.merge == "append":
+        return _examine_residual(policy, moment, rows, basis, tasks, name)
     if policy.merge == "accumulate":
-        return _examine_sum(moment, policy.accumulated(covariance, moment), rows, name)
-    return _examine_residual(moment, rows, basis, name)
+        return _examine_sum(policy, moment, policy.accumulated(covariance, moment), rows, tasks, name)
+    odds = policy.odds(moment, torch.as_tensor(rows))
+    return _examine_sum(
+        policy, moment, odds if basis is None else odds + _odds(basis, scale).to(odds), rows, tasks, name
+    )
 
 
-def choose(candidate: Candidate, take: Sequence[int], basis: Tensor | None = None) -> Choice:
+def _odds(basis: Tensor, scale: Tensor | None) -> Tensor:
+    """Return `U diag(s / (1 - s)) U^H` `[g, s, s]` in double precision; a scale of 1 counts as the largest below it."""
+    wide = basis.to(torch.complex128 if basis.is_complex() else torch.float64)
+    ones = wide.new_ones(wide.shape[0], wide.shape[2]).real
+    share = (ones if scale is None else scale.double()).clamp(max=1 - torch.finfo(torch.float32).eps / 2)
+    return (wide * (share / (1 - share)).unsqueeze(1)) @ wide.mH
+
+
+def choose(
+    candidate: Candidate, take: Sequence[int], basis: Tensor | None = None, scale: Tensor | None = None
+) -> Choice:
     """Return the side's new basis from the policy's decision `take`, one number per group.
 
-    Appended columns follow the stored columns `basis` `[g, s, k]`, which stay bitwise as they are.
+    Appended columns follow the stored columns `basis` `[g, s, k]`, which stay bitwise as they are; `scale` `[g, k]`
+    is how strongly they were kept.
 
     Raises:
         ConsolidationError: `take` asks for more directions than are free, or for a negative number.
@@ -102,54 +128,106 @@ def choose(candidate: Candidate, take: Sequence[int], basis: Tensor | None = Non
             )
     ranks = tuple(spectrum.kept + number for spectrum, number in zip(candidate.spectra, take, strict=True))
     grown = _grown(candidate, take, ranks, basis)
-    accumulate = candidate.covariance is not None
+    renewed = candidate.policy.merge != "append"
+    scales = _scales(candidate, take, grown, None if renewed else scale)
+    exact = not renewed and scales is None
     return Choice(
         basis=grown,
         ranks=ranks,
         spectrum=candidate.values,
-        energy=_energy_inside(candidate.moment, grown) if accumulate else _energy_taken(candidate.spectra, take),
-        dropped=_dropped(basis, grown) if accumulate and basis is not None else 0.0,
+        energy=_energy_taken(candidate.spectra, take) if exact else _energy_inside(candidate.moment, grown, scales),
+        dropped=_dropped(basis, grown) if renewed and basis is not None else 0.0,
         covariance=candidate.covariance,
+        scale=scales,
+        members=_members(candidate, take, grown),
+        renewed=renewed,
     )
 
 
-def _examine_sum(moment: Tensor, covariance: Tensor, rows: Sequence[int], name: str) -> Candidate:
-    """Diagonalise the merged second moment; nothing counts as covered or kept."""
-    values, vectors = eigh(covariance, name=name)
+def _scales(candidate: Candidate, take: Sequence[int], grown: Tensor, before: Tensor | None) -> Tensor | None:
+    """Return the scales `[g, k]` of all directions, zero padded like the basis; `None` if all are kept fully."""
+    found = []
+    for group, (spectrum, number) in enumerate(zip(candidate.spectra, take, strict=True)):
+        old = None if before is None else before[group, : spectrum.kept]
+        share = candidate.policy.scale(spectrum, number, old)
+        if share is None and old is not None:
+            share = torch.cat([old, old.new_ones(number)])
+        found.append(share)
+    if all(share is None for share in found):
+        return None
+    scales = torch.zeros(grown.shape[0], grown.shape[2], device=grown.device)
+    for target, share, spectrum, number in zip(scales, found, candidate.spectra, take, strict=True):
+        target[: spectrum.kept + number] = 1.0 if share is None else share.clamp(0, 1)
+    return scales
+
+
+def _members(candidate: Candidate, take: Sequence[int], grown: Tensor) -> Tensor | None:
+    """Return which directions span the new task's own subspace, `[g, k]`; `None` if the policy does not say."""
+    found = [candidate.policy.members(s, number) for s, number in zip(candidate.spectra, take, strict=True)]
+    if any(mask is None for mask in found):
+        return None
+    members = torch.zeros(grown.shape[0], grown.shape[2], dtype=torch.bool, device=grown.device)
+    for target, mask in zip(members, found, strict=True):
+        assert mask is not None
+        target[: len(mask)] = mask
+    return members
+
+
+def _examine_sum(
+    policy: Policy, moment: Tensor, merged: Tensor, rows: Sequence[int], tasks: int, name: str
+) -> Candidate:
+    """Diagonalise the merged second moment (or odds); nothing counts as covered or kept."""
+    values, vectors = eigh(merged, name=name)
     spectra = tuple(
-        Spectrum(value, float(value.double().sum()), float(value[0]), covered=0.0, kept=0, rows=int(count))
+        Spectrum(value, float(value.double().sum()), float(value[0]), covered=0.0, kept=0, rows=int(count), tasks=tasks)
         for value, count in zip(values, rows, strict=True)
     )
-    return Candidate(name, moment, covariance, values, tuple(vectors), None, spectra)
+    covariance = merged if policy.merge == "accumulate" else None
+    return Candidate(name, policy, moment, covariance, values, tuple(vectors), None, spectra)
 
 
-def _examine_residual(moment: Tensor, rows: Sequence[int], basis: Tensor | None, name: str) -> Candidate:
+def _examine_residual(
+    policy: Policy, moment: Tensor, rows: Sequence[int], basis: Tensor | None, tasks: int, name: str
+) -> Candidate:
     """Diagonalise the new task's second moment outside the stored basis, group by group."""
     groups, size = moment.shape[:2]
     kept = (basis != 0).any(dim=1).sum(dim=1).tolist() if basis is not None else [0] * groups
     if basis is None or not any(kept):
         values, whole = eigh(moment, name=name)
-        spectra = tuple(_spectrum(moment[i], values[i], float(values[i, 0]), 0, int(rows[i])) for i in range(groups))
-        return Candidate(name, moment, None, values, tuple(whole), None, spectra)
+        spectra = tuple(
+            _spectrum(moment[i], values[i], float(values[i, 0]), int(rows[i]), tasks) for i in range(groups)
+        )
+        return Candidate(name, policy, moment, None, values, tuple(whole), None, spectra)
     found = []
     for group in range(groups):
         frame = complement(basis[group]).to(moment)
         residual = frame.mH @ moment[group] @ frame
-        largest = float(largest_eigenvalue(moment[group]))
-        found.append((frame, largest, *eigh(residual, name=name, scale=largest)))
+        top = float(largest_eigenvalue(moment[group]))
+        found.append((frame, top, *eigh(residual, name=name, scale=top)))
     values = torch.stack([torch.cat([value, value.new_zeros(size - len(value))]) for _, _, value, _ in found])
     spectra = tuple(
-        _spectrum(moment[i], values[i], largest, kept[i], int(rows[i])) for i, (_, largest, _, _) in enumerate(found)
+        _spectrum(moment[i], values[i], top, int(rows[i]), tasks, basis[i, :, : kept[i]])
+        for i, (_, top, _, _) in enumerate(found)
     )
     frames, vectors = tuple(item[0] for item in found), tuple(item[3] for item in found)
-    return Candidate(name, moment, None, values, vectors, frames, spectra)
+    return Candidate(name, policy, moment, None, values, vectors, frames, spectra)
 
 
-def _spectrum(moment: Tensor, values: Tensor, largest: float, kept: int, rows: int) -> Spectrum:
-    """Describe residual eigenvalues `[s]` of one group's second moment `[s, s]`."""
+def _spectrum(
+    moment: Tensor, values: Tensor, largest: float, rows: int, tasks: int, basis: Tensor | None = None
+) -> Spectrum:
+    """Describe residual eigenvalues `[s]` of one group's second moment `[s, s]` outside the stored `basis` `[s, k]`."""
     total = float(moment.diagonal().real.double().sum())
     covered = 1.0 - float(values.double().sum()) / total if total > 0 else 1.0
-    return Spectrum(values, total, largest, max(covered, 0.0) if kept or total <= 0 else 0.0, kept, rows)
+    covered = max(covered, 0.0) if basis is not None or total <= 0 else 0.0
+    stored = _energies(moment, basis) if basis is not None else moment.new_zeros(0).real.double()
+    return Spectrum(values, total, largest, covered, len(stored), rows, stored, tasks)
+
+
+def _energies(moment: Tensor, basis: Tensor) -> Tensor:
+    """Return `u^H K u` of every column of `basis` `[..., s, k]`, float64 `[..., k]`."""
+    basis = basis.to(moment.dtype)
+    return (basis.conj() * (moment @ basis)).real.double().sum(-2)
 
 
 def _grown(candidate: Candidate, take: Sequence[int], ranks: tuple[int, ...], basis: Tensor | None) -> Tensor:
@@ -187,10 +265,11 @@ def _energy_taken(spectra: Sequence[Spectrum], take: Sequence[int]) -> float:
     return min(inside / total, 1.0) if total > 0 else 1.0
 
 
-def _energy_inside(moment: Tensor, basis: Tensor) -> float:
-    """Return `tr(U^H K U) / tr K` over all groups (1 if the task has no energy)."""
+def _energy_inside(moment: Tensor, basis: Tensor, scale: Tensor | None) -> float:
+    """Return `tr(diag(s) U^H K U) / tr K` over all groups (1 if the task has no energy)."""
     total = float(moment.diagonal(dim1=1, dim2=2).real.double().sum())
-    inside = float((basis.to(moment.dtype).conj() * (moment @ basis.to(moment.dtype))).real.double().sum())
+    energies = _energies(moment, basis)
+    inside = float((energies if scale is None else energies * scale).sum())
     return min(inside / total, 1.0) if total > 0 else 1.0
 
 
