@@ -210,7 +210,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(policy: Policy, tmp_path: An
 
 @POLICIES
 def test_the_gradient_alone_is_scaled_as_published(policy: Policy) -> None:
-    model, optimizer = _protected(policy, project="gradient")
+    model = _mlp()
     base = SGD(model.parameters(), lr=0.01)
     plain = NullSpaceOptimizer(base, model, policy=policy, project="gradient")
     plain.consolidate([_rows(0)], progress=False)
