@@ -23,7 +23,9 @@ from .errors import (
 )
 from .optimizer import NullSpaceOptimizer
 from .policies import (
+    CODECL,
     SGP,
+    TRGP,
     EigenvalueRatio,
     Energy,
     FixedRank,
@@ -36,7 +38,9 @@ from .policies import (
 from .report import ConsolidationReport, ParameterReport, VerifyReport
 
 __all__ = [
+    "CODECL",
     "SGP",
+    "TRGP",
     "Basis",
     "BasisFileError",
     "BatchError",

@@ -92,6 +92,61 @@ def sgp(tasks: list[Tensor], threshold: float, alpha: float) -> tuple[Tensor, Te
     return memory, torch.tensor(importance, dtype=torch.float64)
 
 
+def trgp(tasks: list[Tensor], threshold: float) -> tuple[Tensor, list[list[int]]]:
+    """TRGP's memory `[s, k]` and, per task, the columns of it that are the task's subspace (Lin et al. 2022)."""
+    memory, subspaces = torch.zeros(double(tasks[0]).shape[1], 0, dtype=torch.float64), []
+    for rows in tasks:
+        R = double(rows).T
+        left, fresh, _ = torch.linalg.svd(R - memory @ (memory.T @ R), full_matrices=False)
+        energies = [(float((memory[:, j] @ R).square().sum()), j) for j in range(memory.shape[1])]
+        energies += [(float(value) ** 2, memory.shape[1] + j) for j, value in enumerate(fresh)]
+        reached, chosen = 0.0, []
+        for energy, place in sorted(energies, key=lambda item: -item[0]):
+            if reached < threshold * float(R.square().sum()):
+                reached, chosen = reached + energy, [*chosen, place]
+        number = sum(place >= memory.shape[1] for place in chosen)
+        subspaces.append(sorted(chosen))
+        memory = torch.cat([memory, left[:, :number]], dim=1)
+    return memory, subspaces
+
+
+def conceptor(rows: Tensor, aperture: float) -> Tensor:
+    """`R (R + aperture^-2 I)^-1` `[s, s]` with `R = X^T X / n` (Jaeger 2014)."""
+    R = double(rows).T @ double(rows) / len(rows)
+    return R @ torch.linalg.inv(R + aperture**-2 * torch.eye(len(R), dtype=torch.float64))
+
+
+def conceptor_and(C: Tensor, B: Tensor) -> Tensor:
+    """`C and B`: the inverse of `C^+ + B^+ - I` on the intersection of both ranges (Jaeger 2014, section 3.9)."""
+    eye = torch.eye(len(C), dtype=torch.float64)
+    kernels = [vectors[:, values <= 1e-10] for values, vectors in map(torch.linalg.eigh, (C, B))]
+    values, vectors = torch.linalg.eigh(sum(kernel @ kernel.T for kernel in kernels))
+    common = vectors[:, values <= 1e-10]
+    inverse = torch.linalg.pinv(C, rtol=1e-12, hermitian=True) + torch.linalg.pinv(B, rtol=1e-12, hermitian=True) - eye
+    return common @ torch.linalg.inv(common.T @ inverse @ common) @ common.T
+
+
+def conceptor_or(C: Tensor, B: Tensor) -> Tensor:
+    """`not(not C and not B)`."""
+    eye = torch.eye(len(C), dtype=torch.float64)
+    return eye - conceptor_and(eye - C, eye - B)
+
+
+def code_cl(tasks: list[Tensor], aperture: float, gain: float, floor: float) -> Tensor:
+    """CODE-CL's conceptor `[s, s]` after all tasks: adapted aperture, OR, small singular values cut off."""
+    merged: Tensor | None = None
+    for rows in tasks:
+        wide, C = aperture, conceptor(rows, aperture)
+        while float((C @ double(rows).T).norm() / double(rows).norm()) < gain:
+            wide *= 1.1
+            C = conceptor(rows, wide)
+        merged = C if merged is None else conceptor_or(merged, C)
+        values, vectors = torch.linalg.eigh((merged + merged.T) / 2)
+        merged = (vectors * torch.where(values < floor, 0.0, values)) @ vectors.T
+    assert merged is not None
+    return merged
+
+
 def gnsp_moment(tasks: list[list[Tensor]]) -> Tensor:
     """GNSP's merged matrix `[s, s]`: batches of rows and tasks each divided by their Frobenius norm, then summed."""
     merged = 0.0

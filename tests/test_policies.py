@@ -13,7 +13,9 @@ from torch import Tensor
 from nullspace_optim.errors import ConsolidationError, OptionError, ShapeError
 from nullspace_optim.linalg import orthogonality_error, principal_angles
 from nullspace_optim.policies import (
+    CODECL,
     SGP,
+    TRGP,
     EigenvalueRatio,
     Energy,
     FixedRank,
@@ -25,7 +27,8 @@ from nullspace_optim.policies import (
 )
 from nullspace_optim.policies.merge import Choice, choose, examine
 
-ALL = (Energy(), TailEnergy(), EigenvalueRatio(), FixedRank(5), NumericalRank(), RankBudget(), SGP())
+ALL = (Energy(), TailEnergy(), EigenvalueRatio(), FixedRank(5), NumericalRank(), RankBudget(), SGP(), TRGP(), CODECL())
+ABSOLUTE = (CODECL,)
 POLICIES = pytest.mark.parametrize("policy", ALL, ids=lambda policy: type(policy).__name__)
 
 
@@ -70,6 +73,27 @@ def test_energy_is_gpm_by_singular_value_decomposition(threshold, seed):
         assert principal_angles(after.basis[0], twin).max() < 2e-3
         assert after.energy >= threshold - 1e-6
         before = after
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.97])
+def test_trgp_is_the_papers_joint_choice_by_singular_value_decomposition(threshold):
+    tasks, before, seen = [task_rows(t, n=30, decay=1.5) for t in range(4)], None, []
+    for done in range(1, 5):
+        before = consolidate(TRGP(threshold), moment_of(tasks[done - 1], dtype=torch.float64), before)
+        seen.append(before.members[0].nonzero().flatten().tolist())
+        memory, subspaces = slow.trgp(tasks[:done], threshold)
+        assert before.ranks == (memory.shape[1],) and seen == subspaces
+        assert principal_angles(before.basis[0], memory).max() < 2e-3
+        own = before.basis[0][:, before.members[0]].double()
+        assert float((tasks[done - 1] @ own).norm() ** 2 / tasks[done - 1].norm() ** 2) >= threshold - 1e-6
+
+
+def test_trgp_keeps_the_strongest_new_direction():
+    before = consolidate(TRGP(0.9), moment_of(task_rows(0, n=2)))
+    after = consolidate(TRGP(0.9), moment_of(task_rows(1, n=1)), before)
+    direction = task_rows(1, n=1)[0]
+    kept = slow.projector(after.basis)[0] @ direction
+    assert float(kept.norm() / direction.norm()) > 0.9
 
 
 @pytest.mark.parametrize("rho", [0.05, 0.15, 0.5])
@@ -178,6 +202,8 @@ def test_an_all_zero_matrix_has_rank_zero(policy):
 
 @POLICIES
 def test_the_rank_does_not_depend_on_the_unit_of_the_rows(policy):
+    if isinstance(policy, ABSOLUTE):
+        pytest.skip("compares eigenvalues with a constant of the paper")
     rows = task_rows(3)
     assert consolidate(policy, moment_of(rows)).ranks == consolidate(policy, moment_of(256.0 * rows)).ranks
 
@@ -192,6 +218,10 @@ WRONG = [
     (FixedRank, "k", r"\[1, inf\)", (0, -1, 1.5, float("nan"), None, True)),
     (NumericalRank, "tolerance", r"\(0, 1\)", (0, 1, 2, -0.1, float("nan"))),
     (SGP, "threshold", r"\(0, 1\)", (0, 1, None)),
+    (TRGP, "threshold", r"\(0, 1\)", (0, 1, None)),
+    (CODECL, "aperture", r"\(0, inf\)", (0, -1, float("nan"), None)),
+    (CODECL, "gain", r"\(0, 1\)", (0, 1, None)),
+    (CODECL, "floor", r"\[0, 1\)", (-0.1, 1, None)),
     (SGP, "alpha", r"\[0, inf\)", (-1, float("nan"), None)),
     (RankBudget, "share", r"\(0, 1\]", (0, 1.01, -0.1, float("nan"), None)),
 ]

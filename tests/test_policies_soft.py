@@ -12,12 +12,12 @@ from test_policies import consolidate, moment_of, task_rows
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from nullspace_optim import SGP, Fate, NullSpaceOptimizer, Policy, StaleAnchorError
+from nullspace_optim import CODECL, SGP, Fate, NullSpaceOptimizer, Policy, StaleAnchorError
 from nullspace_optim.linalg import orthogonality_error, orthonormalise
 from nullspace_optim.policies.merge import Choice
 from nullspace_optim.projection import anchor, project_difference_, shift_anchor_, yield_anchor_
 
-SOFT: tuple[Policy, ...] = (SGP(0.97),)
+SOFT: tuple[Policy, ...] = (SGP(0.97), CODECL())
 POLICIES = pytest.mark.parametrize("policy", SOFT, ids=lambda policy: type(policy).__name__)
 
 
@@ -89,6 +89,19 @@ def test_sgp_is_the_papers_importance_by_singular_value_decomposition(alpha: flo
         dense = slow.projector(before.basis * before.scale.sqrt()[:, None, :])[0]
         assert torch.allclose(dense, (memory * importance) @ memory.T, atol=2e-5)
     assert float(before.scale.max()) == 1.0 and float(before.scale.min()) < 0.999
+
+
+@pytest.mark.parametrize("aperture, gain, floor", [(6.0, 0.95, 0.2), (1.0, 0.5, 0.0), (30.0, 0.99, 0.2), (4, 0.9, 0.6)])
+def test_code_cl_is_jaegers_boolean_logic_by_inverses(aperture: float, gain: float, floor: float) -> None:
+    policy, tasks, before = CODECL(aperture, gain, floor), [task_rows(t, n=40, decay=2.0) for t in range(3)], None
+    for done in range(1, 4):
+        earlier, before = before, consolidate(policy, moment_of(tasks[done - 1], dtype=torch.float64), before)
+        found = slow.projector(before.basis * before.scale.sqrt()[:, None, :])[0]
+        assert torch.allclose(found, slow.code_cl(tasks[:done], aperture, gain, floor), atol=1e-5)
+        if earlier is not None:
+            old = slow.projector(earlier.basis * earlier.scale.sqrt()[:, None, :])[0]
+            assert floor > 0 or float(torch.linalg.eigvalsh(found - old).min()) >= -1e-5  # OR never loosens
+    assert before.covariance is None and before.renewed
 
 
 # ---- what holds for all of them
@@ -170,7 +183,7 @@ def test_a_step_lets_the_free_share_of_each_direction_through_and_no_more(policy
     error = float((moved - allowed).norm())
     assert error <= (1e-5 * float(start.norm()) if precision == "exact" else 5e-3 * float(wanted.norm()))
     full = scale == 1
-    assert float(moved[:, full].norm() / (start @ U)[:, full].norm()) <= 1e-5
+    assert not full.any() or float(moved[:, full].norm() / (start @ U)[:, full].norm()) <= 1e-5
 
 
 @POLICIES
