@@ -427,3 +427,11 @@ def test_property_two_tasks_in_the_span_of_the_first_add_nothing(seed, n, thresh
     before = consolidate(NumericalRank(), moment_of(rows, dtype=torch.float64))
     mixed = torch.randn(5, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) @ rows
     assert consolidate(Energy(threshold), moment_of(mixed), before).ranks == before.ranks
+
+
+def test_gpms_code_takes_one_direction_fewer_of_the_first_task_only() -> None:
+    values = torch.tensor([5.0, 3.0, 1.0, 1.0])
+    first = Spectrum(values, total=10.0, largest=5.0, covered=0.0, kept=0, rows=10)
+    later = Spectrum(values, total=20.0, largest=9.0, covered=0.5, kept=2, rows=10)
+    for policy, taken in ((Energy(0.85), (3, 2)), (Energy(0.85, paper_code=True), (2, 2))):
+        assert (policy.rank(first), policy.rank(later)) == taken

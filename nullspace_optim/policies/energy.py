@@ -19,11 +19,12 @@ class Energy(Policy):
     by 0.003 a task; 0.999 is our default.
 
     The released GPM code takes one direction fewer on the first task: it counts the directions whose running share is
-    still *below* the threshold. Directions of equal energy are taken in the order in which the eigenvalue solver
-    returns them.
+    still *below* the threshold. ``paper_code=True`` does the same, to reproduce its tables. Directions of equal energy
+    are taken in the order in which the eigenvalue solver returns them.
     """
 
     threshold: float = 0.999
+    paper_code: bool = False
 
     def __post_init__(self) -> None:
         check_number(self, "threshold", self.threshold, 0, 1, way_out="for every used direction take NumericalRank()")
@@ -33,4 +34,6 @@ class Energy(Policy):
         if spectrum.covered >= self.threshold:
             return 0
         reached = spectrum.covered + torch.cumsum(spectrum.shares, 0)
-        return min(int((reached < self.threshold).sum()) + 1, spectrum.above(0.0))
+        below = int((reached < self.threshold).sum())
+        short = self.paper_code and spectrum.kept == 0
+        return min(below if short else below + 1, spectrum.above(0.0))

@@ -1,0 +1,83 @@
+"""Run a published table again: every method with every seed, on the full data, beside the published figures.
+
+python -m reference.tables pmnist --data-root DIR --methods gpm,sgd --seeds 1,2,3 --output DIR
+python -m reference.tables pmnist --output DIR --report
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence as Arguments
+from dataclasses import replace
+from pathlib import Path
+
+from reference.errors import ExperimentError
+from reference.tables.methods import METHODS, chosen_methods
+from reference.tables.protocols import PROTOCOLS, Protocol
+from reference.tables.report import read_runs, report
+from reference.tables.runs import Run
+
+
+def main(arguments: Arguments[str] | None = None) -> int:
+    """Do what the command line asks for; returns the exit status (0, 2 for an error)."""
+    options = parse(arguments)
+    folder = Path(options.output)
+    try:
+        if not options.report:
+            run_all(options, folder)
+        print(report(read_runs(folder, options.table), options.table))
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run_all(options: argparse.Namespace, folder: Path) -> None:
+    """Every method with every seed; finished runs are not repeated, begun ones are taken up."""
+    protocol = shortened(PROTOCOLS[options.table], options)
+    changed = {} if options.rate is None else {"rate": options.rate}
+    methods = [replace(method, **changed) for method in chosen_methods(options.methods)]
+    numbers = seeds(options.seeds)
+    images = protocol.read(Path(options.data_root))
+    for seed in numbers:
+        for method in methods:
+            Run(protocol, method, seed, images, folder, options.split).finish()
+
+
+def shortened(protocol: Protocol, options: argparse.Namespace) -> Protocol:
+    """The protocol with the options that make a run smaller than the published one."""
+    given = {name: getattr(options, name) for name in ("tasks", "epochs") if getattr(options, name) is not None}
+    return replace(protocol, **given)
+
+
+def seeds(text: str) -> list[int]:
+    """Seeds from numbers separated by commas.
+
+    Raises:
+        ExperimentError: something else is found.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ExperimentError(f"--seeds {text}: expected whole numbers separated by commas, such as 1,2,3") from error
+
+
+def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m reference.tables", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("table", choices=sorted(PROTOCOLS), help="permuted MNIST or 10-split CIFAR-100")
+    parser.add_argument("--data-root", default=".", help="folder that holds mnist/ or cifar100/ (torchvision's too)")
+    parser.add_argument("--methods", default="gpm", help=f"names separated by commas: {', '.join(METHODS)}")
+    parser.add_argument("--seeds", default="1,2,3,4,5", help="numbers separated by commas")
+    parser.add_argument("--output", required=True, help="folder of results; finished runs there are not repeated")
+    parser.add_argument("--report", action="store_true", help="train nothing, print the table of --output")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="choose settings on validation")
+    parser.add_argument("--rate", type=float, help="another learning rate than the method's")
+    parser.add_argument("--tasks", type=int, help="only the first tasks")
+    parser.add_argument("--epochs", type=int, help="at most so many epochs a task")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

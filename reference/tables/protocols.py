@@ -1,0 +1,93 @@
+"""How each published table was trained: the settings of GPM's two scripts, which its followers took over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from reference.errors import ExperimentError
+from reference.tables.data import Benchmark, Labelled, PermutedMNIST, SplitCIFAR100, read_cifar100, read_mnist
+from reference.tables.networks import PermutedMLP, SplitAlexNet
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One table's training.
+
+    Attributes:
+        name: of the table on the command line.
+        read: all images from a folder; `benchmark`: the tasks made of them for one seed; `network`: a fresh one.
+        tasks, epochs, batch, test_batch: how many.
+        rate: learning rate of SGD without momentum and decay.
+        patience: None for a constant rate; else the rate is halved after so many epochs without a better validation
+            loss, training ends at `epochs` or below `least_rate`, and the best epoch's weights are restored.
+        samples: random training images whose inputs are protected after each task.
+        thresholds: share of energy to keep by layer; `growth` is added for each task before.
+    """
+
+    name: str
+    read: Callable[[Path], Mapping[str, Labelled]]
+    benchmark: Callable[[Mapping[str, Labelled], int], Benchmark]
+    network: Callable[[], nn.Module]
+    tasks: int
+    epochs: int
+    batch: int
+    test_batch: int
+    rate: float
+    samples: int
+    thresholds: Mapping[str, float]
+    growth: float = 0.0
+    patience: int | None = None
+    least_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("tasks", "epochs", "batch", "test_batch", "samples"):
+            if getattr(self, name) < 1:
+                raise ExperimentError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.tasks > 10:
+            raise ExperimentError(f"tasks={self.tasks}: {self.name} has ten tasks")
+
+    def settings(self) -> dict[str, Any]:
+        """What a results file records of it."""
+        left_out = ("read", "benchmark", "network")
+        return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(self).items() if k not in left_out}
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            "pmnist",
+            read_mnist,
+            PermutedMNIST,
+            PermutedMLP,
+            tasks=10,
+            epochs=5,
+            batch=10,
+            test_batch=64,
+            rate=0.01,
+            samples=300,
+            thresholds={"lin1": 0.95, "lin2": 0.99, "fc1": 0.99},
+        ),
+        Protocol(
+            "cifar100",
+            read_cifar100,
+            SplitCIFAR100,
+            SplitAlexNet,
+            tasks=10,
+            epochs=200,
+            batch=64,
+            test_batch=64,
+            rate=0.01,
+            samples=125,
+            thresholds={"": 0.97},
+            growth=0.003,
+            patience=6,
+            least_rate=1e-5,
+        ),
+    )
+}

@@ -1,0 +1,114 @@
+"""Training and evaluation on one task, with everything in memory: batches of ten leave no time for a data loader.
+
+The order of the images is drawn from (seed, task, epoch), so all methods of one seed see the same batches and a
+resumed run sees those of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from reference.errors import ExperimentError
+from reference.tables.data import Labelled
+from reference.tables.protocols import Protocol
+
+
+def train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data: Labelled,
+    validation: Labelled,
+    protocol: Protocol,
+    task: int,
+    seed: int,
+) -> list[float]:
+    """Train on one task as `protocol` says; return the mean training loss of each epoch.
+
+    Raises:
+        ExperimentError: the loss is not finite.
+    """
+    torch.manual_seed(1000 * seed + task)  # dropout
+    plan = Patience(protocol, optimizer)
+    losses = []
+    for epoch in range(protocol.epochs):
+        order = torch.from_numpy(np.random.RandomState([seed, task, epoch]).permutation(len(data[1])))
+        losses.append(train_epoch(model, optimizer, data, order, protocol.batch, task))
+        if not math.isfinite(losses[-1]):
+            raise ExperimentError(f"task {task + 1}, epoch {epoch + 1}: the training loss is not finite; lower --rate")
+        if protocol.patience and plan.exhausted(model, loss_on(model, validation, protocol.test_batch, task)):
+            break
+    plan.restore(model)
+    return losses
+
+
+def train_epoch(model: nn.Module, optimizer: Optimizer, data: Labelled, order: Tensor, batch: int, task: int) -> float:
+    """One pass over `data` in `order` `[n]`; return the mean loss of its batches."""
+    model.train()
+    images, labels = (part[order].split(batch) for part in data)
+    total = torch.zeros(())
+    for some, their_labels in zip(images, labels):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(some, task), their_labels)
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+    return float(total) / len(images)
+
+
+class Patience:
+    """The schedule of GPM's CIFAR script: halve the rate when validation stalls, keep the best weights."""
+
+    def __init__(self, protocol: Protocol, optimizer: Optimizer) -> None:
+        self.protocol, self.optimizer = protocol, optimizer
+        self.left = protocol.patience or 0
+        self.best = math.inf
+        self.weights: dict[str, Tensor] | None = None
+
+    def exhausted(self, model: nn.Module, loss: float) -> bool:
+        """Take note of one epoch's validation loss; True when training is to end."""
+        if loss < self.best:
+            self.best, self.left = loss, self.protocol.patience or 0
+            self.weights = copy.deepcopy(model.state_dict())
+            return False
+        self.left -= 1
+        if self.left > 0:
+            return False
+        rates = [group["lr"] / 2 for group in self.optimizer.param_groups]
+        if max(rates) < self.protocol.least_rate:
+            return True
+        for group, rate in zip(self.optimizer.param_groups, rates):
+            group["lr"] = rate
+        self.left = self.protocol.patience or 0
+        return False
+
+    def restore(self, model: nn.Module) -> None:
+        """Put the best epoch's weights back, if any were kept."""
+        if self.weights is not None:
+            model.load_state_dict(self.weights)
+
+
+@torch.no_grad()
+def loss_on(model: nn.Module, data: Labelled, batch: int, task: int) -> float:
+    """Mean cross entropy over all images, in batches of `batch` in their order."""
+    model.eval()
+    total = 0.0
+    for images, labels in zip(*(part.split(batch) for part in data)):
+        total += float(functional.cross_entropy(model(images, task), labels, reduction="sum"))
+    return total / len(data[1])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Labelled, batch: int, task: int) -> float:
+    """Share of right answers in percent, in batches of `batch` in their order."""
+    model.eval()
+    right = 0
+    for images, labels in zip(*(part.split(batch) for part in data)):
+        right += int((model(images, task).argmax(1) == labels).sum())
+    return 100 * right / len(data[1])

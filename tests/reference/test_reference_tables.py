@@ -1,0 +1,337 @@
+"""The published tables: data, networks, schedules, GPM's own rule, resuming, and what counts as reproduced."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.utils import shuffle
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nullspace_optim import NullSpaceOptimizer
+from reference.errors import ExperimentError
+from reference.tables import methods, runs
+from reference.tables.__main__ import main
+from reference.tables.data import (
+    MNIST_FILES,
+    PermutedMNIST,
+    SplitCIFAR100,
+    _read_webp,
+    read_cifar100,
+    read_mnist,
+)
+from reference.tables.methods import METHODS, chosen_methods
+from reference.tables.networks import PermutedMLP, SplitAlexNet
+from reference.tables.protocols import PROTOCOLS, Protocol
+from reference.tables.published import Published, verdict
+from reference.tables.report import read_runs, report
+from reference.tables.runs import Run
+from reference.tables.training import Patience, train
+
+Images = dict[str, tuple[Tensor, Tensor]]
+
+
+@pytest.fixture
+def digits() -> Images:
+    """Eighty pictures in the shape of MNIST: eight blobs of each class."""
+    labels = torch.arange(10).repeat(8)
+    pixels = torch.randint(0, 60, (80, 784), dtype=torch.uint8)
+    for i, label in enumerate(labels.tolist()):
+        pixels[i, 78 * label : 78 * label + 40] += 150
+    return {"train": (pixels, labels), "test": (pixels[:40], labels[:40])}
+
+
+def small(images: Images, **settings: object) -> Protocol:
+    return replace(
+        PROTOCOLS["pmnist"], **{"read": lambda root: images, "tasks": 3, "epochs": 2, "samples": 30, **settings}
+    )  # type: ignore[arg-type]
+
+
+# data
+
+
+def test_mnist_is_read_in_full_and_permuted_as_in_the_papers_loader(data_root: Path) -> None:
+    images = read_mnist(data_root)
+    assert images["train"][0].shape == (60_000, 784) and images["test"][1].bincount().min() > 800
+    tasks = PermutedMNIST(images, seed=2)
+    seeds = shuffle(np.arange(10), random_state=2)
+    for task in (0, 7):
+        pixels, labels = tasks.part(task, "train")
+        assert pixels.shape == (54_000, 784) and len(tasks.part(task, "validation")[1]) == 6_000
+        image = (images["train"][0][6_000].float() / 255 - 0.1307) / 0.3081
+        expected = shuffle(image.numpy(), random_state=int(seeds[task]) * 100 + task)
+        assert np.allclose(pixels[0].numpy(), expected, atol=1e-6) and labels[0] == images["train"][1][6_000]
+
+
+def test_cifar100_is_split_into_ten_tasks_of_ten_classes(data_root: Path) -> None:
+    test = _read_webp(data_root / "cifar100" / "test.npz", 10_000)
+    tasks = SplitCIFAR100({"train": test, "test": test}, seed=1)
+    train, validation, whole = (tasks.part(3, part) for part in ("train", "validation", "test"))  # type: ignore[arg-type]
+    assert [len(part[1]) for part in (train, validation, whole)] == [950, 50, 1_000]
+    assert sorted(set(whole[1].tolist())) == list(range(10))
+    both = torch.cat([train[0], validation[0]])
+    assert both.mean().abs() < 0.3 and 0.8 < both.std() < 1.2
+    assert torch.allclose(both.double().mean(), whole[0].double().mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (None, None, r"t10k-labels-idx1-ubyte\.gz is missing"),
+        ("t10k-labels-idx1-ubyte", b"no gzip", "cannot be unpacked"),
+        ("t10k-labels-idx1-ubyte", gzip.compress(b"\0\0\x08\x01\0\0\0\1\7"), "9 bytes and number 2049, expected 10008"),
+    ],
+)
+def test_missing_and_damaged_files_of_mnist_are_named(
+    tmp_path: Path, name: str | None, content: bytes | None, message: str
+) -> None:
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for images, labels, count in MNIST_FILES.values():
+        header = (2051).to_bytes(4, "big") + bytes(12)
+        (folder / f"{images}.gz").write_bytes(gzip.compress(header + bytes(count * 784), 1))
+        if images.startswith("train"):
+            (folder / f"{labels}.gz").write_bytes(gzip.compress((2049).to_bytes(4, "big") + bytes(4 + count), 1))
+    if name and content:
+        (folder / f"{name}.gz").write_bytes(content)
+    with pytest.raises(ExperimentError, match=message):
+        read_mnist(tmp_path)
+
+
+def test_missing_and_damaged_files_of_cifar_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ExperimentError, match="neither cifar100"):
+        read_cifar100(tmp_path)
+    (tmp_path / "cifar100").mkdir()
+    with pytest.raises(ExperimentError, match=r"train\.npz is missing"):
+        read_cifar100(tmp_path)
+    np.savez(tmp_path / "cifar100" / "train.npz", webp=np.zeros(3, np.uint8), end=np.array([3]), fine=np.zeros(1))
+    with pytest.raises(ExperimentError, match=r"train\.npz is damaged"):
+        read_cifar100(tmp_path)
+    (tmp_path / "cifar100").rename(tmp_path / "cifar-100-python")
+    with pytest.raises(ExperimentError, match="cifar-100-python"):
+        read_cifar100(tmp_path)
+
+
+# networks and training
+
+
+def test_networks_have_the_published_sizes_and_no_biases() -> None:
+    mlp, alexnet = PermutedMLP(), SplitAlexNet()
+    assert [tuple(p.shape) for p in mlp.parameters()] == [(100, 784), (100, 100), (10, 100)]
+    shapes = [tuple(p.shape) for p in alexnet.parameters() if p.ndim > 1]
+    assert shapes[:5] == [(64, 3, 4, 4), (128, 64, 3, 3), (256, 128, 2, 2), (2048, 1024), (2048, 2048)]
+    assert shapes[5:] == [(10, 2048)] * 10 and not list(alexnet.buffers())
+    images = torch.randn(4, 3, 32, 32)
+    assert not torch.equal(alexnet.eval()(images, 0), alexnet(images, 1))
+    assert not torch.allclose(alexnet(images, 0)[:2], alexnet(images[:2], 0))  # the statistics are the batch's own
+
+
+def test_patience_halves_the_rate_ends_and_restores_the_best_weights() -> None:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    plan = Patience(replace(PROTOCOLS["cifar100"], patience=2, least_rate=0.004), optimizer)
+    rates, ended = [], []
+    for loss in (1.0, 1.1, 1.2, 0.9, 1.1, 1.2):
+        nn.init.constant_(model.weight, 10 * loss)
+        ended.append(plan.exhausted(model, loss))
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [0.01, 0.01, 0.005, 0.005, 0.005, 0.005]
+    assert ended == [False] * 5 + [True]
+    plan.restore(model)
+    assert model.weight.item() == 9.0  # as they were when the loss was 0.9
+
+
+def gpm_as_released(matrices: list[np.ndarray], threshold: float) -> np.ndarray:
+    """GPM's memory of one layer after tasks whose samples are `[d, n]`, by singular values as in its formulas."""
+    memory = None
+    for samples in matrices:
+        energy = np.square(np.linalg.svd(samples, compute_uv=False)).sum()
+        residual = samples if memory is None else samples - memory @ memory.T @ samples
+        left, values, _ = np.linalg.svd(residual, full_matrices=False)
+        shares = np.square(values) / energy
+        if memory is None:
+            memory = left[:, : int((np.cumsum(shares) < threshold).sum())]
+            continue
+        covered, count = 1 - np.square(values).sum() / energy, 0
+        while covered < threshold:
+            covered += shares[count]
+            count += 1
+        memory = np.hstack([memory, left[:, :count]])
+    assert memory is not None
+    return memory
+
+
+def test_gpm_protects_what_its_formulas_protect(data_root: Path) -> None:
+    protocol = PROTOCOLS["pmnist"]
+    tasks = PermutedMNIST(read_mnist(data_root), seed=2)
+    torch.manual_seed(0)
+    model = PermutedMLP()
+    optimizer = METHODS["gpm"].optimizer(model, protocol)
+    assert isinstance(optimizer, NullSpaceOptimizer)
+    inputs: list[list[np.ndarray]] = [[], [], []]
+    for task in range(3):
+        samples = tasks.part(task, "train")[0][:300]
+        with torch.no_grad():
+            first = model.lin1(samples).relu()
+            second = model.lin2(first).relu()
+        for layer, rows in zip(inputs, (samples, first, second)):
+            layer.append(rows.double().numpy().T)
+        optimizer.consolidate([samples], progress=False)
+    for layer, (name, threshold) in zip(inputs, protocol.thresholds.items()):
+        memory = gpm_as_released(layer, threshold)
+        basis = optimizer.bases[f"{name}.weight"].U.double().numpy()
+        assert basis.shape == memory.shape
+        assert np.abs(basis @ basis.T - memory @ memory.T).max() < 2e-3, name
+
+
+def test_gpm_under_sgd_projects_each_gradient_of_the_network(digits: Images) -> None:
+    protocol = small(digits)
+    tasks = PermutedMNIST(digits, seed=1)
+    model = PermutedMLP()
+    optimizer = METHODS["gpm"].optimizer(model, protocol)
+    assert isinstance(optimizer, NullSpaceOptimizer)
+    optimizer.consolidate([tasks.part(0, "train")[0]], progress=False)
+    images, labels = tasks.part(1, "train")
+    functional.cross_entropy(model(images), labels).backward()
+    expected = {
+        name: parameter.detach().double()
+        - protocol.rate * parameter.grad.double() @ (torch.eye(parameter.shape[1]) - u @ u.T).double()
+        for (name, parameter), u in zip(
+            model.named_parameters(), (basis.U.double() for basis in optimizer.bases.values())
+        )
+        if parameter.grad is not None
+    }
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.double(), expected[name], atol=1e-6), name
+
+
+# runs
+
+
+def _killed(model: nn.Module, optimizer: torch.optim.Optimizer, *_: object) -> list[float]:
+    """Train a little, then die."""
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["sgd", "gpm", "adamw-both"])
+def test_a_run_goes_on_after_each_task_to_the_same_numbers(
+    method: str, digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol, row = small(digits), METHODS[method]
+    whole = Run(protocol, row, 1, digits, tmp_path / "whole").finish()
+    for stop in (1, 2):  # killed in the training of the second task, taken up, killed in that of the third
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(runs, "train", lambda *a, stop=stop: train(*a) if a[5] < stop else _killed(*a))
+            Run(protocol, row, 1, digits, tmp_path / "parts").finish()
+    resumed = Run(protocol, row, 1, digits, tmp_path / "parts").finish()
+    for key in ("accuracy", "losses", "ranks", "ACC", "BWT"):
+        assert resumed[key] == whole[key], key
+    assert [len(r) for r in whole["accuracy"]] == [1, 2, 3]
+    assert whole["ACC"] == pytest.approx(np.mean(whole["accuracy"][-1]), abs=1e-3)
+    assert whole["BWT"] == pytest.approx(
+        np.mean([whole["accuracy"][-1][i] - whole["accuracy"][i][i] for i in range(2)]), abs=1e-3
+    )
+    assert [path.name for path in (tmp_path / "parts").iterdir()] == [f"{method}-seed1.json"]
+
+
+def test_a_run_of_other_settings_is_not_taken_up(digits: Images, tmp_path: Path) -> None:
+    Run(small(digits, tasks=1), METHODS["sgd"], 1, digits, tmp_path).finish()
+    with pytest.raises(ExperimentError, match=r"made with tasks=1, this run has 3.*--output"):
+        Run(small(digits), METHODS["sgd"], 1, digits, tmp_path).finish()
+
+
+def test_validation_runs_say_so_and_leave_the_test_images_alone(digits: Images, tmp_path: Path) -> None:
+    del digits["test"]
+    results = Run(small(digits), METHODS["sgd"], 1, digits, tmp_path, part="validation").finish()
+    assert results["evaluated_on"] == "validation"
+
+
+def test_alexnet_runs_with_heads_dropout_and_patience(tmp_path: Path) -> None:
+    pixels, labels = torch.randint(0, 255, (100, 3, 32, 32), dtype=torch.uint8), torch.arange(20).repeat(5)
+    images = {"train": (pixels, labels), "test": (pixels, labels)}
+    settings = {"read": lambda root: images, "tasks": 2, "epochs": 2, "samples": 6, "patience": 1}
+    protocol = replace(PROTOCOLS["cifar100"], **settings)  # type: ignore[arg-type]
+    run = Run(protocol, METHODS["gpm"], 1, images, tmp_path)
+    results = run.finish()
+    assert len(results["losses"]) == 2 and all(len(row) <= 2 for row in results["losses"])
+    assert set(results["ranks"][0]) == {
+        *(f"convolutions.{i}.0.weight" for i in range(3)),
+        *(f"layers.{i}.0.weight" for i in range(2)),
+        "heads.0.weight",
+    }
+
+
+# command line and report
+
+
+def test_the_command_runs_what_is_missing_and_prints_the_table(
+    digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(PROTOCOLS, "pmnist", small(digits))
+    words = ["pmnist", "--output", str(tmp_path), "--methods", "gpm,sgd", "--seeds", "1,2", "--tasks", "2"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "| GPM (`gpm`) | 1, 2 |" in printed and "93.91 ± 0.16 (-3), CUBER paper" in printed
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert main([*words, "--report"]) == 0 and main(words) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} and len(before) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "gmp"], "unknown method 'gmp'; choose from sgd, gpm"),
+        (["--seeds", "one"], "--seeds one: expected whole numbers"),
+        (["--epochs", "0"], "epochs=0 must be at least 1"),
+        (["--tasks", "11"], "ten tasks"),
+        (["--rate", "-1"], "rate=-1.0 of gpm must be positive"),
+        (["--data-root", "nowhere"], "nowhere holds neither mnist"),
+        (["--report"], "holds no finished run of pmnist"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pmnist", "--output", str(tmp_path), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_foreign_file_among_the_results_is_named(tmp_path: Path) -> None:
+    (tmp_path / "gpm-seed1.json").write_text(json.dumps({"method": "gpm"}))
+    with pytest.raises(ExperimentError, match=r"gpm-seed1\.json is not a results file"):
+        read_runs(tmp_path, "pmnist")
+
+
+def test_what_counts_as_reproduced() -> None:
+    published = Published(93.91, 0.16, -3)
+    assert verdict(93.70, 0.06, published) == "-0.21: reproduced"
+    assert verdict(93.70, 0.04, published) == "-0.21: not reproduced"
+    assert "one seed" in verdict(93.91, None, published)
+    assert "no published deviation" in verdict(96.5, 0.1, Published(96.56))
+    assert verdict(50.0, 0.1, None) == "no published figure"
+
+
+def test_the_report_gives_mean_and_deviation_over_seeds() -> None:
+    finished = [
+        {"method": "gpm", "seed": seed, "ACC": value, "BWT": -3.0, "losses": [[0.2], [0.4]], "seconds": 10.0}
+        for seed, value in ((2, 94.0), (1, 93.8))
+    ]
+    line = report(finished, "pmnist").splitlines()[-1]
+    assert line.startswith("| GPM (`gpm`) | 1, 2 | 93.90 ± 0.14 | -3.00 ± 0.00 | 0.200 / 0.400 | 10 |")
+    assert line.endswith("-0.01: reproduced |")
+
+
+def test_a_layers_longest_name_decides_and_methods_are_listed_once() -> None:
+    policy = methods.gpm(replace(PROTOCOLS["pmnist"], thresholds={"": 0.9, "lin": 0.8, "lin1": 0.7}))
+    assert policy._of("lin1.weight/right/0").threshold == 0.7 and policy._of("fc1.weight/right/0").threshold == 0.9  # type: ignore[attr-defined]
+    assert [method.name for method in chosen_methods("sgd,gpm,sgd")] == ["sgd", "gpm"]
