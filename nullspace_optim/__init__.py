@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from .basis import Basis, Fate
+from .clip_losses import alignment_loss, distillation_loss
 from .discovery import clip_forward
 from .errors import (
     BasisFileError,
@@ -65,6 +66,8 @@ __all__ = [
     "StaleAnchorError",
     "TailEnergy",
     "VerifyReport",
+    "alignment_loss",
     "clip_forward",
+    "distillation_loss",
 ]
 __version__ = "0.1.0"

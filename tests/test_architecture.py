@@ -22,7 +22,7 @@ MOST_LINES = 400
 # other (without cycles). Everything else may be imported only from a layer above its own.
 LAYERS: list[list[str | tuple[str, ...]]] = [
     ["errors"],
-    ["linalg", "names", "layout", "iterates"],
+    ["linalg", "names", "layout", "iterates", "clip_losses"],
     ["basis", "projection", "covariance", "policies", "checkpoints", "norm_stats"],
     [
         ("capture", "watching", "recognise", "operators", "rows", "uses", "tally", "relevance"),

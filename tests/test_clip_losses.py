@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nullspace_optim import BatchError, OptionError, ShapeError, alignment_loss, distillation_loss
+
+
+def unit(*shape: int) -> Tensor:
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+def outputs(images: int = 5, texts: int = 5, scale: float = 100.0, grad: bool = False) -> dict[str, Tensor]:
+    parts = {"image_features": unit(images, 8), "text_features": unit(texts, 8)}
+    return {**{k: v.requires_grad_(grad) for k, v in parts.items()}, "logit_scale": torch.tensor(scale)}
+
+
+def slow_rows(student: Tensor, teacher: Tensor, temperature: float) -> float:
+    """One entry at a time, in float64: `T^2 mean_i sum_j -p_ij log q_ij`."""
+    total = 0.0
+    for ours, theirs in zip(student.double() / temperature, teacher.double() / temperature):
+        p, q = theirs.exp() / theirs.exp().sum(), ours.exp() / ours.exp().sum()
+        total += sum(float(-p[j] * q[j].log()) for j in range(len(p)))
+    return temperature**2 * total / len(student)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 7.0])
+def test_distillation_is_its_formula(temperature: float) -> None:
+    student, teacher = outputs(4, 6, scale=9.0), outputs(4, 6, scale=11.0)
+    ours, theirs = (o["logit_scale"] * o["image_features"] @ o["text_features"].T for o in (student, teacher))
+    image, text = slow_rows(ours, theirs, temperature), slow_rows(ours.T, theirs.T, temperature)
+    for rows, expected in (("image", image), ("text", text), ("both", image + text)):
+        found = distillation_loss(student, teacher, temperature=temperature, rows=rows)  # type: ignore[arg-type]
+        assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_distillation_has_the_gradient_of_the_divergence_and_is_least_at_the_teacher() -> None:
+    student, teacher = outputs(4, 6, 9.0, grad=True), outputs(4, 6, 11.0)
+    features = (student["image_features"], student["text_features"])
+    one = torch.autograd.grad(distillation_loss(student, teacher), features)
+    ours, theirs = (o["logit_scale"] * o["image_features"] @ o["text_features"].T / 2 for o in (student, teacher))
+    divergence = sum(
+        4 * F.kl_div(F.log_softmax(s, 1), F.log_softmax(t, 1), log_target=True, reduction="batchmean")
+        for s, t in ((ours, theirs), (ours.T, theirs.T))
+    )
+    for a, b in zip(one, torch.autograd.grad(divergence, features)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    twin = {name: part.clone().requires_grad_(name != "logit_scale") for name, part in teacher.items()}
+    gradients = torch.autograd.grad(distillation_loss(twin, teacher), [twin["image_features"], twin["text_features"]])
+    assert max(float(g.abs().max()) for g in gradients) < 1e-5
+
+
+def slow_alignment(logits: Tensor, labels: list[int], smoothing: float) -> float:
+    """GNSP's targets, entry by entry: label equality, normalised by rows, mixed with the uniform distribution."""
+    n, total = len(labels), 0.0
+    for side in (logits.double(), logits.T.double()):
+        for i in range(n):
+            log_q = side[i] - side[i].exp().sum().log()
+            same = [labels[i] == labels[j] for j in range(n)]
+            total -= (
+                sum(((1 - smoothing) * same[j] / sum(same) + smoothing / n) * float(log_q[j]) for j in range(n)) / n
+            )
+    return total
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3, 4], [7, 7, 3, 7, 3], [1, 1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2, 1.0])
+def test_alignment_is_its_formula(labels: list[int], smoothing: float) -> None:
+    pairs = outputs(scale=10.0)
+    logits = 10.0 * pairs["image_features"] @ pairs["text_features"].T
+    found = alignment_loss(pairs, torch.tensor(labels), smoothing=smoothing)
+    assert float(found) == pytest.approx(slow_alignment(logits, labels, smoothing), rel=1e-5)
+
+
+def test_alignment_without_labels_is_the_loss_of_clip() -> None:
+    pairs = outputs()
+    logits = 100 * pairs["image_features"] @ pairs["text_features"].T
+    expected = F.cross_entropy(logits, torch.arange(5)) + F.cross_entropy(logits.T, torch.arange(5))
+    torch.testing.assert_close(alignment_loss(pairs, smoothing=0.0), expected)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 100.0, 1e6, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finite_with_extreme_scales_and_a_single_class(scale: float, dtype: torch.dtype) -> None:
+    student = outputs(scale=scale)
+    student = {
+        "logit_scale": student["logit_scale"],
+        **{k: student[k].to(dtype).requires_grad_() for k in list(student)[:2]},
+    }
+    value = distillation_loss(student, outputs(scale=scale)) + alignment_loss(student, torch.zeros(5))
+    gradients = torch.autograd.grad(value, [student["image_features"], student["text_features"]])
+    assert value.isfinite() and all(g.isfinite().all() for g in gradients)
+    alone = {"image_features": unit(1, 8), "text_features": unit(1, 8), "logit_scale": torch.tensor(scale)}
+    assert float(alignment_loss(alone)) == 0.0
+
+
+def test_tuples_and_biases_are_read_like_dictionaries() -> None:
+    student, teacher = outputs(), outputs()
+    as_tuples = tuple(student.values()), tuple(teacher.values())
+    torch.testing.assert_close(distillation_loss(*as_tuples), distillation_loss(student, teacher))
+    biased = {**student, "logit_bias": torch.tensor(-10.0)}
+    torch.testing.assert_close(distillation_loss(biased, teacher), distillation_loss(student, teacher))
+    torch.testing.assert_close(alignment_loss((*as_tuples[0], torch.tensor(3.0))), alignment_loss(student))
+
+
+def test_products_are_not_rounded_under_autocast() -> None:
+    student, teacher = outputs(), outputs()
+    expected = distillation_loss(student, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(distillation_loss(student, teacher), expected)
+
+
+def test_a_teacher_that_is_the_student_is_refused() -> None:
+    student = outputs(grad=True)
+    for teacher in (student, {name: part.detach() for name, part in student.items()}):
+        with pytest.raises(OptionError, match="nothing to distil"):
+            distillation_loss(student, teacher)
+    distillation_loss(student, {name: part.detach().clone() for name, part in student.items()})
+    distillation_loss(student, {**outputs(), "text_features": student["text_features"]})
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: distillation_loss(outputs(), outputs(), temperature=0.0), OptionError, "temperature=0.0"),
+        (lambda: distillation_loss(outputs(), outputs(), temperature=float("nan")), OptionError, "temperature=nan"),
+        (lambda: distillation_loss(outputs(), outputs(), rows="columns"), OptionError, "rows='columns'"),  # type: ignore[arg-type]
+        (lambda: distillation_loss(outputs(4), outputs(5)), ShapeError, "feed both alike"),
+        (lambda: distillation_loss(torch.ones(3), outputs()), BatchError, "found Tensor"),
+        (lambda: alignment_loss({**outputs(), "text_features": None}), BatchError, "no tensor 'text_features'"),
+        (lambda: alignment_loss(outputs(4, 5)), ShapeError, "expected n pairs"),
+        (lambda: alignment_loss(outputs(), torch.zeros(4)), ShapeError, r"\(4,\)"),
+        (lambda: alignment_loss({**outputs(), "image_features": unit(5, 4)}), ShapeError, r"\[m, e\]"),
+        (lambda: alignment_loss(outputs(), smoothing=1.5), OptionError, "smoothing=1.5"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_on_a_real_open_clip_model(as_dict: bool) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    model = open_clip.CLIP(
+        embed_dim=16,
+        vision_cfg={"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        text_cfg={"context_length": 6, "vocab_size": 20, "width": 16, "heads": 1, "layers": 1},
+        output_dict=as_dict,
+    )
+    teacher = copy.deepcopy(model)
+    images, texts = torch.randn(4, 3, 16, 16), torch.randint(1, 20, (4, 6))
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        target = teacher(images, texts)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    found = []
+    for _ in range(15):
+        value = distillation_loss(model(images, texts), target) + 0.75 * alignment_loss(model(images, texts))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        found.append(float(value.detach()))
+    assert found[-1] < found[0]
+    assert all(p.grad is None for p in teacher.parameters())
