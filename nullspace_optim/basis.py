@@ -132,6 +132,14 @@ class Basis:
         return share
 
 
+@dataclass(frozen=True)
+class Extension:
+    """What a mode keeps beside the bases: one record of plain JSON values and tensors by key."""
+
+    record: dict[str, object]
+    tensors: dict[str, Tensor]
+
+
 class BasisStore(Mapping[str, Basis]):
     """All bases of one optimizer by parameter name, the consolidated tasks and the buffers they relied on.
 
@@ -144,6 +152,7 @@ class BasisStore(Mapping[str, Basis]):
         self.tasks: list[dict[str, object]] = []
         self.buffers: dict[str, Tensor] = {}
         self.probes: dict[str, dict[str, Tensor]] = {}
+        self.extension: Extension | None = None
 
     def __getitem__(self, name: str) -> Basis:
         return self._bases[name]
@@ -165,6 +174,7 @@ class BasisStore(Mapping[str, Basis]):
         twin.tasks = list(self.tasks)
         twin.buffers = dict(self.buffers)
         twin.probes = dict(self.probes)
+        twin.extension = self.extension
         return twin
 
     def put(self, basis: Basis) -> None:

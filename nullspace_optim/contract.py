@@ -130,11 +130,11 @@ class OptimizerContract(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state = join_states([base.state_dict() for base in self._core.bases])
-        store = self._core.store
+        store = self._core.snapshot()
         groups = state.get("param_groups", ())  # optimizers around an optimizer may have their own structure
         for group in groups:
             group.pop("nullspace", None)
-        if store.tasks:
+        if store.tasks or store.extension is not None:
             tensors, metadata = persistence.pack(store)
             state["nullspace"] = {"tensors": tensors, "metadata": metadata, **self._core.protection.owed}
             print_ = persistence.fingerprint(store)

@@ -22,6 +22,7 @@ from .discovery import find_model
 from .displacement import Displacement
 from .errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError, ShapeError
 from .iterates import Evaluation, evaluated, refuse_unknown_modes
+from .mode import Mode
 from .names import named_parameters
 from .norm_stats import ModelHook, forget_compiled, freeze_statistics, remove_copied_hooks
 from .protection import Protection, ProtectionOptions
@@ -33,6 +34,7 @@ class Core:
     def __init__(self, bases: list[Optimizer], options: dict[str, Any]) -> None:
         self.bases = bases
         self.options = options
+        self.mode: Mode | None = options["mode"]
         self.measuring = ConsolidationOptions(
             policy=options["policy"],
             rows=options["rows"],
@@ -57,8 +59,17 @@ class Core:
         if self.copied:
             self.find_copied_model()
         self._warn_unguarded(base)
-        self.displacement.remember(p for group in base.param_groups for p in group["params"])
+        if self.mode is None:
+            self.displacement.remember(p for group in base.param_groups for p in group["params"])
+        else:
+            self.mode.before_step(base)
         return self.protection.before_step(base, args, kwargs)
+
+    def after_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Step post-hook of every base."""
+        self.protection.after_step(base, args, kwargs)
+        if self.mode is not None:
+            self.mode.after_step(base)
 
     def _warn_unguarded(self, base: Optimizer) -> None:
         """Warn, once each, of parameters that begin to train although consolidated tasks read them without a basis."""
@@ -109,10 +120,12 @@ class Core:
             self.install(self.owner())
 
     def attach(self) -> None:
-        """Hook every base."""
+        """Hook every base, and let the mode begin."""
         for base in self.bases:
             self.base_handles.append(base.register_step_pre_hook(self.before_step))
-            self.base_handles.append(base.register_step_post_hook(self.protection.after_step))
+            self.base_handles.append(base.register_step_post_hook(self.after_step))
+        if self.mode is not None:
+            self.mode.attach(self)
 
     def detach(self) -> None:
         """Remove every hook from bases, model and parameters."""
@@ -164,14 +177,35 @@ class Core:
 
     def adopt(self, store: BasisStore) -> None:
         """Take over a loaded store; every anchor is compared with the weights before the next step."""
-        model = self.owner()
-        parameters = self.wrapped(model)
+        self._extend(store)
+        parameters = self.wrapped(self.owner())
         check_fit(store, parameters)
         for name, basis in store.items():
             _place(basis, parameters[name].device)
         self.take(store, parameters)
         for guard in self.protection.guards.values():
             guard.seen = ()
+
+    def _extend(self, store: BasisStore) -> None:
+        """Hand the mode's part of a loaded store to the mode.
+
+        Raises:
+            BasisFileError: the store was written in another mode.
+        """
+        if self.mode is not None and store.extension is not None:
+            self.mode.state = store.extension
+        elif self.mode is not None or store.extension is not None:
+            wanted = store.extension.record.get("mode") if store.extension is not None else "null-space"
+            raise BasisFileError(
+                f"these bases were written with mode={wanted!r}, this optimizer has another mode: "
+                f"construct NullSpaceOptimizer(base, model, mode={wanted!r}) to load them"
+            )
+
+    def snapshot(self) -> BasisStore:
+        """Return the store as files and checkpoints hold it: with the mode's part as it is now."""
+        if self.mode is not None:
+            self.store.extension = self.mode.state
+        return self.store
 
     def take(self, store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
         """Guard what `store` keeps of `parameters`, and hook the model."""

@@ -27,6 +27,10 @@ class ConsolidationError(NullSpaceError):
     """A consolidation could not be completed; nothing was changed."""
 
 
+class PruningError(NullSpaceError):
+    """Pruning would remove the last expert of a layer, or more than the stated bound; nothing was removed."""
+
+
 class StaleAnchorError(NullSpaceError):
     """A protected weight was edited outside the optimizer; `reanchor()` accepts the edit."""
 

@@ -49,12 +49,19 @@ class ProtectionOptions:
 
 
 class Protection:
-    """All guards of one optimizer and the hooks that run them."""
+    """All guards of one optimizer and the hooks that run them.
+
+    `held` are parameters that a mode keeps as they are, without a basis; `amend` is called when all gradients of a step
+    are there, before any is hidden.
+    """
 
     def __init__(self, options: ProtectionOptions) -> None:
         self.options = options
         self.guards: dict[str, Guard] = {}
         self.inexact_steps = 0
+        self.held: list[Tensor] = []
+        self.amend: Callable[[], None] = lambda: None
+        self._copies: list[tuple[Tensor, Tensor]] = []
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._touched: set[int] = set()
         self._idle: set[int] = set()
@@ -109,7 +116,10 @@ class Protection:
             else:
                 args = (args[0], wrapped, *args[2:])
         self._touched = _with_gradient(mine) if closure is None else set()
+        if self.held and (isinstance(base, LBFGS) or not _marks_writes(base)):
+            self._copies = [(parameter, parameter.detach().clone()) for parameter in self.held]
         if closure is None:
+            self.amend()
             self._prepare(mine, project=self.options.project == "gradient")
         self._idle = _idle(base)
         self._second_weights = bool(state_keys(base))
@@ -122,7 +132,7 @@ class Protection:
     def after_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Step post-hook of a base: put kept directions, frozen values and hidden gradients back."""
         owed = False
-        foreign = not type(base).__module__.startswith("torch.optim")  # may write through p.data, which leaves no mark
+        foreign = not _marks_writes(base)
         for guard in self._guards_of(base):
             moved = foreign or guard.edited or bool(self._touched & {id(p) for p in guard.members})
             if guard.immovable:
@@ -137,6 +147,9 @@ class Protection:
         self.inexact_steps += owed
         if self.inexact_steps >= EXACT_EVERY:
             self.make_exact()
+        for parameter, value in self._copies:
+            parameter.detach().copy_(value)
+        self._copies = []
         self.put_back()
 
     @torch.no_grad()
@@ -246,7 +259,11 @@ class Protection:
         return [guard for guard in self.guards.values() if any(id(p) in ids for p in guard.members)]
 
     def _prepare(self, guards: Iterable[Guard], project: bool) -> None:
-        """Hide the gradients of immovable parameters and, if asked, project those of protected ones."""
+        """Hide the gradients of held and immovable parameters and, if asked, project those of protected ones."""
+        for parameter in self.held:
+            if parameter.grad is not None:
+                self._hidden.append((parameter, parameter.grad))
+                parameter.grad = None
         for guard in guards:
             gradient = guard.parameter.grad
             if gradient is None:
@@ -277,6 +294,7 @@ class Protection:
                 self.put_back()
             loss = closure()
             with torch.no_grad():
+                self.amend()
                 self._touched |= _with_gradient(guards)
                 self._prepare(guards, project)
             return loss
@@ -303,12 +321,17 @@ def _with_gradient(guards: Iterable[Guard]) -> set[int]:
     return {id(p) for guard in guards for p in guard.members if p.grad is not None}
 
 
+def _marks_writes(base: Optimizer) -> bool:
+    """False for optimizers that may write through `p.data`, which leaves no mark on the parameter."""
+    return type(base).__module__.startswith("torch.optim")
+
+
 def _idle(base: Optimizer) -> set[int]:
     """Return the ids of the parameters whose learning rate is zero: most optimizers do not move those (Rprop does)."""
-    return {id(p) for group in base.param_groups if _is_zero(group.get("lr")) for p in group["params"]}
+    return {id(p) for group in base.param_groups if is_zero(group.get("lr")) for p in group["params"]}
 
 
-def _is_zero(rate: Any) -> bool:
+def is_zero(rate: Any) -> bool:
     """True for a learning rate of exactly zero that can be read without a device synchronisation."""
     if isinstance(rate, Tensor):
         return rate.device.type == "cpu" and float(rate) == 0.0

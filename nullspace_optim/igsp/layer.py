@@ -1,0 +1,217 @@
+"""The experts beside one layer of the model: history, the task at work, the routers of finished tasks.
+
+`ExpertLayer` is a child of the model (so it moves, copies and is wrapped with it) and acts through a forward hook on the
+layer it stands beside: `output + sum_e p_e f_e(input)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import router
+from .experts import PARTS, Expert, Silent, Stack, fresh_directions, mix, shapes, stack
+from .options import IGSP
+from .prototypes import Prototype, nearest
+from .router import Choice, Convergence
+from .sites import Site
+
+CURRENT, AGNOSTIC, PLAIN = -1, -2, -3
+KEPT_INPUTS = 64  # forwards since the last step whose gate inputs the regularization sees
+
+
+@dataclass
+class Scope:
+    """What all layers share: names of the finished tasks, which routing is asked for, and the step that seeds noise.
+
+    `chosen` is the number of a finished task, CURRENT, AGNOSTIC or PLAIN; None leaves it to the situation: CURRENT in
+    training, and in evaluation once the task at work has taken a step, otherwise the task finished last.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    chosen: int | None = None
+    steps: int = 0
+    first_phase: bool = True
+    collecting: bool = False
+
+
+class TaskRouter(Silent):
+    """Router and prototype of one finished task: `weight` `[E, d]`, `experts` `[E]` numbers in the history."""
+
+    weight: Tensor
+    experts: Tensor
+    centre: Tensor
+    spread: Tensor
+    limit: Tensor
+
+    def __init__(self, weight: Tensor, experts: Tensor, prototype: Prototype) -> None:
+        super().__init__()
+        for name, value in (("weight", weight), ("experts", experts), *zip(Prototype._fields, prototype)):
+            self.register_buffer(name, value.detach().clone())
+
+
+class ExpertLayer(Silent):
+    """Experts, routers and bases beside one layer.
+
+    Buffers: `history_*`, the frozen experts `[H, ...]`; `inputs` `[d, k]` and `outputs` `[o, l]`, orthonormal bases of
+    the rows of all historical `A` and of the columns of all historical `B`. Parameters: `fresh` experts and `router`
+    `[E, d]`, whose rows are the historical `members` of the task at work, then the fresh ones.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def __init__(self, site: Site, options: IGSP, scope: Scope, number: int, device: torch.device) -> None:
+        super().__init__()
+        self.name, self.options, self.scope, self.number = site.name, options, scope, number
+        self.batch_axis = site.batch_axis
+        self.widths = (site.inputs, site.outputs)
+        for part, shape in shapes(options.kind, options.width, *self.widths).items():
+            self.register_buffer(f"history_{part}", torch.zeros(0, *shape, device=device))
+        self.register_buffer("inputs", torch.zeros(site.inputs, 0, device=device))
+        self.register_buffer("outputs", torch.zeros(site.outputs, 0, device=device))
+        self.fresh = nn.ModuleList()
+        self.finished = nn.ModuleList()
+        self.members: list[int] = []
+        self.router = nn.Parameter(torch.zeros(0, site.inputs, device=device))
+        self.flow = torch.zeros(0)
+        self.convergence = Convergence()
+        self.recent: list[Tensor] = []
+        self.collected: list[Tensor] = []
+        self.sums: list[Tensor] = []
+        self.previous: Tensor | None = None
+        self.window: Tensor | None = None
+        self.origin: Tensor | None = None
+
+    @property
+    def history(self) -> Stack:
+        """All frozen experts."""
+        return {part: getattr(self, f"history_{part}") for part in PARTS[self.options.kind]}
+
+    @property
+    def size(self) -> int:
+        """`H`, how many frozen experts there are."""
+        return len(self.history["down"])
+
+    def begin(self, task: int) -> None:
+        """Add candidates and a router for the `task`-th task."""
+        generator = torch.Generator().manual_seed(hash((self.options.seed, task, self.number)) & (2**63 - 1))
+        downs = fresh_directions(self.inputs, self.options.width, self.options.candidates, generator)
+        out = self.widths[1]
+        self.fresh = nn.ModuleList(Expert(down.clone(), out, self.options.kind) for down in downs)
+        self.members = list(range(self.size))
+        known = self._shared_rows()
+        rows = [known, known.new_zeros(self.size + len(self.fresh) - len(known), known.shape[1])]
+        self.adopt_router(torch.cat(rows))
+        self.convergence, self.previous, self.window = Convergence(), None, None
+        self.flow = known.new_zeros(len(self.router))
+        self.origin = self.router.detach().clone()
+
+    def _shared_rows(self) -> Tensor:
+        """Return the rows that a shared router keeps from earlier tasks, none for routers of one task."""
+        last = self.finished[-1] if self.options.router == "shared" and len(self.finished) else None
+        return last.weight if isinstance(last, TaskRouter) else self.router.detach()[:0]
+
+    def adopt_router(self, weight: Tensor) -> None:
+        """Make `weight` `[E, d]` the trainable router."""
+        self.router = nn.Parameter(weight.detach().clone())
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the task at work by their names below this layer."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def attend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook of the layer: add what the chosen experts say about its input."""
+        chosen = self._situation()
+        if chosen == PLAIN or (chosen == CURRENT and not len(self.router)):
+            return output
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        x = x.transpose(0, 1) if self.batch_axis == 1 and x.ndim == 3 else x
+        inputs = router.gate_input(x, self.options.gate)
+        if self.scope.collecting:
+            self.collected.append(inputs)
+        experts, choice = self._route(inputs, chosen)
+        if choice is None:
+            return output
+        added = mix(x, experts, choice, self.options.scale)
+        added = added.transpose(0, 1) if self.batch_axis == 1 and x.ndim == 3 else added
+        if isinstance(output, tuple):
+            return (output[0] + added.to(output[0].dtype), *output[1:])
+        return output + added.to(output.dtype)
+
+    def _situation(self) -> int:
+        if self.scope.chosen is not None:
+            return self.scope.chosen
+        if self.training or torch.is_grad_enabled() or self.scope.steps:
+            return CURRENT
+        return len(self.scope.tasks) - 1 if self.scope.tasks else PLAIN
+
+    def _route(self, inputs: Tensor, chosen: int) -> tuple[Stack, Choice | None]:
+        if chosen == CURRENT:
+            return self.current_experts(), self._current(inputs)
+        if self.options.router == "shared":
+            return self._shared(inputs, chosen)
+        if chosen == AGNOSTIC:
+            return self.history, self._by_prototype(inputs)
+        return self.history, self._of_task(inputs, chosen)
+
+    def current_experts(self) -> Stack:
+        """Return the experts of the task at work: its members of the history, then the fresh ones."""
+        history = self.history
+        if len(self.members) < self.size:
+            history = {part: value[self.members] for part, value in history.items()}
+        return stack(self.fresh, self.options.kind, history)
+
+    def _current(self, inputs: Tensor) -> Choice:
+        scores = router.logits(inputs, self.router)
+        noisy = scores
+        if self.scope.first_phase and self.training and self.options.noise:
+            noisy = scores + router.noise(
+                scores, self.options.noise, self.options.seed, len(self.scope.tasks), self.scope.steps, self.number
+            )
+        choice = router.top_k(noisy, self.options.top_k)
+        if self.scope.first_phase and torch.is_grad_enabled():
+            self._watch(inputs, scores.detach(), choice)
+        return choice
+
+    @torch.no_grad()
+    def _watch(self, inputs: Tensor, scores: Tensor, choice: Choice) -> None:
+        """Take down the routing of one training forward: gate inputs, mean gates and mean probabilities."""
+        self.recent = [*self.recent[1 - KEPT_INPUTS :], inputs]
+        gates = router.dense(Choice(choice.experts, choice.gates.detach()), scores.shape[1]).sum(dim=0)
+        seen = torch.cat([gates, torch.softmax(scores, dim=-1).sum(dim=0), gates.new_full((1,), float(len(inputs)))])
+        self.sums.append(seen)
+
+    def _of_task(self, inputs: Tensor, task: int) -> Choice | None:
+        record = self.finished[task]
+        assert isinstance(record, TaskRouter)
+        choice = router.top_k(router.logits(inputs, record.weight), self.options.top_k)
+        return Choice(record.experts[choice.experts], choice.gates)
+
+    def _by_prototype(self, inputs: Tensor) -> Choice | None:
+        """Route each sample with the router of the task whose prototype it resembles, with gates 0 if there is none."""
+        records = [record for record in self.finished if isinstance(record, TaskRouter)]
+        if not records:
+            return None
+        stacked = Prototype(*(torch.stack([getattr(record, name) for record in records]) for name in Prototype._fields))
+        tasks = nearest(inputs, *stacked)
+        experts = inputs.new_zeros(len(inputs), self.options.top_k, dtype=torch.int64)
+        gates = inputs.new_zeros(len(inputs), self.options.top_k)
+        for number in range(len(records)):
+            choice = self._of_task(inputs, number)
+            assert choice is not None
+            mine, width = (tasks == number).unsqueeze(1), choice.gates.shape[1]
+            experts[:, :width] = torch.where(mine, choice.experts, experts[:, :width])
+            gates[:, :width] = torch.where(mine, choice.gates, gates[:, :width])
+        return Choice(experts, gates)
+
+    def _shared(self, inputs: Tensor, chosen: int) -> tuple[Stack, Choice | None]:
+        """Route by the one router of all tasks, as it is now; a task without a router runs the plain backbone."""
+        if self.scope.steps:
+            return self.current_experts(), router.top_k(router.logits(inputs, self.router), self.options.top_k)
+        if not len(self.finished):
+            return self.history, None
+        return self.history, self._of_task(inputs, len(self.finished) - 1)

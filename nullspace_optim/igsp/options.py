@@ -1,0 +1,139 @@
+"""`IGSP`: the options of the mode. Every choice that the paper's abstract leaves open is one of them, default ours.
+
+Source: iGSP (arXiv 2605.19301), whose text gives no constant; structure of the experts after MoE-Adapters4CL (Yu et al.
+2024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import OptionError
+from ..policies.base import check_number
+
+CHOICES = {
+    "kind": ("lora", "bottleneck"),
+    "gate": ("mean", "first"),
+    "router": ("per-task", "shared"),
+    "regularization": ("mass", "geom", "both", "none"),
+    "on_cap": ("keep", "prune"),
+    "orthogonal": ("input", "both", "structural", "none"),
+    "router_after": ("frozen", "train"),
+}
+WHOLE = {"rank": 1, "candidates": 1, "top_k": 1, "window": 1, "patience": 1, "cap": 1, "seed": 0}
+
+
+@dataclass(frozen=True)
+class IGSP:
+    """Options of ``mode=IGSP(...)``; ``mode="igsp"`` takes the defaults.
+
+    Experts
+        * `layers`: glob patterns of module names (`fnmatch`); experts stand parallel to each of these modules and read
+          its input. ``"*.mlp"`` is the MLP of every block, both encoders of a CLIP.
+        * `kind`: ``"lora"`` (`B A x`, mergeable) or ``"bottleneck"`` (`B relu(A x + a) + b`, MoE-Adapters).
+        * `rank`: rows of `A`, 16 (64 for a bottleneck). `scale`: factor on every expert's output.
+        * `candidates`: experts added to each layer for each task (fewer where fewer free directions are left).
+
+    Routing
+        * `top_k`: experts a sample may use in one layer. `noise`: standard deviation of the noise on the logits in
+          phase 1 (0.7 is the initial value of MoE-Adapters' learned one).
+        * `gate`: what decides about a sample: the ``"mean"`` of its tokens or the ``"first"`` one (MoE-Adapters; with a
+          causal mask the first text token knows nothing of the text).
+        * `router`: ``"per-task"``, and prototypes where no task is named; or one ``"shared"`` router for all tasks.
+        * `outlier`: standard deviations beyond which a sample belongs to no prototype and runs the plain backbone.
+
+    Phase 1, subspace identification
+        * `regularization`: ``"mass"`` (share of routing that goes to candidates), ``"geom"`` (share of a candidate's
+          energy outside the historical output space), ``"both"``, ``"none"``; `strength` is its factor, and with
+          `warm_down` it falls linearly to zero at `cap`.
+        * `threshold`: candidates with less routing are pruned, 1 / (2 x experts) if None; or `coverage`: the smallest
+          set of experts with so much routing is kept instead. `flow_decay`: of the running mean of the routing.
+        * Convergence, in windows of `window` steps: Jaccard index of top-k sets at least `agreement` and
+          KL divergence of mean probabilities below `divergence`, `patience` windows in a row. After `cap` steps (20 % of
+          MTIL's 1,000) phase 1 ends anyhow; a layer that has not converged then keeps all experts (`on_cap="keep"`).
+
+    Phase 2, orthogonal subspace fine-tuning
+        * `orthogonal`: which changes of a surviving expert stay orthogonal to the historical subspace: rows of `A`
+          (``"input"``), also columns of `B` (``"both"``), ``"structural"`` (`A` frozen, `B` trained), ``"none"``.
+        * `router_after`: routers of layers with survivors are ``"frozen"`` or ``"train"``. A layer without survivors
+          trains its router in any case.
+
+    Optimization: `lr` of the experts' parameter group, 100 x the first group's if None. `seed` of initial values and
+    routing noise.
+
+    Raises:
+        OptionError: names the option, the value found and what is allowed.
+    """
+
+    layers: str | tuple[str, ...] = "*.mlp"
+    kind: Literal["lora", "bottleneck"] = "lora"
+    rank: int | None = None
+    scale: float = 1.0
+    candidates: int = 4
+    top_k: int = 2
+    noise: float = 0.7
+    gate: Literal["mean", "first"] = "mean"
+    router: Literal["per-task", "shared"] = "per-task"
+    outlier: float = 3.0
+    regularization: Literal["mass", "geom", "both", "none"] = "mass"
+    strength: float = 0.1
+    warm_down: bool = False
+    threshold: float | None = None
+    coverage: float | None = None
+    flow_decay: float = 0.9
+    window: int = 20
+    agreement: float = 0.95
+    divergence: float = 1e-3
+    patience: int = 2
+    cap: int = 200
+    on_cap: Literal["keep", "prune"] = "keep"
+    orthogonal: Literal["input", "both", "structural", "none"] = "input"
+    router_after: Literal["frozen", "train"] = "frozen"
+    lr: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.patterns or not all(isinstance(pattern, str) and pattern for pattern in self.patterns):
+            raise OptionError(f"IGSP(layers={self.layers!r}): expected a glob pattern of module names, or several")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise OptionError(
+                    f"IGSP({name}={getattr(self, name)!r}): expected one of {', '.join(map(repr, allowed))}"
+                )
+        for name, least in WHOLE.items():
+            value = getattr(self, name)
+            if not (value is None and name == "rank") and (type(value) is not int or value < least):
+                raise OptionError(f"IGSP({name}={value!r}): expected a whole number of at least {least}")
+        for name, low, high, closed in (
+            ("scale", 0.0, 1e6, ""),
+            ("noise", 0.0, 100.0, "low"),
+            ("outlier", 0.0, 1e6, ""),
+            ("strength", 0.0, 1e6, "low"),
+            ("flow_decay", 0.0, 1.0, "low"),
+            ("agreement", 0.0, 1.0, "low high"),
+            ("divergence", 0.0, 1e6, ""),
+        ):
+            check_number(self, name, getattr(self, name), low, high, closed=closed)
+        for name in ("threshold", "coverage", "lr"):
+            if getattr(self, name) is not None:
+                check_number(self, name, getattr(self, name), 0.0, 1.0)
+        if self.threshold is not None and self.coverage is not None:
+            raise OptionError("IGSP(threshold=..., coverage=...): two rules of pruning, give one of them")
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """`layers` as a tuple."""
+        return (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+
+    @property
+    def width(self) -> int:
+        """Rows of an expert's `A`."""
+        if self.rank is not None:
+            return self.rank
+        return 16 if self.kind == "lora" else 64
+
+    @property
+    def structure(self) -> dict[str, object]:
+        """What experts in a file must agree with."""
+        return {"kind": self.kind, "rank": self.width, "router": self.router, "gate": self.gate, "scale": self.scale}
