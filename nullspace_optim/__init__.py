@@ -19,9 +19,12 @@ from .errors import (
     NullSpaceError,
     NullSpaceWarning,
     OptionError,
+    PruningError,
     ShapeError,
     StaleAnchorError,
 )
+from .igsp import IGSP, ExpertReport, LayerReport, Status, Trainable
+from .mode import MODES
 from .optimizer import NullSpaceOptimizer
 from .policies import (
     CODECL,
@@ -40,6 +43,7 @@ from .report import ConsolidationReport, ParameterReport, VerifyReport
 
 __all__ = [
     "CODECL",
+    "IGSP",
     "SGP",
     "TRGP",
     "Basis",
@@ -50,8 +54,10 @@ __all__ = [
     "ConsolidationReport",
     "EigenvalueRatio",
     "Energy",
+    "ExpertReport",
     "Fate",
     "FixedRank",
+    "LayerReport",
     "ModelNotFoundError",
     "NullSpaceError",
     "NullSpaceOptimizer",
@@ -60,14 +66,19 @@ __all__ = [
     "OptionError",
     "ParameterReport",
     "Policy",
+    "PruningError",
     "RankBudget",
     "ShapeError",
     "Spectrum",
     "StaleAnchorError",
+    "Status",
     "TailEnergy",
+    "Trainable",
     "VerifyReport",
     "alignment_loss",
     "clip_forward",
     "distillation_loss",
 ]
 __version__ = "0.1.0"
+
+MODES["igsp"] = IGSP

@@ -190,6 +190,22 @@ def _bounded(work: Pass) -> Iterator[Any]:
             )
 
 
+def observe(work: Pass) -> tuple[Any, int]:
+    """Run the model on every batch and watch nothing; return the first samples and the number of batches.
+
+    Raises:
+        ConsolidationError: the loader gave no batches or is endless.
+    """
+    run, first, number = _runner(work), None, 0
+    with torch.no_grad():
+        for number, batch in enumerate(_bounded(work), 1):
+            first = first_samples(batch) if number == 1 else first
+            run(batch)
+    if not number:
+        raise ConsolidationError(f"the loader of task '{work.task}' gave no batches; nothing was changed")
+    return first, number
+
+
 def record_probe(work: Pass, samples: Any) -> Probe:
     """Run the model on `samples` and return the probe of its layers and outputs."""
     recorder = Recorder()

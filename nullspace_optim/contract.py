@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from . import persistence
 from .basis import Fate
 from .checkpoints import join_states, pop_protection, split_states
-from .core import Core, check_fit
+from .core import Core
 from .errors import BasisFileError, NullSpaceWarning, OptionError
 
 
@@ -158,9 +158,10 @@ class OptimizerContract(Optimizer):
         store = None
         if payload is not None:
             store = persistence.unpack(payload["tensors"], payload["metadata"], source="the optimizer's state dict")
-            check_fit(store, self._core.wrapped(self._core.owner()))
-        present = store if store is not None else self._core.store
-        if expected is not None and (not present.tasks or persistence.fingerprint(present) != expected):
+            self._core.check(store)
+        present = store if store is not None else self._core.snapshot()
+        known = present.tasks or present.extension is not None
+        if expected is not None and (not known or persistence.fingerprint(present) != expected):
             raise BasisFileError(
                 "this checkpoint was protected, but its bases are missing or belong to another run: call "
                 "opt.load(path) with the basis file of that run first, or load the checkpoint into the base optimizer "
@@ -172,10 +173,12 @@ class OptimizerContract(Optimizer):
                 NullSpaceWarning,
                 stacklevel=2,
             )
+        if store is not None:
+            self._core.extend(store)  # a mode's parameters must exist before their optimizer state is loaded
         for base, part in zip(self._core.bases, split_states(plain, [len(b.param_groups) for b in self._core.bases])):
             base.load_state_dict(part)
         if store is not None and payload is not None:
-            self._core.adopt(store)
+            self._core.settle(store)
             self._core.protection.owed = payload
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)

@@ -177,7 +177,16 @@ class Core:
 
     def adopt(self, store: BasisStore) -> None:
         """Take over a loaded store; every anchor is compared with the weights before the next step."""
-        self._extend(store)
+        self.check(store)
+        self.extend(store)
+        self.settle(store)
+
+    def settle(self, store: BasisStore) -> None:
+        """Take over a loaded store whose mode, if any, has taken over its part already.
+
+        Raises:
+            BasisFileError, ShapeError: the bases do not belong to the model's parameters.
+        """
         parameters = self.wrapped(self.owner())
         check_fit(store, parameters)
         for name, basis in store.items():
@@ -186,20 +195,26 @@ class Core:
         for guard in self.protection.guards.values():
             guard.seen = ()
 
-    def _extend(self, store: BasisStore) -> None:
-        """Hand the mode's part of a loaded store to the mode.
+    def check(self, store: BasisStore) -> None:
+        """Refuse a loaded store that this optimizer cannot take over.
 
         Raises:
-            BasisFileError: the store was written in another mode.
+            BasisFileError: the store was written in another mode, or names parameters that are not there.
+            ShapeError: a parameter has another shape than its basis.
         """
-        if self.mode is not None and store.extension is not None:
-            self.mode.state = store.extension
-        elif self.mode is not None or store.extension is not None:
+        if (self.mode is None) != (store.extension is None):
             wanted = store.extension.record.get("mode") if store.extension is not None else "null-space"
             raise BasisFileError(
                 f"these bases were written with mode={wanted!r}, this optimizer has another mode: "
                 f"construct NullSpaceOptimizer(base, model, mode={wanted!r}) to load them"
             )
+        if self.mode is None:
+            check_fit(store, self.wrapped(self.owner()))
+
+    def extend(self, store: BasisStore) -> None:
+        """Hand the mode's part of a loaded store to the mode, which refuses what does not fit the model."""
+        if self.mode is not None and store.extension is not None:
+            self.mode.state = store.extension
 
     def snapshot(self) -> BasisStore:
         """Return the store as files and checkpoints hold it: with the mode's part as it is now."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import persistence
@@ -27,6 +28,7 @@ from .diagnostics import moved_buffers
 from .discovery import Forward, unwrap
 from .errors import NullSpaceWarning, OptionError
 from .guard import Precision, matrix_of
+from .mode import Mode, ModeOptions, built
 from .names import named_buffers
 from .policies import Energy, Policy
 from .probes import Probe, compare, find_samples
@@ -41,7 +43,9 @@ class NullSpaceOptimizer(OptimizerContract):
 
     Args:
         base: any torch optimizer, or a list of them (one store, one consolidation).
-        model: the module that owns the parameters; found among live modules when needed if not given.
+        model: the module that owns the parameters; found among live modules when needed if not given (a mode needs
+            it at once).
+        mode: ``"null-space"``; ``"igsp"`` or `IGSP(...)` for experts beside a frozen backbone.
         policy: which directions to protect; `Energy(0.999)` by default.
         project: ``"update"`` (anchor correction after the step, exact), ``"gradient"`` (as published methods do;
             leaks), ``"both"``.
@@ -65,6 +69,7 @@ class NullSpaceOptimizer(OptimizerContract):
         base: Optimizer | Sequence[Optimizer],
         model: nn.Module | None = None,
         *,
+        mode: str | ModeOptions = "null-space",
         policy: Policy | None = None,
         project: Project = "update",
         precision: Precision = "exact",
@@ -78,7 +83,11 @@ class NullSpaceOptimizer(OptimizerContract):
         check_bases(bases)
         if norm_stats not in ("frozen", "train"):
             raise OptionError(f"norm_stats={norm_stats!r}: expected one of 'frozen', 'train'")
+        chosen = built(mode)
+        if chosen is not None and model is None:
+            raise OptionError(f"mode={mode!r} adds experts to the model at once: pass it, model=")
         options = {
+            "mode": chosen,
             "policy": Energy() if policy is None else policy,
             "project": project,
             "precision": precision,
@@ -88,9 +97,10 @@ class NullSpaceOptimizer(OptimizerContract):
             "rows": rows,
             "on_full": on_full,
         }
-        self._attach(Core(bases, options))
+        core = Core(bases, options)
         if model is not None:
-            self._core.model = weakref.ref(unwrap(model))
+            core.model = weakref.ref(unwrap(model))
+        self._attach(core)
 
     @property
     def bases(self) -> Mapping[str, Basis]:
@@ -137,6 +147,8 @@ class NullSpaceOptimizer(OptimizerContract):
         parameters = core.trainable()
         task = name if name is not None else f"task {len(core.store.tasks) + 1}"
         work = Pass(self.model, parameters, loader, task, forward, max_batches, progress)
+        if core.mode is not None:
+            return self._announced(core.mode.consolidated(work))
         with core.protection.exactly(), core.evaluated() as moment:
             grown, report = consolidate(work, core.store, core.measuring, core.displacement)
             core.take(grown, parameters)
@@ -144,9 +156,47 @@ class NullSpaceOptimizer(OptimizerContract):
             moment.keep_changes = True
         core.protection.mark()
         core.displacement.forget()
+        return self._announced(report)
+
+    def _announced(self, report: ConsolidationReport) -> ConsolidationReport:
+        """Warn of what `report` warns of, and return it."""
         for text in report.warnings:
-            warnings.warn(text, NullSpaceWarning, stacklevel=2)
+            warnings.warn(text, NullSpaceWarning, stacklevel=3)
         return report
+
+    def task(self, name: str | None) -> AbstractContextManager[None]:
+        """Run the model as it is for the finished task `name` inside this context, in modes with routers.
+
+        A task that has no router runs the plain backbone. None: no task is named, every sample is routed by the shared
+        router or by its nearest prototype.
+
+        Raises:
+            OptionError: the optimizer has no mode.
+        """
+        return self._mode("task").task(name)
+
+    def status(self) -> Any:
+        """Return the phase of the mode, the step it is at and why it changed last (prints as text).
+
+        Raises:
+            OptionError: the optimizer has no mode.
+        """
+        return self._mode("status").status()
+
+    def regularization(self) -> Tensor:
+        """Return the mode's penalty on the forward passes since the last step, a scalar to add to the loss.
+
+        Where it is not called the step adds the gradient of the penalty itself.
+
+        Raises:
+            OptionError: the optimizer has no mode.
+        """
+        return self._mode("regularization").regularization()
+
+    def _mode(self, asked: str) -> Mode:
+        if self._core.mode is None:
+            raise OptionError(f"{asked}() needs a mode with experts: NullSpaceOptimizer(base, model, mode='igsp')")
+        return self._core.mode
 
     def verify(
         self,
@@ -189,8 +239,12 @@ class NullSpaceOptimizer(OptimizerContract):
             samples = find_samples(loader, before.digests, limit)
             if samples is None:
                 return None
-            after = record_probe(Pass(model, self._core.trainable(), loader, str(record["name"]), forward), samples)
+            with self._routed(str(record["name"])):
+                after = record_probe(Pass(model, self._core.trainable(), loader, str(record["name"]), forward), samples)
         return compare(before, after)
+
+    def _routed(self, task: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._core.mode is None else self._core.mode.task(task)
 
     def capacity(self) -> dict[str, float]:
         """Return the share of directions still free, by parameter name (0 for frozen and full, 1 for free
@@ -233,7 +287,7 @@ class NullSpaceOptimizer(OptimizerContract):
         repeated).
         """
         self._core.protection.check_anchors()
-        persistence.save(self._core.store, path)
+        persistence.save(self._core.snapshot(), path)
 
     def load(self, path: str | PathLike[str]) -> None:
         """Replace all bases by those of a file written by `save`.

@@ -1,7 +1,7 @@
 """Basis files: one safetensors file, written atomically, checked completely when it is read, never a pickle.
 
-The format, schema version 2 (version 1 had neither `scale` nor `members`). `__metadata__` of the safetensors header
-has one key, ``nullspace_optim``, with one canonical JSON object (sorted keys, no spaces, ASCII)::
+The format, schema version 2 (version 1 had neither `scale`, `members` nor `mode`). `__metadata__` of the safetensors
+header has one key, ``nullspace_optim``, with one canonical JSON object (sorted keys, no spaces, ASCII)::
 
     schema      1                    a reader refuses a newer number and migrates an older one
     library     "0.1.0"              nullspace_optim that wrote the file
@@ -16,6 +16,7 @@ has one key, ``nullspace_optim``, with one canonical JSON object (sorted keys, n
         sides {side: {ranks, size, energy}}      rank of each group, `s`, share (0..1) of the last task's energy in `U`
     buffers     [name, ...]          buffers that past tasks relied on
     probes      {task: [key, ...]}   tensors with which a task is verified
+    mode        {...}                what a mode stores beside its tensors, only there if the optimizer has one
     tensors     {key: sha256}        digest over dtype, shape and bytes of every tensor in the file
     digest      sha256               of the JSON object without this key
 
@@ -28,7 +29,7 @@ Tensor keys and shapes (`k` columns; a group of smaller rank has columns of zero
     <parameter>/<side>/scale         `[g, k]` in 0..1, how strongly each column is kept; absent: fully
     <parameter>/<side>/members       bool `[tasks, g, k]`, columns of each task's own subspace, if the policy says
     <parameter>/kept                 value of a frozen parameter, any dtype
-    buffer/<name>    probe/<task>/<key>          any shape, dtype and values
+    buffer/<name>    probe/<task>/<key>    mode/<key>          any shape, dtype and values
 
 Names are data: they are never used as paths and are printed escaped. Two processes that save to one path: the last
 complete file wins. The same pair `pack` / `unpack` makes the ``"nullspace"`` entry of an optimizer's `state_dict()`:

@@ -116,7 +116,7 @@ class Protection:
             else:
                 args = (args[0], wrapped, *args[2:])
         self._touched = _with_gradient(mine) if closure is None else set()
-        if self.held and (isinstance(base, LBFGS) or not _marks_writes(base)):
+        if self.held and not _marks_writes(base):
             self._copies = [(parameter, parameter.detach().clone()) for parameter in self.held]
         if closure is None:
             self.amend()

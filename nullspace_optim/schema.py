@@ -87,6 +87,8 @@ def pack(store: BasisStore) -> tuple[dict[str, Tensor], str]:
         "probes": {task: list(values) for task, values in store.probes.items()},
         "tensors": {key: digest(tensor) for key, tensor in tensors.items()},
     }
+    if store.extension is not None:
+        document["mode"] = store.extension.record
     try:
         return tensors, sealed(document)
     except (TypeError, ValueError, RecursionError) as error:
@@ -107,6 +109,9 @@ def fingerprint(store: BasisStore) -> str:
             subspace = basis.subspaces[side]
             kept = subspace.anchor if subspace.scale is None else subspace.scale  # a soft anchor moves with each step
             lines.append(f"{side} {list(subspace.ranks)} {digest(subspace.basis)} {digest(kept)}")
+    if store.extension is not None:
+        lines.append(json.dumps(store.extension.record, sort_keys=True))
+        lines += [f"{key} {digest(tensor)}" for key, tensor in sorted(store.extension.tensors.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -145,6 +150,9 @@ def tensors_of(store: BasisStore) -> Iterator[tuple[str, Tensor]]:
     for task, values in store.probes.items():
         for key, tensor in values.items():
             yield f"probe/{task}/{key}", tensor
+    if store.extension is not None:
+        for key, tensor in store.extension.tensors.items():
+            yield f"mode/{key}", tensor
 
 
 def _describe(basis: Basis) -> dict[str, Any]:

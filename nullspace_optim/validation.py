@@ -12,7 +12,7 @@ from typing import Any, NoReturn, get_args
 import torch
 from torch import Tensor
 
-from .basis import Basis, BasisStore, Fate, Side, Subspace
+from .basis import Basis, BasisStore, Extension, Fate, Side, Subspace
 from .errors import BasisFileError
 from .layout import Kind, Layout
 from .schema import SCHEMA_VERSION, digest, parse_json, refuse, sealed
@@ -43,8 +43,21 @@ def unpack(tensors: Mapping[str, Tensor], metadata: str, source: str) -> BasisSt
     store.buffers = {name: parts.take(f"buffer/{name}") for name in document.texts("buffers")}
     probes = _Record(document.get("probes", dict), "probes", source)
     store.probes = {t: {key: parts.take(f"probe/{t}/{key}") for key in probes.texts(t)} for t in probes.data}
+    store.extension = _read_extension(document, parts)
     parts.finish()
     return store
+
+
+def _read_extension(document: _Record, parts: _Parts) -> Extension | None:
+    """Return what a mode stored: its record, whose meaning the mode checks, and its tensors, all finite."""
+    if "mode" not in document.data:
+        return None
+    keys = sorted(key for key in parts.unused if key.startswith("mode/"))
+    tensors = {key.removeprefix("mode/"): parts.take(key) for key in keys}
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            document.fail(f"mode has non-finite values in {key!a}")
+    return Extension(document.get("mode", dict), tensors)
 
 
 def _opened(metadata: object, source: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The experts beside one layer of the model: history, the task at work, the routers of finished tasks.
 
-`ExpertLayer` is a child of the model (so it moves, copies and is wrapped with it) and acts through a forward hook on the
-layer it stands beside: `output + sum_e p_e f_e(input)`.
+`ExpertLayer` is a child of the model (so it moves, copies and is wrapped with it) and acts through a forward hook on
+the layer it stands beside: `output + sum_e p_e f_e(input)`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import router
-from .experts import PARTS, Expert, Silent, Stack, fresh_directions, mix, shapes, stack
+from . import pruning, router
+from .experts import PARTS, Expert, Silent, Stack, extended, fresh_directions, mix, shapes, stack
 from .options import IGSP
-from .prototypes import Prototype, nearest
-from .router import Choice, Convergence
+from .prototypes import Prototype, nearest, prototype
+from .report import LayerReport
+from .router import Choice
 from .sites import Site
+from .watch import Watch
 
 CURRENT, AGNOSTIC, PLAIN = -1, -2, -3
-KEPT_INPUTS = 64  # forwards since the last step whose gate inputs the regularization sees
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Scope:
 
 
 class TaskRouter(Silent):
-    """Router and prototype of one finished task: `weight` `[E, d]`, `experts` `[E]` numbers in the history."""
+    """Router and prototype of one finished task: `weight` `[E, d + 1]`, `experts` `[E]` numbers in the history."""
 
     weight: Tensor
     experts: Tensor
@@ -58,7 +59,7 @@ class ExpertLayer(Silent):
 
     Buffers: `history_*`, the frozen experts `[H, ...]`; `inputs` `[d, k]` and `outputs` `[o, l]`, orthonormal bases of
     the rows of all historical `A` and of the columns of all historical `B`. Parameters: `fresh` experts and `router`
-    `[E, d]`, whose rows are the historical `members` of the task at work, then the fresh ones.
+    `[E, d + 1]`, whose rows are the historical `members` of the task at work, then the fresh ones.
     """
 
     inputs: Tensor
@@ -76,15 +77,10 @@ class ExpertLayer(Silent):
         self.fresh = nn.ModuleList()
         self.finished = nn.ModuleList()
         self.members: list[int] = []
-        self.router = nn.Parameter(torch.zeros(0, site.inputs, device=device))
-        self.flow = torch.zeros(0)
-        self.convergence = Convergence()
-        self.recent: list[Tensor] = []
+        self.candidates = 0
+        self.router = nn.Parameter(torch.zeros(0, site.inputs + 1, device=device))
+        self.watch = Watch(options, self.router)
         self.collected: list[Tensor] = []
-        self.sums: list[Tensor] = []
-        self.previous: Tensor | None = None
-        self.window: Tensor | None = None
-        self.origin: Tensor | None = None
 
     @property
     def history(self) -> Stack:
@@ -102,13 +98,11 @@ class ExpertLayer(Silent):
         downs = fresh_directions(self.inputs, self.options.width, self.options.candidates, generator)
         out = self.widths[1]
         self.fresh = nn.ModuleList(Expert(down.clone(), out, self.options.kind) for down in downs)
-        self.members = list(range(self.size))
+        self.members, self.candidates = list(range(self.size)), len(self.fresh)
         known = self._shared_rows()
         rows = [known, known.new_zeros(self.size + len(self.fresh) - len(known), known.shape[1])]
         self.adopt_router(torch.cat(rows))
-        self.convergence, self.previous, self.window = Convergence(), None, None
-        self.flow = known.new_zeros(len(self.router))
-        self.origin = self.router.detach().clone()
+        self.watch = Watch(self.options, self.router)
 
     def _shared_rows(self) -> Tensor:
         """Return the rows that a shared router keeps from earlier tasks, none for routers of one task."""
@@ -123,6 +117,79 @@ class ExpertLayer(Silent):
         """Return the parameters of the task at work by their names below this layer."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def survivors(self) -> Tensor:
+        """Return a mask `[E]` of the experts that this task keeps, by the flow through them; changes nothing.
+
+        A layer that no training forward reached keeps none; one whose router has not converged keeps all with
+        ``on_cap="keep"``; a shared router keeps all of the history.
+
+        Raises:
+            PruningError: no expert would be left.
+        """
+        options, flow = self.options, self.watch.shares
+        if not self.watch.seen:
+            return torch.zeros_like(flow, dtype=torch.bool)
+        if self.watch.convergence.at is None and options.on_cap == "keep":
+            return torch.ones_like(flow, dtype=torch.bool)
+        if options.coverage is not None:
+            kept = pruning.keep_coverage(flow, options.coverage)
+        else:
+            kept = pruning.keep_above(flow, options.threshold, self.name)
+        if options.router == "shared":
+            kept[: len(self.members)] = True
+        return kept
+
+    def settle(self, kept: Tensor) -> None:
+        """Begin phase 2 with the experts of the mask `kept` `[E]`: delete the others, fix what no longer trains."""
+        flags = kept.tolist()
+        fresh = [e for e, keep in zip(self.fresh, flags[len(self.members) :]) if keep]
+        self.members = [m for m, keep in zip(self.members, flags) if keep]
+        self.fresh = nn.ModuleList(fresh)
+        if not all(flags):
+            self.adopt_router(self.router.detach()[kept])
+        self.router.requires_grad_(not fresh or self.options.router_after == "train")
+        if self.options.orthogonal == "structural":
+            for expert in fresh:
+                expert.down.requires_grad_(False)
+
+    def routers(self) -> list[TaskRouter]:
+        """Return what deployment needs: the routers of finished tasks, or the one they share."""
+        records = [record for record in self.finished if isinstance(record, TaskRouter)]
+        return records[-1:] if self.options.router == "shared" else records
+
+    def report(self) -> LayerReport:
+        """Describe the task at work, after its pruning."""
+        flow = self.watch.shares
+        return LayerReport(
+            name=self.name,
+            candidates=self.candidates,
+            kept=len(self.fresh),
+            reused=len(self.members),
+            history=self.size,
+            converged=self.watch.convergence.at,
+            curve=self.watch.convergence.curve,
+            reuse=float(flow[: self.size].sum()),
+            flow=tuple(flow.tolist()),
+            used=self.inputs.shape[1],
+            size=self.inputs.shape[0],
+            rank=self.options.width,
+        )
+
+    def finish(self, outlier: float) -> None:
+        """End the task: freeze the fresh experts, extend the bases by their directions, keep the router."""
+        collected = torch.cat(self.collected) if self.collected else self.router.new_zeros(1, self.widths[0])
+        self.collected = []
+        numbers = [*self.members, *range(self.size, self.size + len(self.fresh))]
+        known = torch.tensor(numbers, dtype=torch.int64, device=self.router.device)
+        self.finished.append(TaskRouter(self.router, known, prototype(collected, outlier)))
+        for expert in self.fresh:
+            assert isinstance(expert, Expert)
+            self.inputs = extended(self.inputs, expert.down)
+            self.outputs = extended(self.outputs, expert.up)
+        for part, value in stack(self.fresh, self.options.kind, self.history).items():
+            setattr(self, f"history_{part}", value.detach())
+        self.fresh = nn.ModuleList()
+
     def attend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook of the layer: add what the chosen experts say about its input."""
         chosen = self._situation()
@@ -132,7 +199,7 @@ class ExpertLayer(Silent):
         x = x.transpose(0, 1) if self.batch_axis == 1 and x.ndim == 3 else x
         inputs = router.gate_input(x, self.options.gate)
         if self.scope.collecting:
-            self.collected.append(inputs)
+            self.collected.append(inputs[:, :-1])
         experts, choice = self._route(inputs, chosen)
         if choice is None:
             return output
@@ -174,16 +241,8 @@ class ExpertLayer(Silent):
             )
         choice = router.top_k(noisy, self.options.top_k)
         if self.scope.first_phase and torch.is_grad_enabled():
-            self._watch(inputs, scores.detach(), choice)
+            self.watch.take(inputs, scores, choice)
         return choice
-
-    @torch.no_grad()
-    def _watch(self, inputs: Tensor, scores: Tensor, choice: Choice) -> None:
-        """Take down the routing of one training forward: gate inputs, mean gates and mean probabilities."""
-        self.recent = [*self.recent[1 - KEPT_INPUTS :], inputs]
-        gates = router.dense(Choice(choice.experts, choice.gates.detach()), scores.shape[1]).sum(dim=0)
-        seen = torch.cat([gates, torch.softmax(scores, dim=-1).sum(dim=0), gates.new_full((1,), float(len(inputs)))])
-        self.sums.append(seen)
 
     def _of_task(self, inputs: Tensor, task: int) -> Choice | None:
         record = self.finished[task]
@@ -197,7 +256,7 @@ class ExpertLayer(Silent):
         if not records:
             return None
         stacked = Prototype(*(torch.stack([getattr(record, name) for record in records]) for name in Prototype._fields))
-        tasks = nearest(inputs, *stacked)
+        tasks = nearest(inputs[:, :-1], *stacked)
         experts = inputs.new_zeros(len(inputs), self.options.top_k, dtype=torch.int64)
         gates = inputs.new_zeros(len(inputs), self.options.top_k)
         for number in range(len(records)):

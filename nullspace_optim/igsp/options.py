@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import OptionError
+from ..mode import Mode
 from ..policies.base import check_number
 
 CHOICES = {
@@ -50,8 +51,8 @@ class IGSP:
         * `threshold`: candidates with less routing are pruned, 1 / (2 x experts) if None; or `coverage`: the smallest
           set of experts with so much routing is kept instead. `flow_decay`: of the running mean of the routing.
         * Convergence, in windows of `window` steps: Jaccard index of top-k sets at least `agreement` and
-          KL divergence of mean probabilities below `divergence`, `patience` windows in a row. After `cap` steps (20 % of
-          MTIL's 1,000) phase 1 ends anyhow; a layer that has not converged then keeps all experts (`on_cap="keep"`).
+          KL divergence of mean probabilities below `divergence`, `patience` windows in a row. After `cap` steps (20 %
+          of MTIL's 1,000) phase 1 ends anyhow; a layer that has not converged then keeps all experts (`on_cap="keep"`).
 
     Phase 2, orthogonal subspace fine-tuning
         * `orthogonal`: which changes of a surviving expert stay orthogonal to the historical subspace: rows of `A`
@@ -120,6 +121,12 @@ class IGSP:
                 check_number(self, name, getattr(self, name), 0.0, 1.0)
         if self.threshold is not None and self.coverage is not None:
             raise OptionError("IGSP(threshold=..., coverage=...): two rules of pruning, give one of them")
+
+    def build(self) -> Mode:
+        """Return a new mode with these options."""
+        from .phases import IgspMode
+
+        return IgspMode(self)
 
     @property
     def patterns(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Which experts a task keeps, decided by routing probability.
 
-With `y = sum_e p_e f_e(x)` the gradient that reaches expert `e` is `E[p_e J_e^T dL/dy]`: the mean gate `pi_e` bounds it,
-so it tells how much of the task flows through the expert (the abstract's "gradient flow indicator").
+With `y = sum_e p_e f_e(x)` the gradient that reaches expert `e` is `E[p_e J_e^T dL/dy]`: the mean gate `pi_e` bounds
+it, so it tells how much of the task flows through the expert (the abstract's "gradient flow indicator").
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Routing: which experts a sample uses, and whether a router has settled. Pure functions and one small counter.
 
-Shapes: gate inputs `[n, d]` (one vector a sample), a router's weight `[E, d]`, logits `[n, E]`, a `Choice` of `k`
-experts a sample `[n, k]`. Decisions are always made sample by sample: no sample's result depends on its batch.
+Shapes: gate inputs `[n, d + 1]` (one vector a sample and a constant), a router's weight `[E, d + 1]`, logits `[n, E]`,
+a `Choice` of `k` experts a sample `[n, k]`. Decisions are made sample by sample: no sample's result depends
+on its batch.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ class Choice(NamedTuple):
 
 
 def gate_input(x: Tensor, gate: str) -> Tensor:
-    """Return the vector `[n, d]` that decides about each sample of `x` `[n, ..., d]`, in float32 and detached.
+    """Return the vector `[n, d + 1]` that decides about each sample of `x` `[n, ..., d]`, in float32 and detached.
 
-    ``"mean"`` of the tokens, or the ``"first"`` token. Detached: the router learns, the features do not learn to be
-    routed.
+    ``"mean"`` of the tokens, or the ``"first"`` token, and the constant `sqrt(d)`, so that one expert can be preferred
+    for all inputs even where these have mean zero. Detached: the router learns, the features do not learn to be routed.
     """
     tokens = x.detach().reshape(len(x), -1, x.shape[-1])
-    return (tokens[:, 0] if gate == "first" else tokens.mean(dim=1, dtype=torch.float32)).float()
+    chosen = (tokens[:, 0] if gate == "first" else tokens.mean(dim=1, dtype=torch.float32)).float()
+    return torch.cat([chosen, chosen.new_full((len(x), 1), x.shape[-1] ** 0.5)], dim=1)
 
 
 def logits(inputs: Tensor, weight: Tensor) -> Tensor:

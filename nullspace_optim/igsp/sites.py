@@ -41,8 +41,8 @@ def find_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
         some = ", ".join(f"'{name}'" for name in linear[:6])
         raise OptionError(
             f"IGSP(layers={patterns if len(patterns) > 1 else patterns[0]!r}) matches no layer of "
-            f"{type(model).__name__}; its linear layers begin with: {some or 'none'}. Give a pattern of these names or of "
-            "the blocks around them"
+            f"{type(model).__name__}; its linear layers begin with: {some or 'none'}. Give a pattern of these names or "
+            "of the blocks around them"
         )
     return [_site(name, module, model) for name, module in found.items()]
 
@@ -63,7 +63,7 @@ def _batch_axis(name: str, model: nn.Module) -> int:
     for depth in range(len(parts), -1, -1):
         module = model.get_submodule(".".join(parts[:depth]))
         around = (module, getattr(module, "self_attn", None))
-        flags = [m.batch_first for m in around if isinstance(getattr(m, "batch_first", None), bool)]
+        flags = [flag for flag in (getattr(m, "batch_first", None) for m in around) if isinstance(flag, bool)]
         if flags:
             return 0 if flags[0] else 1
     return 0

@@ -1,0 +1,54 @@
+"""What phase 2 keeps fixed, as bases for the optimizer's own protection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ..basis import Basis, Fate, Subspace
+from ..projection import anchor
+from .bank import CHILD, Bank
+from .options import IGSP
+
+PARTS = {"input": ("down",), "both": ("down", "up"), "structural": (), "none": ()}
+
+
+def constrained(bank: Bank, parameters: Mapping[str, Tensor], options: IGSP) -> Iterator[Basis]:
+    """Yield a basis for each surviving expert: rows of `A` keep their part in the span of the historical `A`.
+
+    With ``orthogonal="both"`` also the columns of `B` theirs in the span of the historical `B`. `W U = const` is the
+    condition that null-space protection keeps exactly, so the same kernel, `verify` and files serve.
+    """
+    if bank.scope.first_phase:
+        return
+    for key, layer in bank.named_children():
+        for number in range(len(layer.fresh)):  # type: ignore[arg-type]
+            for part in PARTS[options.orthogonal]:
+                kept = layer.inputs if part == "down" else layer.outputs
+                name = f"{CHILD}.{key}.fresh.{number}.{part}"
+                if isinstance(kept, Tensor) and kept.shape[1]:
+                    yield _basis(name, parameters[name], kept)
+
+
+def _basis(name: str, parameter: Tensor, kept: Tensor) -> Basis:
+    columns, width = kept.unsqueeze(0), kept.shape[1]
+    full = width >= kept.shape[0]
+    subspace = Subspace(
+        side="right",
+        basis=columns,
+        anchor=anchor(parameter.detach().unsqueeze(0), columns, "right"),
+        ranks=(width,),
+        size=kept.shape[0],
+        spectrum=torch.zeros(1, kept.shape[0], device=kept.device),
+        energy=1.0,
+    )
+    return Basis(
+        name=name,
+        shape=tuple(parameter.shape),
+        fate=Fate.FULL if full else Fate.PROTECTED,
+        reason="its updates stay orthogonal to the historical subspace",
+        subspaces={"right": subspace},
+        kept=parameter.detach().clone() if full else None,
+    )

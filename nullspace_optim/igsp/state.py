@@ -1,0 +1,173 @@
+"""The mode as plain JSON values and tensors, and back: what basis files and checkpoints hold of it.
+
+Tensor keys, `i` being the number of the layer: ``i/inputs``, ``i/outputs`` (bases), ``i/history/<part>`` `[H, ...]`,
+``i/fresh/<e>/<part>``, ``i/router`` `[E, d + 1]`, ``i/watch/<sum>``, ``i/finished/<task>/<field>``. Nothing is trusted:
+everything is checked against the layers of the model before anything of it changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..basis import Extension
+from ..errors import BasisFileError
+from .experts import PARTS, Expert, shapes
+from .layer import ExpertLayer, TaskRouter
+from .prototypes import Prototype
+from .router import Convergence
+from .watch import Watch
+
+SUMS = ("flow", "origin", "window", "previous")
+SOURCE = "the experts in this file or checkpoint"
+
+
+def packed(mode: Any) -> Extension:
+    """Return record and tensors of an `IgspMode`; the tensors share memory with it."""
+    scope, tensors = mode.experts.scope, {}
+    layers = []
+    for number, layer in enumerate(mode.experts.layers):
+        layers.append(_describe(layer))
+        tensors.update({f"{number}/{key}": value.detach() for key, value in _tensors(layer).items()})
+    record: dict[str, object] = {
+        "mode": "igsp",
+        "options": repr(mode.options),
+        "structure": mode.options.structure,
+        "tasks": list(scope.tasks),
+        "steps": scope.steps,
+        "first_phase": scope.first_phase,
+        "counts": list(mode.counts),
+        "phase_steps": list(mode.phase_steps),
+        "reason": mode.reason,
+        "layers": layers,
+    }
+    return Extension(record, tensors)
+
+
+def _describe(layer: ExpertLayer) -> dict[str, object]:
+    return {
+        "name": layer.name,
+        "widths": list(layer.widths),
+        "members": list(layer.members),
+        "fresh": len(layer.fresh),
+        "candidates": layer.candidates,
+        "router_trains": layer.router.requires_grad,
+        "finished": len(layer.finished),
+        "convergence": layer.watch.convergence.plain,
+    }
+
+
+def _tensors(layer: ExpertLayer) -> dict[str, Tensor]:
+    found = {"inputs": layer.inputs, "outputs": layer.outputs, "router": layer.router}
+    found.update({f"history/{part}": value for part, value in layer.history.items()})
+    for number, expert in enumerate(layer.fresh):
+        found.update({f"fresh/{number}/{name}": value for name, value in expert.named_parameters()})
+    found.update({f"watch/{name}": value for name, value in layer.watch.named_buffers()})
+    for number, record in enumerate(layer.finished):
+        found.update({f"finished/{number}/{name}": value for name, value in record.named_buffers()})
+    return found
+
+
+def restored(mode: Any, extension: Extension) -> None:
+    """Let an `IgspMode` become what `packed` described.
+
+    Raises:
+        BasisFileError: the experts belong to another architecture or to other options; nothing was changed.
+    """
+    record = extension.record
+    layers = mode.experts.layers
+    try:
+        _compare(record, mode)
+        prepared = [_prepared(layer, record, number, extension) for number, layer in enumerate(layers)]
+        scope: Any = {key: record[key] for key in ("tasks", "steps", "first_phase")}
+        counts, phase_steps = ([int(n) for n in record[key]] for key in ("counts", "phase_steps"))  # type: ignore[attr-defined]
+        tasks = [str(name) for name in scope["tasks"]]
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+        raise BasisFileError(f"{SOURCE} are damaged or foreign ({error!r})") from error
+    for layer, contents in zip(layers, prepared):
+        for name, value in contents.items():
+            setattr(layer, name, value)
+        if mode.options.orthogonal == "structural" and not scope["first_phase"]:
+            for expert in layer.fresh:
+                expert.down.requires_grad_(False)
+    mode.experts.scope.__dict__.update(tasks=tasks, steps=int(scope["steps"]), first_phase=bool(scope["first_phase"]))
+    mode.counts, mode.phase_steps, mode.reason, mode.by_hand = counts, phase_steps, str(record["reason"]), False
+
+
+def _compare(record: Any, mode: Any) -> None:
+    """Refuse experts of other layers or other options, with what was found and what is here."""
+    here = [(layer.name, *layer.widths) for layer in mode.experts.layers]
+    there = [(entry["name"], *entry["widths"]) for entry in record["layers"]]
+    if here != there:
+        pair = next((pair for pair in zip(there, here) if pair[0] != pair[1]), None)
+        found, wanted = ("'{}' ({} -> {})".format(*entry) for entry in pair) if pair else (len(there), len(here))
+        detail = f"{found} there, {wanted} here" if pair else f"{found} layers there, {wanted} here"
+        raise BasisFileError(
+            f"{SOURCE} were made for another architecture: {detail}; use the model and IGSP(layers=...) of that run"
+        )
+    structure = mode.options.structure
+    wrong = [f"{key}={record['structure'][key]!r} there, {value!r} here" for key, value in structure.items()
+             if record["structure"][key] != value]  # fmt: skip
+    if wrong:
+        raise BasisFileError(
+            f"{SOURCE} were made with other options: {'; '.join(wrong)}; construct IGSP(...) with those"
+        )
+
+
+def _prepared(layer: ExpertLayer, record: Any, number: int, extension: Extension) -> dict[str, Any]:
+    """Return the attributes that `layer` is to take over, each checked."""
+    entry, device, options = record["layers"][number], layer.router.device, layer.options
+    inputs, outputs = layer.widths
+    sizes = shapes(options.kind, options.width, inputs, outputs)
+
+    def take(key: str, *shape: int | None) -> Tensor:
+        tensor = extension.tensors[f"{number}/{key}"]
+        if len(tensor.shape) != len(shape) or any(w not in (None, s) for s, w in zip(tensor.shape, shape)):
+            raise ValueError(f"'{layer.name}': {key} is {list(tensor.shape)}, expected {list(shape)}")
+        return tensor.detach().to(device, copy=True)
+
+    history = {part: take(f"history/{part}", None, *sizes[part]) for part in PARTS[options.kind]}
+    stored, members = len(history["down"]), [int(m) for m in entry["members"]]
+    if any(len(value) != stored for value in history.values()) or any(not 0 <= m < stored for m in members):
+        raise ValueError(f"'{layer.name}': parts of the history differ in length, or members are not in it")
+    fresh = []
+    for place in range(int(entry["fresh"])):
+        expert = Expert(take(f"fresh/{place}/down", *sizes["down"]), outputs, options.kind)
+        for part in PARTS[options.kind][1:]:
+            getattr(expert, part).data = take(f"fresh/{place}/{part}", *sizes[part])
+        fresh.append(expert)
+    weight = nn.Parameter(take("router", len(members) + len(fresh), inputs + 1), bool(entry["router_trains"]))
+    watch = Watch(options, weight)
+    for name in SUMS:
+        present = f"{number}/watch/{name}" in extension.tensors
+        rows = len(extension.tensors[f"{number}/watch/flow"])
+        shape = {"flow": (rows,), "origin": (rows, inputs + 1), "window": (rows + 1,), "previous": (rows,)}[name]
+        setattr(watch, name, take(f"watch/{name}", *shape) if present else None)
+    watch.convergence = Convergence.of(entry["convergence"])
+    finished = []
+    for task in range(int(entry["finished"])):
+        numbers = take(f"finished/{task}/experts", None)
+        if numbers.dtype != torch.int64 or (
+            len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < stored
+        ):
+            raise ValueError(f"'{layer.name}': the router of task {task + 1} names experts that are not there")
+        routed = take(f"finished/{task}/weight", len(numbers), inputs + 1)
+        fields = {"centre": (inputs,), "spread": (inputs,), "limit": ()}
+        finished.append(
+            TaskRouter(
+                routed, numbers, Prototype(*(take(f"finished/{task}/{f}", *fields[f]) for f in Prototype._fields))
+            )
+        )
+    return {
+        **{f"history_{part}": value for part, value in history.items()},
+        "inputs": take("inputs", inputs, None),
+        "outputs": take("outputs", outputs, None),
+        "fresh": nn.ModuleList(fresh),
+        "finished": nn.ModuleList(finished),
+        "members": members,
+        "candidates": int(entry["candidates"]),
+        "router": weight,
+        "watch": watch,
+    }

@@ -1,0 +1,173 @@
+"""The pure parts against slow twins and exact answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nullspace_optim import PruningError
+from nullspace_optim.igsp import prototypes, pruning, regularizer, router
+from nullspace_optim.igsp.experts import Expert, extended, fresh_directions, merged_weight, mix, stack
+from nullspace_optim.linalg import orthogonality_error
+
+
+def random_stack(
+    kind: str, experts: int = 5, rank: int = 3, inputs: int = 7, outputs: int = 4
+) -> dict[str, torch.Tensor]:
+    parts = {"down": torch.randn(experts, rank, inputs), "up": torch.randn(experts, rank, outputs)}
+    if kind == "bottleneck":
+        parts |= {"down_bias": torch.randn(experts, rank), "up_bias": torch.randn(experts, outputs)}
+    return parts
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+@pytest.mark.parametrize("shape", [(6, 7), (6, 5, 7), (6, 2, 3, 7)])
+def test_mix_equals_one_expert_and_one_sample_at_a_time(kind: str, shape: tuple[int, ...]) -> None:
+    x, parts = torch.randn(shape), random_stack(kind)
+    choice = router.top_k(torch.randn(6, 5), 2)
+    expected = torch.zeros(*shape[:-1], 4)
+    for sample in range(6):
+        for expert, gate in zip(choice.experts[sample].tolist(), choice.gates[sample].tolist()):
+            hidden = x[sample] @ parts["down"][expert].T
+            if kind == "bottleneck":
+                hidden = torch.relu(hidden + parts["down_bias"][expert])
+            out = hidden @ parts["up"][expert]
+            expected[sample] += 0.5 * gate * (out + parts["up_bias"][expert] if kind == "bottleneck" else out)
+    torch.testing.assert_close(mix(x, parts, choice, 0.5), expected)
+
+
+def test_mix_does_not_notice_experts_that_are_not_chosen() -> None:
+    x, parts = torch.randn(6, 5, 7), random_stack("lora")
+    choice = router.top_k(torch.randn(6, 5), 2)
+    more = {part: torch.cat([value, torch.randn_like(value)]) for part, value in parts.items()}
+    assert torch.equal(mix(x, parts, choice, 1.0), mix(x, more, choice, 1.0))
+
+
+def test_a_new_expert_changes_nothing_and_its_rows_leave_the_history_alone() -> None:
+    basis = torch.linalg.qr(torch.randn(20, 9)).Q
+    downs = fresh_directions(basis, 4, 4, torch.Generator().manual_seed(0))
+    assert downs.shape == (2, 4, 20), "only two experts of rank 4 fit beside 9 of 20 directions"
+    rows = downs.flatten(0, 1)
+    assert float((rows @ basis).abs().max()) < 1e-6
+    assert orthogonality_error(rows.T) < 1e-6
+    assert torch.count_nonzero(Expert(downs[0].clone(), 3, "bottleneck").up) == 0
+    assert fresh_directions(torch.eye(20)[:, :18], 4, 4, torch.Generator()).shape == (0, 4, 20)
+
+
+def test_extended_holds_old_and_new_directions_and_keeps_the_old_columns() -> None:
+    basis = torch.linalg.qr(torch.randn(12, 3)).Q
+    rows = torch.cat([torch.randn(2, 12), basis.T[:1] * 3])
+    grown = extended(basis, rows)
+    assert grown.shape == (12, 5), "a direction that is there already is not added"
+    assert torch.equal(grown[:, :3], basis) and orthogonality_error(grown) < 1e-6
+    torch.testing.assert_close(rows - rows @ grown @ grown.T, torch.zeros_like(rows), atol=1e-5, rtol=0)
+    assert extended(torch.eye(12), rows).shape == (12, 12)
+    assert extended(basis, torch.zeros(3, 12)) is basis
+
+
+def test_merged_weight_equals_the_layer_with_its_experts() -> None:
+    linear, parts, x = nn.Linear(7, 4), random_stack("lora"), torch.randn(6, 7)
+    gates = torch.softmax(torch.randn(5), dim=0)
+    choice = router.Choice(torch.arange(5).expand(6, 5), gates.expand(6, 5))
+    expected = linear(x) + mix(x, parts, choice, 0.3)
+    with torch.no_grad():
+        linear.weight.copy_(merged_weight(linear.weight, parts, gates, 0.3))
+    torch.testing.assert_close(linear(x), expected)
+
+
+def test_stack_puts_history_first() -> None:
+    history = random_stack("lora", experts=2)
+    expert = Expert(torch.randn(3, 7), 4, "lora")
+    joined = stack([expert], "lora", history)
+    assert torch.equal(joined["down"][:2], history["down"]) and torch.equal(joined["down"][2], expert.down)
+
+
+def test_mass_is_the_mean_share_of_the_candidates() -> None:
+    scores = torch.randn(9, 5)
+    expected = sum(float(torch.softmax(row, 0)[3:].sum()) for row in scores) / 9
+    assert float(regularizer.mass(scores, 2)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_geom_equals_the_dense_formula_and_vanishes_inside_the_history() -> None:
+    down, up, history = torch.randn(3, 4, 9), torch.randn(3, 4, 6), torch.linalg.qr(torch.randn(6, 2)).Q
+    outside = torch.eye(6) - history @ history.T
+    products = [u.T @ d for u, d in zip(up, down)]
+    expected = sum(float((outside @ p).square().sum() / p.square().sum()) for p in products)
+    assert float(regularizer.geom(down, up, history)) == pytest.approx(expected, rel=1e-5)
+    assert float(regularizer.geom(down, up @ history @ history.T, history)) < 1e-9
+    assert float(regularizer.geom(down, torch.zeros_like(up), history)) == 0.0
+
+
+def test_top_k_takes_all_experts_if_there_are_fewer() -> None:
+    choice = router.top_k(torch.tensor([[1.0, 3.0, 2.0]]), 2)
+    assert choice.experts.tolist() == [[1, 2]]
+    torch.testing.assert_close(choice.gates, torch.softmax(torch.tensor([[3.0, 2.0]]), dim=1))
+    assert router.top_k(torch.tensor([[5.0]]), 2).gates.tolist() == [[1.0]]
+
+
+def test_the_gate_input_is_one_vector_a_sample_with_a_constant() -> None:
+    x = torch.randn(4, 6, 9, dtype=torch.bfloat16)
+    mean = router.gate_input(x, "mean")
+    torch.testing.assert_close(mean[:, :-1], x.float().mean(dim=1))
+    assert mean[:, -1].tolist() == [3.0] * 4 and mean.dtype == torch.float32
+    assert torch.equal(router.gate_input(x, "first")[:, :-1], x[:, 0].float())
+    alone = torch.cat([router.gate_input(sample[None], "mean") for sample in x])
+    torch.testing.assert_close(alone, mean)
+
+
+def test_noise_is_the_same_when_a_forward_is_computed_twice() -> None:
+    scores = torch.zeros(3, 4)
+    assert torch.equal(router.noise(scores, 0.7, 0, 1, 2), router.noise(scores, 0.7, 0, 1, 2))
+    assert not torch.equal(router.noise(scores, 0.7, 0, 1, 2), router.noise(scores, 0.7, 0, 1, 3))
+
+
+def test_agreement_is_the_jaccard_index_of_top_k_sets() -> None:
+    now = torch.tensor([[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0]])
+    then = torch.tensor([[2.0, 3.0, 1.0, 0.0], [3.0, 0.0, 2.0, 1.0]])
+    assert float(router.agreement(now, then, 2)) == pytest.approx((1 + 1 / 3) / 2)
+
+
+def test_divergence_is_kullback_leibler() -> None:
+    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.5, 0.25])
+    expected = 0.5 * torch.log(torch.tensor(2.0)) - 0.25 * torch.log(torch.tensor(2.0))
+    assert float(router.divergence(p, q)) == pytest.approx(float(expected), rel=1e-4)
+    assert float(router.divergence(p, p)) == 0.0
+
+
+def test_convergence_needs_agreeing_windows_in_a_row() -> None:
+    state = router.Convergence()
+    for step, (jaccard, kl) in enumerate(
+        [(1.0, 1e-5), (0.9, 1e-5), (1.0, 1e-5), (1.0, 1e-2), (1.0, 1e-5), (1.0, 1e-5)]
+    ):
+        state.judge(20 * step, jaccard, kl, 0.95, 1e-3, 2)
+    assert state.at == 100 and len(state.curve) == 6
+    assert router.Convergence.of(state.plain) == state
+
+
+def test_pruning_keeps_what_carries_flow() -> None:
+    flow = torch.tensor([0.6, 0.3, 0.08, 0.02])
+    assert pruning.keep_above(flow, None, "layer").tolist() == [True, True, False, False]
+    assert pruning.keep_above(flow, 0.05, "layer").tolist() == [True, True, True, False]
+    assert pruning.keep_coverage(flow, 0.9).tolist() == [True, True, False, False]
+    assert pruning.keep_coverage(flow, 0.95).tolist() == [True, True, True, False]
+
+
+def test_pruning_never_removes_the_last_expert() -> None:
+    with pytest.raises(PruningError, match=r"'visual\.mlp': pruning below 0\.9 would remove the last expert.*0\.6"):
+        pruning.keep_above(torch.tensor([0.6, 0.4]), 0.9, "visual.mlp")
+    for size in range(1, 12):
+        assert pruning.keep_above(torch.full((size,), 1 / size), None, "x").all()
+
+
+def test_prototypes_name_the_task_of_each_sample_and_leave_strangers_alone() -> None:
+    centres = torch.randn(3, 16) * 4
+    tasks = [prototypes.prototype(centre + torch.randn(200, 16), 3.0) for centre in centres]
+    stacked = prototypes.Prototype(*(torch.stack(parts) for parts in zip(*tasks)))
+    inputs = torch.cat([centres + 0.1 * torch.randn(3, 16), torch.full((1, 16), 60.0)])
+    found = prototypes.nearest(inputs, *stacked)
+    assert found.tolist() == [0, 1, 2, -1]
+    alone = [int(prototypes.nearest(row[None], *stacked)) for row in inputs]
+    assert alone == found.tolist(), "the batch has no influence"
+    few = prototypes.prototype(torch.randn(1, 16), 3.0)
+    assert all(bool(torch.isfinite(part).all()) for part in few)

@@ -1,0 +1,154 @@
+"""Files and checkpoints of the mode: resumed bitwise in the middle of either phase, refused where they do not fit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from nullspace_optim import IGSP, BasisFileError, NullSpaceOptimizer
+
+from .synthetic import QUICK, Layer, SyntheticTask, make, train
+
+MOMENTS = [("phase 1", 7), ("mid-window", 33), ("phase 2", 230)]
+
+
+def history(steps: int, **options: object) -> tuple[Layer, NullSpaceOptimizer, SyntheticTask]:
+    """One finished task, `steps` steps into the second."""
+    model, opt = make(**options)
+    train(model, opt, SyntheticTask(0), 60)
+    opt.consolidate(SyntheticTask(0).loader(), name="one", progress=False)
+    task = SyntheticTask(2)
+    train(model, opt, task, steps)
+    return model, opt, task
+
+
+def same(one: Layer, two: Layer) -> bool:
+    mine, yours = dict(one.named_parameters()), dict(two.named_parameters())
+    return mine.keys() == yours.keys() and all(torch.equal(value, yours[name]) for name, value in mine.items())
+
+
+@pytest.mark.parametrize(("moment", "steps"), MOMENTS)
+def test_a_state_dict_resumes_bitwise(moment: str, steps: int) -> None:
+    model, opt, task = history(steps)
+    assert opt.status().phase == (2 if moment == "phase 2" else 1)
+    buffer = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)
+    train(model, opt, task, 200, first=steps)
+    opt.consolidate(task.loader(), name="two", progress=False)
+    train(model, opt, SyntheticTask(1), 3)
+
+    twin, other = make(seed=3)
+    twin.load_state_dict(saved["model"])
+    other.load_state_dict(saved["optimizer"])
+    assert other.status().step == steps or moment == "phase 2"
+    train(twin, other, task, 200, first=steps)
+    other.consolidate(task.loader(), name="two", progress=False)
+    train(twin, other, SyntheticTask(1), 3)
+    assert same(model, twin) and str(opt.status()) == str(other.status())
+
+
+@pytest.mark.parametrize(("moment", "steps"), MOMENTS)
+def test_a_file_and_the_base_state_resume_bitwise(moment: str, steps: int, tmp_path: Path) -> None:
+    model, opt, task = history(steps)
+    opt.save(tmp_path / "experts.safetensors")
+    base = copy.deepcopy(opt._core.bases[0].state_dict())
+    weights = model.state_dict()
+    train(model, opt, task, 50, first=steps)
+
+    twin, other = make(seed=3)
+    twin.load_state_dict(weights)
+    other.load(tmp_path / "experts.safetensors")
+    other._core.bases[0].load_state_dict(base)
+    train(twin, other, task, 50, first=steps)
+    assert same(model, twin)
+    other.save(tmp_path / "a")
+    opt.save(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_file_deploys_all_tasks(tmp_path: Path) -> None:
+    model, opt, task = history(230, kind="bottleneck")
+    opt.consolidate(task.loader(), name="two", progress=False)
+    opt.save(tmp_path / "f")
+    twin, other = make(seed=3, kind="bottleneck")
+    twin.load_state_dict(model.state_dict())
+    other.load(tmp_path / "f")
+    x = torch.cat([SyntheticTask(0).inputs(7), task.inputs(7)])
+    for name in ("one", "two", None):
+        with torch.no_grad(), opt.task(name), other.task(name):
+            assert torch.equal(model(x), twin(x)), name
+    assert other.verify(task.loader()).drift("two") == 0.0
+
+
+@pytest.mark.parametrize("steps", [7, 230])
+def test_copies_go_their_own_way(steps: int) -> None:
+    model, opt, task = history(steps)
+    twin, other = copy.deepcopy((model, opt))
+    pickled, third = pickle.loads(pickle.dumps((model, opt)))
+    for one, two in ((model, opt), (twin, other), (pickled, third)):
+        train(one, two, task, 30, first=steps)
+    assert same(model, twin) and same(model, pickled)
+    train(twin, other, task, 1, first=99)
+    assert not same(model, twin)
+
+
+def test_experts_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    _, opt, _ = history(7)
+    opt.save(tmp_path / "f")
+    wide = Layer(48)
+    other = NullSpaceOptimizer(AdamW(wide.parameters(), lr=1e-4), wide, mode=IGSP(**QUICK))
+    with pytest.raises(BasisFileError, match=r"another architecture: 'fc' \(32 -> 16\) there, 'fc' \(48 -> 16\) here"):
+        other.load(tmp_path / "f")
+    two = nn.Sequential(Layer(), Layer(16, 16))
+    other = NullSpaceOptimizer(AdamW(two.parameters(), lr=1e-4), two, mode=IGSP(**{**QUICK, "layers": "*.fc"}))
+    with pytest.raises(BasisFileError, match="another architecture"):
+        other.load(tmp_path / "f")
+    _, other = make(rank=4)
+    with pytest.raises(BasisFileError, match="rank=8 there, 4 here"):
+        other.load(tmp_path / "f")
+    assert other.status().finished == ()
+
+
+def test_a_plain_optimizer_and_the_mode_refuse_each_others_files(tmp_path: Path) -> None:
+    _, opt, _ = history(7)
+    opt.save(tmp_path / "f")
+    plain_model = Layer()
+    plain = NullSpaceOptimizer(AdamW(plain_model.parameters(), lr=1e-4), plain_model)
+    with pytest.raises(BasisFileError, match="written with mode='igsp'"):
+        plain.load(tmp_path / "f")
+    plain.consolidate([SyntheticTask(0).inputs(0)], progress=False)
+    plain.save(tmp_path / "g")
+    with pytest.raises(BasisFileError, match="written with mode='null-space'"):
+        opt.load(tmp_path / "g")
+
+
+def test_a_checkpoint_without_its_experts_is_refused() -> None:
+    _, opt, _ = history(7)
+    saved = opt.state_dict()
+    del saved["nullspace"]
+    _, other = make(seed=3)
+    with pytest.raises(BasisFileError, match="bases are missing"):
+        other.load_state_dict(saved)
+
+
+def test_a_damaged_record_is_one_error(tmp_path: Path) -> None:
+    from nullspace_optim.basis import Extension
+
+    _, opt, _ = history(7)
+    good = opt._core.mode.state
+    for key in ("tasks", "layers", "structure", "steps"):
+        record = {name: value for name, value in good.record.items() if name != key}
+        with pytest.raises(BasisFileError, match="damaged or foreign"):
+            opt._core.mode.state = Extension(record, good.tensors)
+    with pytest.raises(BasisFileError, match="damaged or foreign"):
+        opt._core.mode.state = Extension(good.record, {**good.tensors, "0/router": torch.zeros(1, 33)})
+    assert opt.status().step == 7
