@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from .covariance import SecondMoment
+from .distributed import everyone
 from .errors import OptionError
+from .names import local
 from .recognise import Memory, tensor_key
+from .reduction import reduce_tally, union
 from .relevance import Relevance, detached, tensors_in
 from .tally import Captured, Tally
 from .uses import Uses
@@ -44,13 +47,16 @@ class Capture:
         dtype: torch.dtype = torch.float32,
         batch_frobenius: bool = False,
         statistics: bool = True,
+        present: Callable[[], Mapping[str, Tensor]] | None = None,
+        in_step: bool = False,
     ) -> None:
         """Watch `parameters` and `buffers`, by name; note which of the `untrained` parameters are read.
 
         ``rows="relevant"`` leaves out rows that no output of the model depends on; ``bias="joint"`` extends the
         rows of a weight by a constant 1 for its bias; `dtype` is what second moments are summed in;
         `batch_frobenius` normalises each batch's Gram matrix (GNSP); without `statistics` no sums are kept,
-        only reasons, order and `observe`.
+        only reasons, order and `observe`. `present` gives the tensors that stand for the parameters at this moment
+        where a framework swaps them (FSDP2); with `in_step`, all ranks run each batch at the same time.
 
         Raises:
             OptionError: an unknown value of `rows` or `bias`.
@@ -62,7 +68,8 @@ class Capture:
         self.observe: Callable[[str, Tensor], None] | None = None
         self._names = _unique(parameters)
         distinct = {name: parameters[name] for name in dict.fromkeys(self._names.values())}
-        self._memory = Memory(distinct, buffers or {}, untrained or {})
+        self._memory = Memory(distinct, buffers or {}, untrained or {}, present)
+        self._in_step = in_step
         self._tally = Tally(dtype=dtype, batch_frobenius=batch_frobenius, statistics=statistics)
         self._relevance = Relevance() if rows == "relevant" else None
         self._joint = bias == "joint"
@@ -98,55 +105,74 @@ class Capture:
         """Names of the parameters that were read, in the order of their first use."""
         return list(self._tally.order)
 
+    def reduce(self, device: torch.device) -> None:
+        """Join what all ranks have captured (see `reduction`); nothing in one process."""
+        reduce_tally(self._tally, device)
+        self._memory.buffers_read = union(self._memory.buffers_read)
+        self._memory.untrained_read = union(self._memory.untrained_read)
+        if self._relevance is not None:
+            self._relevance.note = next(filter(None, everyone(self._relevance.note)), None)
+
     @property
     def relevance_note(self) -> str | None:
         """Why all rows count although ``rows="relevant"`` was asked for, or `None`."""
         return None if self._relevance is None else self._relevance.note
 
-    def batch(self, run: Callable[[], Any]) -> Any:
-        """Run one forward pass `run()`, take its rows, and return its outputs, detached.
+    def batch(self, run: Callable[[], Any], *, counted: bool = True) -> Any:
+        """Run one forward pass `run()`, take its rows (unless it is not `counted`), and return its outputs, detached.
 
         Raises:
             CaptureError: a row was not finite, or a weight was cast where it could not be followed.
         """
         active = self._relevance if self._relevance is not None and self._relevance.note is None else None
         try:
-            outputs = self._forward(run, active)
+            outputs = self._forward(run, active, counted)
             with torch.inference_mode(False), torch.no_grad():
                 self._tally.end_batch(self._batches)
         except _InferenceTensorError:
-            return self.batch(run)
+            return self.batch(run, counted=counted)
         finally:
             self._tally.drop_queue()
             self._memory.forget()
             if active is not None:
                 active.forget()
-        self._batches += 1
+        self._batches += counted
         return outputs
 
-    def _forward(self, run: Callable[[], Any], relevance: Relevance | None) -> Any:
+    def _forward(self, run: Callable[[], Any], relevance: Relevance | None, counted: bool) -> Any:
         """Run the forward pass and, for relevance, the probe; hand the rows to the tally."""
         self._memory.refresh()
-        uses = Uses(self._memory, self._tally, relevance, joint=self._joint, observe=self.observe)
-        watch = Watch(self._memory, self._tally, relevance, uses)
+        tally = self._tally if counted else Tally(dtype=torch.float32, batch_frobenius=False, statistics=False)
+        uses = Uses(self._memory, tally, relevance, joint=self._joint, observe=self.observe)
+        watch = Watch(self._memory, tally, relevance, uses)
         with _environment(gradients=relevance is not None), watch:
             try:
                 outputs = run()
+                self._note_returned(outputs)
             except RuntimeError as error:
                 if relevance is not None and "nference tensor" in str(error):
                     relevance.refuse("the batch consists of inference tensors, which autograd cannot save")
                     raise _InferenceTensorError from error
                 raise
-            self._note_returned(outputs)
+            finally:
+                probed = self._agree_on_probe(bool(uses.wanted()))
             gradients: list[Tensor | None] | None = None
-            wanted = uses.wanted()
+            wanted = uses.wanted() if probed else []
             if relevance is not None and relevance.note is None and wanted:
                 watch.probing = True
                 gradients = relevance.probe(outputs, wanted)
         with torch.inference_mode(False), torch.no_grad():
             uses.settle(gradients)
-            self._tally.flush()
+            tally.flush()
         return detached(outputs)
+
+    def _agree_on_probe(self, wanted: bool) -> bool:
+        """Where ranks run in step, all of them or none run the probe: its backward pass communicates."""
+        if not self._in_step or self._relevance is None:
+            return wanted
+        told = everyone((self._relevance.note, wanted))
+        self._relevance.note = next((note for note, _ in told if note), None)
+        return all(also for _, also in told)
 
     def _note_returned(self, outputs: Any) -> None:
         """A parameter that is itself an output (a logit bias) has been used, although no operator read it."""
@@ -163,7 +189,7 @@ def _unique(parameters: Mapping[str, Tensor]) -> dict[str, str]:
     """Map every name to the first name of the same tensor (tied weights)."""
     first: dict[Any, str] = {}
     return {
-        name: first.setdefault(tensor_key(tensor) if tensor.numel() else name, name)
+        name: first.setdefault(tensor_key(held) if (held := local(tensor)).numel() else name, name)
         for name, tensor in parameters.items()
     }
 

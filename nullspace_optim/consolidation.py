@@ -7,15 +7,17 @@ the store over, and the model is left exactly as it was found (see `untouched`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import distributed
 from .basis import BasisStore, Fate
 from .capture import Capture
 from .diagnostics import allowed_drift
@@ -24,7 +26,7 @@ from .displacement import Displacement
 from .errors import ConsolidationError, OptionError
 from .fates import grow
 from .guard import Guard
-from .names import named_buffers, named_parameters
+from .names import local, named_buffers, named_parameters, present_parameters
 from .policies import Energy, Policy
 from .probes import Probe, Recorder, digests_of, first_samples
 from .projection import exact_products
@@ -84,16 +86,11 @@ def consolidate(
             ``on_full="raise"``.
         CaptureError: non-finite rows or a weight that could not be observed.
     """
-    if any(task["name"] == work.task for task in store.tasks):
-        raise ConsolidationError(f"task '{work.task}' has been consolidated already; give this one another name=")
-    if not work.parameters:
-        raise ConsolidationError(
-            f"{type(work.model).__name__} holds no trainable parameter of the wrapped optimizer; "
-            "pass the model that is trained"
-        )
     started = time.perf_counter()
+    with distributed.together():
+        _check(work, store)
     with untouched(work.model, work.loader):
-        run = _runner(work)
+        _share_buffers(work.model)
         capture = Capture(
             work.parameters,
             buffers=named_buffers(work.model),
@@ -102,15 +99,19 @@ def consolidate(
             bias=options.bias,
             dtype=torch.float64 if options.policy.precise else torch.float32,
             batch_frobenius=options.policy.batch_frobenius,
+            present=_present(work.model),
+            in_step=bool(distributed.sharded_modules(work.model)),
         )
-        first, batches = _observe(work, capture, run)
-        with exact_products(next(iter(work.parameters.values())).device):
+        first, batches = _observe(work, capture)
+        device = next(iter(work.parameters.values())).device
+        capture.reduce(device)
+        with exact_products(device):
             grown, rows = grow(work.parameters, capture.captured, store, work.task, options.policy, options.uncovered)
-        probe = record_probe(work, first)
+        with distributed.together():
+            probe = record_probe(work, first)
         drift, assumed = allowed_drift(work.parameters, grown, displacement, lambda: _runner(work)(first))
-    buffers = named_buffers(work.model)
-    for buffer in sorted(capture.buffers_read - set(grown.buffers)):
-        grown.buffers[buffer] = buffers[buffer].detach().clone()
+        for buffer in sorted(capture.buffers_read - set(grown.buffers)):
+            grown.buffers[buffer] = named_buffers(work.model)[buffer].detach().clone()
     grown.probes[work.task] = {"digests": probe.digests, "sketches": probe.sketches, "norms": probe.norms}
     untrained = sorted(capture.untrained_read - set(grown))
     grown.tasks.append(
@@ -145,30 +146,102 @@ def consolidate(
     return grown, report
 
 
+def _check(work: Pass, store: BasisStore) -> None:
+    if any(task["name"] == work.task for task in store.tasks):
+        raise ConsolidationError(f"task '{work.task}' has been consolidated already; give this one another name=")
+    if not work.parameters:
+        raise ConsolidationError(
+            f"{type(work.model).__name__} holds no trainable parameter of the wrapped optimizer; "
+            "pass the model that is trained"
+        )
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Let every rank measure with the buffers of rank 0, as the next forward pass of DDP does."""
+    if distributed.ranks() > 1:
+        buffers = named_buffers(model)
+        kept = distributed.from_rank(0, {name: buffer.detach() for name, buffer in buffers.items()})
+        for name, buffer in buffers.items():
+            buffer.detach().copy_(kept[name])
+
+
+def _present(model: nn.Module) -> Callable[[], Mapping[str, Tensor]] | None:
+    """Return what stands for the parameters at a given moment, where FSDP2 swaps them."""
+    return present_parameters(model) if distributed.sharded_modules(model) else None
+
+
 def _runner(work: Pass) -> Forward:
     restart = getattr(work.forward, "restart", None)
     if restart is not None:
         restart()
-    return feeder(work.model, work.forward)
+    run = feeder(work.model, work.forward)
+    if not distributed.sharded_modules(work.model):
+        return run
+
+    def run_resharded(batch: Any) -> Any:
+        distributed.reshard(work.model)
+        return run(batch)
+
+    return run_resharded
 
 
-def _observe(work: Pass, capture: Capture, run: Forward) -> tuple[Any, int]:
-    """Run the model on every batch under `capture`; return the first samples and the number of batches."""
-    first, number = None, 0
+def _observe(work: Pass, capture: Capture) -> tuple[Any, int]:
+    """Run the model on every batch under `capture`; return the first samples and the number of batches, of all ranks.
+
+    Replicas run through their loaders independently. Ranks that hold shards of one model must run it at the same time:
+    one whose loader has ended joins in with samples that do not count.
+    """
+    observe = _observe_shards if distributed.sharded_modules(work.model) else _observe_replica
     with capture:
+        first, number = observe(work, capture)
+    numbers = distributed.everyone(number)
+    if not any(numbers):
+        raise ConsolidationError(f"the loader of task '{work.task}' gave no batches; nothing was changed")
+    return distributed.from_rank([n > 0 for n in numbers].index(True), first), sum(numbers)
+
+
+def _observe_replica(work: Pass, capture: Capture) -> tuple[Any, int]:
+    first, number, run = None, 0, _runner(work)
+    with distributed.together():
         for batch in _bounded(work):
             if not number:
                 first = first_samples(batch)
-            try:
+            with _located(work, number):
                 capture.batch(lambda batch=batch: run(batch))  # type: ignore[misc]
-            except Exception as error:
-                if hasattr(error, "add_note"):
-                    error.add_note(f"while consolidating task '{work.task}', batch {number}; nothing was changed")
-                raise
             number += 1
-    if not number:
-        raise ConsolidationError(f"the loader of task '{work.task}' gave no batches; nothing was changed")
     return first, number
+
+
+def _observe_shards(work: Pass, capture: Capture) -> tuple[Any, int]:
+    batches, first, number, run = iter(_bounded(work)), None, 0, _runner(work)
+    ended, lent = object(), None
+    for turn in count():
+        with distributed.together():
+            batch = next(batches, ended)
+            if turn == 0 and batch is not ended:
+                first = first_samples(batch)
+        having = distributed.everyone(batch is not ended)
+        if not any(having):
+            break
+        if turn == 0:
+            lent = distributed.from_rank(having.index(True), first)
+        mine = batch is not ended
+        samples = batch if mine else lent
+        with distributed.together(), _located(work, number):
+            capture.batch(lambda samples=samples: run(samples), counted=mine)  # type: ignore[misc]
+        number += mine
+    return first, number
+
+
+@contextmanager
+def _located(work: Pass, number: int) -> Iterator[None]:
+    """Say in an error which batch it came from."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            error.add_note(f"while consolidating task '{work.task}', batch {number}; nothing was changed")
+        raise
 
 
 def _bounded(work: Pass) -> Iterator[Any]:
@@ -209,7 +282,7 @@ def observe(work: Pass) -> tuple[Any, int]:
 def record_probe(work: Pass, samples: Any) -> Probe:
     """Run the model on `samples` and return the probe of its layers and outputs."""
     recorder = Recorder()
-    capture = Capture(work.parameters, rows="all", statistics=False)
+    capture = Capture(work.parameters, rows="all", statistics=False, present=_present(work.model))
     capture.observe = recorder.observe
     run = _runner(work)
     with capture:
@@ -264,4 +337,4 @@ def stored_bytes(store: BasisStore) -> int:
 def _transient_bytes(parameters: Mapping[str, Tensor], store: BasisStore) -> int:
     kept = ((name, basis) for name, basis in store.items() if basis.fate is Fate.PROTECTED and name in parameters)
     guards = (Guard(parameters[name], basis) for name, basis in kept)
-    return sum(guard.parameter.nbytes for guard in guards if guard.wants_difference("exact"))
+    return sum(local(guard.parameter).nbytes for guard in guards if guard.wants_difference("exact"))

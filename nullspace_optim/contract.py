@@ -135,6 +135,7 @@ class OptimizerContract(Optimizer):
         for group in groups:
             group.pop("nullspace", None)
         if store.tasks or store.extension is not None:
+            store = self._core.snapshot()
             tensors, metadata = persistence.pack(store)
             state["nullspace"] = {"tensors": tensors, "metadata": metadata, **self._core.protection.owed}
             print_ = persistence.fingerprint(store)
@@ -159,9 +160,12 @@ class OptimizerContract(Optimizer):
         if payload is not None:
             store = persistence.unpack(payload["tensors"], payload["metadata"], source="the optimizer's state dict")
             self._core.check(store)
-        present = store if store is not None else self._core.snapshot()
-        known = present.tasks or present.extension is not None
-        if expected is not None and (not known or persistence.fingerprint(present) != expected):
+        missing = False
+        if expected is not None:
+            present = store if store is not None else self._core.snapshot()
+            known = present.tasks or present.extension is not None
+            missing = not known or persistence.fingerprint(present) != expected
+        if missing:
             raise BasisFileError(
                 "this checkpoint was protected, but its bases are missing or belong to another run: call "
                 "opt.load(path) with the basis file of that run first, or load the checkpoint into the base optimizer "

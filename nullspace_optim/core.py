@@ -16,16 +16,19 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import LBFGS, Optimizer
 
+from .agreement import facts_of
 from .basis import BasisStore
 from .consolidation import ConsolidationOptions
 from .discovery import find_model
 from .displacement import Displacement
+from .distributed import agree, ranks, refuse_unsupported, reshard, sharded_modules, together
 from .errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError, ShapeError
 from .iterates import Evaluation, evaluated, refuse_unknown_modes
 from .mode import Mode
-from .names import named_parameters
+from .names import local, named_buffers, named_parameters
 from .norm_stats import ModelHook, forget_compiled, freeze_statistics, remove_copied_hooks
 from .protection import Protection, ProtectionOptions
+from .shards import local_store, whole_store
 
 
 class Core:
@@ -86,6 +89,7 @@ class Core:
 
     def wrapped(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the parameters that are both in the bases and in `model`, by name."""
+        reshard(model)
         ids = {id(p) for base in self.bases for group in base.param_groups for p in group["params"]}
         return {name: p for name, p in named_parameters(model).items() if id(p) in ids}
 
@@ -97,7 +101,8 @@ class Core:
         remove_copied_hooks(model)
         read = {name for task in self.store.tasks for name in task.get("untrained", ())}  # type: ignore[attr-defined]
         self.unguarded = {id(p): name for name, p in named_parameters(model).items() if name in read - set(self.store)}
-        self.model_handles.append(model.register_forward_pre_hook(BeforeEvaluation(self)))
+        first = bool(sharded_modules(model))  # FSDP2 gathers parameters in a pre-hook of its own
+        self.model_handles.append(model.register_forward_pre_hook(BeforeEvaluation(self), prepend=first))
         frozen = set(self.store.buffers) if self.options["norm_stats"] == "frozen" else set()
         if frozen != self.frozen:  # hooks that stay need no new compilation
             self.thaw()
@@ -177,8 +182,9 @@ class Core:
 
     def adopt(self, store: BasisStore) -> None:
         """Take over a loaded store; every anchor is compared with the weights before the next step."""
-        self.check(store)
-        self.extend(store)
+        with together():
+            self.check(store)
+            self.extend(store)
         self.settle(store)
 
     def settle(self, store: BasisStore) -> None:
@@ -186,12 +192,15 @@ class Core:
 
         Raises:
             BasisFileError, ShapeError: the bases do not belong to the model's parameters.
+            ConsolidationError: the ranks have loaded different bases.
         """
-        parameters = self.wrapped(self.owner())
-        check_fit(store, parameters)
+        with together():
+            parameters = self.wrapped(self.owner())
+            check_fit(store, parameters)
+        agree(facts_of(self.options, parameters, store, digests=True), parameters)
         for name, basis in store.items():
             _place(basis, parameters[name].device)
-        self.take(store, parameters)
+        self.take(local_store(store, parameters), parameters)
         for guard in self.protection.guards.values():
             guard.seen = ()
 
@@ -217,17 +226,23 @@ class Core:
             self.mode.state = store.extension
 
     def snapshot(self) -> BasisStore:
-        """Return the store as files and checkpoints hold it: with the mode's part as it is now."""
+        """Return the store as files and checkpoints hold it: with the part of its mode, and with the anchors and
+        kept values of all ranks (where parameters are sharded, all must ask).
+        """
         if self.mode is not None:
             self.store.extension = self.mode.state
-        return self.store
+        return whole_store(self.store, self.parameters)
 
     def take(self, store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
         """Guard what `store` keeps of `parameters`, and hook the model."""
         self.store.replace(store)
         self.parameters = {**self.parameters, **parameters}
         self.protection.rebuild(self.store, self.parameters)
-        self.install(self.owner())
+        model = self.owner()
+        if ranks() > 1:  # what all ranks have measured with
+            for name in store.buffers.keys() & (buffers := named_buffers(model)).keys():
+                buffers[name].detach().copy_(store.buffers[name])
+        self.install(model)
 
 
 class BeforeEvaluation(ModelHook):
@@ -244,7 +259,8 @@ class BeforeEvaluation(ModelHook):
             pending = tuple(g.parameter for g in core.protection.guards.values() if g.pending and not g.edited)
             with ExitStack() as versions:  # a graph that waits for its backward pass stays usable
                 for parameter in pending:
-                    versions.enter_context(_unsafe_preserve_version_counter(parameter))
+                    versions.enter_context(_unsafe_preserve_version_counter(local(parameter)))
+                reshard(model)
                 core.protection.make_exact()
             for guard in core.protection.guards.values():
                 if any(guard.parameter is parameter for parameter in pending):
@@ -263,6 +279,7 @@ def check_bases(bases: list[Any]) -> None:
     """
     if not bases:
         raise OptionError("base=[]: expected an optimizer or a list of optimizers")
+    refuse_unsupported(bases)
     for base in bases:
         _check_base(base)
     if len(bases) > 1 and any(isinstance(base, LBFGS) for base in bases):

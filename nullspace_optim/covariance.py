@@ -17,6 +17,7 @@ from scipy.linalg import blas
 from torch import Tensor
 
 _SMALL_GROUP = 64
+_BLOCK = 256
 
 
 @contextmanager
@@ -38,7 +39,8 @@ class SecondMoment:
 
     With `batch_frobenius` each batch's Gram matrix is divided by its Frobenius norm before it is added (GNSP,
     2507.19839,
-    eq. 3); rows of one batch may then come in several updates, and `end_batch` closes the batch.
+    eq. 3); rows of one batch may then come in several updates, and `end_batch` closes the batch. `owner` is the rank
+    that holds the common sum after a reduction; elsewhere the sum is a meta tensor.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class SecondMoment:
     ) -> None:
         """Start an empty sum for `groups` groups of `size` features."""
         self.batch_frobenius = batch_frobenius
+        self.owner = 0
         self.rows = torch.zeros(groups, dtype=torch.int64)
         self._sum = torch.zeros(groups, size, size, dtype=dtype, device=device)
         self._batch: Tensor | None = None
@@ -133,6 +136,19 @@ class SecondMoment:
         self._sum += self._batch / norm[:, None, None]
         self._batch = None
 
+    def parts(self) -> list[Tensor]:
+        """Return views that hold each entry of the lower triangle: added up over ranks, they make the common sum.
+
+        Blocks of rows up to the diagonal, so about half of the matrix; read `matrix` afterwards, not before.
+        """
+        self.end_batch()
+        self._half = True
+        return [self._sum[:, top : top + _BLOCK, : top + _BLOCK] for top in range(0, self.size, _BLOCK)]
+
+    def discard(self) -> None:
+        """Let go of the sum (another rank holds it); shape and row counts stay."""
+        self._sum, self._half = self._sum.to("meta"), False
+
     def merge(self, other: SecondMoment) -> None:
         """Add another sum of the same shape (another rank, another part of the data)."""
         self.matrix.add_(other.matrix.to(self.device, self.dtype))
@@ -141,7 +157,7 @@ class SecondMoment:
     def clone(self) -> SecondMoment:
         """Return an independent copy."""
         twin = SecondMoment.__new__(SecondMoment)
-        twin.batch_frobenius = self.batch_frobenius
+        twin.batch_frobenius, twin.owner = self.batch_frobenius, self.owner
         twin.rows = self.rows.clone()
         twin._sum = self._sum.clone()
         twin._batch = None if self._batch is None else self._batch.clone()
@@ -151,7 +167,7 @@ class SecondMoment:
     def leading(self, size: int) -> SecondMoment:
         """Return a copy restricted to the first `size` features."""
         twin = SecondMoment.__new__(SecondMoment)
-        twin.batch_frobenius = self.batch_frobenius
+        twin.batch_frobenius, twin.owner = self.batch_frobenius, self.owner
         twin.rows = self.rows.clone()
         twin._sum = self.matrix[:, :size, :size].clone()
         twin._batch, twin._half = None, False

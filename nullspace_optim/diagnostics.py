@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from .basis import Basis, BasisStore, Fate
-from .displacement import Displacement
+from .displacement import Displacement, summed_norm
+from .distributed import shard_of
 from .guard import matrix_of
+from .names import local
 from .probes import flat_outputs
 from .projection import project_gradient_
 
@@ -35,16 +37,16 @@ def allowed_drift(
     sizes = {name: displacement.size(parameter) or 0.0 for name, parameter in free.items()}
     assumed = not any(sizes.values())
     before = flat_outputs(run())
-    saved = {name: parameter.detach().clone() for name, parameter in free.items()}
+    saved = {name: local(parameter).clone() for name, parameter in free.items()}
     generator = torch.Generator().manual_seed(0)
     try:
         for name, parameter in free.items():
-            size = ASSUMED_UPDATE * float(parameter.detach().norm()) if assumed else sizes[name]
+            size = ASSUMED_UPDATE * summed_norm(local(parameter), parameter) if assumed else sizes[name]
             _move(parameter, store[name], size, generator)
         after = flat_outputs(run())
     finally:
         for name, parameter in free.items():
-            parameter.detach().copy_(saved[name])
+            local(parameter).copy_(saved[name])
     if after.shape != before.shape:
         return float("nan"), assumed
     return float((after - before).norm() / before.norm().clamp_min(1e-30)), assumed
@@ -60,7 +62,11 @@ def _move(parameter: Tensor, basis: Basis, size: float, generator: torch.Generat
             elif subspace.rank:
                 directions = subspace.basis[:, : matrix.shape[2]] if subspace.side == "right" else subspace.basis
                 project_gradient_(matrix, directions, subspace.side, subspace.scale)
-    parameter.add_((update * (size / float(update.norm().clamp_min(1e-30)))).to(parameter.dtype))
+    update *= size / float(update.norm().clamp_min(1e-30))
+    shard = shard_of(parameter)
+    if shard is not None:
+        update = update.narrow(shard.dim, shard.start, shard.stop - shard.start)
+    local(parameter).add_(update.to(parameter.dtype))
 
 
 def moved_buffers(store: BasisStore, buffers: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .distributed import add_up, shard_of
+from .names import local
 from .projection import exact_products
 
 PROBES = 8
@@ -36,17 +38,30 @@ class Displacement:
 
     @torch.no_grad()
     def size(self, parameter: Tensor) -> float | None:
-        """Return the estimated Frobenius norm of the movement, None if the parameter has no origin."""
+        """Return the estimated Frobenius norm of the movement, None if the parameter has no origin.
+
+        All ranks that hold shards of it must ask.
+        """
         origin = self._sketches.get(id(parameter))
         if origin is None:
             return None
-        return float((_sketch(parameter) - origin).norm()) / math.sqrt(PROBES)
+        return summed_norm((_sketch(parameter) - origin), parameter) / math.sqrt(PROBES)
 
 
 def _sketch(parameter: Tensor) -> Tensor:
-    matrix = parameter.detach().flatten(1)
+    matrix = local(parameter).flatten(1)
     matrix = matrix.to(torch.float32) if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
     generator = torch.Generator().manual_seed(matrix.shape[1])
     signs = torch.randint(0, 2, (matrix.shape[1], PROBES), generator=generator) * 2 - 1
     with exact_products(matrix.device):
         return matrix @ signs.to(device=matrix.device, dtype=matrix.dtype)
+
+
+def summed_norm(block: Tensor, parameter: Tensor) -> float:
+    """Return the Frobenius norm of a tensor of which each rank has a `block`, as it has of `parameter`."""
+    shard = shard_of(parameter)
+    if shard is None:
+        return float(block.norm())
+    square = block.detach().double().square().sum()[None]
+    add_up([square], group=shard.group)
+    return float(square.sqrt())

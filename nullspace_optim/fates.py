@@ -6,24 +6,29 @@ parameter that was used in any other way is frozen; one that was not read stays 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from . import distributed
 from .basis import Basis, BasisStore, Fate, Side, Subspace
 from .capture import Captured
 from .covariance import SecondMoment
+from .errors import ConsolidationError
 from .guard import matrix_of
 from .layout import Layout
-from .policies import Policy
+from .names import local
+from .policies import Policy, Spectrum
 from .policies.merge import Candidate, Choice, choose, examine
-from .projection import MatrixSide, anchor
+from .projection import MatrixSide
 from .report import ParameterReport
+from .shards import Part, part_of
 
 Key = tuple[str, MatrixSide]
+Groups = Mapping[Any, list[Key]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ def grow(
         if _grows(captured.get(name), store.get(name))
         for side, moment in captured[name].sides.items()
     }
-    choices = _choices(policy, uses)
+    choices = _choices(policy, uses, next(iter(parameters.values())).device)
     rows = []
     for name, parameter in parameters.items():
         seen, old = captured.get(name), store.get(name)
@@ -86,7 +91,7 @@ def _freeze_left_alone(
         basis = grown[row.name]
         if row.name in lost and basis.kept is None:
             reason = "protected together with a weight that is frozen from now on"
-            kept = parameters[row.name].detach().clone()
+            kept = local(parameters[row.name]).clone()
             frozen = Basis(row.name, basis.shape, Fate.FROZEN, reason, tasks=basis.tasks, kept=kept)
             grown.put(frozen)
             rows[number] = _line(frozen, basis, {})
@@ -111,33 +116,46 @@ def _conflict(seen: Captured, old: Basis | None) -> str:
     return ""
 
 
-def _choices(policy: Policy, uses: Mapping[Key, Use]) -> dict[Key, Choice]:
+def _choices(policy: Policy, uses: Mapping[Key, Use], device: torch.device) -> dict[Key, Choice]:
     """Let the policy decide; weights that share rows and basis share the result.
 
-    Only a joint policy needs the eigenvectors of all weights at once; otherwise one weight at a time is held.
+    Only a joint policy needs the eigenvectors of all weights at once; otherwise one weight at a time is held. Each rank
+    decides on the second moments that it owns and tells the others.
     """
     groups: dict[tuple[int, ...], list[Key]] = {}
     for key, use in uses.items():
         groups.setdefault(use.identity, []).append(key)
-    if policy.joint:
-        return _joint_choices(policy, uses, groups)
+    work = _joint_choices if policy.joint else _single_choices
+    heads = [members[0] for members in groups.values()]
+    chosen = work(policy, {key: uses[key] for key in heads}, groups)
+    choices = distributed.shared([chosen.get(key) for key in heads], [uses[key].moment.owner for key in heads], device)
+    return {key: choice for members, choice in zip(groups.values(), choices, strict=True) for key in members}
+
+
+def _mine(uses: Mapping[Key, Use]) -> Iterator[tuple[Key, Use]]:
+    """Yield the uses whose second moment this rank holds (all of them if there is one process)."""
+    return ((key, use) for key, use in uses.items() if use.moment.owner == distributed.rank())
+
+
+def _single_choices(policy: Policy, uses: Mapping[Key, Use], groups: Groups) -> dict[Key, Choice]:
+    """Decide on one weight after the other: the eigenvectors of one are held at a time."""
     choices: dict[Key, Choice] = {}
-    for members in groups.values():
-        candidate = _examined(policy, uses[members[0]], members[0])
-        ranks = _ranks(policy, {members[0]: candidate})[members[0]]
-        choice = _chosen(candidate, ranks, uses[members[0]])
-        choices.update(dict.fromkeys(members, choice))
+    with distributed.together():
+        for key, use in _mine(uses):
+            candidate = _examined(policy, use, key)
+            choices[key] = _chosen(candidate, _ranks(policy, {key: candidate.spectra})[key], use)
     return choices
 
 
-def _joint_choices(
-    policy: Policy, uses: Mapping[Key, Use], groups: Mapping[tuple[int, ...], list[Key]]
-) -> dict[Key, Choice]:
-    candidates: dict[Key, Candidate] = {}
-    for members in groups.values():
-        candidates.update(dict.fromkeys(members, _examined(policy, uses[members[0]], members[0])))
-    ranks = _ranks(policy, candidates)
-    return {key: _chosen(candidate, ranks[key], uses[key]) for key, candidate in candidates.items()}
+def _joint_choices(policy: Policy, uses: Mapping[Key, Use], groups: Groups) -> dict[Key, Choice]:
+    """Show the policy the spectra of all weights at once."""
+    with distributed.together():
+        candidates = {key: _examined(policy, use, key) for key, use in _mine(uses)}
+    known = distributed.everyone({key: candidate.spectra for key, candidate in candidates.items()})
+    spectra = {key: found for part in known for key, found in part.items()}
+    with distributed.together():
+        ranks = _ranks(policy, {member: spectra[members[0]] for members in groups.values() for member in members})
+        return {key: _chosen(candidate, ranks[key], uses[key]) for key, candidate in candidates.items()}
 
 
 def _examined(policy: Policy, use: Use, key: Key) -> Candidate:
@@ -153,16 +171,16 @@ def _chosen(candidate: Candidate, ranks: tuple[int, ...], use: Use) -> Choice:
     return choose(candidate, ranks, *((before.basis, before.scale) if before else (None, None)))
 
 
-def _ranks(policy: Policy, candidates: Mapping[Key, Candidate]) -> dict[Key, tuple[int, ...]]:
-    spectra = {
+def _ranks(policy: Policy, spectra: Mapping[Key, tuple[Spectrum, ...]]) -> dict[Key, tuple[int, ...]]:
+    named = {
         f"{name}/{side}/{group}": spectrum
-        for (name, side), candidate in candidates.items()
-        for group, spectrum in enumerate(candidate.spectra)
+        for (name, side), found in spectra.items()
+        for group, spectrum in enumerate(found)
     }
-    ranks = policy.ranks(spectra)
+    ranks = policy.ranks(named)
     return {
-        (name, side): tuple(ranks[f"{name}/{side}/{group}"] for group in range(len(candidate.spectra)))
-        for (name, side), candidate in candidates.items()
+        (name, side): tuple(ranks[f"{name}/{side}/{group}"] for group in range(len(found)))
+        for (name, side), found in spectra.items()
     }
 
 
@@ -177,7 +195,7 @@ def _settled(name: str, parameter: Tensor, seen: Captured | None, old: Basis | N
     if uncovered == "train":
         text = f'{reason}; trained all the same (uncovered="train"): old outputs may move'
         return old if old is not None and old.subspaces else Basis(name, shape, Fate.FREE, text)
-    return Basis(name, shape, Fate.FROZEN, reason, kept=parameter.detach().clone())
+    return Basis(name, shape, Fate.FROZEN, reason, kept=local(parameter).clone())
 
 
 def _protected(
@@ -192,12 +210,16 @@ def _protected(
     """Return the grown basis with its anchors."""
     layout = seen.layout or Layout()
     subspaces: dict[Side, Subspace] = dict(old.subspaces) if old else {}
+    part = part_of(parameter, layout)
     with torch.no_grad(), matrix_of(parameter, layout, bias, write=False) as matrix:
         for side, choice in choices.items():
             tasks = len(old.tasks) if old else 0
-            subspaces[side] = _anchored(matrix, side, choice, subspaces.get(side), tasks)
+            subspaces[side] = _anchored(matrix, part, side, choice, subspaces.get(side), tasks)
         if seen.row_index is not None:
-            subspaces["rows"] = _used_rows(matrix, seen.row_index, subspaces.get("rows"))
+            index = seen.row_index.to(matrix.device)
+            subspaces["rows"] = _used_rows(matrix, part, index, len(parameter), subspaces.get("rows"))
+    if set(part.crossing) & set(subspaces) and any(s.scale is not None for s in subspaces.values()):
+        _refuse_soft_crossing(name, subspaces)
     full = any(subspace.full for subspace in subspaces.values())
     basis = Basis(
         name=name,
@@ -208,10 +230,18 @@ def _protected(
         subspaces=subspaces,
         tasks=(*(old.tasks if old else ()), task),
         bias=seen.bias,
-        kept=parameter.detach().clone() if full and bias is None else None,
+        kept=local(parameter).clone() if full and bias is None else None,
     )
     basis.history = (*(old.history if old else ()), basis.rank)
     return basis
+
+
+def _refuse_soft_crossing(name: str, subspaces: Mapping[Side, Subspace]) -> None:
+    if len(subspaces) > 1:
+        raise ConsolidationError(
+            f"'{name}' is kept softly on the sides {' and '.join(subspaces)}, one of which crosses ranks: shard it "
+            "along its other dimension (shard_placement_fn of fully_shard), or use a policy that is not soft"
+        )
 
 
 def _why(full: bool, own: bool, task: str) -> str:
@@ -220,11 +250,13 @@ def _why(full: bool, own: bool, task: str) -> str:
     return f"no free direction left after task '{task}'" if full else "its inputs are known"
 
 
-def _anchored(matrix: Tensor, side: Side, choice: Choice, old: Subspace | None, tasks: int) -> Subspace:
+def _anchored(
+    matrix: Tensor, part: Part, side: MatrixSide, choice: Choice, old: Subspace | None, tasks: int
+) -> Subspace:
     """Anchor a grown basis; columns that were protected before keep the anchor they had."""
-    anchors = anchor(matrix, choice.basis, side)
+    anchors = part.anchor(matrix, choice.basis, side)
     if old is not None and not choice.renewed:
-        for group, rank in enumerate(old.ranks):
+        for group, rank in enumerate(part.ranks(old.ranks)):
             kept = (group, slice(None), slice(rank)) if side == "right" else (group, slice(rank))
             anchors[kept] = old.anchor[kept].to(anchors)
     return Subspace(
@@ -252,18 +284,19 @@ def _member_rows(choice: Choice, old: Subspace | None, tasks: int) -> Tensor | N
     return members
 
 
-def _used_rows(matrix: Tensor, index: Tensor, old: Subspace | None) -> Subspace:
-    anchors = matrix[0].index_select(0, index)
+def _used_rows(matrix: Tensor, part: Part, index: Tensor, size: int, old: Subspace | None) -> Subspace:
+    """Anchor the looked-up rows, of `size`; rows that were protected before keep the anchor they had."""
     if old is not None:
-        fresh = index[~torch.isin(index, old.basis)]
-        index, order = torch.cat([old.basis, fresh]).sort()
-        anchors = torch.cat([old.anchor, matrix[0].index_select(0, fresh).to(old.anchor)])[order]
+        index = torch.unique(torch.cat([old.basis, index]))
+    anchors = part.anchor(matrix, index, "rows")
+    if old is not None:
+        anchors[torch.isin(index[part.holds(index)], old.basis)] = old.anchor.to(anchors)
     return Subspace(
         side="rows",
         basis=index,
         anchor=anchors,
         ranks=(len(index),),
-        size=matrix.shape[1],
+        size=size,
         spectrum=matrix.new_zeros(1, 0, dtype=torch.float32),
         energy=1.0,
     )

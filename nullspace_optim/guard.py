@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from .basis import Basis, Side, Subspace
+from .distributed import add_up, shard_of
 from .errors import OptionError
 from .layout import Layout
 from .linalg import complement
+from .names import local
 from .projection import (
+    anchor,
     anchor_drift,
     project_difference_,
     project_difference_complement_,
@@ -23,8 +26,10 @@ from .projection import (
     restore_anchor_,
     restore_rows_,
     shift_anchor_,
+    subtract_coordinates_,
     yield_anchor_,
 )
+from .shards import ALL, Part, crossing_sides, local_basis, padded, part_of
 
 Precision = Literal["exact", "fast"]
 
@@ -34,36 +39,73 @@ def matrix_of(parameter: Tensor, layout: Layout, bias: Tensor | None = None, *, 
     """Give `parameter` as a stack `[g, m, d]` in at least float32; with `write`, changes are written back on exit.
 
     With `bias` the matrix is `[W b]`, `[g, m, d + 1]`. Who only reads says ``write=False``: a write, even of the same
-    values, makes a graph that waits for its backward pass unusable.
+    values, makes a graph that waits for its backward pass unusable. Of a sharded parameter it is this rank's block of
+    the stack (see `shards`).
+
+    Raises:
+        OptionError: the bias is not sharded like the outputs of the weight.
     """
-    weight = parameter.detach()
+    part = part_of(parameter, layout)
+    if bias is not None and part.inputs != ALL:
+        raise OptionError('bias="joint" needs weights that are sharded along their outputs, Shard(0)')
+    weight, added = (None if p is None else _block(p, part.padded) for p in (parameter, bias))
+    assert weight is not None
     matrix = layout.to_matrix(weight)
     if matrix.dtype in (torch.float16, torch.bfloat16):
         matrix = matrix.float()
-    if bias is not None:
-        matrix = torch.cat([matrix, bias.detach().to(matrix.dtype).reshape(len(matrix), -1, 1)], dim=2)
+    if added is not None:
+        matrix = torch.cat([matrix, added.to(matrix.dtype).reshape(*matrix.shape[:2], 1)], dim=2)
     yield matrix
     if not write:
         return
-    if bias is not None:
-        bias.detach().copy_(matrix[:, :, -1].reshape(-1))
+    if bias is not None and added is not None:
+        added.copy_(matrix[:, :, -1].reshape(-1))
+        _write_block(bias, added)
         matrix = matrix[:, :, :-1]
     if matrix.data_ptr() != weight.data_ptr() or matrix.dtype != weight.dtype:
         weight.copy_(layout.from_matrix(matrix, weight.shape))
+    _write_block(parameter, weight)
+
+
+def _block(parameter: Tensor, fill: bool) -> Tensor:
+    """Return this rank's block of `parameter`, in its own memory unless it is to be filled up with zeros."""
+    shard = shard_of(parameter) if fill else None
+    return local(parameter) if shard is None else padded(parameter, shard)
+
+
+def _write_block(parameter: Tensor, block: Tensor) -> None:
+    """Write a block that was filled up with zeros back into its parameter."""
+    held = local(parameter)
+    if block.shape != held.shape:
+        shard = shard_of(parameter)
+        assert shard is not None
+        held.copy_(block.narrow(shard.dim, shard.start, shard.stop - shard.start))
 
 
 @dataclass
 class Guard:
-    """One parameter, its basis and the workspaces of its correction."""
+    """One parameter, its basis and the workspaces of its correction.
+
+    Of a sharded parameter `basis` is this rank's view of what is `stored`, and `across` are the sides whose coordinates
+    are sums over ranks; `correct_across` serves them.
+    """
 
     parameter: Tensor
     basis: Basis
     bias: Tensor | None = None
+    stored: Basis = field(init=False)
+    part: Part = field(init=False)
+    across: list[Subspace] = field(init=False)
     complements: dict[Side, Tensor] = field(default_factory=dict)
     previous: list[Tensor] = field(default_factory=list)
     residuals: dict[Side, Tensor] = field(default_factory=dict)
     seen: tuple[tuple[int, int], ...] | None = None
     pending: bool = False
+
+    def __post_init__(self) -> None:
+        self.stored, self.part = self.basis, part_of(self.parameter, self.basis.layout)
+        self.across = [] if self.basis.kept is not None else crossing_sides(self.basis, self.part)
+        self.basis = local_basis(self.basis, self.part)
 
     @property
     def immovable(self) -> bool:
@@ -77,18 +119,23 @@ class Guard:
 
     def mark(self) -> None:
         """Remember storage and version of every member as we left it."""
-        self.seen = tuple((p.data_ptr(), p._version) for p in self.members)
+        self.seen = self._marks()
+
+    def _marks(self) -> tuple[tuple[int, int], ...]:
+        return tuple((p.data_ptr(), p._version) for p in map(local, self.members))
 
     @property
     def edited(self) -> bool:
         """True if somebody other than the base step may have written to the parameter (or its joint bias)."""
-        return self.seen is not None and self.seen != tuple((p.data_ptr(), p._version) for p in self.members)
+        return self.seen is not None and self.seen != self._marks()
 
     def wants_difference(self, precision: Precision) -> bool:
         """True where the difference form runs: more than half of the directions kept, or low-precision products.
 
         Soft sides take the anchor form at any rank: their complement is no projection.
         """
+        if self.across or self.part.padded:
+            return False
         dense = [s for s in self.basis.subspaces.values() if s.side != "rows"]
         if self.soft and len(self.basis.subspaces) > 1:
             return False
@@ -101,15 +148,16 @@ class Guard:
 
     def remember(self) -> None:
         """Copy the parameter (and a bias folded in) before the base moves it."""
+        blocks = [local(p) for p in self.members]
         if not self.previous:
-            self.previous = [torch.empty_like(p, memory_format=torch.preserve_format).detach() for p in self.members]
-        for copy, parameter in zip(self.previous, self.members):
-            copy.copy_(parameter.detach())
+            self.previous = [torch.empty_like(p, memory_format=torch.preserve_format) for p in blocks]
+        for copy, block in zip(self.previous, blocks):
+            copy.copy_(block)
 
     @property
     def unmoved(self) -> bool:
         """True if everything still is, bit for bit, what `remember` copied (waits for the device)."""
-        return all(torch.equal(copy, parameter) for copy, parameter in zip(self.previous, self.members))
+        return all(torch.equal(copy, local(p)) for copy, p in zip(self.previous, self.members))
 
     def correct(self, weights: Sequence[Tensor] | None = None) -> None:
         """Anchor form on every side: `W <- W - (W U - A) U^H`.
@@ -127,7 +175,7 @@ class Guard:
     def align(self, weights: Sequence[Tensor]) -> None:
         """Give other weights, in the place of `members`, everything that is kept."""
         if self.basis.kept is not None:
-            weights[0].detach().copy_(self.basis.kept)
+            local(weights[0]).copy_(self.basis.kept)
         else:
             self.correct(weights)
 
@@ -203,13 +251,18 @@ class Guard:
                 elif subspace.rank:
                     scale = subspace.scale if softly or subspace.scale is None else subspace.scale.floor()
                     project_gradient_(matrix, subspace.basis, subspace.side, scale)
+            for subspace in self.across:
+                assert subspace.side != "rows" and self.part.shard is not None
+                inside = anchor(matrix, subspace.basis, subspace.side)
+                add_up([inside], group=self.part.shard.group)
+                subtract_coordinates_(matrix, inside, subspace.basis, subspace.side)
 
     def drift(self) -> float:
         """Return the largest relative change of a kept quantity since it was anchored (0 where nothing is kept;
-        NaN where one is not a number).
+        NaN where one is not a number), of a sharded parameter within this rank's block.
         """
         if self.basis.kept is not None:
-            return relative(self.parameter.detach(), self.basis.kept)
+            return relative(local(self.parameter), self.basis.kept)
         drifts = [0.0]
         with matrix_of(self.parameter, self.basis.layout, self.bias, write=False) as matrix:
             for subspace in self.basis.subspaces.values():

@@ -1,9 +1,11 @@
-"""Parameter names: canonical, one a parameter even where weights are tied."""
+"""Parameter names: canonical, one a parameter even where weights are tied; and what of a parameter is on this rank."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -27,3 +29,25 @@ def named_buffers(model: nn.Module) -> dict[str, Tensor]:
 def names_by_identity(model: nn.Module) -> Mapping[int, str]:
     """Return `id(parameter) -> canonical name` for every parameter of `model`."""
     return {id(parameter): name for name, parameter in named_parameters(model).items()}
+
+
+def local(tensor: Any) -> Tensor:
+    """Return what this rank holds of a DTensor, detached and in the same memory; any other tensor detached."""
+    with torch.no_grad():
+        whole: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        return whole.detach()
+
+
+def present_parameters(model: nn.Module) -> Callable[[], dict[str, Tensor]]:
+    """Return a function that gives the tensors which stand in the places of the parameters of `model` at that moment.
+
+    FSDP2 puts whole parameters there for the duration of a forward pass. Names are canonical; tied weights keep their
+    first name.
+    """
+    places: dict[int, tuple[str, dict[str, Any], str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                full = canonical(f"{prefix}.{name}" if prefix else name)
+                places.setdefault(id(parameter), (full, module._parameters, name))
+    return lambda: {full: table[name] for full, table, name in places.values()}

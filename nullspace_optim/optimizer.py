@@ -20,19 +20,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import persistence
+from .across import drifts
+from .agreement import facts_of
 from .basis import Basis
 from .consolidation import Pass, consolidate, record_probe
 from .contract import OptimizerContract
 from .core import Core, check_bases
 from .diagnostics import moved_buffers
 from .discovery import Forward, unwrap
+from .distributed import agree, everyone, rank, ranks, together
 from .errors import NullSpaceWarning, OptionError
 from .guard import Precision, matrix_of
 from .mode import Mode, ModeOptions, built
-from .names import named_buffers
+from .names import local, named_buffers
 from .policies import Energy, Policy
-from .probes import Probe, compare, find_samples
-from .projection import anchor
+from .probes import Probe, assemble, compare, find_samples
 from .protection import Project
 from .report import ConsolidationReport, VerifyReport
 from .untouched import untouched
@@ -84,6 +86,11 @@ class NullSpaceOptimizer(OptimizerContract):
         if norm_stats not in ("frozen", "train"):
             raise OptionError(f"norm_stats={norm_stats!r}: expected one of 'frozen', 'train'")
         chosen = built(mode)
+        if chosen is not None and ranks() > 1:
+            raise OptionError(
+                f"mode={mode!r} runs in one process so far: its phases would not advance together on all ranks; use "
+                'mode="null-space" in several processes'
+            )
         if chosen is not None and model is None:
             raise OptionError(f"mode={mode!r} adds experts to the model at once: pass it, model=")
         options = {
@@ -142,10 +149,15 @@ class NullSpaceOptimizer(OptimizerContract):
             ConsolidationError: no batches, a name used twice, no free direction left with ``on_full="raise"``.
             CaptureError: non-finite inputs of a weight; the message names the parameter and the batch.
             StaleAnchorError: a protected weight was edited outside the optimizer.
+
+        Of several processes (DDP, FSDP2) all must call it, each with its own share of the data; loaders may differ in
+        length. If one fails, all do.
         """
         core = self._core
-        parameters = core.trainable()
         task = name if name is not None else f"task {len(core.store.tasks) + 1}"
+        with together():
+            parameters = core.trainable()
+        agree(facts_of(core.options, parameters, core.store, task=task), parameters)
         work = Pass(self.model, parameters, loader, task, forward, max_batches, progress)
         if core.mode is not None:
             return self._announced(core.mode.consolidated(work))
@@ -219,7 +231,7 @@ class NullSpaceOptimizer(OptimizerContract):
         layers, missing = {}, []
         with core.evaluated():
             with torch.no_grad():
-                kept = {name: guard.drift() for name, guard in core.protection.guards.items()}
+                kept = drifts(core.protection.guards)
             for record in core.store.tasks if loader is not None else []:
                 drift = self._probe_drift(record, loader, forward, max_batches)
                 if drift is None:
@@ -236,7 +248,10 @@ class NullSpaceOptimizer(OptimizerContract):
         before = Probe(stored["digests"], tuple(record["layers"]), stored["sketches"], stored["norms"])
         model = self.model
         with untouched(model, loader):
-            samples = find_samples(loader, before.digests, limit)
+            with together():
+                mine = find_samples(loader, before.digests, limit)
+            found = {key: sample for part in reversed(everyone(mine)) for key, sample in part.items()}
+            samples = assemble(found, before.digests)
             if samples is None:
                 return None
             with self._routed(str(record["name"])):
@@ -256,13 +271,14 @@ class NullSpaceOptimizer(OptimizerContract):
     def reanchor(self) -> None:
         """Accept the present weights and buffers as the values to keep (after a deliberate load, EMA swap or merge)."""
         for guard in self._core.protection.guards.values():
-            basis = guard.basis
+            basis = guard.stored
             if basis.kept is not None:
-                basis.kept = guard.parameter.detach().clone()
-            with matrix_of(guard.parameter, basis.layout, guard.bias) as matrix:
-                for subspace in basis.subspaces.values():
-                    subspace.anchor = anchor(matrix, subspace.basis, subspace.side)
+                basis.kept = local(guard.parameter).clone()
+            with matrix_of(guard.parameter, basis.layout, guard.bias, write=False) as matrix:
+                for side, subspace in basis.subspaces.items():
+                    subspace.anchor = guard.part.anchor(matrix, subspace.basis, side)
             guard.mark()
+        self._core.protection.rebuild(self._core.store, self._core.parameters)
         self._core.align()
         buffers = named_buffers(self.model) if self._core.store.buffers else {}
         for name in self._core.store.buffers.keys() & buffers.keys():
@@ -285,16 +301,24 @@ class NullSpaceOptimizer(OptimizerContract):
     def save(self, path: str | PathLike[str]) -> None:
         """Write bases, anchors and provenance to one safetensors file (atomic, checksummed, byte-identical when
         repeated).
+
+        Of several processes all must call it; rank 0 writes, the others wait until the file is complete.
         """
-        self._core.protection.check_anchors()
-        persistence.save(self._core.snapshot(), path)
+        with together():
+            self._core.protection.check_anchors()
+        whole = self._core.snapshot()
+        with together():
+            if rank() == 0:
+                persistence.save(whole, path)
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Replace all bases by those of a file written by `save`.
+        """Replace all bases by those of a file written by `save`; each of several processes reads it.
 
         Raises:
             BasisFileError: the file is damaged, foreign or names parameters that the model lacks.
             ShapeError: a basis does not fit its parameter.
         """
-        self._core.adopt(persistence.load(path))
+        with together():
+            store = persistence.load(path)
+        self._core.adopt(store)
         self._core.align()

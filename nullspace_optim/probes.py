@@ -8,7 +8,7 @@ random-sign sketch `[64]` and a norm. The same samples met again tell by how muc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,11 +121,9 @@ def first_samples(batch: Any) -> Any:
     return pytree.tree_map_only(Tensor, leading, batch)
 
 
-def find_samples(loader: Iterable[Any], digests: Tensor, limit: int | None) -> Any | None:
-    """Return the batch whose samples have `digests`, put together from `loader` in any order; None if one is
-    missing.
-    """
-    wanted = [bytes(row.tolist()) for row in digests]
+def find_samples(loader: Iterable[Any], digests: Tensor, limit: int | None) -> dict[bytes, Any]:
+    """Return the samples in `loader`, in any order, that have one of the `digests`, by digest."""
+    wanted = {bytes(row.tolist()) for row in digests}
     found: dict[bytes, Any] = {}
     for number, batch in enumerate(loader):
         if limit is not None and number >= limit:
@@ -134,9 +132,15 @@ def find_samples(loader: Iterable[Any], digests: Tensor, limit: int | None) -> A
             key = bytes(row.tolist())
             if key in wanted and key not in found:
                 found[key] = batch if samples_in(batch) is None else _sample(batch, index)
-        if len(found) == len(set(wanted)):
-            return _join([found[key] for key in wanted])
-    return None
+        if len(found) == len(wanted):
+            break
+    return found
+
+
+def assemble(found: Mapping[bytes, Any], digests: Tensor) -> Any | None:
+    """Return the batch whose samples have `digests`, in their order; `None` if one is missing."""
+    wanted = [bytes(row.tolist()) for row in digests]
+    return _join([found[key] for key in wanted]) if set(wanted) <= set(found) else None
 
 
 def _sample(batch: Any, index: int) -> Any:

@@ -192,6 +192,15 @@ def project_gradient_(gradient: Tensor, basis: Tensor, side: MatrixSide, scale: 
 
 
 @torch.no_grad()
+def subtract_coordinates_(weight: Tensor, coordinates: Tensor, basis: Tensor, side: MatrixSide) -> Tensor:
+    """Subtract `C U^H` (right) or `U C` (left) from `W` `[g, m, d]`, for coordinates `C` found elsewhere; return it."""
+    wide = _wide(weight)
+    with exact_products(weight.device):
+        _subtract_lifted_(wide, coordinates.to(wide.dtype), basis.to(wide.dtype), side)
+    return _write_back_(weight, wide)
+
+
+@torch.no_grad()
 def anchor_drift(weight: Tensor, basis: Tensor, kept: Tensor, side: Side) -> Tensor:
     """Return `||W U - A||_F / ||A||_F` as a 0-dimensional tensor, without waiting for the device.
 

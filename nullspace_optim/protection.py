@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from .across import correct_across, drifts
 from .basis import BasisStore
+from .distributed import together
 from .errors import OptionError, StaleAnchorError
 from .guard import Guard, Precision, guard_low_precision
 from .iterates import second_weights, state_keys
+from .names import local
 
 EXACT_EVERY = 16
 STALE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -78,7 +81,7 @@ class Protection:
             bias = parameters[basis.bias] if basis.bias else None
             guard = self.guards[name] = Guard(parameters[name], basis, bias)
             guard.mark()
-            if name in before and before[name].basis is basis:
+            if name in before and before[name].stored is basis:
                 guard.seen, guard.pending = before[name].seen, before[name].pending
         if not any(guard.pending for guard in self.guards.values()):
             self.inexact_steps = 0
@@ -131,16 +134,20 @@ class Protection:
     @torch.no_grad()
     def after_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Step post-hook of a base: put kept directions, frozen values and hidden gradients back."""
-        owed = False
+        owed, moves = False, []
         foreign = not _marks_writes(base)
         for guard in self._guards_of(base):
             moved = foreign or guard.edited or bool(self._touched & {id(p) for p in guard.members})
             if guard.immovable:
                 if foreign or guard.edited:
-                    guard.parameter.detach().copy_(_kept(guard))
+                    local(guard.parameter).copy_(_kept(guard))
             elif moved and self.options.project != "gradient":
-                if id(guard.parameter) not in self._idle or not guard.unmoved:
-                    owed |= self._correct(guard)
+                moved = id(guard.parameter) not in self._idle or not guard.unmoved
+                owed |= moved and self._correct(guard)
+            moves.append((guard, guard.members, moved))
+        if self.options.project != "gradient":
+            correct_across(moves, softly=True)
+        for guard, _, _ in moves:
             guard.mark()
         if self._second_weights and self.options.project != "gradient":
             self.align(base)
@@ -155,9 +162,11 @@ class Protection:
     @torch.no_grad()
     def align(self, base: Optimizer) -> None:
         """Give the weights that `base` keeps beside the parameters every kept direction."""
-        for guard in self._guards_of(base):
-            for weights in second_weights(base, guard.members):
-                guard.align(weights)
+        guards = self._guards_of(base)
+        pairs = [(guard, weights) for guard in guards for weights in second_weights(base, guard.members)]
+        for guard, weights in pairs:
+            guard.align(weights)
+        correct_across([(guard, weights, True) for guard, weights in pairs])
 
     def _correct(self, guard: Guard) -> bool:
         """Correct one guard after a step; return True if an exact correction is still owed."""
@@ -192,7 +201,8 @@ class Protection:
         pending = [guard for guard in self.guards.values() if guard.pending and not guard.edited]
         saved = [(guard, [p.detach().clone() for p in guard.members]) for guard in pending]
         try:
-            self.check_anchors()
+            with together():
+                self.check_anchors()
             yield
         except BaseException:
             for guard, values in saved:
@@ -228,14 +238,16 @@ class Protection:
             StaleAnchorError: a weight was changed by something other than the wrapped optimizer.
         """
         self.make_exact()
-        for guard in self.guards.values():
-            self._refuse_edit(guard)
+        found = drifts(self.guards)
+        for name, guard in self.guards.items():
+            self._refuse_edit(guard, found[name])
 
-    def _refuse_edit(self, guard: Guard) -> None:
+    def _refuse_edit(self, guard: Guard, drift: float | None = None) -> None:
         if self.options.project == "gradient" and not guard.immovable:
             return
         limit = STALE.get(guard.parameter.dtype, 1e-3)
-        drift = guard.drift()
+        if drift is None:
+            drift = drifts({"": guard})[""] if guard.across else guard.drift()
         if isnan(drift):
             raise StaleAnchorError(
                 f"'{guard.basis.name}' holds values that are not finite, its kept directions are lost: training "

@@ -9,7 +9,7 @@ address is never mistaken for a weight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -88,9 +88,17 @@ class Memory:
     """The map from storages to parameters, buffers and what was computed from them during the current batch."""
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], untrained: Mapping[str, Tensor]
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        untrained: Mapping[str, Tensor],
+        present: Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> None:
-        """Watch `parameters` and `buffers`, both by name; of `untrained` parameters only note that they were read."""
+        """Watch `parameters` and `buffers`, both by name; of `untrained` parameters only note that they were read.
+
+        `present` gives the tensors that stand for them now where a framework swaps them during a forward pass.
+        """
+        self._present = present
         self.parameters = dict(parameters)
         self.buffers = dict(buffers)
         self.untrained = dict(untrained)
@@ -106,14 +114,26 @@ class Memory:
     def refresh(self) -> None:
         """Read the storage of every parameter and buffer anew (they move where a framework swaps parameters)."""
         self._owners.clear()
-        for is_parameter, tensors in ((True, self.parameters), (False, self.buffers)):
+        for is_parameter, tensors in ((True, self._now(self.parameters)), (False, self.buffers)):
             for name, tensor in tensors.items():
                 pointer = storage_pointer(tensor)
                 if pointer:
                     start = int(tensor.storage_offset()) * tensor.element_size()
                     owner = _Owner(name, start, start + _extent(tensor) * tensor.element_size(), tensor, is_parameter)
                     self._owners.setdefault(pointer, []).append(owner)
-        self._untrained = {storage_pointer(t): name for name, t in self.untrained.items()}
+        self._untrained = {storage_pointer(t): name for name, t in self._now(self.untrained).items()}
+        self._untrained.pop(0, None)
+
+    def _now(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return what stands for `tensors` at this moment; shards, which no forward pass reads, have no storage."""
+        if self._present is None:
+            return tensors
+        there = self._present()
+        return {name: there[name] for name in tensors if name in there}
+
+    def present(self, name: str) -> Tensor:
+        """Return the tensor that stands for the parameter `name` at this moment."""
+        return self._now({name: self.parameters[name]})[name]
 
     def forget(self) -> None:
         """End the batch: let go of everything that was held."""
@@ -129,9 +149,26 @@ class Memory:
     def knows(self, tensor: Tensor) -> bool:
         """Return whether the storage of `tensor` is one that is watched or was computed from such."""
         pointer = storage_pointer(tensor)
+        if self._present is not None:
+            self._look_again(pointer, tensor)
         if pointer in self._untrained:
             self.untrained_read.add(self._untrained[pointer])
         return pointer in self._owners or pointer in self._storages
+
+    def _look_again(self, pointer: int, tensor: Tensor) -> None:
+        """Notice whole parameters that were put in place, or freed, since the storages were last read.
+
+        FSDP2 gathers a parameter before the forward pass of its module and frees it afterwards, whatever called the
+        module; the address may then serve an activation.
+        """
+        owners = self._owners.get(pointer)
+        if owners is None:
+            if isinstance(tensor, torch.nn.Parameter) and pointer not in self._untrained:
+                self.refresh()
+        elif any(storage_pointer(owner.tensor) != pointer for owner in owners):
+            for key in [key for key in self._aliases if key[0] == pointer]:
+                del self._aliases[key]
+            self.refresh()
 
     def origin(self, tensor: Tensor) -> Origin:
         """Say what `tensor` is. Unseen tensors are data, unless they are scalars."""

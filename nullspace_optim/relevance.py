@@ -41,6 +41,7 @@ _CHOOSING = frozenset(
     ).split()
 )
 _RANDOM = frozenset(("bernoulli", "bernoulli_", "native_dropout", "_fused_dropout"))
+_VIEWS = frozenset(("view", "alias", "detach"))
 _CLAMPS = frozenset(("clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"))
 
 
@@ -71,8 +72,7 @@ class Relevance:
             self.refuse(f"aten.{name} drops activations at random; call eval() first")
         floats = [t for t in operands if t.is_floating_point() or t.is_complex()]
         if not torch.is_grad_enabled():
-            if any(t.requires_grad for t in floats):
-                self.refuse(f"aten.{name} reads activations outside autograd (torch.no_grad or a custom Function)")
+            self._watch_outside(name, [t for t in floats if t.requires_grad or storage_pointer(t) in self._cut])
             return
         if self._cut and any(not t.requires_grad and storage_pointer(t) in self._cut for t in floats):
             if name != "detach":
@@ -81,6 +81,15 @@ class Relevance:
         alive = [t for t in floats if t.requires_grad]
         if alive:
             self._watch_alive(name, arguments, alive, output)
+
+    def _watch_outside(self, name: str, alive: list[Tensor]) -> None:
+        """The same outside autograd. A view changes nothing (FSDP2 passes every input through a Function that returns
+        it); who reads that view without a gradient reads detached activations.
+        """
+        if alive and name in _VIEWS:
+            self._cut[storage_pointer(alive[0])] = alive[0]
+        elif alive:
+            self.refuse(f"aten.{name} reads activations outside autograd (torch.no_grad or a custom Function)")
 
     def _watch_alive(self, name: str, arguments: Sequence[Any], alive: list[Tensor], output: Any) -> None:
         """The same for operands that carry gradients."""

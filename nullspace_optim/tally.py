@@ -164,6 +164,33 @@ class Tally:
             met=name in self.order,
         )
 
+    def state(self) -> dict[str, Any]:
+        """Return what is known so far, for `replace` on this or another rank."""
+        return {
+            "order": self.order,
+            "reasons": self._reasons,
+            "layouts": self._layouts,
+            "partners": self._partners,
+            "used": self._used,
+            "moments": self._moments,
+        }
+
+    def replace(
+        self,
+        *,
+        order: Iterable[str],
+        reasons: dict[str, dict[str, None]],
+        layouts: dict[str, Layout],
+        partners: dict[str, dict[str | None, str]],
+        used: dict[str, Tensor],
+        moments: dict[tuple[str, WeightSide], SecondMoment],
+    ) -> None:
+        """Take over what all ranks know together."""
+        self.order = dict.fromkeys(order)
+        self._reasons, self._layouts, self._partners = reasons, layouts, partners
+        self._used, self._moments = used, moments
+        self._stripped.clear()
+
     def _add(self, waiting: _Waiting) -> None:
         """Add rows to the sums of all weights that met them, once a shared sum."""
         side, layout = waiting.rows.place.side, waiting.rows.place.layout

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .distributed import reshard
+
 
 @contextmanager
 def untouched(model: nn.Module, loader: Any = None) -> Iterator[None]:
@@ -29,6 +31,7 @@ def untouched(model: nn.Module, loader: Any = None) -> Iterator[None]:
             module.training = False
         yield
     finally:
+        reshard(model)
         for module, flag in flags:
             module.training = flag
         for module, name, buffer, value in buffers:

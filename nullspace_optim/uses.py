@@ -186,7 +186,7 @@ class Uses:
         if name in self._checked:
             return
         self._checked.add(name)
-        if not bool(self._memory.parameters[name].detach().any()):
+        if not bool(self._memory.present(name).detach().any()):
             self._relevance.refuse(f"'{name}' is all zero, so no gradient passes through it")
 
     def _read_convolution(

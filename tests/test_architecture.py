@@ -22,18 +22,19 @@ MOST_LINES = 400
 # other (without cycles). Everything else may be imported only from a layer above its own.
 LAYERS: list[list[str | tuple[str, ...]]] = [
     ["errors"],
-    ["linalg", "names", "layout", "iterates", "clip_losses"],
+    ["linalg", "names", "layout", "iterates", "clip_losses", "distributed"],
     ["basis", "projection", "covariance", "policies", "checkpoints", "norm_stats"],
     [
-        ("capture", "watching", "recognise", "operators", "rows", "uses", "tally", "relevance"),
+        ("capture", "watching", "recognise", "operators", "rows", "uses", "tally", "reduction", "relevance"),
         ("persistence", "schema", "validation"),
         "report",
         "displacement",
         "probes",
         "untouched",
+        "shards",
     ],
-    ["discovery", ("protection", "guard")],
-    ["diagnostics", "fates"],
+    ["discovery", ("protection", "guard", "across")],
+    ["diagnostics", "fates", "agreement"],
     ["consolidation"],
     ["mode"],
     ["core", "igsp"],

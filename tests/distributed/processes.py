@@ -1,0 +1,64 @@
+"""Run scenarios in two gloo processes, one after the other, and tell what became of each.
+
+Starting a process costs seconds, so all scenarios of a test file share two processes. A scenario that fails on a rank
+ends that process, which the other notices at once; what comes later is reported as not run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+Scenario = Callable[[Path], None]
+RANKS = 2
+
+
+def run_scenarios(scenarios: list[Scenario], folder: Path) -> dict[str, str]:
+    """Return for each scenario by name "passed", or the traceback of the rank that failed first."""
+    context = torch.multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_work, args=(rank, scenarios, folder)) for rank in range(RANKS)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    told = [json.loads((folder / f"outcome-{rank}.json").read_text()) for rank in range(RANKS)]
+    return {name: _joined([outcomes.get(name, "not run") for outcomes in told]) for name in map(_name, scenarios)}
+
+
+def _name(scenario: Scenario) -> str:
+    return scenario.__name__
+
+
+def _joined(outcomes: list[str]) -> str:
+    if set(outcomes) == {"passed"}:
+        return "passed"
+    return "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text != "passed")
+
+
+def _work(rank: int, scenarios: list[Scenario], folder: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
+    torch.set_num_threads(1)
+    outcomes: dict[str, str] = {}
+    store = dist.FileStore(str(folder / "rendezvous"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    for scenario in scenarios:
+        torch.manual_seed(0)
+        try:
+            scenario(folder)
+            dist.barrier()
+            outcomes[_name(scenario)] = "passed"
+        except BaseException:
+            outcomes[_name(scenario)] = traceback.format_exc()
+            break
+    (folder / f"outcome-{rank}.json").write_text(json.dumps(outcomes))
+    if set(outcomes.values()) == {"passed"} and len(outcomes) == len(scenarios):
+        dist.destroy_process_group()
+    os._exit(0)

@@ -1,0 +1,51 @@
+"""Two processes give what one gives, fail together and never wait for each other for ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ddp_scenarios
+import pytest
+import torch
+from models import Everything, Plain, results, rows, seeded, tokens, two_tasks, wrap
+from processes import run_scenarios
+
+from nullspace_optim import FixedRank
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+SCENARIOS = [*ddp_scenarios.SCENARIOS]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Write down what one process finds, then run all scenarios in two."""
+    folder = tmp_path_factory.mktemp("two")
+    one_process(folder)
+    return run_scenarios(SCENARIOS, folder)
+
+
+def one_process(folder: Path) -> None:
+    model = seeded(Everything)
+    optimizer = wrap(model)
+    two_tasks(model, optimizer, tokens)
+    torch.save(results(optimizer, dict(model.named_parameters())), folder / "everything.pt")
+    for name, policy in ddp_scenarios.POLICIES.items():
+        model = seeded(Plain)
+        optimizer = wrap(model, policy=policy, bias="joint")
+        for task in (1, 2):
+            optimizer.consolidate(rows(task), progress=False)
+        torch.save(results(optimizer, {}), folder / f"policy-{name}.pt")
+    model = seeded(Plain)
+    optimizer = wrap(model)
+    optimizer.consolidate(rows(1), progress=False)
+    torch.save(results(optimizer, {}), folder / "one.pt")
+    model = seeded(ddp_scenarios._Branches)
+    optimizer = wrap(model, policy=FixedRank(2), rows="all")
+    batches = [torch.cat([torch.full((4, 1), sign), batch[:, 1:]], 1) for sign, batch in zip((1.0, -1.0), rows(1))]
+    optimizer.consolidate(batches, progress=False)
+    torch.save(results(optimizer, {}), folder / "branches.pt")
+
+
+@pytest.mark.parametrize("name", [scenario.__name__ for scenario in SCENARIOS])
+def test_two_processes(name: str, outcomes: dict[str, str]) -> None:
+    assert outcomes[name] == "passed", outcomes[name]
