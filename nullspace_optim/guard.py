@@ -23,6 +23,7 @@ from .projection import (
     project_difference_,
     project_difference_complement_,
     project_gradient_,
+    project_gradient_complement_,
     restore_anchor_,
     restore_rows_,
     shift_anchor_,
@@ -248,6 +249,8 @@ class Guard:
             for subspace in self.basis.subspaces.values():
                 if subspace.side == "rows":
                     matrix[0].index_fill_(0, subspace.basis, 0.0)
+                elif 2 * subspace.rank > subspace.dimension and subspace.scale is None:
+                    project_gradient_complement_(matrix, self._complement(subspace), subspace.side)
                 elif subspace.rank:
                     scale = subspace.scale if softly or subspace.scale is None else subspace.scale.floor()
                     project_gradient_(matrix, subspace.basis, subspace.side, scale)

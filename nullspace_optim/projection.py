@@ -201,6 +201,20 @@ def subtract_coordinates_(weight: Tensor, coordinates: Tensor, basis: Tensor, si
 
 
 @torch.no_grad()
+def project_gradient_complement_(gradient: Tensor, complement: Tensor, side: MatrixSide) -> Tensor:
+    """Keep of a gradient `[g, m, d]` only its part in the span of the complement `N`: `G <- (G N) N^H`, or left.
+
+    The same projection as `project_gradient_`, cheaper when more than half of all directions are protected.
+    """
+    wide = _wide(gradient)
+    complement = complement.to(wide.dtype)
+    with exact_products(gradient.device):
+        free = torch.bmm(*_pair(wide, complement, side))
+        torch.bmm(*_lift_pair(free, complement, side), out=wide)
+    return _write_back_(gradient, wide)
+
+
+@torch.no_grad()
 def anchor_drift(weight: Tensor, basis: Tensor, kept: Tensor, side: Side) -> Tensor:
     """Return `||W U - A||_F / ||A||_F` as a 0-dimensional tensor, without waiting for the device.
 

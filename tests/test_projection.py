@@ -15,6 +15,7 @@ from nullspace_optim.projection import (
     project_difference_,
     project_difference_complement_,
     project_gradient_,
+    project_gradient_complement_,
     restore_anchor_,
     restore_rows_,
 )
@@ -94,6 +95,7 @@ def test_soft_scale_weighs_each_direction(side, groups):
 def test_gradient_projection_is_that_of_gpm(side):
     gradient, basis = random(2, M, D), make_basis(side, groups=2)
     expected = slow.double(gradient) - slow.protected_part(gradient, basis, side)
+    assert error(project_gradient_complement_(gradient.clone(), complement(basis), side), expected) < 1e-6
     assert error(project_gradient_(gradient, basis, side), expected) < 1e-6
 
 

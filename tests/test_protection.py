@@ -170,6 +170,20 @@ def _small(part: Tensor, whole: Tensor) -> bool:
     return bool(part.norm() <= 1e-5 * whole.norm())
 
 
+@pytest.mark.parametrize("rows", [5, 18], ids=["few kept", "most kept"])
+def test_gradients_are_projected_alike_through_a_basis_and_its_complement(rows: int) -> None:
+    old = torch.randn(rows, 24, generator=torch.Generator().manual_seed(2))
+    model = nn.Linear(24, 6, bias=False)
+    optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, policy=NumericalRank(), project="gradient")
+    optimizer.consolidate([old], progress=False)
+    model(NEW).square().mean().backward()
+    assert model.weight.grad is not None
+    basis, gradient = optimizer.bases["weight"].U.double(), model.weight.grad.double()
+    assert basis.shape[1] == rows
+    optimizer.step()
+    assert torch.allclose(model.weight.grad.double(), gradient - gradient @ basis @ basis.T, atol=1e-6)
+
+
 def test_sparse_gradients_cannot_be_projected_and_the_message_says_what_to_do() -> None:
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True))
     optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, project="gradient")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,7 +24,7 @@ class Energy(Policy):
     """
 
     threshold: float = 0.999
-    paper_code: bool = False
+    paper_code: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_number(self, "threshold", self.threshold, 0, 1, way_out="for every used direction take NumericalRank()")
