@@ -23,6 +23,7 @@ from .errors import (
     ShapeError,
     StaleAnchorError,
 )
+from .hints import declare_rows, stand_in
 from .igsp import IGSP, ExpertReport, LayerReport, Status, Trainable
 from .mode import MODES
 from .optimizer import NullSpaceOptimizer
@@ -40,6 +41,7 @@ from .policies import (
     TailEnergy,
 )
 from .report import ConsolidationReport, ParameterReport, VerifyReport
+from .scaling import ForwardScaling, shared_directions, trust_regions
 
 __all__ = [
     "CODECL",
@@ -57,6 +59,7 @@ __all__ = [
     "ExpertReport",
     "Fate",
     "FixedRank",
+    "ForwardScaling",
     "LayerReport",
     "ModelNotFoundError",
     "NullSpaceError",
@@ -77,7 +80,11 @@ __all__ = [
     "VerifyReport",
     "alignment_loss",
     "clip_forward",
+    "declare_rows",
     "distillation_loss",
+    "shared_directions",
+    "stand_in",
+    "trust_regions",
 ]
 __version__ = "0.1.0"
 

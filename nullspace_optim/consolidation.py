@@ -20,6 +20,7 @@ from tqdm import tqdm
 from . import distributed
 from .basis import BasisStore, Fate
 from .capture import Capture
+from .covariance import SecondMoment
 from .diagnostics import allowed_drift
 from .discovery import Forward, feeder
 from .displacement import Displacement
@@ -91,17 +92,7 @@ def consolidate(
         _check(work, store)
     with untouched(work.model, work.loader):
         _share_buffers(work.model)
-        capture = Capture(
-            work.parameters,
-            buffers=named_buffers(work.model),
-            untrained={n: p for n, p in named_parameters(work.model).items() if n not in work.parameters},
-            rows=options.rows,
-            bias=options.bias,
-            dtype=torch.float64 if options.policy.precise else torch.float32,
-            batch_frobenius=options.policy.batch_frobenius,
-            present=_present(work.model),
-            in_step=bool(distributed.sharded_modules(work.model)),
-        )
+        capture = _capture(work, options)
         first, batches = _observe(work, capture)
         device = next(iter(work.parameters.values())).device
         capture.reduce(device)
@@ -168,6 +159,37 @@ def _share_buffers(model: nn.Module) -> None:
 def _present(model: nn.Module) -> Callable[[], Mapping[str, Tensor]] | None:
     """Return what stands for the parameters at a given moment, where FSDP2 swaps them."""
     return present_parameters(model) if distributed.sharded_modules(model) else None
+
+
+def measure(work: Pass, options: ConsolidationOptions) -> dict[str, SecondMoment]:
+    """Return the second moment of every parameter that met rows, as `consolidate` would see it; nothing is kept.
+
+    Of a parameter that met rows on both sides it is that of the right one. In one process only.
+
+    Raises:
+        ConsolidationError: no batches, or several processes.
+    """
+    if distributed.ranks() > 1:
+        raise ConsolidationError("measure() sees the batches of one process only; measure before the processes start")
+    with untouched(work.model, work.loader):
+        capture = _capture(work, options)
+        _observe(work, capture)
+    sides = {name: seen.sides for name, seen in capture.captured.items() if seen.sides and not seen.reasons}
+    return {name: found.get("right") or next(iter(found.values())) for name, found in sides.items()}
+
+
+def _capture(work: Pass, options: ConsolidationOptions) -> Capture:
+    return Capture(
+        work.parameters,
+        buffers=named_buffers(work.model),
+        untrained={n: p for n, p in named_parameters(work.model).items() if n not in work.parameters},
+        rows=options.rows,
+        bias=options.bias,
+        dtype=torch.float64 if options.policy.precise else torch.float32,
+        batch_frobenius=options.policy.batch_frobenius,
+        present=_present(work.model),
+        in_step=bool(distributed.sharded_modules(work.model)),
+    )
 
 
 def _runner(work: Pass) -> Forward:

@@ -12,8 +12,11 @@ WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoin
 
 
 def canonical(name: str) -> str:
-    """Return `name` without the components that compile, FSDP and checkpoint wrappers insert."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPER_COMPONENTS)
+    """Return `name` without the components that compile, FSDP and checkpoint wrappers and parametrizations insert."""
+    parts = [part for part in name.split(".") if part not in WRAPPER_COMPONENTS]
+    if len(parts) >= 3 and parts[-3] == "parametrizations" and parts[-1] == "original":
+        parts[-3:] = [parts[-2]]
+    return ".".join(parts)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -23,9 +23,10 @@ from . import persistence
 from .across import drifts
 from .agreement import facts_of
 from .basis import Basis
-from .consolidation import Pass, consolidate, record_probe
+from .consolidation import Pass, consolidate, measure, record_probe
 from .contract import OptimizerContract
 from .core import Core, check_bases
+from .covariance import SecondMoment
 from .diagnostics import moved_buffers
 from .discovery import Forward, unwrap
 from .distributed import agree, everyone, rank, ranks, together
@@ -113,6 +114,11 @@ class NullSpaceOptimizer(OptimizerContract):
     def bases(self) -> Mapping[str, Basis]:
         """`Basis` by parameter name: `U`, `spectrum`, `rank`, `tasks`, `fate`."""
         return self._core.store
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that decides what is protected."""
+        return self._core.measuring.policy
 
     @property
     def model(self) -> nn.Module:
@@ -209,6 +215,23 @@ class NullSpaceOptimizer(OptimizerContract):
         if self._core.mode is None:
             raise OptionError(f"{asked}() needs a mode with experts: NullSpaceOptimizer(base, model, mode='igsp')")
         return self._core.mode
+
+    def measure(
+        self,
+        loader: Iterable[Any],
+        *,
+        forward: Forward | None = None,
+        max_batches: int | None = None,
+        progress: bool = True,
+    ) -> Mapping[str, SecondMoment]:
+        """Return the second moments `[g, s, s]` of the rows that met each trained weight, by parameter name.
+
+        The same pass as `consolidate`, whose arguments these are, but nothing is protected: what methods need that
+        look at a task before they train it (CODE-CL, InfLoRA), and what figures of spectra and angles are made of.
+        """
+        core = self._core
+        work = Pass(self.model, core.trainable(), loader, "measured", forward, max_batches, progress)
+        return measure(work, core.measuring)
 
     def verify(
         self,

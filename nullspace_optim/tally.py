@@ -67,6 +67,7 @@ class Tally:
         self._queue: dict[Any, _Waiting] = {}
         self._touched: dict[int, tuple[str, SecondMoment]] = {}
         self._stripped: dict[int, SecondMoment] = {}
+        self._declared: set[str] = set()
 
     def refuse(self, names: Iterable[str], reason: str) -> None:
         """Note why `names` cannot be protected."""
@@ -78,7 +79,7 @@ class Tally:
         """Note that rows met the weight `name`, read by `layout`; return whether it was always read by this layout."""
         self.order.setdefault(name)
         known = self._layouts.setdefault(name, layout)
-        if known != layout:
+        if known != layout and name not in self._declared:
             self.refuse([name], f"used with two layouts ({known.kind} and {layout.kind})")
         return known == layout
 
@@ -92,6 +93,28 @@ class Tally:
         if bias is not None:
             self.order.setdefault(bias)
 
+    def declare(self, name: str, rows: Tensor, side: WeightSide, *, batched: bool) -> None:
+        """Add rows `[g, n, s]` that somebody says `name` meets; they replace everything that was seen of it."""
+        self.order.setdefault(name)
+        if name not in self._declared:
+            self.flush()
+            self._declared.add(name)
+            for key in [key for key in self._moments if key[0] == name]:
+                del self._moments[key]
+        self._layouts[name] = Layout("batched") if batched else Layout()
+        if not self._statistics:
+            return
+        if (name, side) not in self._moments:
+            self._moments[name, side] = SecondMoment(
+                *(rows.shape[0], rows.shape[2]),
+                dtype=self._dtype,
+                device=rows.device,
+                batch_frobenius=self._batch_frobenius,
+            )
+        moment = self._moments[name, side]
+        moment.update(rows)
+        self._touched.setdefault(id(moment), (name, moment))
+
     def use_rows(self, name: str, index: Tensor, number: int) -> None:
         """Note that the rows `index` of the embedding `name` with `number` rows were looked up."""
         used = self._used.get(name)
@@ -101,6 +124,8 @@ class Tally:
 
     def push(self, name: str, rows: Rows | Patches, mask: Tensor | None, *, shape: Sequence[int]) -> None:
         """Queue rows of the weight `name`, of `shape`; `mask` `[B, n]` or `[N, *O]` says which of them count."""
+        if name in self._declared:
+            return
         key = (rows.key, None if mask is None else mask.cpu().numpy().tobytes())
         self._queue.setdefault(key, _Waiting(rows, mask, {})).shapes[name] = shape
 
@@ -143,6 +168,9 @@ class Tally:
 
     def captured(self, name: str, shape: Sequence[int]) -> Captured:
         """Return what is known of one parameter of `shape`."""
+        if name in self._declared:
+            declared = {side: moment for (owner, side), moment in self._moments.items() if owner == name}
+            return Captured(layout=self._layouts[name], sides=declared, met=True)
         bias = self._joint_bias(name)
         sides: dict[WeightSide, SecondMoment] = {}
         known: tuple[WeightSide, ...] = ("right", "left")

@@ -6,7 +6,8 @@ a reason why the parameter cannot be protected). During the probe's backward pas
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,14 +36,26 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.relevance = relevance
         self.probing = False
         self.uses = uses
-        self._memory, self._tally = memory, tally
+        self.memory, self.tally = memory, tally
+        self._paused = False
         self._operators: dict[Any, Operator] = {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing of what runs inside."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run one operator and note what it read."""
         kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
         operator = self._operators.get(func)
         if operator is None:
             operator = self._operators[func] = Operator.of(func)
@@ -60,8 +73,8 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operands = tensors_among([*args, *kwargs.values()])
         if operator.writes:
             self.uses.before_writing(operator, args, kwargs)
-        known = not operands or any([self._memory.knows(t) for t in operands])  # each is asked: reads are noted
-        origins = [self._memory.origin(t) for t in operands] if known else [DATA] * len(operands)
+        known = not operands or any([self.memory.knows(t) for t in operands])  # each is asked: reads are noted
+        origins = [self.memory.origin(t) for t in operands] if known else [DATA] * len(operands)
         output = func(*args, **kwargs)
         if self.relevance is not None and self.relevance.note is None:
             activations = [t for t, o in zip(operands, origins, strict=True) if o.kind is Kind.DATA]
@@ -86,7 +99,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         joint = CONSTANT if operator.name in WITHOUT_READING else _joined(kinds)
         for tensor in (*results, *(bound[i] for i, _ in operator.writes if isinstance(bound[i], Tensor))):
-            self._memory.learn(tensor, joint)
+            self.memory.learn(tensor, joint)
 
     def _follow(self, operator: Operator, bound: list[Any], by_id: dict[int, Origin], results: list[Tensor]) -> bool:
         """Follow a parameter through a view or a copy; return whether the operator was one and could be followed."""
@@ -94,23 +107,23 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         origin = by_id.get(id(source), DATA) if isinstance(source, Tensor) else DATA
         if operator.writes or origin.kind is not Kind.ALIAS or len(by_id) != 1:
             return False
-        if operator.is_view and all(storage_pointer(t) in self._memory.owned for t in results):
+        if operator.is_view and all(storage_pointer(t) in self.memory.owned for t in results):
             return True
         if origin.geometry is None or not (operator.is_view or operator.name in COPIES):
             return False
         if operator.name in COPIES:
             views: list[Geometry] | None = [origin.geometry]
             if operator.name == "_to_copy":
-                self._tally.cast.update(origin.names)
+                self.tally.cast.update(origin.names)
         else:
             views = _viewed(operator, bound, origin.geometry, results)
         if views is None:
-            self._tally.refuse(origin.names, f"read by {operator.label} of a copied transpose")
+            self.tally.refuse(origin.names, f"read by {operator.label} of a copied transpose")
             for tensor in results:
-                self._memory.learn(tensor, DERIVED)
+                self.memory.learn(tensor, DERIVED)
             return True
         for tensor, geometry in zip(results, views, strict=True):
-            self._memory.learn(tensor, Origin(Kind.ALIAS, origin.names, geometry))
+            self.memory.learn(tensor, Origin(Kind.ALIAS, origin.names, geometry))
         return True
 
 

@@ -25,7 +25,7 @@ LAYERS: list[list[str | tuple[str, ...]]] = [
     ["linalg", "names", "layout", "iterates", "clip_losses", "distributed"],
     ["basis", "projection", "covariance", "policies", "checkpoints", "norm_stats"],
     [
-        ("capture", "watching", "recognise", "operators", "rows", "uses", "tally", "reduction", "relevance"),
+        ("capture", "watching", "recognise", "operators", "rows", "uses", "tally", "reduction", "relevance", "hints"),
         ("persistence", "schema", "validation"),
         "report",
         "displacement",
@@ -40,7 +40,7 @@ LAYERS: list[list[str | tuple[str, ...]]] = [
     ["core", "igsp"],
     ["contract"],
     ["optimizer"],
-    ["plots", "integrations"],
+    ["plots", "integrations", "scaling"],
     ["cli"],
     ["__init__", "__main__"],
 ]

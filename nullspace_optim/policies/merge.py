@@ -97,11 +97,11 @@ def examine(
         return _examine_sum(policy, moment, policy.accumulated(covariance, moment), rows, tasks, name)
     odds = policy.odds(moment, torch.as_tensor(rows))
     return _examine_sum(
-        policy, moment, odds if basis is None else odds + _odds(basis, scale).to(odds), rows, tasks, name
+        policy, moment, odds if basis is None else odds + odds_of(basis, scale).to(odds), rows, tasks, name
     )
 
 
-def _odds(basis: Tensor, scale: Tensor | None) -> Tensor:
+def odds_of(basis: Tensor, scale: Tensor | None) -> Tensor:
     """Return `U diag(s / (1 - s)) U^H` `[g, s, s]` in double precision; a scale of 1 counts as the largest below it."""
     wide = basis.to(torch.complex128 if basis.is_complex() else torch.float64)
     ones = wide.new_ones(wide.shape[0], wide.shape[2]).real

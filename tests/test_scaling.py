@@ -1,0 +1,263 @@
+"""Forward scaling (TRGP, CODE-CL): the formula, old tasks as they were, and a capture that sees through it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import reference_impl as slow
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+
+from nullspace_optim import (
+    CODECL,
+    TRGP,
+    CaptureError,
+    Energy,
+    Fate,
+    ForwardScaling,
+    NullSpaceOptimizer,
+    OptionError,
+    declare_rows,
+    shared_directions,
+    trust_regions,
+)
+
+
+class Net(nn.Module):
+    """A convolution, a grouped convolution and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, bias=False)
+        self.grouped = nn.Conv2d(8, 8, 2, groups=2, bias=False)
+        self.head = nn.Linear(8, 5, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.grouped(self.conv(images).relu()).relu().mean((2, 3)))
+
+
+def images(seed: int, n: int = 12) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 2, generator=generator) @ torch.randn(2, 108, generator=generator)
+
+
+def task(seed: int) -> Tensor:
+    return images(seed).reshape(-1, 3, 6, 6)
+
+
+def train(optimizer: Any, model: nn.Module, inputs: Tensor, steps: int = 10) -> float:
+    loss = torch.zeros(())
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (model(inputs) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def protected(policy: Any, base: Any = None) -> tuple[Net, NullSpaceOptimizer]:
+    model = Net()
+    optimizer = NullSpaceOptimizer(base(model) if base else AdamW(model.parameters(), lr=0.01), model, policy=policy)
+    optimizer.consolidate([task(0)], name="a", progress=False)
+    return model, optimizer
+
+
+def first_gradient(optimizer: Any, model: nn.Module, inputs: Tensor) -> None:
+    optimizer.zero_grad()
+    (model(inputs) - 1).square().mean().backward()
+
+
+def test_trust_regions_are_scored_by_the_first_gradient() -> None:
+    model, optimizer = protected(TRGP(0.99))
+    optimizer.consolidate([task(1)], name="b", progress=False)
+    first_gradient(optimizer, model, task(0))
+    regions = trust_regions(optimizer, threshold=0.0, most=2)
+    for name, layout in (("conv.weight", 1), ("head.weight", 1), ("grouped.weight", 2)):
+        basis = optimizer.bases[name]
+        gradient = basis.layout.to_matrix(dict(model.named_parameters())[name].grad)
+        part = basis.subspaces["right"]
+        assert gradient.shape[0] == layout
+        scores = {
+            t: slow.protected_part(gradient, part.basis * part.members[i][:, None, :], "right").norm() / gradient.norm()
+            for i, t in enumerate(("a", "b"))
+        }
+        assert list(regions[name]) == sorted(scores, key=lambda t: -float(scores[t]))
+        strict = trust_regions(optimizer, threshold=float(max(scores.values())) - 1e-4, most=2)
+        assert list(strict[name]) == [max(scores, key=lambda t: float(scores[t]))]
+    assert len(trust_regions(optimizer, threshold=0.0, most=1)["head.weight"]) == 1
+    assert trust_regions(optimizer, threshold=1.1) == {}
+
+
+def test_the_effective_weight_is_the_papers_formula_and_starts_as_the_plain_one() -> None:
+    model, optimizer = protected(TRGP(0.99))
+    before = model(task(3)).detach()
+    first_gradient(optimizer, model, task(0))
+    scaling = ForwardScaling(optimizer)
+    mixing = scaling.begin("b", trust_regions(optimizer, 0.0))
+    assert torch.allclose(model(task(3)), before, atol=1e-6) and len(mixing) == 3
+    plain = {
+        name: getattr(model, name).parametrizations.weight.original.detach() for name in ("conv", "grouped", "head")
+    }
+    for mix in mixing:
+        nn.init.normal_(mix)
+    for name, weight in plain.items():
+        basis = optimizer.bases[f"{name}.weight"]
+        scaled = getattr(model, name).parametrizations.weight[0]
+        (S, Q), matrix = next(iter(scaled.pairs("b"))), basis.layout.to_matrix(weight)
+        expected = torch.stack([w + w @ s @ q @ s.T - w @ s @ s.T for w, s, q in zip(matrix, S, Q, strict=True)])
+        assert torch.allclose(basis.layout.to_matrix(getattr(model, name).weight), expected, atol=1e-4)
+    with scaling.task("a"):
+        assert torch.allclose(model(task(3)), before, atol=1e-6)
+    with scaling.task(None):
+        assert torch.allclose(model(task(3)), before, atol=1e-6)
+    assert not torch.allclose(model(task(3)), before, atol=1e-3)
+    scaling.detach()
+    assert torch.equal(model.conv.weight, plain["conv"]) and "conv.weight" in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("policy", [TRGP(0.999), CODECL(aperture=50.0)], ids=["TRGP", "CODECL"])
+def test_a_scaled_task_is_learnt_consolidated_and_leaves_old_tasks_alone(policy: Any) -> None:
+    model, optimizer = protected(policy)
+    outputs = model(task(0)).detach()
+    new = task(0).flip(0) + 0.3 * task(5)
+    if isinstance(policy, TRGP):
+        first_gradient(optimizer, model, new)
+        directions = trust_regions(optimizer, 0.1)
+    else:
+        directions = shared_directions(optimizer, optimizer.measure([new], progress=False), threshold=0.1)
+    assert "conv.weight" in directions
+    scaling = ForwardScaling(optimizer)
+    mixing = scaling.begin("b", directions)
+    optimizer.add_param_group({"params": mixing, "weight_decay": 0.0})
+    start = train(optimizer, model, new, 1)
+    assert train(optimizer, model, new, 60) < 0.9 * start
+    eyes = [torch.eye(mix.shape[-1]).expand_as(mix) for mix in mixing]
+    assert all(float((mix - eye).norm()) > 1e-3 for mix, eye in zip(mixing, eyes, strict=True))
+    report = optimizer.consolidate([new], name="b", progress=False)
+    assert optimizer.bases["conv.weight"].fate is Fate.PROTECTED and optimizer.bases["conv.weight"].tasks == ("a", "b")
+    assert not [p for p in report.parameters if p.fate is Fate.FROZEN]
+    learnt = model(new).detach()
+    third = scaling.begin("c", {})
+    assert third == [] and not any(mix.requires_grad for mix in mixing)
+    train(optimizer, model, task(7), 30)
+    assert optimizer.verify().ok
+    with scaling.task("b"):
+        drift_b = float((model(new) - learnt).norm() / learnt.norm())
+    with scaling.task("a"):
+        drift_a = float((model(task(0)) - outputs).norm() / outputs.norm())
+    if isinstance(policy, TRGP):  # rows are of rank two and three: the threshold keeps nearly all of them
+        assert drift_a < 0.05 and drift_b < 0.05
+    else:
+        assert drift_a < 0.5 and drift_b < 0.5
+
+
+def test_under_sgd_the_weights_move_as_if_the_scaling_were_differentiated_through() -> None:
+    """The published forward differentiates `W S Q S^T` too; what that adds to the gradient is projected away."""
+    model, optimizer = protected(TRGP(0.99), lambda m: SGD(m.parameters(), lr=0.1))
+    first_gradient(optimizer, model, task(0))
+    scaling = ForwardScaling(optimizer)
+    for mix in scaling.begin("b", trust_regions(optimizer, 0.0)):
+        nn.init.normal_(mix, std=0.5)
+    part = optimizer.bases["head.weight"].subspaces["right"]
+    weight = model.head.parametrizations.weight.original
+    before = weight.detach().clone()
+    live = before.clone().requires_grad_(True)
+    S, Q = (t[0].detach() for t in next(iter(model.head.parametrizations.weight[0].pairs("b"))))
+    features = model.grouped(model.conv(task(4)).relu()).relu().mean((2, 3)).detach()
+    effective = live + live @ S @ Q @ S.T - live @ S @ S.T
+    (nn.functional.linear(features, effective) - 1).square().mean().backward()
+    gradient = live.grad - slow.protected_part(live.grad[None], part.basis, "right")[0].float()
+    train(optimizer, model, task(4), 1)
+    assert torch.allclose(weight.detach(), before - 0.1 * gradient, atol=1e-5)
+
+
+def test_checkpoints_carry_the_mixing_of_every_task() -> None:
+    model, optimizer = protected(TRGP(0.99))
+    fresh, other = protected(TRGP(0.99))
+    first_gradient(optimizer, model, task(0))
+    scaling = ForwardScaling(optimizer)
+    for mix in scaling.begin("task/2 .é", trust_regions(optimizer, 0.0)):
+        nn.init.normal_(mix)
+    expected = model(task(3))
+    again = ForwardScaling(other)
+    fresh.load_state_dict(copy.deepcopy(model.state_dict()))
+    with again.task("task/2 .é"):
+        assert torch.allclose(fresh(task(3)), expected, atol=1e-6)
+
+
+def test_what_is_wrong_is_named() -> None:
+    model, optimizer = protected(Energy())
+    first_gradient(optimizer, model, task(0))
+    assert trust_regions(optimizer) == {}
+    with pytest.raises(OptionError, match=r"policy=CODECL"):
+        shared_directions(optimizer, {})
+    scaling = ForwardScaling(optimizer)
+    scaling.begin("b", {"conv.weight": {"a": torch.eye(27)[None, :, :2]}})
+    with pytest.raises(OptionError, match=r"begin\('b'\)"):
+        scaling.begin("b", {})
+    with pytest.raises(OptionError, match=r"no parameter 'lost.weight' in Net; it has conv"):
+        scaling.begin("c", {"lost.weight": {"a": torch.eye(27)[None, :, :2]}})
+
+
+# ---- measure and declare_rows
+
+
+def test_measure_is_what_consolidate_would_see_and_keeps_nothing() -> None:
+    model = Net()
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model)
+    moments = optimizer.measure([task(0), task(1)], progress=False)
+    patches = nn.functional.unfold(torch.cat([task(0), task(1)]), 3).mT.reshape(-1, 27).double()
+    assert torch.allclose(moments["conv.weight"].matrix[0].double(), patches.T @ patches, rtol=1e-4, atol=1e-2)
+    assert moments["grouped.weight"].matrix.shape == (2, 16, 16) and not optimizer.bases
+    assert int(moments["conv.weight"].rows) == len(patches)
+
+
+class Prompted(nn.Module):
+    """Prompts `[3, 6]` before the tokens; what reaches the output is the mean of all through a head."""
+
+    def __init__(self, side: str) -> None:
+        super().__init__()
+        self.prompts, self.head, self.side = nn.Parameter(torch.randn(3, 6)), nn.Linear(6, 4), side
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        joined = torch.cat([self.prompts.expand(len(tokens), -1, -1), tokens], dim=1)
+        rows = tokens if self.side == "right" else tokens[..., :3]
+        if self.side != "none":
+            declare_rows(self.prompts, rows, self.side)
+        return self.head(joined.mean(1))
+
+
+@pytest.mark.parametrize("side", ["right", "left", "none"])
+def test_declared_rows_replace_what_the_capture_saw(side: Any) -> None:
+    model, tokens = Prompted(side), torch.randn(2, 1, 6)
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.01), model, policy=Energy(0.9999))
+    optimizer.consolidate([tokens], progress=False)
+    basis = optimizer.bases["prompts"]
+    if side == "none":
+        assert (basis.fate is Fate.FROZEN and "cat" in basis.reason) or "expand" in basis.reason
+        return
+    assert basis.fate is Fate.PROTECTED and list(basis.subspaces) == [side] and basis.rank == 2
+    before = model.prompts.detach().clone()
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(4, 2, 6)).square().sum().backward()
+        optimizer.step()
+    moved = model.prompts.detach() - before
+    rows = tokens.reshape(-1, 6) if side == "right" else tokens.reshape(-1, 6)[:, :3]
+    kept = moved @ rows.T if side == "right" else rows @ moved
+    assert float(moved.norm()) > 1e-2 and float(kept.norm()) < 1e-4 * float(moved.norm())
+    declare_rows(model.prompts, torch.zeros(1, 9))  # outside a capture nothing happens, not even a check
+
+
+def test_declared_rows_that_do_not_fit_are_refused() -> None:
+    model = Prompted("right")
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model)
+    with pytest.raises(CaptureError, match=r"rows \(2, 5\) do not fit a parameter \(3, 6\) on the left side"):
+        optimizer.consolidate(
+            [torch.randn(2, 1, 6)],
+            forward=lambda tokens: (model(tokens), declare_rows(model.prompts, torch.zeros(2, 5), "left"))[0],
+            progress=False,
+        )
