@@ -222,7 +222,7 @@ def shared_directions(
         old, new = odds_of(subspace.basis, subspace.scale), policy.odds(moment.matrix, moment.rows)
         new = _floored(new, policy.floor)
         both = old @ torch.linalg.pinv(old + new, rtol=1e-10, hermitian=True) @ new
-        values, vectors = eigh((both + both.mT) / 2, name=name)
+        values, vectors = eigh((both + both.mT) / 2, name=name, scale=float(old.abs().max()))
         shares = values / (1 + values)
         if float(shares.sum()) > threshold * float(subspace.scale.sum()):
             found[name] = {"shared": vectors[:, :, :most].float()}

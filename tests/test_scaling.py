@@ -39,13 +39,11 @@ class Net(nn.Module):
         return self.head(self.grouped(self.conv(images).relu()).relu().mean((2, 3)))
 
 
-def images(seed: int, n: int = 12) -> Tensor:
+def task(seed: int, n: int = 12) -> Tensor:
+    """Images `[n, 3, 6, 6]` of one colour each, in a plane of colours: rows of few dimensions meet every weight."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 2, generator=generator) @ torch.randn(2, 108, generator=generator)
-
-
-def task(seed: int) -> Tensor:
-    return images(seed).reshape(-1, 3, 6, 6)
+    colours = torch.randn(n, 2, generator=generator) @ torch.randn(2, 3, generator=generator)
+    return colours[:, :, None, None].expand(-1, -1, 6, 6).contiguous()
 
 
 def train(optimizer: Any, model: nn.Module, inputs: Tensor, steps: int = 10) -> float:
@@ -84,9 +82,11 @@ def test_trust_regions_are_scored_by_the_first_gradient() -> None:
             t: slow.protected_part(gradient, part.basis * part.members[i][:, None, :], "right").norm() / gradient.norm()
             for i, t in enumerate(("a", "b"))
         }
-        assert list(regions[name]) == sorted(scores, key=lambda t: -float(scores[t]))
-        strict = trust_regions(optimizer, threshold=float(max(scores.values())) - 1e-4, most=2)
-        assert list(strict[name]) == [max(scores, key=lambda t: float(scores[t]))]
+        ordered = [float(scores[t]) for t in regions[name]]
+        assert len(ordered) == 2 and ordered[0] >= ordered[1] - 1e-5
+        for threshold in (0.3, 0.9, 0.99):
+            related = [t for t in scores if float(scores[t]) > threshold]
+            assert sorted(trust_regions(optimizer, threshold, most=2).get(name, {})) == related
     assert len(trust_regions(optimizer, threshold=0.0, most=1)["head.weight"]) == 1
     assert trust_regions(optimizer, threshold=1.1) == {}
 
@@ -118,11 +118,12 @@ def test_the_effective_weight_is_the_papers_formula_and_starts_as_the_plain_one(
     assert torch.equal(model.conv.weight, plain["conv"]) and "conv.weight" in dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("policy", [TRGP(0.999), CODECL(aperture=50.0)], ids=["TRGP", "CODECL"])
+@pytest.mark.parametrize("policy", [TRGP(0.99999), CODECL(aperture=50.0)], ids=["TRGP", "CODECL"])
 def test_a_scaled_task_is_learnt_consolidated_and_leaves_old_tasks_alone(policy: Any) -> None:
     model, optimizer = protected(policy)
     outputs = model(task(0)).detach()
-    new = task(0).flip(0) + 0.3 * task(5)
+    new = task(0).flip(0)
+    new[:6] = task(5)[:6]
     if isinstance(policy, TRGP):
         first_gradient(optimizer, model, new)
         directions = trust_regions(optimizer, 0.1)
