@@ -14,6 +14,17 @@ import yaml
 from reference.errors import ExperimentError
 
 CONFIGS = Path(__file__).parent / "configs"
+WHOLE = (
+    "iterations", "batch_size", "reference_images", "evaluation_images", "consolidation_images", "reference_batch",
+    "ensemble_every", "replay_bytes",
+)  # fmt: skip
+INTERVALS = {
+    **dict.fromkeys(("label_smoothing", "energy", "gnsp_rho", "wise_share", "matched_share"), (0.0, 1.0)),
+    **dict.fromkeys(("weight_decay", "warmup", "zscl_l2", "ewc_weight"), (0.0, float("inf"))),
+    **dict.fromkeys(("distillation_weight", "alignment_weight"), (0.0, float("inf"))),
+    "learning_rate": (0.0, 10.0),
+    "temperature": (1e-3, 1e3),
+}
 FOLDERS = ("data_root", "model", "reference_root")
 
 
@@ -44,6 +55,19 @@ class Config:
         reference_images: how many images of the reference pool `nullspace-reference` protects.
         energy: share of the input energy of a task that is protected, 0..1.
         project: `update` (weights corrected after the step) or `both` (gradients projected as well), for our methods.
+        reference_batch: images of the pool beside each training batch, for methods with losses on it; `null`: as many
+            as `batch_size`.
+        temperature, distillation_weight, alignment_weight: of the losses on the pool (GNSP: 2, 1 and 0.75).
+        schedule: `uniform`, or `gnsp`: rates and iterations in GNSP's proportions by task and order, for its family.
+        gnsp_rho: share of the energy that GNSP leaves unprotected.
+        gnsp_gram: Gram matrices normalised by batch and by task (`batch-frobenius`, as released) or summed (`count`).
+        gnsp_first_task: `full` trains both towers without projection (as released), `restricted` only the tensors that
+            are trained later, `reference` the same, with the pool's Gram matrices protected.
+        zscl_l2, ensemble_every: ZSCL's pull towards the weights at the task's start, steps between averaged weights.
+        wise_share: share of the fine-tuned weights in WiSE-FT's mean.
+        matched_share: share of `learning_rate` at which `matched-plasticity` trains.
+        replay_bytes: size of `replay`'s buffer.
+        ewc_weight: strength of EWC's penalty.
         pretrain_iterations, pretrain_rate: the training of demo's own tiny CLIP.
         of_method: settings that differ for one method, by its name; the rate of each method, say.
         note: sentence printed under the table.
@@ -74,6 +98,20 @@ class Config:
     reference_images: int = 1000
     energy: float = 0.999
     project: Literal["update", "both"] = "both"
+    reference_batch: int | None = None
+    temperature: float = 2.0
+    distillation_weight: float = 1.0
+    alignment_weight: float = 0.75
+    schedule: Literal["uniform", "gnsp"] = "uniform"
+    gnsp_rho: float = 0.15
+    gnsp_gram: Literal["batch-frobenius", "count"] = "batch-frobenius"
+    gnsp_first_task: Literal["full", "restricted", "reference"] = "full"
+    zscl_l2: float = 1.0
+    ensemble_every: int = 100
+    wise_share: float = 0.5
+    matched_share: float = 0.1
+    replay_bytes: int = 2**25
+    ewc_weight: float = 1000.0
     pretrain_iterations: int = 0
     pretrain_rate: float = 0.0
     of_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -85,15 +123,13 @@ class Config:
         Raises:
             ExperimentError: naming the setting, what was found and what is allowed.
         """
-        for name in ("iterations", "batch_size", "reference_images", "evaluation_images", "consolidation_images"):
+        for name in WHOLE:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ExperimentError(f"{name}={value} must be at least 1")
-        for name, low, high in (("label_smoothing", 0.0, 1.0), ("energy", 0.0, 1.0), ("learning_rate", 0.0, 10.0)):
+        for name, (low, high) in INTERVALS.items():
             if not low <= getattr(self, name) <= high:
                 raise ExperimentError(f"{name}={getattr(self, name)} must lie between {low} and {high}")
-        if self.weight_decay < 0 or self.warmup < 0:
-            raise ExperimentError("weight_decay and warmup must not be negative")
         if not self.methods or not self.seeds:
             raise ExperimentError("methods and seeds must name at least one method and one seed")
         for name in ("data_root", "model"):

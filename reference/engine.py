@@ -49,17 +49,23 @@ class Batch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps of one task and the learning rate of each: linear warm-up, then cosine towards zero."""
+    """Steps of one task and the learning rate of each: linear warm-up, then cosine towards zero.
+
+    `done` steps of `total` lie before the first one where the task is a part of a longer schedule.
+    """
 
     iterations: int
     rate: float
     warmup: int
+    done: int = 0
+    total: int | None = None
 
     def at(self, step: int) -> float:
         """Learning rate of `step`."""
+        step, total = step + self.done, self.total or self.iterations
         if step < self.warmup:
             return self.rate * (step + 1) / self.warmup
-        share = (step - self.warmup) / max(1, self.iterations - self.warmup)
+        share = (step - self.warmup) / max(1, total - self.warmup)
         return self.rate * 0.5 * (1 + math.cos(math.pi * share))
 
 

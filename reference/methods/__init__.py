@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from reference.errors import ExperimentError
 from reference.methods.base import Method, Setting
-from reference.methods.plain import FineTune, ZeroShot
-from reference.methods.projection import Gradient, GradientReference, NullSpace, NullSpaceReference
+from reference.methods.distillation import ZSCL, LwF
+from reference.methods.gnsp import Gnsp, GnspExact, LossesOnly, ProjectionOnly
+from reference.methods.plain import FineTune, FineTunePerTask, Joint, MatchedPlasticity, WiseFT, ZeroShot
+from reference.methods.projection import Gradient, GradientReference, NullSpace, NullSpaceReference, RandomBasis
+from reference.methods.rehearsal import EWC, Replay
 
 FAMILIES: tuple[tuple[type[Method], ...], ...] = (
-    (ZeroShot, FineTune),
-    (Gradient, GradientReference, NullSpace, NullSpaceReference),
+    (ZeroShot, FineTune, FineTunePerTask, WiseFT, MatchedPlasticity, Joint),
+    (LwF, ZSCL),
+    (Gnsp, GnspExact, LossesOnly, ProjectionOnly),
+    (Gradient, GradientReference, NullSpace, NullSpaceReference, RandomBasis),
+    (Replay, EWC),
 )
 METHODS: dict[str, type[Method]] = {method.name: method for family in FAMILIES for method in family}
 

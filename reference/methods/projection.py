@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from nullspace_optim import Energy, NullSpaceOptimizer, clip_forward
-from reference.engine import batches
-from reference.methods.base import Method
+from reference.engine import batches, seeded
+from reference.methods.base import Method, Setting
 from reference.tasks import Split
 
 Project = Literal["update", "gradient", "both"]
@@ -81,3 +82,55 @@ class GradientReference(Gradient):
 
     name = "gradient-reference"
     needs_reference = True
+
+
+class RandomBasis(NullSpaceReference):
+    """Ours with every basis replaced by a random one of the same rank while a task is trained.
+
+    The control for "any restriction of the update would do". The true bases are put back to be grown, so that the ranks
+    are those that our rule gives on this model.
+    """
+
+    name = "random-basis"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.true: dict[str, dict[str, Tensor]] = {}
+
+    def before_task(self, number: int) -> None:
+        """Put random bases in place of the true ones."""
+        super().before_task(number)
+        self.true = {}
+        for n, (name, basis) in enumerate(sorted(self.optimizer.bases.items())):
+            draw = seeded(self.setting.seed, number, n, 7)
+            self.true[name] = {side: subspace.basis for side, subspace in basis.subspaces.items()}
+            for subspace in basis.subspaces.values():
+                subspace.basis = random_like(subspace.basis, subspace.ranks, subspace.size, draw)
+        self.optimizer.reanchor()
+
+    def after_task(self, number: int) -> dict[str, Any]:
+        """Put the true bases back, anchored where the weights now are, and grow them."""
+        for name, sides in self.true.items():
+            for side, tensor in sides.items():
+                self.optimizer.bases[name].subspaces[side].basis = tensor  # type: ignore[index]
+        self.optimizer.reanchor()
+        return super().after_task(number)
+
+    def state(self) -> dict[str, Any]:
+        """The true bases as well."""
+        return {**super().state(), "true": self.true}
+
+    def load_state(self, state: dict[str, Any], number: int) -> None:
+        """Take up what `state` returned."""
+        super().load_state(state, number)
+        self.true = state["true"]
+
+
+def random_like(basis: Tensor, ranks: tuple[int, ...], size: int, draw: torch.Generator) -> Tensor:
+    """A random basis of the same shape and ranks: orthonormal columns `[g, s, k]`, or as many other rows `[k]`."""
+    if basis.ndim == 1:
+        return torch.randperm(size, generator=draw)[: len(basis)].sort().values.to(basis.device)
+    drawn = torch.zeros(basis.shape)
+    for group, rank in enumerate(ranks):
+        drawn[group, :, :rank] = torch.linalg.qr(torch.randn(size, rank, generator=draw))[0]
+    return drawn.to(basis)

@@ -1,0 +1,197 @@
+"""GNSP (arXiv 2507.19839) as its released code does it, and what is left of it when one part is taken away.
+
+After the first task only the input matrices of the vision tower's MLPs and `visual.proj` are trained (25 tensors in
+ViT-B/16); their gradients are projected, before AdamW, onto the directions that hold the last `gnsp_rho` of the earlier
+tasks' energy; every step adds distillation and modality alignment on a batch of the reference pool. What the paper
+leaves open is a setting: `gnsp_rho`, `gnsp_gram`, `gnsp_first_task`, `schedule`, `evaluation_templates`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nullspace_optim import NullSpaceOptimizer, TailEnergy
+from reference.engine import Batch, Schedule, crop, seeded, uniform
+from reference.errors import ExperimentError
+from reference.methods.base import Method, Setting
+from reference.methods.distillation import ReferenceBatches, reference_losses, text_features
+from reference.methods.projection import NullSpace, Project
+from reference.tasks import Split
+
+TRAINED = re.compile(r"visual\.(transformer\.resblocks\.\d+\.mlp\.c_(fc|proj)\.weight|proj)")
+GRAM_BATCH = 16
+
+# Rate as a multiple of 1e-5 and share of 1,000 iterations, by task and order: the released `configs/mtil_order_*.json`.
+TUNED: dict[str, dict[str, tuple[float, float]]] = {
+    "I": {
+        "aircraft": (1, 0.1), "caltech101": (2, 0.5), "cifar100": (1, 1), "dtd": (5, 0.5), "eurosat": (2, 0.5),
+        "flowers102": (2, 1), "food101": (5, 1), "mnist": (1, 0.5), "oxford_pets": (5, 0.5), "stanford_cars": (5, 1),
+        "sun397": (2, 1),
+    },
+    "II": {
+        "stanford_cars": (1, 1), "food101": (1, 1), "mnist": (1, 0.5), "oxford_pets": (1, 0.5), "flowers102": (2, 1),
+        "sun397": (2, 1), "aircraft": (5, 1), "caltech101": (1, 0.5), "dtd": (5, 0.5), "eurosat": (1, 0.5),
+        "cifar100": (1, 1),
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CountedTail(TailEnergy):
+    """GNSP's rank rule on plain second moments: every row counts the same, whatever batch or task it came from."""
+
+    batch_frobenius: ClassVar[bool] = False
+
+    def accumulated(self, old: Tensor | None, new: Tensor) -> Tensor:
+        """Return the plain sum `[g, s, s]`."""
+        return new if old is None else old + new
+
+
+def tuned(schedule: Schedule, order: str, task: str) -> Schedule:
+    """GNSP's schedule of `task`, in proportion to the common one (1e-5 and 1,000 iterations in the paper)."""
+    rate, share = TUNED[order].get(task, (1.0, 1.0))
+    return replace(schedule, rate=rate * schedule.rate, iterations=max(1, round(share * schedule.iterations)))
+
+
+class Gnsp(NullSpace):
+    """GNSP as published: projected gradient, then AdamW; distillation and alignment on the reference pool."""
+
+    name = "gnsp"
+    needs_reference = True
+    losses: ClassVar[bool] = True
+    protects: ClassVar[bool] = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.restricted = {n: p for n, p in self.clip.model.named_parameters() if TRAINED.fullmatch(n)}
+        self.trainable = {n: p for n, p in self.clip.model.named_parameters() if p.requires_grad}
+        if not self.restricted:
+            raise ExperimentError(
+                f"{self.name} trains the MLPs of a vision transformer (visual.transformer.resblocks.*.mlp) and "
+                "visual.proj, and the model has none; choose another --model or leave this method out"
+            )
+        self.pool = ReferenceBatches(setting) if self.losses else None
+        self.texts: tuple[int, Tensor, Tensor | None] | None = None
+
+    @property
+    def project(self) -> Project:
+        """The gradient alone, as published."""
+        return "gradient"
+
+    def make_optimizer(self) -> Optimizer:
+        """AdamW behind the projection; all tokens count."""
+        rule = TailEnergy if self.config.gnsp_gram == "batch-frobenius" else CountedTail
+        base = Method.make_optimizer(self)
+        model = self.clip.model
+        return NullSpaceOptimizer(base, model, policy=rule(self.config.gnsp_rho), project=self.project, rows="all")
+
+    def schedule(self, number: int) -> Schedule:
+        """The common schedule, or with `schedule=gnsp` the one that was tuned for this task in this order."""
+        common = uniform(self.config)
+        name = self.setting.tasks[number].name
+        return tuned(common, self.config.order, name) if self.config.schedule == "gnsp" else common
+
+    def before_sequence(self) -> dict[str, Any]:
+        """With `gnsp_first_task=reference` the pool's Gram matrices come first; otherwise nothing."""
+        pool = self.setting.pool
+        if self.config.gnsp_first_task != "reference" or pool is None or not self.protects:
+            return {}
+        return self._add("reference", Split(pool.images, torch.zeros(len(pool.images), dtype=torch.int64)), -1)
+
+    def before_task(self, number: int) -> None:
+        """Choose what is trained: everything in the first task, unless `gnsp_first_task` says otherwise."""
+        super().before_task(number)
+        self._choose(number)
+
+    def load_state(self, state: dict[str, Any], number: int) -> None:
+        """Take up what `state` returned during task `number`."""
+        self._restrict()
+        super().load_state(state, number)
+        self._choose(number)
+
+    def _choose(self, number: int) -> None:
+        self._restrict()
+        if number == 0 and self.config.gnsp_first_task == "full":
+            for parameter in self.trainable.values():
+                parameter.requires_grad_(True)
+
+    def _restrict(self) -> None:
+        for name, parameter in self.trainable.items():
+            parameter.requires_grad_(name in self.restricted)
+            parameter.grad = None
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross entropy + `distillation_weight` x distillation + `alignment_weight` x alignment."""
+        model, index = self.clip.model, self.pool.drawn(batch) if self.pool else None
+        images = model.encode_image(batch.images, normalize=True)  # type: ignore[operator]
+        classes, captions = self._texts(batch)
+        logits = (model.logit_scale.exp() * images @ classes.T).float()  # type: ignore[operator]
+        loss = F.cross_entropy(logits, batch.labels.to(logits.device), label_smoothing=self.config.label_smoothing)
+        if self.pool is None or index is None:
+            return loss
+        texts = self.pool.student_texts(index) if captions is None else captions[self.pool.kind[index]]
+        distilled, aligned = reference_losses(self.pool, index, self.pool.student_images(index), texts)
+        return loss + self.config.distillation_weight * distilled + self.config.alignment_weight * aligned
+
+    def _texts(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Features of the classes and of all captions; computed once a task where the text tower does not move."""
+        if any(p.requires_grad for name, p in self.trainable.items() if not name.startswith("visual.")):
+            return self.clip.model.encode_text(batch.tokens, normalize=True), None  # type: ignore[operator]
+        if self.texts is None or self.texts[0] != batch.task:
+            captions = text_features(self.clip, self.pool.tokens, self.config) if self.pool else None
+            self.texts = (batch.task, text_features(self.clip, batch.tokens, self.config), captions)
+            self.clip.model.train()
+        return self.texts[1], self.texts[2]
+
+    def after_task(self, number: int) -> dict[str, Any]:
+        """Add the task's Gram matrices: its training images, cropped as in training, in batches of 16."""
+        if not self.protects:
+            return {}
+        task = self.setting.tasks[number]
+        drawn = task.train.drawn(self.config.consolidation_images, seed=self.setting.seed)
+        return self._add(task.name, drawn, number)
+
+    def _add(self, name: str, split: Split, number: int) -> dict[str, Any]:
+        self._restrict()
+        cropped = crop(split.images[slice(None)], seeded(self.setting.seed, number, 6))
+        loader = [self.clip.normalised(part) for part in torch.split(cropped, GRAM_BATCH)]
+
+        def forward(images: Tensor) -> Tensor:
+            features: Tensor = self.clip.model.encode_image(images, normalize=True)  # type: ignore[operator]
+            return features
+
+        report = self.optimizer.consolidate(loader, name=name, forward=forward, progress=False)
+        return {"report": str(report), "bytes": report.bytes}
+
+
+class GnspExact(Gnsp):
+    """The same recipe with the anchor correction after AdamW: kept directions do not move."""
+
+    name = "gnsp-exact"
+
+    @property
+    def project(self) -> Project:
+        """The update, and the gradient as well if the settings say so."""
+        return self.config.project
+
+
+class LossesOnly(Gnsp):
+    """GNSP without its projection: the reference losses alone, on the same tensors."""
+
+    name = "losses-only"
+    protects = False
+
+
+class ProjectionOnly(Gnsp):
+    """GNSP without its reference losses: the projected gradient alone, on the same tensors."""
+
+    name = "projection-only"
+    needs_reference = False
+    losses = False
