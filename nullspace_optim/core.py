@@ -306,7 +306,7 @@ def _check_base(base: Any) -> None:
     if not getattr(type(base).step, "hooked", False):
         raise OptionError(
             f"{type(base).__name__}.step() runs no step hooks (its class skips torch.optim.Optimizer.__init__), so "
-            "nothing could be protected; wrap the optimizer inside it, before anything else does"
+            "nothing could be protected; use the optimizer inside it on its own"
         )
     if hasattr(base, "fused_backward"):
         raise OptionError(

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 
 from .errors import OptionError
 
-# Part of a class's name -> the entries of its state that hold weights.
-SECOND_WEIGHTS = {"ScheduleFree": ("z",), "Lookahead": ("slow_params",)}
+# Part of a class's name -> the entries of its state that hold weights ("x" and "y" in reference implementations).
+SECOND_WEIGHTS = {"ScheduleFree": ("z", "x", "y"), "Lookahead": ("slow_params",)}
 
 
 def state_keys(base: Optimizer) -> tuple[str, ...]:
