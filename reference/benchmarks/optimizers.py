@@ -160,7 +160,7 @@ def _protected(candidate: Candidate, steps: int) -> Result:
     moved = any(not torch.equal(p, before[name]) for name, p in run.model.named_parameters())
     held = drift <= LIMIT and all(torch.equal(run.model.get_parameter(n), kept) for n, kept in frozen.items())
     verdict = "leaks" if not held else "does not learn" if not moved else "holds"
-    if resume.startswith("fails"):
+    if verdict == "holds" and resume.startswith("fails"):
         verdict = "fails"
     return Result(candidate, verdict, candidate.note, drift=drift, losses=losses, resume=resume)
 

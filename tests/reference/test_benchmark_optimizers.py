@@ -84,7 +84,7 @@ class Still(SGD):
 
 @pytest.mark.parametrize(
     ("kind", "verdict", "resume"),
-    [(Swapping, "leaks", ""), (Forgetful, "holds", "not alone either"), (Still, "idle", "")],
+    [(Swapping, "leaks", "fails"), (Forgetful, "holds", "not alone either"), (Still, "idle", "")],
 )
 def test_a_failure_would_be_seen(kind: Any, verdict: str, resume: str) -> None:
     result = measure(Candidate("torch", kind.__name__, lambda m: kind(m.parameters(), lr=1e-2)), steps=5)
