@@ -121,10 +121,12 @@ def largest_eigenvalue(matrix: Tensor) -> Tensor:
 
 
 def polish(basis: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the nearest basis `[..., s, k]` with `||U^H U - I||_2 <= 1e-7`, by Newton-Schulz steps in float64.
+    """Return the nearest basis `[..., s, k]` with `||U^H U - I||_2 <= 1e-7`, by Newton-Schulz steps.
 
-    One step `U <- U (1.5 I - 0.5 U^H U)` turns an orthogonality error `e` into about `e^2`; float32 `eigh` needs one
-    or two. Zero columns stay zero. The result is rounded to `dtype`, float32 (complex64) if none is given.
+    One step `U <- U - U E / 2` with `E = U^H U - I` leaves an error of at most `3/4 ||E||^2 + 1/4 ||E||^3`, so that
+    float32 `eigh` needs one step and no second look. `E` is taken in float64, where it is small beside `I`; the product
+    `U E`, whose relative error it does not feel, in the precision of the result. Zero columns stay zero. The result is
+    rounded to `dtype`, float32 (complex64) if none is given.
 
     Raises:
         ConsolidationError: the columns are so far from orthonormal that the iteration does not converge.
@@ -134,9 +136,11 @@ def polish(basis: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     for _ in range(_NEWTON_STEPS):
         gram = precise.mH @ precise
         error = gram - _column_identity(gram)
-        if float(torch.linalg.matrix_norm(error).amax() if error.numel() else 0.0) <= _ORTHONORMAL:
+        size = float(torch.linalg.matrix_norm(error).amax()) if error.numel() else 0.0
+        if size > _ORTHONORMAL:
+            precise = precise - 0.5 * (precise.to(target) @ error.to(target))
+        if size**2 <= _ORTHONORMAL:
             return precise.to(target)
-        precise = precise - 0.5 * (precise @ error)
     raise ConsolidationError(
         f"a basis {tuple(basis.shape)} is too far from orthonormal to be polished; pass it through orthonormalise first"
     )
