@@ -33,6 +33,7 @@ class Spectrum:
     * `rows`: rows that the new task's `K` was summed over.
     * `stored` `[kept]`: energy `u^H K u` of the new task along each stored direction.
     * `tasks`: how many tasks this weight was consolidated for before.
+    * `name`: of the parameter, or of the first of those that share these rows.
     """
 
     values: Tensor
@@ -43,6 +44,7 @@ class Spectrum:
     rows: int
     stored: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     tasks: int = 0
+    name: str = ""
 
     @property
     def size(self) -> int:

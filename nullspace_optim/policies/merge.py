@@ -179,7 +179,7 @@ def _examine_sum(
     """Diagonalise the merged second moment (or odds); nothing counts as covered or kept."""
     values, vectors = eigh(merged, name=name)
     spectra = tuple(
-        Spectrum(value, float(value.double().sum()), float(value[0]), covered=0.0, kept=0, rows=int(count), tasks=tasks)
+        Spectrum(value, float(value.double().sum()), float(value[0]), 0.0, 0, int(count), tasks=tasks, name=name)
         for value, count in zip(values, rows, strict=True)
     )
     covariance = merged if policy.merge == "accumulate" else None
@@ -195,7 +195,7 @@ def _examine_residual(
     if basis is None or not any(kept):
         values, whole = eigh(moment, name=name)
         spectra = tuple(
-            _spectrum(moment[i], values[i], float(values[i, 0]), int(rows[i]), tasks) for i in range(groups)
+            _spectrum(moment[i], values[i], float(values[i, 0]), int(rows[i]), tasks, name) for i in range(groups)
         )
         return Candidate(name, policy, moment, None, values, tuple(whole), None, spectra)
     found = []
@@ -206,7 +206,7 @@ def _examine_residual(
         found.append((frame, top, *eigh(residual, name=name, scale=top)))
     values = torch.stack([torch.cat([value, value.new_zeros(size - len(value))]) for _, _, value, _ in found])
     spectra = tuple(
-        _spectrum(moment[i], values[i], top, int(rows[i]), tasks, basis[i, :, : kept[i]])
+        _spectrum(moment[i], values[i], top, int(rows[i]), tasks, name, basis[i, :, : kept[i]])
         for i, (_, top, _, _) in enumerate(found)
     )
     frames, vectors = tuple(item[0] for item in found), tuple(item[3] for item in found)
@@ -214,14 +214,14 @@ def _examine_residual(
 
 
 def _spectrum(
-    moment: Tensor, values: Tensor, largest: float, rows: int, tasks: int, basis: Tensor | None = None
+    moment: Tensor, values: Tensor, largest: float, rows: int, tasks: int, name: str, basis: Tensor | None = None
 ) -> Spectrum:
     """Describe residual eigenvalues `[s]` of one group's second moment `[s, s]` outside the stored `basis` `[s, k]`."""
     total = float(moment.diagonal().real.double().sum())
     covered = 1.0 - float(values.double().sum()) / total if total > 0 else 1.0
     covered = max(covered, 0.0) if basis is not None or total <= 0 else 0.0
     stored = _energies(moment, basis) if basis is not None else moment.new_zeros(0).real.double()
-    return Spectrum(values, total, largest, covered, len(stored), rows, stored, tasks)
+    return Spectrum(values, total, largest, covered, len(stored), rows, stored, tasks, name)
 
 
 def _energies(moment: Tensor, basis: Tensor) -> Tensor:

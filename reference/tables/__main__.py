@@ -46,8 +46,10 @@ def run_all(options: argparse.Namespace, folder: Path) -> None:
 
 
 def shortened(protocol: Protocol, options: argparse.Namespace) -> Protocol:
-    """The protocol with the options that make a run smaller than the published one."""
-    given = {name: getattr(options, name) for name in ("tasks", "epochs") if getattr(options, name) is not None}
+    """The protocol with the options that depart from the published one."""
+    given = {
+        name: getattr(options, name) for name in ("tasks", "epochs", "samples") if getattr(options, name) is not None
+    }
     return replace(protocol, **given)
 
 
@@ -76,6 +78,7 @@ def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="another learning rate than the method's")
     parser.add_argument("--tasks", type=int, help="only the first tasks")
     parser.add_argument("--epochs", type=int, help="at most so many epochs a task")
+    parser.add_argument("--samples", type=int, help="images whose inputs are protected after each task")
     return parser.parse_args(arguments)
 
 

@@ -5,37 +5,53 @@ A method is one entry of `METHODS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from nullspace_optim import Energy, NullSpaceOptimizer, Policy, Spectrum
+from nullspace_optim import CODECL, SGP, TRGP, Energy, NullSpaceOptimizer, Policy, Spectrum
 from reference.errors import ExperimentError
 from reference.tables.protocols import Protocol
+from reference.tables.sessions import Session, SharedConceptors, TrustRegions
 
 
 @dataclass(frozen=True)
 class ByLayer(Policy):
-    """Another policy for each layer: of the entries whose name begins the parameter's name, the longest decides."""
+    """A rule of GPM's family with another threshold for each layer, growing from task to task.
 
-    layers: tuple[tuple[str, Policy], ...]
+    Of the `layers` (name, rule) whose name begins the parameter's, the longest decides; `growth` is added to its
+    threshold for each task before.
+    """
 
-    def ranks(self, spectra: Mapping[str, Spectrum]) -> dict[str, int]:
-        """How many directions of each spectrum (keys begin with the parameter's name) its layer's policy takes."""
-        return {key: min(self._of(key).rank(spectrum), spectrum.free) for key, spectrum in spectra.items()}
+    layers: tuple[tuple[str, Energy], ...]
+    growth: float = 0.0
 
-    def _of(self, key: str) -> Policy:
-        return max((len(name), policy) for name, policy in self.layers if key.startswith(name))[1]
+    def rank(self, spectrum: Spectrum) -> int:
+        """How many new directions the layer's rule takes."""
+        return self._of(spectrum).rank(spectrum)
+
+    def scale(self, spectrum: Spectrum, take: int, before: Tensor | None) -> Tensor | None:
+        """How strongly the layer's rule keeps each direction."""
+        return self._of(spectrum).scale(spectrum, take, before)
+
+    def members(self, spectrum: Spectrum, take: int) -> Tensor | None:
+        """Which directions the layer's rule counts as the task's own."""
+        return self._of(spectrum).members(spectrum, take)
+
+    def _of(self, spectrum: Spectrum) -> Energy:
+        name = max((name for name, _ in self.layers if spectrum.name.startswith(name)), key=len)
+        rule = dict(self.layers)[name]
+        return replace(rule, threshold=rule.threshold + self.growth * spectrum.tasks)
 
 
 @dataclass(frozen=True)
 class Method:
     """How one row of a table is trained.
 
-    `rate` None takes the protocol's. `policy` None trains without protection.
+    `rate` None takes the protocol's. `policy` None trains without protection. `session` is what happens around a task.
     """
 
     name: str
@@ -44,6 +60,7 @@ class Method:
     rate: float | None = None
     policy: Callable[[Protocol], Policy] | None = None
     project: Literal["update", "gradient", "both"] = "gradient"
+    session: Callable[[NullSpaceOptimizer, nn.Module, Protocol], Session] | None = None
 
     def __post_init__(self) -> None:
         if self.rate is not None and not self.rate > 0:
@@ -64,9 +81,40 @@ class Method:
         return protocol.rate if self.rate is None else self.rate
 
 
+def by_layer(rule: Energy, protocol: Protocol) -> ByLayer:
+    """A rule with the protocol's thresholds."""
+    layers = tuple((name, replace(rule, threshold=share)) for name, share in protocol.thresholds.items())
+    return ByLayer(layers, protocol.growth)
+
+
 def gpm(protocol: Protocol) -> Policy:
-    """GPM's rule with its thresholds, one direction short on the first task as in its code."""
-    return ByLayer(tuple((name, Energy(share, paper_code=True)) for name, share in protocol.thresholds.items()))
+    """GPM's rule, one direction short on the first task as in its code."""
+    return by_layer(Energy(paper_code=True), protocol)
+
+
+def sgp(protocol: Protocol) -> Policy:
+    """SGP's rule, `alpha` 10 as on split CIFAR-100."""
+    return by_layer(SGP(alpha=10.0, paper_code=True), protocol)
+
+
+def trgp(protocol: Protocol) -> Policy:
+    """TRGP's rule, with the index of its code corrected."""
+    return by_layer(TRGP(), protocol)
+
+
+def conceptors(protocol: Protocol) -> Policy:
+    """CODE-CL's rule with its aperture of split CIFAR-100, 6; it says nothing of permuted MNIST."""
+    return CODECL(aperture=6.0)
+
+
+def trust(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) -> Session:
+    """TRGP's trust regions: threshold 0.2 on permuted MNIST, else 0.5."""
+    return TrustRegions(optimizer, model, 0.2 if protocol.name == "pmnist" else 0.5)
+
+
+def shared(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) -> Session:
+    """CODE-CL's shared directions."""
+    return SharedConceptors(optimizer, model)
 
 
 METHODS = {
@@ -74,10 +122,15 @@ METHODS = {
     for method in (
         Method("sgd", "SGD, no protection"),
         Method("gpm", "GPM", policy=gpm),
+        Method("trgp", "TRGP, task given at test", policy=trgp, session=trust),
+        Method("sgp", "SGP", policy=sgp),
+        Method("code-cl", "CODE-CL, task given at test", policy=conceptors, session=shared),
+        Method("code-cl-plain", "CODE-CL without forward scaling", policy=conceptors),
         Method("adamw", "AdamW, no protection", base="adamw", rate=1e-3),
         Method("adamw-gradient", "AdamW, gradient projected before it", base="adamw", rate=1e-3, policy=gpm),
         Method("adamw-update", "AdamW, ours", base="adamw", rate=1e-3, policy=gpm, project="update"),
         Method("adamw-both", "AdamW, ours, gradient as well", base="adamw", rate=1e-3, policy=gpm, project="both"),
+        Method("adamw-sgp", "AdamW, ours, SGP's scales", base="adamw", rate=1e-3, policy=sgp, project="update"),
     )
 }
 

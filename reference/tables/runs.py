@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
@@ -25,7 +26,8 @@ from reference.metrics import backward_transfer, last
 from reference.tables.data import Labelled
 from reference.tables.methods import Method
 from reference.tables.protocols import Protocol
-from reference.tables.training import accuracy, train
+from reference.tables.sessions import Session
+from reference.tables.training import accuracy, order_of, train
 from reference.tracking import machine, write_json
 
 
@@ -56,12 +58,14 @@ class Run:
         torch.manual_seed(seed)
         self.model = protocol.network()
         self.optimizer: Optimizer = method.optimizer(self.model, protocol)
+        self.session = Session()
+        if method.session is not None and isinstance(self.optimizer, NullSpaceOptimizer):
+            self.session = method.session(self.optimizer, self.model, protocol)
         self.state: dict[str, Any] = {"accuracy": [], "losses": [], "ranks": [], "seconds": 0.0}
 
     @property
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed or not repeated."""
-        policy = repr(self.method.policy(self.protocol)) if self.method.policy else None
         return {
             "table": self.protocol.name,
             "method": self.method.name,
@@ -71,8 +75,7 @@ class Run:
                 **self.protocol.settings(),
                 "rate": self.method.rate_in(self.protocol),
                 "base": self.method.base,
-                "policy": policy,
-                "project": self.method.project if policy else None,
+                "project": self.method.project if self.method.policy else None,
             },
         }
 
@@ -99,11 +102,13 @@ class Run:
         self.optimizer.state.clear()
         for group in self.optimizer.param_groups:
             group["lr"] = self.method.rate_in(self.protocol)
+        samples = data[0][np.random.RandomState([self.seed, task]).permutation(len(data[1]))[: self.protocol.samples]]
+        first = order_of(self.seed, task, 0, len(data[1]))[: self.protocol.batch]
+        self.session.begin(task, (data[0][first], data[1][first]), samples)
         losses = train(self.model, self.optimizer, data, validation, self.protocol, task, self.seed)
-        self._protect(task, data)
-        row = [
-            accuracy(self.model, self.tasks.part(i, self.part), self.protocol.test_batch, i) for i in range(task + 1)
-        ]
+        self.session.end()
+        self._protect(task, samples)
+        row = [self._score(i) for i in range(task + 1)]
         self.state["accuracy"].append([round(value, 4) for value in row])
         self.state["losses"].append([round(loss, 5) for loss in losses])
         self.state["seconds"] += time.perf_counter() - started
@@ -112,16 +117,19 @@ class Run:
             f"{losses[-1]:.3f}, accuracy {row[-1]:.2f}, mean so far {np.mean(row):.2f}, {self.state['seconds']:.0f} s"
         )
 
-    def _protect(self, task: int, data: Labelled) -> None:
-        """Protect the inputs of a random draw of training images."""
+    def _score(self, task: int) -> float:
+        with self.session.scoring(task):
+            return accuracy(self.model, self.tasks.part(task, self.part), self.protocol.test_batch, task)
+
+    def _protect(self, task: int, samples: Tensor) -> None:
+        """Protect the inputs that a random draw of training images gives."""
         if not isinstance(self.optimizer, NullSpaceOptimizer):
             return
-        draw = np.random.RandomState([self.seed, task]).permutation(len(data[1]))[: self.protocol.samples]
         self.model.eval()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NullSpaceWarning)  # nearly full layers: the ranks are in the results
             report = self.optimizer.consolidate(
-                [data[0][draw]],
+                [samples],
                 name=f"task {task + 1}",
                 forward=lambda images: self.model(images, task),
                 progress=False,
@@ -137,6 +145,7 @@ class Run:
             **self.identity,
             "ACC": round(last(matrix).value, 4),
             "BWT": round(backward_transfer(matrix).value, 4) if tasks > 1 else None,
+            "policy": repr(self.method.policy(self.protocol)) if self.method.policy else None,
             **self.state,
             "seconds": round(self.state["seconds"], 1),
             "torch": torch.__version__,
@@ -168,8 +177,9 @@ class Run:
         content = torch.load(self._checkpoint, weights_only=True)
         self._checked(json.loads(content["identity"]), self._checkpoint)
         self.state = json.loads(content["state"])
-        self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
+        self.session.restore(content["model"])
+        self.model.load_state_dict(content["model"])
 
     def _checked(self, saved: dict[str, Any], path: Path) -> dict[str, Any]:
         """`saved`, if its settings are those of this run."""

@@ -38,7 +38,7 @@ def train(
     plan = Patience(protocol, optimizer)
     losses = []
     for epoch in range(protocol.epochs):
-        order = torch.from_numpy(np.random.RandomState([seed, task, epoch]).permutation(len(data[1])))
+        order = order_of(seed, task, epoch, len(data[1]))
         losses.append(train_epoch(model, optimizer, data, order, protocol.batch, task))
         if not math.isfinite(losses[-1]):
             raise ExperimentError(f"task {task + 1}, epoch {epoch + 1}: the training loss is not finite; lower --rate")
@@ -46,6 +46,11 @@ def train(
             break
     plan.restore(model)
     return losses
+
+
+def order_of(seed: int, task: int, epoch: int, count: int) -> Tensor:
+    """The order of `count` images in one epoch, `[count]`."""
+    return torch.from_numpy(np.random.RandomState([seed, task, epoch]).permutation(count))
 
 
 def train_epoch(model: nn.Module, optimizer: Optimizer, data: Labelled, order: Tensor, batch: int, task: int) -> float:

@@ -14,7 +14,7 @@ from sklearn.utils import shuffle
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nullspace_optim import NullSpaceOptimizer
+from nullspace_optim import Energy, NullSpaceOptimizer, Spectrum
 from reference.errors import ExperimentError
 from reference.tables import methods, runs
 from reference.tables.__main__ import main
@@ -223,7 +223,7 @@ def _killed(model: nn.Module, optimizer: torch.optim.Optimizer, *_: object) -> l
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", ["sgd", "gpm", "adamw-both"])
+@pytest.mark.parametrize("method", ["sgd", "gpm", "trgp", "sgp", "code-cl", "adamw-both"])
 def test_a_run_goes_on_after_each_task_to_the_same_numbers(
     method: str, digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,7 +331,15 @@ def test_the_report_gives_mean_and_deviation_over_seeds() -> None:
     assert line.endswith("-0.01: reproduced |")
 
 
-def test_a_layers_longest_name_decides_and_methods_are_listed_once() -> None:
-    policy = methods.gpm(replace(PROTOCOLS["pmnist"], thresholds={"": 0.9, "lin": 0.8, "lin1": 0.7}))
-    assert policy._of("lin1.weight/right/0").threshold == 0.7 and policy._of("fc1.weight/right/0").threshold == 0.9  # type: ignore[attr-defined]
+def test_a_layers_longest_name_decides_and_thresholds_grow() -> None:
+    protocol = replace(PROTOCOLS["pmnist"], thresholds={"": 0.9, "lin": 0.8, "lin1": 0.7}, growth=0.01)
+    values = torch.full((100,), 1.0)
+    for name, tasks, rank in (
+        ("lin1.weight", 0, 70),
+        ("lin2.weight", 0, 80),
+        ("fc1.weight", 0, 90),
+        ("fc1.weight", 2, 92),
+    ):
+        spectrum = Spectrum(values, 100.0, 1.0, 0.0, 0, 100, tasks=tasks, name=name)
+        assert abs(methods.by_layer(Energy(), protocol).rank(spectrum) - rank) <= 1, name
     assert [method.name for method in chosen_methods("sgd,gpm,sgd")] == ["sgd", "gpm"]
