@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from .basis import Basis, Fate
+from .classes import consolidate_classes
 from .clip_losses import alignment_loss, distillation_loss
 from .discovery import clip_forward
 from .errors import (
@@ -25,29 +26,44 @@ from .errors import (
 )
 from .hints import declare_rows, stand_in
 from .igsp import IGSP, ExpertReport, LayerReport, Status, Trainable
+from .lora import begin_lora, inflora_rows, keeplora_rows, lora_rows
 from .mode import MODES
 from .optimizer import NullSpaceOptimizer
 from .policies import (
+    CGP,
     CODECL,
+    OSF,
+    OWM,
+    PEGP,
     SGP,
     TRGP,
+    VPTNSP,
     EigenvalueRatio,
     Energy,
     FixedRank,
+    InfLoRA,
+    KeepLoRA,
     NumericalRank,
     Policy,
     RankBudget,
     Spectrum,
+    SplitLoRA,
     TailEnergy,
 )
+from .prompts import declare_prompt, declare_tokens
 from .report import ConsolidationReport, ParameterReport, VerifyReport
 from .scaling import ForwardScaling, shared_directions, trust_regions
 
 __all__ = [
+    "CGP",
     "CODECL",
     "IGSP",
+    "OSF",
+    "OWM",
+    "PEGP",
     "SGP",
     "TRGP",
+    "VPTNSP",
     "Basis",
     "BasisFileError",
     "BatchError",
@@ -60,6 +76,8 @@ __all__ = [
     "Fate",
     "FixedRank",
     "ForwardScaling",
+    "InfLoRA",
+    "KeepLoRA",
     "LayerReport",
     "ModelNotFoundError",
     "NullSpaceError",
@@ -73,15 +91,23 @@ __all__ = [
     "RankBudget",
     "ShapeError",
     "Spectrum",
+    "SplitLoRA",
     "StaleAnchorError",
     "Status",
     "TailEnergy",
     "Trainable",
     "VerifyReport",
     "alignment_loss",
+    "begin_lora",
     "clip_forward",
+    "consolidate_classes",
+    "declare_prompt",
     "declare_rows",
+    "declare_tokens",
     "distillation_loss",
+    "inflora_rows",
+    "keeplora_rows",
+    "lora_rows",
     "shared_directions",
     "stand_in",
     "trust_regions",

@@ -19,7 +19,7 @@ from .guard import Guard, matrix_of
 from .names import local
 from .projection import anchor, subtract_coordinates_
 
-FLOOR = 1e-3  # as in `projection.anchor_drift`
+FLOOR = 1e-2  # as in `projection.anchor_drift`
 
 
 class _Side(NamedTuple):

@@ -60,6 +60,14 @@ class SecondMoment:
         self._batch: Tensor | None = None
         self._half = False
 
+    @classmethod
+    def of(cls, matrix: Tensor, rows: int) -> SecondMoment:
+        """Return the sum `matrix` `[g, s, s]` of `rows` rows a group."""
+        moment = cls(matrix.shape[0], matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+        moment._sum.copy_(matrix)
+        moment.rows.fill_(rows)
+        return moment
+
     @property
     def groups(self) -> int:
         """Number of groups `g`."""

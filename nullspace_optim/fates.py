@@ -7,7 +7,7 @@ parameter that was used in any other way is frozen; one that was not read stays 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -56,6 +56,8 @@ def grow(
 ) -> tuple[BasisStore, list[ParameterReport]]:
     """Return a store that protects `task` as well, and one report line a parameter; `store` is unchanged."""
     grown = store.copy()
+    if policy.from_weights:
+        captured = {name: _of_weight(name, parameters, seen) for name, seen in captured.items()}
     uses = {
         (name, side): Use(moment, *_before(store.get(name), side))
         for name in parameters
@@ -75,6 +77,21 @@ def grow(
         grown.put(basis)
         rows.append(_line(basis, old, mine))
     return grown, _freeze_left_alone(parameters, store, grown, rows)
+
+
+def _of_weight(name: str, parameters: Mapping[str, Tensor], seen: Captured) -> Captured:
+    """Return what was seen of a weight with its own second moments, on both sides, in the place of its rows'."""
+    if not seen.sides:
+        return seen
+    parameter, layout = parameters[name], seen.layout or Layout()
+    if part_of(parameter, layout).shard is not None:
+        raise ConsolidationError(f"'{name}' is sharded: a policy that looks at whole weights (OSF) cannot see it")
+    bias = parameters[seen.bias] if seen.bias else None
+    with torch.no_grad(), matrix_of(parameter, layout, bias, write=False) as matrix:
+        wide = matrix.to(torch.complex128 if matrix.is_complex() else torch.float64)
+        right = SecondMoment.of(wide.mT @ wide.conj(), wide.shape[1])
+        left = SecondMoment.of(wide @ wide.mH, wide.shape[2])
+    return replace(seen, sides={"right": right, "left": left})
 
 
 def _before(old: Basis | None, side: MatrixSide) -> tuple[Subspace | None, int]:

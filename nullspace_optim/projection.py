@@ -25,7 +25,7 @@ from torch import Tensor
 MatrixSide = Literal["right", "left"]
 Side = Literal["right", "left", "rows"]
 
-_ANCHOR_FLOOR = 1e-3
+_ANCHOR_FLOOR = 1e-2
 
 
 @contextmanager
@@ -218,8 +218,8 @@ def project_gradient_complement_(gradient: Tensor, complement: Tensor, side: Mat
 def anchor_drift(weight: Tensor, basis: Tensor, kept: Tensor, side: Side) -> Tensor:
     """Return `||W U - A||_F / ||A||_F` as a 0-dimensional tensor, without waiting for the device.
 
-    Where `A` vanishes beside `W` (below `1e-3 ||W||_F`, as for a zero weight or a basis in its null space) the drift
-    is relative to `1e-3 ||W||_F`, since rounding is relative to `W`; it is 0 if the weight and its anchor are both
+    Where `A` vanishes beside `W` (below `1e-2 ||W||_F`, as for a zero weight or a basis in its null space) the drift
+    is relative to `1e-2 ||W||_F`, since rounding is relative to `W`; it is 0 if the weight and its anchor are both
     zero.
     """
     now = anchor(weight, basis, side)

@@ -40,7 +40,7 @@ LAYERS: list[list[str | tuple[str, ...]]] = [
     ["core", "igsp"],
     ["contract"],
     ["optimizer"],
-    ["plots", "integrations", "scaling"],
+    ["plots", "integrations", "scaling", "lora", "prompts", "classes"],
     ["cli"],
     ["__init__", "__main__"],
 ]

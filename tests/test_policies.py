@@ -8,27 +8,38 @@ import reference_impl as slow
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import AdamW
 
+from nullspace_optim import NullSpaceOptimizer
 from nullspace_optim.errors import ConsolidationError, OptionError, ShapeError
 from nullspace_optim.linalg import orthogonality_error, principal_angles
 from nullspace_optim.policies import (
+    CGP,
     CODECL,
+    OSF,
+    OWM,
+    PEGP,
     SGP,
     TRGP,
+    VPTNSP,
     EigenvalueRatio,
     Energy,
     FixedRank,
+    InfLoRA,
+    KeepLoRA,
     NumericalRank,
     Policy,
     RankBudget,
     Spectrum,
+    SplitLoRA,
     TailEnergy,
 )
 from nullspace_optim.policies.merge import Choice, choose, examine
 
-ALL = (Energy(), TailEnergy(), EigenvalueRatio(), FixedRank(5), NumericalRank(), RankBudget(), SGP(), TRGP(), CODECL())
-ABSOLUTE = (CODECL,)
+ALL = (Energy(), TailEnergy(), EigenvalueRatio(), FixedRank(5), NumericalRank(), RankBudget(), SGP(), TRGP())
+ALL += (CODECL(), OWM(), SplitLoRA(), VPTNSP(), CGP(), PEGP(), InfLoRA(), KeepLoRA())
+ABSOLUTE = (CODECL, OWM)
 POLICIES = pytest.mark.parametrize("policy", ALL, ids=lambda policy: type(policy).__name__)
 
 
@@ -222,6 +233,14 @@ WRONG = [
     (CODECL, "aperture", r"\(0, inf\)", (0, -1, float("nan"), None)),
     (CODECL, "gain", r"\(0, 1\)", (0, 1, None)),
     (CODECL, "floor", r"\[0, 1\)", (-0.1, 1, None)),
+    (OWM, "alpha", r"\(0, inf\)", (0, -1, None)),
+    (SplitLoRA, "alpha", r"\(0, inf\)", (0, -1, None)),
+    (VPTNSP, "eta", r"\(0, 1\]", (0, 1.1, None)),
+    (OSF, "share", r"\(0, 1\)", (0, 1, None)),
+    (OSF, "growth", r"\[0, 1\)", (-0.1, 1, None)),
+    (InfLoRA, "last", r"\[0.95, 1\)", (0.9, 1, None)),
+    (InfLoRA, "tasks", r"\[1, inf\)", (0, 1.5, True)),
+    (CGP, "similarity", r"\[-1, 1\]", (-2, 1.1, None)),
     (SGP, "alpha", r"\[0, inf\)", (-1, float("nan"), None)),
     (RankBudget, "share", r"\(0, 1\]", (0, 1.01, -0.1, float("nan"), None)),
 ]
@@ -435,3 +454,69 @@ def test_gpms_code_takes_one_direction_fewer_of_the_first_task_only() -> None:
     later = Spectrum(values, total=20.0, largest=9.0, covered=0.5, kept=2, rows=10)
     for policy, taken in ((Energy(0.85), (3, 2)), (Energy(0.85, paper_code=True), (2, 2))):
         assert (policy.rank(first), policy.rank(later)) == taken
+
+
+# Policies beyond rank rules
+
+
+@pytest.mark.parametrize("alpha", [0.01, 1.0])
+def test_owm_is_the_papers_recursion_over_all_rows(alpha):
+    policy, tasks, before = OWM(alpha), [task_rows(t, decay=1.5) for t in range(3)], None
+    projector = torch.eye(24, dtype=torch.float64)
+    for rows in tasks:
+        before = consolidate(policy, moment_of(rows, dtype=torch.float64), before)
+        for row in rows:
+            k = projector @ row
+            projector = projector - torch.outer(k, k) / (alpha + row @ k)
+        found = torch.eye(24, dtype=torch.float64) - slow.projector(before.basis * before.scale.sqrt()[:, None, :])[0]
+        assert torch.allclose(found, projector, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(10, 16), (16, 10)])
+def test_osf_is_the_weights_singular_value_decomposition_and_grows_by_another(shape):
+    weight = torch.randn(*shape, dtype=torch.float64)
+    policy = OSF(0.3, growth=0.2)
+    sides = {"right": (weight.T @ weight, shape[0]), "left": (weight @ weight.T, shape[1])}
+    found = {}
+    for side, (moment, rows) in sides.items():
+        candidate = examine(policy, moment[None], [rows])
+        found[side] = choose(candidate, [policy.rank(candidate.spectra[0])])
+    left, _, right = torch.linalg.svd(weight)
+    for side, directions in (("right", right[:3].T), ("left", left[:, :3])):
+        assert found[side].ranks == (3,) and principal_angles(found[side].basis[0], directions).max() < 1e-3
+    P, Q = (slow.projector(found[side].basis)[0] for side in ("right", "left"))
+    step = torch.randn(*shape, dtype=torch.float64)
+    later = weight + step - Q @ step - step @ P + Q @ step @ P
+    candidate = examine(policy, (later.T @ later)[None], [shape[0]], found["right"].basis, tasks=1)
+    grown = choose(candidate, [policy.rank(candidate.spectra[0])], found["right"].basis)
+    rest = torch.linalg.svd(later - Q @ later)[2][:2].T
+    assert grown.ranks == (5,) and principal_angles(grown.basis[0][:, 3:], rest).max() < 1e-3
+
+
+def test_osf_keeps_both_sides_of_weights_it_has_no_data_for():
+    model = nn.Sequential(nn.Linear(12, 8, bias=False), nn.Tanh(), nn.Linear(8, 6, bias=False))
+    before = [layer.weight.detach().double().clone() for layer in (model[0], model[2])]
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.01, weight_decay=0.1), model, policy=OSF(0.5))
+    optimizer.consolidate([torch.zeros(1, 12)], progress=False)
+    for _ in range(200):
+        optimizer.zero_grad()
+        model(torch.randn(16, 12)).square().mean().backward()
+        optimizer.step()
+    assert optimizer.verify().ok
+    for layer, old in zip((model[0], model[2]), before):
+        left, singular, right = torch.linalg.svd(old)
+        k = len(singular) // 2
+        moved = layer.weight.detach().double() - old
+        assert float(moved.norm()) > 0.05
+        assert float((moved @ right[:k].T).norm()) < 1e-5 and float((left[:, :k].T @ moved).norm()) < 1e-5
+
+
+def test_osf_of_a_second_task_decomposes_what_is_left():
+    model = nn.Sequential(nn.Linear(12, 8, bias=False))
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.01), model, policy=OSF(0.25, growth=0.25))
+    for task in range(3):
+        optimizer.consolidate([torch.zeros(1, 12)], name=str(task), progress=False)
+        assert {s.rank for s in optimizer.bases["0.weight"].subspaces.values()} == {2 * (task + 1)}
+        model(torch.randn(4, 12)).sum().backward()
+        optimizer.step()
+        assert optimizer.verify().ok

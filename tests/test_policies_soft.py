@@ -12,12 +12,12 @@ from test_policies import consolidate, moment_of, task_rows
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from nullspace_optim import CODECL, SGP, Fate, NullSpaceOptimizer, Policy, StaleAnchorError
+from nullspace_optim import CODECL, OWM, SGP, VPTNSP, Fate, NullSpaceOptimizer, Policy, StaleAnchorError
 from nullspace_optim.linalg import orthogonality_error, orthonormalise
 from nullspace_optim.policies.merge import Choice
 from nullspace_optim.projection import anchor, project_difference_, shift_anchor_, yield_anchor_
 
-SOFT: tuple[Policy, ...] = (SGP(0.97), CODECL())
+SOFT: tuple[Policy, ...] = (SGP(0.97), CODECL(), OWM(), VPTNSP(0.9))
 POLICIES = pytest.mark.parametrize("policy", SOFT, ids=lambda policy: type(policy).__name__)
 
 

@@ -76,11 +76,14 @@ class Policy:
       stored as directions and scales alone (conceptors).
     * `precise`: second moments are kept in float64.
     * `batch_frobenius`: each batch's second moment is divided by its Frobenius norm before it is added (GNSP).
+    * `from_weights`: the rule looks at a weight `W` instead of its rows: at `W^T W` with `m` rows on the right side and
+      `W W^T` with `d` rows on the left one, and both sides are protected (OSF).
     """
 
     merge: ClassVar[Merge] = "append"
     precise: ClassVar[bool] = False
     batch_frobenius: ClassVar[bool] = False
+    from_weights: ClassVar[bool] = False
 
     @property
     def joint(self) -> bool:
