@@ -28,11 +28,11 @@ def prepare(config: Config) -> Experiment:
     Raises:
         ExperimentError: anything missing or unreadable, named with the way out.
     """
-    with_pool = any(method.needs_reference for method in chosen_methods(config.methods))
+    wanted = any(method.needs_reference for method in chosen_methods(config.methods))
     if config.preset == "demo":
         pretraining = demo.pretraining_task()
-        pool = demo.reference_pool(pretraining, config.reference_images) if with_pool else None
-        return Experiment(demo.tasks(config), pool, lambda seed: demo.pretrained_clip(config, pretraining, seed))
+        rendered = demo.reference_pool(pretraining, config.reference_images)
+        return Experiment(demo.tasks(config), rendered, lambda seed: demo.pretrained_clip(config, pretraining, seed))
     clip = load_clip(config)
-    pool = data.load_reference_pool(config, clip.size) if with_pool else None
+    pool = data.load_reference_pool(config, clip.size) if wanted or config.reference_root else None
     return Experiment(data.load_tasks(config, clip.size), pool, lambda seed: clip)

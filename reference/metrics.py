@@ -69,6 +69,24 @@ def backward_transfer(accuracy: Matrix) -> Mean:
     return _mean(accuracy[-1, :-1] - np.diag(accuracy)[:-1])
 
 
+def preserve(accuracy: Matrix) -> Mean:
+    """How good trained tasks stay: mean over the strict lower triangle, `a[j, i]` with j > i (LEBA's "Preserve")."""
+    return _mean(accuracy[np.tril_indices(len(accuracy), -1)])
+
+
+def transfer_known(accuracy: Matrix, pretrained: Sequence[float], chance: Sequence[float]) -> Mean:
+    """`transfer` over the columns i >= 1 of tasks that the pretrained model knew: at least three times chance."""
+    columns = [i for i in known(pretrained, chance) if i > 0]
+    means = [_mean(accuracy[:i, i]) for i in columns]
+    measured = sum(mean.measured for mean in means)
+    return Mean(_mean(np.array([mean.value for mean in means])).value, measured, sum(columns))
+
+
+def known(pretrained: Sequence[float], chance: Sequence[float]) -> list[int]:
+    """Numbers of the tasks whose accuracy before any training is at least three times chance (both in percent)."""
+    return [i for i, (accuracy, level) in enumerate(zip(pretrained, chance)) if accuracy >= 3 * level]
+
+
 def diagonal_gain(accuracy: Matrix, pretrained: Sequence[float]) -> Mean:
     """What training a task gave it: mean over i of `a[i, i] - pretrained[i]`."""
     return _mean(np.diag(accuracy) - np.asarray(pretrained, dtype=np.float64))
@@ -87,7 +105,7 @@ def summary(accuracy: Matrix, pretrained: Sequence[float]) -> dict[str, Mean]:
         or not len(accuracy)
     ):
         raise ValueError(f"accuracy must be [T, T] and pretrained [T]; found {accuracy.shape} and {len(pretrained)}")
-    figures = {f.__name__: f(accuracy) for f in (transfer, average, last, forgetting, backward_transfer)}
+    figures = {f.__name__: f(accuracy) for f in (transfer, average, last, preserve, forgetting, backward_transfer)}
     return {**figures, "diagonal_gain": diagonal_gain(accuracy, pretrained)}
 
 

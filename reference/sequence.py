@@ -25,6 +25,7 @@ from reference.engine import learn
 from reference.errors import ExperimentError
 from reference.experiment import Experiment
 from reference.methods import Method, Setting
+from reference.retrieval import pool_figures
 from reference.scoring import Board, Scorer, as_results
 from reference.tasks import Task
 from reference.tracking import Log, machine, peak_memory, write_json
@@ -38,12 +39,13 @@ class StoppedError(Exception):
 
 @dataclass
 class Progress:
-    """How far a run is: finished tasks, next step, scores, trained parameters of each task, seconds by activity."""
+    """How far a run is: finished tasks, next step, scores, trained parameters of each task, the pool's figures, seconds."""
 
     task: int = 0
     step: int = 0
     boards: dict[str, Board] = field(default_factory=dict)
     trained: list[int] = field(default_factory=list)
+    pool: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ACTIVITIES, 0.0))
 
     @classmethod
@@ -100,6 +102,7 @@ class Sequence:
             self._begin()
         for number in range(self.progress.task, len(self.experiment.tasks)):
             self._one_task(number)
+        self._look_at_pool()
         results = self._results()
         write_json(finished, results)
         (self.folder / "checkpoint.pt").unlink()
@@ -110,6 +113,7 @@ class Sequence:
         """Score the pretrained model, and let the method do what it does before the first task."""
         self.log("started", method=self.method.name, seed=self.seed, config=recorded(self.config))
         self._evaluate(None)
+        self._look_at_pool()
         self._consolidate("reference", self.method.before_sequence)
         self._save()
 
@@ -173,15 +177,27 @@ class Sequence:
                 for board in self.progress.boards.values():
                     board.add(list(board.right[0]))
 
+    def _look_at_pool(self) -> None:
+        """Retrieval and modality gap on the reference pool, if there is one."""
+        if self.experiment.pool is not None:
+            with self._timed("evaluation"):
+                self.progress.pool.append(pool_figures(self.clip, self.experiment.pool, self.config))
+
     def _results(self) -> dict[str, Any]:
-        figures = metrics.summary(np.array(self.main.accuracy), self.main.pretrained)
+        matrix, pretrained = np.array(self.main.accuracy), self.main.pretrained
+        chance = [100 / len(task.class_names) for task in self.experiment.tasks]
+        known = metrics.known(pretrained, chance)
         others = {name: as_results(self.progress.boards[name]) for name in self.scorer.names[1:]}
         return {
             "method": self.method.name,
             "seed": self.seed,
             "tasks": [task.name for task in self.experiment.tasks],
             **as_results(self.main),
-            **{name: mean.value for name, mean in figures.items()},
+            **{name: mean.value for name, mean in metrics.summary(matrix, pretrained).items()},
+            "chance": chance,
+            "transfer_known": metrics.transfer_known(matrix, pretrained, chance).value,
+            "unknown_tasks": [task.name for i, task in enumerate(self.experiment.tasks) if i not in known],
+            "pool": dict(zip(("before", "after"), self.progress.pool)),
             "scored_otherwise": others,
             "facts": self.method.facts(),
             "seconds": sum(self.progress.seconds.values()),

@@ -8,31 +8,12 @@ import torch
 from torch import Tensor
 
 from nullspace_optim import alignment_loss, distillation_loss
-from reference.clip import Clip
-from reference.config import Config
-from reference.engine import Batch, batches, precision, seeded, shuffled_passes
+from reference.engine import Batch, seeded, shuffled_passes
 from reference.errors import ExperimentError
 from reference.methods.base import Method, Setting
-from reference.tasks import Split
+from reference.retrieval import image_features, text_features
 
 OLD_CLASSES = 64  # prompts of earlier tasks that LwF distils on in one step
-
-
-@torch.no_grad()
-def image_features(clip: Clip, images: Tensor, config: Config) -> Tensor:
-    """Unit features `[n, e]` of uint8 images `[n, 3, s, s]`, float32."""
-    clip.model.eval()
-    split = Split(images, torch.zeros(len(images), dtype=torch.int64))
-    with precision(clip, config):
-        return torch.cat([clip.model.encode_image(x, normalize=True).float() for x, _ in batches(clip, split)])  # type: ignore[operator]
-
-
-@torch.no_grad()
-def text_features(clip: Clip, tokens: Tensor, config: Config, size: int = 256) -> Tensor:
-    """Unit features `[n, e]` of tokens `[n, context]`, float32."""
-    clip.model.eval()
-    with precision(clip, config):
-        return torch.cat([clip.model.encode_text(part, normalize=True).float() for part in torch.split(tokens, size)])  # type: ignore[operator]
 
 
 class ReferenceBatches:

@@ -21,8 +21,9 @@ from nullspace_optim import NullSpaceOptimizer, TailEnergy
 from reference.engine import Batch, Schedule, crop, seeded, uniform
 from reference.errors import ExperimentError
 from reference.methods.base import Method, Setting
-from reference.methods.distillation import ReferenceBatches, reference_losses, text_features
+from reference.methods.distillation import ReferenceBatches, reference_losses
 from reference.methods.projection import NullSpace, Project
+from reference.retrieval import text_features
 from reference.tasks import Split
 
 TRAINED = re.compile(r"visual\.(transformer\.resblocks\.\d+\.mlp\.c_(fc|proj)\.weight|proj)")

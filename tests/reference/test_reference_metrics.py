@@ -21,6 +21,7 @@ def test_hand_made_three_by_three() -> None:
             "transfer": (40 + (20 + 30) / 2) / 2,
             "average": 570 / 9,
             "last": 215 / 3,
+            "preserve": (80 + 60 + 85) / 3,
             "forgetting": ((90 - 60) + (95 - 85)) / 2,
             "backward_transfer": ((60 - 90) + (85 - 95)) / 2,
             "diagonal_gain": (40 + 45 + 45) / 3,
@@ -42,6 +43,14 @@ def test_a_model_that_never_changes_has_the_published_zero_shot_figures() -> Non
 @pytest.mark.parametrize("row, published", [(ZSCL_LAST, 83.6), (FINE_TUNE_LAST, 77.3)], ids=["zscl", "fine-tune"])
 def test_last_of_published_rows(row: list[float], published: float) -> None:
     assert metrics.last(np.tile(row, (11, 1))).value == pytest.approx(published, abs=0.06)
+
+
+def test_transfer_over_known_tasks_leaves_out_those_near_chance() -> None:
+    chance = [10.0, 20.0, 5.0]
+    assert metrics.known(PRETRAINED, chance) == [0, 2]
+    assert metrics.transfer_known(HAND, PRETRAINED, chance) == (25.0, 2, 2)
+    assert metrics.transfer_known(HAND, PRETRAINED, [1.0] * 3) == metrics.transfer(HAND)
+    assert np.isnan(metrics.transfer_known(HAND, PRETRAINED, [50.0] * 3).value)
 
 
 def test_missing_cells_are_left_out_and_counted() -> None:
