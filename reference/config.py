@@ -16,7 +16,7 @@ from reference.errors import ExperimentError
 CONFIGS = Path(__file__).parent / "configs"
 WHOLE = (
     "iterations", "batch_size", "reference_images", "evaluation_images", "consolidation_images", "reference_batch",
-    "ensemble_every", "replay_bytes",
+    "ensemble_every", "replay_bytes", "lora_rank", "moe_experts",
 )  # fmt: skip
 INTERVALS = {
     **dict.fromkeys(("label_smoothing", "energy", "gnsp_rho", "wise_share", "matched_share"), (0.0, 1.0)),
@@ -69,6 +69,8 @@ class Config:
         replay_bytes: size of `replay`'s buffer.
         ewc_weight: strength of EWC's penalty.
         pretrain_iterations, pretrain_rate: the training of demo's own tiny CLIP.
+        igsp: options of `nullspace_optim.IGSP` for the method `igsp`.
+        lora_rank: rank of the methods with LoRA. moe_experts: experts beside each block of `moe-adapters`.
         of_method: settings that differ for one method, by its name; the rate of each method, say.
         note: sentence printed under the table.
     """
@@ -114,6 +116,9 @@ class Config:
     ewc_weight: float = 1000.0
     pretrain_iterations: int = 0
     pretrain_rate: float = 0.0
+    igsp: Mapping[str, Any] = field(default_factory=dict)
+    lora_rank: int = 8
+    moe_experts: int = 22
     of_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     note: str = ""
 
@@ -208,6 +213,10 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
         if not isinstance(value, Mapping) or not all(isinstance(inner, Mapping) for inner in value.values()):
             raise ExperimentError(f"of_method={value!r} must map names of methods to settings")
         return {str(name): _converted(inner) for name, inner in value.items()}
+    if key == "igsp":
+        if not isinstance(value, Mapping):
+            raise ExperimentError(f"igsp={value!r} must map names of options to values")
+        return {str(name): _number(option) for name, option in value.items()}
     if origin is Literal:
         if value not in arguments:
             raise ExperimentError(f"{key}={value!r} must be one of {', '.join(arguments)}")
@@ -221,3 +230,11 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
         return hint(value)
     except (TypeError, ValueError):
         raise ExperimentError(f"{key}={value!r} must be of type {hint.__name__}") from None
+
+
+def _number(value: Any) -> Any:
+    """`value`, or the number that it spells: YAML leaves `1e-4` a string."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -9,6 +9,9 @@ from reference.errors import ExperimentError
 from reference.methods.base import Method, Setting
 from reference.methods.distillation import ZSCL, LwF
 from reference.methods.gnsp import Gnsp, GnspExact, LossesOnly, ProjectionOnly
+from reference.methods.igsp import ExpertsOfTasks
+from reference.methods.lora import LoraPerTask, LoraShared, LoraSharedNullSpace
+from reference.methods.moe import MoeAdapters
 from reference.methods.plain import FineTune, FineTunePerTask, Joint, MatchedPlasticity, WiseFT, ZeroShot
 from reference.methods.projection import Gradient, GradientReference, NullSpace, NullSpaceReference, RandomBasis
 from reference.methods.rehearsal import EWC, Replay
@@ -19,6 +22,7 @@ FAMILIES: tuple[tuple[type[Method], ...], ...] = (
     (Gnsp, GnspExact, LossesOnly, ProjectionOnly),
     (Gradient, GradientReference, NullSpace, NullSpaceReference, RandomBasis),
     (Replay, EWC),
+    (ExpertsOfTasks, MoeAdapters, LoraPerTask, LoraShared, LoraSharedNullSpace),
 )
 METHODS: dict[str, type[Method]] = {method.name: method for family in FAMILIES for method in family}
 

@@ -1,0 +1,143 @@
+"""What the adapter methods share: a module beside every block's MLP, and who decides which task an input belongs to.
+
+The places are those of MoE-Adapters4CL (Yu et al., 2024): all blocks of both towers, parallel to the MLP. Inputs of
+unknown task are given to the nearest task by the frozen backbone's features, image by image and prompt by prompt
+(MoE-Adapters4CL's own selector, DDAS, needs an AlexNet and decides for a batch at once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reference.clip import Clip
+
+PLAIN = -1
+OUTLIER = 3.0  # standard deviations of the distance to a task's centre beyond which an input belongs to no task
+
+
+@dataclass
+class Routing:
+    """Which task's adapters are used: a number, one number a sample `[n]`, or PLAIN for none."""
+
+    task: int | Tensor = PLAIN
+
+
+class Beside:
+    """Hooks of one block: the adapter reads what the MLP reads, or what the LayerNorm before it reads, and adds."""
+
+    def __init__(self, block: Any, adapter: nn.Module, normalised: bool) -> None:
+        self.adapter, self.seen = adapter, list[Tensor]()
+        source = block.mlp if normalised else block.ln_2
+        source.register_forward_pre_hook(self._read)
+        block.mlp.register_forward_hook(self._add)
+
+    def _read(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.seen.append(args[0])
+
+    def _add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output + self.adapter(self.seen.pop())  # type: ignore[no-any-return]
+
+
+def put_beside(model: nn.Module, make: Callable[[int], nn.Module], normalised: bool = True) -> list[nn.Module]:
+    """Put `make(width)` beside every block's MLP of an open_clip model, as its child `adapter`; the rest is frozen.
+
+    Without `normalised` the adapter reads what the block's second LayerNorm reads.
+    """
+    model.requires_grad_(False)
+    blocks: list[Any] = [module for module in model.modules() if hasattr(module, "mlp") and hasattr(module, "ln_2")]
+    for block in blocks:
+        block.adapter = make(len(block.ln_2.weight)).to(block.ln_2.weight.device)
+        Beside(block, block.adapter, normalised)
+    return [block.adapter for block in blocks]
+
+
+@dataclass
+class Centres:
+    """Mean feature of every finished task in one tower and how far its own samples lie from it (cosine distance)."""
+
+    means: list[Tensor] = field(default_factory=list)
+    limits: list[float] = field(default_factory=list)
+
+    def add(self, features: Tensor) -> None:
+        """Add a task with the unit features `[n, e]`."""
+        mean = F.normalize(features.mean(dim=0), dim=0)
+        distances = 1 - features @ mean
+        self.means.append(mean)
+        spread = max(float(distances.std(unbiased=False)), 0.1 * float(distances.mean()))
+        self.limits.append(float(distances.mean()) + OUTLIER * spread)
+
+    def nearest(self, features: Tensor) -> Tensor:
+        """The number of the nearest task for each of `[n, e]`, PLAIN where all are too far away; `[n]`."""
+        if not self.means:
+            return torch.full((len(features),), PLAIN, device=features.device)
+        distance, task = (1 - features @ torch.stack(self.means).T).min(dim=1)
+        limits = torch.tensor(self.limits, device=features.device)
+        return torch.where(distance <= limits[task], task, torch.full_like(task, PLAIN))
+
+    def plain(self) -> dict[str, Any]:
+        """As tensors and plain values."""
+        return {"means": list(self.means), "limits": list(self.limits)}
+
+
+class Selector:
+    """Finds the task of inputs by the frozen backbone's features, in both towers."""
+
+    def __init__(self, clip: Clip, routing: Routing) -> None:
+        self.clip, self.routing = clip, routing
+        self.centres = {"encode_image": Centres(), "encode_text": Centres()}
+
+    @torch.no_grad()
+    def learn(self, images: list[Tensor], tokens: Tensor) -> None:
+        """Remember a finished task by its images (batches) and prompts."""
+        with self.using(PLAIN):
+            self.centres["encode_image"].add(torch.cat([self._features("encode_image", batch) for batch in images]))
+            self.centres["encode_text"].add(self._features("encode_text", tokens))
+
+    def _features(self, tower: str, inputs: Tensor) -> Tensor:
+        features: Tensor = getattr(self.clip.model, tower)(inputs, normalize=True).float()
+        return features
+
+    @contextmanager
+    def using(self, task: int | Tensor) -> Iterator[None]:
+        """Route for `task` inside this context."""
+        before, self.routing.task = self.routing.task, task
+        try:
+            yield
+        finally:
+            self.routing.task = before
+
+    @contextmanager
+    def guessing(self) -> Iterator[None]:
+        """Let every image and prompt find its own task inside this context."""
+        model = self.clip.model
+        for tower in self.centres:
+            setattr(model, tower, self._guessed(tower, getattr(model, tower)))
+        try:
+            yield
+        finally:
+            for tower in self.centres:
+                delattr(model, tower)
+
+    def _guessed(self, tower: str, encode: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(inputs: Tensor, normalize: bool = False) -> Tensor:
+            with self.using(PLAIN):
+                features = encode(inputs, normalize=True).float()
+            with self.using(self.centres[tower].nearest(features)):
+                return encode(inputs, normalize=normalize)
+
+        return run
+
+    def state(self) -> dict[str, Any]:
+        """What is known of finished tasks."""
+        return {tower: centres.plain() for tower, centres in self.centres.items()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.centres = {tower: Centres(list(known["means"]), list(known["limits"])) for tower, known in state.items()}

@@ -1,0 +1,109 @@
+"""iGSP: experts found and trained in two phases beside the frozen CLIP; with and without the task's name."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
+
+from torch.optim import Optimizer
+
+from nullspace_optim import IGSP, ExpertReport, NullSpaceOptimizer, OptionError, clip_forward
+from reference.engine import batches
+from reference.errors import ExperimentError
+from reference.methods.base import Method, Setting
+from reference.tasks import Task
+
+TASK_KNOWN, TASK_UNKNOWN = "task known", "task unknown"
+
+
+class ExpertsOfTasks(Method):
+    """iGSP with the options `igsp` of the settings.
+
+    With the task's name, tasks that have no router yet run the plain backbone, so Transfer is the pretrained accuracy
+    by construction; "task unknown" routes each image and each prompt by itself.
+    """
+
+    name = "igsp"
+    evaluations = (TASK_KNOWN, TASK_UNKNOWN)
+    optimizer: NullSpaceOptimizer
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.tasks: list[dict[str, Any]] = []
+
+    def make_optimizer(self) -> Optimizer:
+        """AdamW on experts and routers; the backbone needs no gradients."""
+        base = super().make_optimizer()
+        self.clip.model.requires_grad_(False)
+        try:
+            options = IGSP(**self.config.igsp)
+        except (TypeError, OptionError) as error:
+            raise ExperimentError(f"igsp={dict(self.config.igsp)!r}: {error}") from error
+        return NullSpaceOptimizer(base, self.clip.model, mode=options)
+
+    def after_task(self, number: int) -> dict[str, Any]:
+        """Freeze the experts of the finished task, keep its router; returns the report."""
+        task = self.setting.tasks[number]
+        drawn = task.train.drawn(self.config.consolidation_images, seed=self.setting.seed)
+        forward = clip_forward(self.clip.model, self.clip.tokens(task.prompts()))
+        orthogonal = self.optimizer.verify()
+        report = self.optimizer.consolidate(
+            list(batches(self.clip, drawn)), name=task.name, forward=forward, progress=False
+        )
+        assert isinstance(report, ExpertReport)
+        self.tasks.append({**described(report), "phase_2_drift": orthogonal.worst})
+        return {"report": str(report)}
+
+    def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
+        """Route for `task`, or for no task in particular."""
+        return self.optimizer.task(task.name if evaluation == TASK_KNOWN else None)
+
+    def facts(self) -> dict[str, Any]:
+        """Trainable parameters by phase, what is stored in the end, convergence and fate of experts per layer."""
+        if not self.tasks:
+            return {}
+        means = [task["trainable_mean"] for task in self.tasks]
+        last = self.tasks[-1]
+        return {
+            "trainable_mean": sum(means) / len(means),
+            "trainable_phase_1": [task["trainable_phase_1"] for task in self.tasks],
+            "trainable_phase_2": [task["trainable_phase_2"] for task in self.tasks],
+            "final_without_routers": last["experts"],
+            "final_with_routers": last["experts"] + last["routers"],
+            "tasks": self.tasks,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The model, the optimizer with all experts, and what is known of finished tasks."""
+        return {**super().state(), "tasks": self.tasks}
+
+    def load_state(self, state: dict[str, Any], number: int) -> None:
+        """Take it up again."""
+        super().load_state(state, number)
+        self.tasks = list(state["tasks"])
+
+
+def described(report: ExpertReport) -> dict[str, Any]:
+    """The figures of one task as plain values."""
+    layers = [
+        {key: value for key, value in asdict(layer).items() if key not in ("size", "rank")} for layer in report.layers
+    ]
+    for layer in layers:
+        layer["curve"] = [[step, round(jaccard, 4), round(kl, 6)] for step, jaccard, kl in layer["curve"]]
+        layer["flow"] = [round(share, 4) for share in layer["flow"]]
+    return {
+        "task": report.task,
+        "trainable_phase_1": report.trainable.first,
+        "trainable_phase_2": report.trainable.second,
+        "steps_phase_1": report.trainable.first_steps,
+        "steps_phase_2": report.trainable.second_steps,
+        "trainable_mean": report.trainable.mean,
+        "phase_1_ended": report.reason,
+        "experts": report.experts,
+        "routers": report.routers,
+        "kept": sum(layer.kept for layer in report.layers),
+        "pruned": sum(layer.pruned for layer in report.layers),
+        "reused": sum(layer.reused for layer in report.layers),
+        "layers": layers,
+    }
