@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,11 +63,42 @@ def pop_protection(state: StateDict) -> tuple[StateDict, Any, str | None]:
     """Return `state` without protection, the packed bases (or None) and the fingerprint its groups carry (or None).
 
     `state` itself is not changed.
+
+    Raises:
+        BasisFileError: what the state says about protection is not what `state_dict()` writes.
     """
     plain = {key: value for key, value in state.items() if key != "nullspace"}
-    prints = {group.get("nullspace") for group in state.get("param_groups", ())} - {None}
+    groups = state.get("param_groups", ())
+    marks = [group["nullspace"] for group in groups if group.get("nullspace") is not None]
+    if any(mark != marks[0] or not isinstance(mark, str) for mark in marks):
+        raise BasisFileError(f"the checkpoint's parameter groups carry different or foreign fingerprints: {marks[:3]}")
     if "param_groups" in state:
-        plain["param_groups"] = [
-            {key: value for key, value in group.items() if key != "nullspace"} for group in state["param_groups"]
-        ]
-    return plain, state.get("nullspace"), prints.pop() if prints else None
+        plain["param_groups"] = [{key: value for key, value in group.items() if key != "nullspace"} for group in groups]
+    return plain, _checked(state["nullspace"]) if "nullspace" in state else None, marks[0] if marks else None
+
+
+def seal(metadata: str, owed: StateDict) -> str:
+    """Return a digest of what is owed (steps since the last exact correction, parameters that wait for one) and of
+    the bases it belongs to.
+    """
+    text = json.dumps([metadata, owed["inexact_steps"], list(owed["pending"])])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _checked(payload: Any) -> StateDict:
+    """Return the ``"nullspace"`` entry of a checkpoint if it is made as `state_dict()` makes it."""
+    kinds = {"tensors": dict, "metadata": str, "inexact_steps": int, "pending": list, "seal": str}
+    if not isinstance(payload, dict) or set(payload) != set(kinds):
+        found = sorted(map(str, payload)) if isinstance(payload, dict) else type(payload).__name__
+        raise BasisFileError(f"the checkpoint's 'nullspace' entry holds {found}, expected {sorted(kinds)}")
+    for key, kind in kinds.items():
+        if type(payload[key]) is not kind:
+            raise BasisFileError(
+                f"the checkpoint's 'nullspace' entry has a {type(payload[key]).__name__} under {key!r}, "
+                f"expected {kind.__name__}"
+            )
+    if not all(isinstance(name, str) for name in payload["pending"]) or payload["seal"] != seal(
+        payload["metadata"], payload
+    ):
+        raise BasisFileError("the checkpoint's 'nullspace' entry does not match its seal: it was damaged or edited")
+    return payload

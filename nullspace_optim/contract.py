@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from . import persistence
 from .basis import Fate
-from .checkpoints import join_states, pop_protection, split_states
+from .checkpoints import join_states, pop_protection, seal, split_states
 from .core import Core
 from .errors import BasisFileError, NullSpaceWarning, OptionError
 
@@ -137,7 +137,8 @@ class OptimizerContract(Optimizer):
         if store.tasks or store.extension is not None:
             store = self._core.snapshot()
             tensors, metadata = persistence.pack(store)
-            state["nullspace"] = {"tensors": tensors, "metadata": metadata, **self._core.protection.owed}
+            owed = self._core.protection.owed
+            state["nullspace"] = {"tensors": tensors, "metadata": metadata, **owed, "seal": seal(metadata, owed)}
             print_ = persistence.fingerprint(store)
             for group in groups:
                 group["nullspace"] = print_

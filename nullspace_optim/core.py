@@ -17,7 +17,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import LBFGS, Optimizer
 
 from .agreement import facts_of
-from .basis import BasisStore
+from .basis import Basis, BasisStore
 from .consolidation import ConsolidationOptions
 from .discovery import find_model
 from .displacement import Displacement
@@ -55,6 +55,7 @@ class Core:
         self.norm_handles: list[Any] = []
         self.frozen: set[str] = set()
         self.unguarded: dict[int, str] = {}
+        self.held: set[int] = set()
         self.copied = False
 
     def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -62,6 +63,7 @@ class Core:
         if self.copied:
             self.find_copied_model()
         self._warn_unguarded(base)
+        self.follow_replaced()
         if self.mode is None:
             self.displacement.remember(p for group in base.param_groups for p in group["params"])
         else:
@@ -86,6 +88,37 @@ class Core:
                 NullSpaceWarning,
                 stacklevel=5,
             )
+
+    def follow_replaced(self) -> None:
+        """Find guarded parameters again whose objects were replaced (a new layer, a framework's swap), by name.
+
+        Every replacement is compared with the anchors before its next step. Nothing is done while the bases hold the
+        same tensors as before.
+
+        Raises:
+            ShapeError: a replacement has another shape.
+        """
+        held = {id(p) for base in self.bases for group in base.param_groups for p in group["params"]}
+        model = self.model()
+        if held == self.held or not self.parameters or model is None:
+            return
+        named = named_parameters(model)
+        known = {name: p for name, p in self.parameters.items() if name in named and id(named[name]) in held}
+        swapped = {name: named[name] for name, p in known.items() if named[name] is not p}
+        if swapped:
+            check_shapes({name: self.store[name] for name in swapped if name in self.store}, swapped)
+            self.parameters = {**self.parameters, **swapped}
+            self.protection.rebuild(self.store, self.parameters)
+            for name, guard in self.protection.guards.items():
+                if name in swapped or guard.basis.bias in swapped:
+                    guard.seen = ()
+            self.install(model)
+        self.held = held
+
+    def outside(self, model: nn.Module) -> int:
+        """Return how many tensors the bases train that `model` does not hold."""
+        held = {id(p) for base in self.bases for group in base.param_groups for p in group["params"]}
+        return len(held - {id(p) for p in model.parameters()})
 
     def wrapped(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the parameters that are both in the bases and in `model`, by name."""
@@ -178,6 +211,7 @@ class Core:
 
     def trainable(self) -> dict[str, Tensor]:
         """Return the parameters with gradients that are both in the bases and in the model, by name."""
+        self.follow_replaced()
         return {name: p for name, p in self.wrapped(self.owner()).items() if p.requires_grad}
 
     def adopt(self, store: BasisStore) -> None:
@@ -301,7 +335,8 @@ def _check_base(base: Any) -> None:
         raise OptionError("base is a NullSpaceOptimizer already: one wrapper is enough, use it or its detach()")
     if not isinstance(base, Optimizer) or not hasattr(base, "state") or not hasattr(base, "defaults"):
         raise OptionError(
-            f"base={type(base).__name__}: expected a torch.optim.Optimizer with param_groups, state and defaults"
+            f"base={type(base).__name__}: expected a torch.optim.Optimizer with param_groups, state and defaults "
+            "(one that keeps its own copies of the weights, as offloading optimizers do, would undo every correction)"
         )
     if not getattr(type(base).step, "hooked", False):
         raise OptionError(
@@ -339,13 +374,24 @@ def check_fit(store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
             f"the bases name parameters that the model (or the optimizer) lacks: {', '.join(missing[:5])}"
             f"{' ...' if len(missing) > 5 else ''}; without a basis here: {', '.join(unexpected[:5]) or 'none'}"
         )
+    check_shapes(store, parameters)
+
+
+def check_shapes(store: Mapping[str, Basis], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse parameters of another shape than their basis, naming both.
+
+    Raises:
+        ShapeError: a parameter has another shape than its basis.
+    """
     wrong = [
         f"'{name}' is {tuple(parameters[name].shape)}, its basis was made for {basis.shape}"
         for name, basis in store.items()
         if tuple(parameters[name].shape) != tuple(basis.shape)
     ]
     if wrong:
-        raise ShapeError(f"shapes changed: {'; '.join(wrong[:5])}; use the model the bases were made with")
+        raise ShapeError(
+            f"shapes changed: {'; '.join(wrong[:5])}; use the model the bases were made with, or release() the name"
+        )
 
 
 def _place(basis: Any, device: torch.device) -> None:

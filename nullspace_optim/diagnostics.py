@@ -54,7 +54,8 @@ def allowed_drift(
 
 def _move(parameter: Tensor, basis: Basis, size: float, generator: torch.Generator) -> None:
     """Add a random update of norm `size` that lies in the free directions of `basis`."""
-    update = torch.randn(parameter.shape, generator=generator).to(device=parameter.device, dtype=torch.float32)
+    dtype = torch.complex64 if parameter.is_complex() else torch.float32
+    update = torch.randn(parameter.shape, generator=generator, dtype=dtype).to(parameter.device)
     with matrix_of(update, basis.layout) as matrix:
         for subspace in basis.subspaces.values():
             if subspace.side == "rows":

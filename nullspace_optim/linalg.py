@@ -64,8 +64,8 @@ def _first_finite(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     for attempt in _attempts(matrix):
         try:
             values, vectors = _solve(attempt)
-        except (RuntimeError, ValueError) as error:
-            failures.append(str(error).split("\n")[0])
+        except (RuntimeError, ValueError, MemoryError) as error:
+            failures.append(str(error).split("\n")[0] or type(error).__name__)
             continue
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
             real = matrix.real.dtype if matrix.is_complex() else matrix.dtype

@@ -141,7 +141,8 @@ class NullSpaceOptimizer(OptimizerContract):
         """Protect what this task used: run `loader` through the model once and grow the bases.
 
         All or nothing: on any error model, optimizer, bases and random state are bitwise as before. Leaves no trace
-        on the model.
+        on the model. What a forward does to other objects (a memory bank in a Python list, a counter) cannot be
+        undone: give a `forward` without such side effects.
 
         Args:
             loader: batches of the task (a tensor, tuple, list, mapping, named tuple or dataclass each).
@@ -164,10 +165,10 @@ class NullSpaceOptimizer(OptimizerContract):
         with together():
             parameters = core.trainable()
         agree(facts_of(core.options, parameters, core.store, task=task), parameters)
-        work = Pass(self.model, parameters, loader, task, forward, max_batches, progress)
+        work = Pass(self.model, parameters, loader, task, forward, max_batches, progress, core.outside(self.model))
         if core.mode is not None:
             return self._announced(core.mode.consolidated(work))
-        with core.protection.exactly(), core.evaluated() as moment:
+        with torch.inference_mode(False), core.protection.exactly(), core.evaluated() as moment:  # bases outlive a mode
             grown, report = consolidate(work, core.store, core.measuring, core.displacement)
             core.take(grown, parameters)
             core.align()
@@ -249,6 +250,7 @@ class NullSpaceOptimizer(OptimizerContract):
         default, or what half precision rounds (2^-8 for bfloat16, 2^-11 for float16 parameters).
         """
         core = self._core
+        core.follow_replaced()
         limit = core.protection.tolerance if tolerance is None else tolerance
         core.protection.make_exact()
         layers, missing = {}, []
@@ -290,9 +292,11 @@ class NullSpaceOptimizer(OptimizerContract):
         """
         return {name: basis.free_share for name, basis in self._core.store.items()}
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def reanchor(self) -> None:
         """Accept the present weights and buffers as the values to keep (after a deliberate load, EMA swap or merge)."""
+        self._core.follow_replaced()
         for guard in self._core.protection.guards.values():
             basis = guard.stored
             if basis.kept is not None:
@@ -328,6 +332,7 @@ class NullSpaceOptimizer(OptimizerContract):
         Of several processes all must call it; rank 0 writes, the others wait until the file is complete.
         """
         with together():
+            self._core.follow_replaced()
             self._core.protection.check_anchors()
         whole = self._core.snapshot()
         with together():
@@ -343,5 +348,6 @@ class NullSpaceOptimizer(OptimizerContract):
         """
         with together():
             store = persistence.load(path)
-        self._core.adopt(store)
-        self._core.align()
+        with torch.inference_mode(False):
+            self._core.adopt(store)
+            self._core.align()

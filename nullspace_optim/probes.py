@@ -57,7 +57,8 @@ class Recorder:
 
 def sketch(output: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sketch `[64]` and the norm `[]` of a tensor of any shape."""
-    flat = output.detach().reshape(-1).to(torch.float64 if output.dtype == torch.float64 else torch.float32)
+    flat = _reals(output)
+    flat = flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32)
     columns = -(-flat.numel() // WIDTH)
     flat = torch.nn.functional.pad(flat, (0, columns * WIDTH - flat.numel()))
     generator = torch.Generator().manual_seed(columns)
@@ -68,8 +69,14 @@ def sketch(output: Tensor) -> tuple[Tensor, Tensor]:
 
 def flat_outputs(outputs: Any) -> Tensor:
     """Return all floating tensors of an output tree as one vector."""
-    leaves = [t.detach().reshape(-1).float() for t in tensors_of(outputs) if t.is_floating_point()]
+    leaves = [_reals(t).float() for t in tensors_of(outputs) if t.is_floating_point() or t.is_complex()]
     return torch.cat(leaves) if leaves else torch.zeros(0)
+
+
+def _reals(tensor: Tensor) -> Tensor:
+    """Return the numbers of a tensor in one row; a complex one counts as two."""
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -92,6 +99,8 @@ def digests_of(batch: Any) -> Tensor:
     count = samples_in(batch)
     if count is None:
         return torch.stack([_digest(tensors_of(batch))])
+    if count == 0:
+        return torch.zeros(0, 16, dtype=torch.uint8)
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     return torch.stack([_digest(leaf[index] for leaf in leaves) for index in range(count)])
 

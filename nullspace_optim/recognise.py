@@ -232,7 +232,8 @@ def _logical(tensor: Tensor, parameter: Tensor) -> Geometry | None:
     if parameter.is_contiguous():
         return Geometry(offset, tuple(tensor.shape), tuple(tensor.stride()))
     logical = _row_major(parameter.shape)
-    dims = [(s, step) for s, step, n in zip(parameter.stride(), logical, parameter.shape, strict=True) if n > 1]
+    axes = zip(parameter.stride(), logical, parameter.shape, strict=True)
+    dims = [(stride, step) for stride, step, size in axes if size > 1 and stride > 0]
     strides = [_translate(stride, dims, exact=True) for stride in tensor.stride()]
     position = _translate(offset, dims, exact=False)
     dims_seen = dict(zip(parameter.stride(), parameter.shape, strict=True))

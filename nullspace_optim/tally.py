@@ -227,7 +227,9 @@ class Tally:
         for name, shape in waiting.shapes.items():
             groups = layout.matrix_shape(shape)[0]
             if (name, side) not in self._moments:
-                self._moments[name, side] = new.get(groups) or new.setdefault(groups, self._fresh(waiting.rows, groups))
+                if groups not in new:
+                    new[groups] = self._fresh(name, waiting.rows, groups)
+                self._moments[name, side] = new[groups]
             targets.setdefault(id(self._moments[name, side]), []).append(name)
         sums: list[SecondMoment] = []
         for names in targets.values():
@@ -248,16 +250,21 @@ class Tally:
             for moment in sums:
                 moment.update(block, waiting.rows.place.groups, count)
 
-    def _fresh(self, rows: Rows | Patches, groups: int) -> SecondMoment:
-        """Return an empty sum for `rows`; without statistics it has no features."""
-        complex_rows = rows.source.is_complex()
-        return SecondMoment(
-            groups,
-            rows.size if self._statistics else 0,
-            dtype=_COMPLEX[self._dtype] if complex_rows else self._dtype,
-            device=rows.source.device,
-            batch_frobenius=self._batch_frobenius,
-        )
+    def _fresh(self, name: str, rows: Rows | Patches, groups: int) -> SecondMoment:
+        """Return an empty sum for the `rows` that met `name`; without statistics it has no features."""
+        size = rows.size if self._statistics else 0
+        dtype = _COMPLEX[self._dtype] if rows.source.is_complex() else self._dtype
+        device = rows.source.device
+        try:
+            return SecondMoment(groups, size, dtype=dtype, device=device, batch_frobenius=self._batch_frobenius)
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
+                raise
+            raise CaptureError(
+                f"'{name}': no memory on {device} for its second moment {[groups, size, size]}, "
+                f"{groups * size * size * dtype.itemsize} bytes. Free some, consolidate on the CPU "
+                "(model.cpu() for the pass), or give this parameter requires_grad=False"
+            ) from error
 
     def _size(self, name: str, side: str, shape: Sequence[int]) -> int:
         _, m, d = self._layouts[name].matrix_shape(shape)

@@ -143,6 +143,7 @@ def _viewed(operator: Operator, bound: list[Any], geometry: Geometry, results: l
         if operator.name in VIEWS_OF_COPIES:
             return [Geometry.of(source.view(results[0].shape))]
         packet = getattr(torch.ops.aten, operator.name)
-        return [Geometry.of(t) for t in tensors_among([packet(source, *bound[1:])])]
+        rest = dict(zip(operator.arguments[1:], bound[1:], strict=True))  # some arguments are keywords only
+        return [Geometry.of(t) for t in tensors_among([packet(source, **rest)])]
     except RuntimeError:
         return None

@@ -85,6 +85,7 @@ RIGHT: dict[str, tuple[Callable[..., Tensor], tuple[int, ...]]] = {
     "a clone": (lambda x, w: functional.linear(x, w.clone()), (5, 4)),
     "a contiguous transpose": (lambda x, w: x @ w.t().contiguous(), (5, 4)),
     "a cast": (lambda x, w: functional.linear(x.double(), w.double()), (5, 4)),
+    "a cast, expanded": (lambda x, w: x.double().bmm(w.double().t().expand(x.shape[0], -1, -1)), (5, 4)),
     "detached": (lambda x, w: functional.linear(x, w.detach()), (5, 4)),
     "data": (lambda x, w: functional.linear(x, w.data), (5, 4)),
     "1x1 convolution": (lambda x, w: functional.conv1d(x.mT, w[..., None]).mT, (5, 4)),
@@ -156,6 +157,7 @@ def test_a_vector_parameter_contracted_with_rows_is_left() -> None:
     assert close(seen.sides["left"].matrix[0], gram(x))
 
 
+@pytest.mark.fault(13)
 def test_complex_weights_use_the_adjoint() -> None:
     x = W(9, 4, dtype=torch.complex64)
     right = capture(Holds(lambda x, w: x @ w.T, w=W(5, 4, dtype=torch.complex64)), x).captured["w"].sides["right"]
@@ -194,6 +196,7 @@ def dense_convolution(convolution: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.fault(18)
 def test_rule_g_rows_times_the_matrix_are_the_convolution(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, arguments, shape = CONVOLUTIONS[name]
     convolution = kind(6, 12, bias=False, **arguments)
@@ -223,6 +226,7 @@ def test_rule_g_rows_times_the_matrix_are_the_convolution(name: str, monkeypatch
     assert torch.allclose(x.flatten(1) @ dense.T, convolution(x).detach().flatten(1), atol=1e-4)
 
 
+@pytest.mark.fault(15)
 def test_a_channels_last_kernel_is_recognised() -> None:
     convolution = nn.Conv2d(4, 5, 3).to(memory_format=torch.channels_last)
     x = W(2, 4, 6, 6)
@@ -231,6 +235,7 @@ def test_a_channels_last_kernel_is_recognised() -> None:
     assert close(seen.sides["right"].matrix[0], gram(patches))
 
 
+@pytest.mark.fault(70)
 def test_rows_of_every_module_equal_forward_hooks() -> None:
     model = nn.Sequential(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 9), nn.ReLU(), nn.Linear(9, 3))
     batches = [W(5, 6), W(8, 6)]
@@ -240,6 +245,7 @@ def test_rows_of_every_module_equal_forward_hooks() -> None:
         assert close(found[f"{layer}.weight"].sides["right"].matrix[0], gram(rows))
 
 
+@pytest.mark.fault(29)
 def test_a_weight_used_twice_sums_both_uses() -> None:
     model = Holds(lambda x, w: functional.linear(torch.tanh(functional.linear(x, w)), w), w=W(4, 4))
     x = W(9, 4)
@@ -336,6 +342,7 @@ def test_rule_a_nothing_is_held_after_the_batch() -> None:
 
 
 @pytest.mark.parametrize("rows", ["all", "relevant"])
+@pytest.mark.fault(67)
 def test_rule_b_a_filled_autocast_cache_is_cleared(rows: str) -> None:
     model, x = nn.Linear(4, 5), W(9, 4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -385,6 +392,7 @@ READERS: dict[str, tuple[Callable[[Tensor, Tensor], Any], tuple[int, ...], str]]
 
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("rows", ["all", "relevant"])
+@pytest.mark.fault(69)
 def test_rule_d_every_other_reader_is_a_reason(name: str, rows: str) -> None:
     function, shape, reason = READERS[name]
     seen = capture(Holds(lambda x, w: function(x, w), w=W(*shape)), W(9, 4), rows=rows).captured["w"]
@@ -402,6 +410,7 @@ def test_rule_d_a_returned_parameter_has_been_used() -> None:
     assert capture(model, W(9, 4)).captured["b"].reasons == ("returned by the model",)
 
 
+@pytest.mark.fault(69)
 def test_rule_d_recurrent_kernels_are_accounted_for() -> None:
     found = capture(nn.LSTM(4, 5), W(3, 2, 4)).captured
     assert all(seen.met and (seen.reasons or seen.sides) for seen in found.values())
@@ -437,6 +446,7 @@ def test_rule_f_a_tied_embedding_keeps_both_sides(rows: str) -> None:
     assert close(seen.sides["right"].matrix[0], gram(torch.tanh(model.embed(index))))
 
 
+@pytest.mark.fault(31)
 def test_rule_f_names_of_one_tensor_have_one_fate() -> None:
     model = Tied()
     observer = Capture(dict(model.named_parameters(remove_duplicate=False)), rows="all")
@@ -509,6 +519,7 @@ def test_packed_attention_biases_are_joint() -> None:
 # --- surroundings ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(68)
 def test_encoder_fast_path_is_off_and_restored() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     before = torch.backends.mha.get_fastpath_enabled()
@@ -517,6 +528,7 @@ def test_encoder_fast_path_is_off_and_restored() -> None:
     assert all(found[n].sides for n in ("self_attn.in_proj_weight", "self_attn.out_proj.weight", "linear1.weight"))
 
 
+@pytest.mark.fault(66)
 def test_activation_checkpointing_counts_rows_once() -> None:
     inner = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
     x = W(9, 4).requires_grad_()
@@ -536,6 +548,7 @@ def test_reentrant_checkpointing_counts_all_rows() -> None:
 
 
 @pytest.mark.parametrize("rows", ["all", "relevant"])
+@pytest.mark.fault(65)
 def test_compiled_models_run_eagerly(rows: str) -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
     compiled = torch.compile(model, backend="eager")
@@ -547,6 +560,7 @@ def test_compiled_models_run_eagerly(rows: str) -> None:
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("rows", ["all", "relevant"])
+@pytest.mark.fault(75, 76)
 def test_the_callers_grad_mode_does_not_matter(context: Callable[[], Any], rows: str) -> None:
     model, x = nn.Linear(4, 5), W(9, 4)
     with context():
@@ -568,6 +582,7 @@ def test_nothing_is_left_on_model_or_random_state() -> None:
     assert not outputs["y"].requires_grad and not outputs["more"][0].requires_grad
 
 
+@pytest.mark.fault(46)
 def test_non_finite_rows_name_the_parameter_and_the_batch() -> None:
     bad = W(9, 4)
     bad[3, 1] = float("nan")
@@ -605,6 +620,7 @@ def rows_of(model: nn.Module, x: Any, name: str, **options: Any) -> tuple[int, s
     return int(observer.captured[name].sides["right"].rows.sum()), observer.relevance_note
 
 
+@pytest.mark.fault(54)
 def test_rows_that_no_output_reads_do_not_count() -> None:
     model = Holds(lambda x, w: functional.linear(x, w)[:, 0], w=W(5, 4))
     x = W(3, 7, 4)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from nullspace_optim import BasisFileError
-from nullspace_optim.checkpoints import join_states, pop_protection, split_states
+from nullspace_optim.checkpoints import join_states, pop_protection, seal, split_states
 
 
 def _trained() -> list[torch.optim.Optimizer]:
@@ -47,9 +47,11 @@ def test_another_number_of_groups_is_an_error() -> None:
 
 
 def test_protection_is_taken_out_without_touching_the_argument() -> None:
-    state = {"state": {}, "param_groups": [{"lr": 1, "nullspace": "f00"}], "nullspace": {"tensors": {}}}
+    owed = {"inexact_steps": 3, "pending": ["w"]}
+    entry = {"tensors": {}, "metadata": "{}", **owed, "seal": seal("{}", owed)}
+    state = {"state": {}, "param_groups": [{"lr": 1, "nullspace": "f00"}], "nullspace": entry}
     plain, payload, fingerprint = pop_protection(state)
     assert plain == {"state": {}, "param_groups": [{"lr": 1}]}
-    assert (payload, fingerprint) == ({"tensors": {}}, "f00")
+    assert (payload, fingerprint) == (entry, "f00")
     assert state["param_groups"] == [{"lr": 1, "nullspace": "f00"}]
     assert pop_protection(plain) == (plain, None, None)

@@ -62,6 +62,7 @@ def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return error
 
 
+@pytest.mark.fault(117)
 def test_a_missing_or_bad_file_is_one_line_and_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no-such-file" in one_line_error(capsys, "inspect", str(tmp_path / "no-such-file"))
     (tmp_path / "text").write_text("not bases")
@@ -75,6 +76,7 @@ def test_an_image_that_cannot_be_drawn_is_one_line(saved: Path, capsys: pytest.C
     assert "out.png" in one_line_error(capsys, "inspect", str(saved), "--plot", str(saved.parent / "no" / "out.png"))
 
 
+@pytest.mark.fault(117)
 def test_missing_matplotlib_says_which_extra_to_install(
     saved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +87,7 @@ def test_missing_matplotlib_says_which_extra_to_install(
 @pytest.mark.parametrize(
     "arguments", [[], ["inspect"], ["unknown"], ["inspect", "a", "b"], ["inspect", "a", "--plots"]], ids=str
 )
+@pytest.mark.fault(117)
 def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -107,6 +110,7 @@ def run(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.fault(117)
 def test_a_closed_pipe_is_quiet(saved: Path) -> None:
     process = run("inspect", str(saved))
     assert process.stdout is not None and process.stderr is not None

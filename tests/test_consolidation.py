@@ -44,6 +44,7 @@ def _drift(now: Tensor, then: Tensor) -> float:
     return float((now - then).detach().norm() / then.detach().norm())
 
 
+@pytest.mark.fault(43)
 def test_an_empty_loader_adds_no_task() -> None:
     model = _mlp()
     optimizer = _wrap(model)
@@ -53,6 +54,7 @@ def test_an_empty_loader_adds_no_task() -> None:
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.fault(50)
 def test_an_endless_loader_needs_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     def endless() -> Iterator[Tensor]:
         while True:
@@ -66,6 +68,7 @@ def test_an_endless_loader_needs_a_limit(monkeypatch: pytest.MonkeyPatch) -> Non
     assert _model is not None
 
 
+@pytest.mark.fault(58)
 def test_a_name_is_used_once_and_defaults_count_up() -> None:
     model, old = _mlp(), torch.randn(4, 24)
     optimizer = _wrap(model)
@@ -76,6 +79,7 @@ def test_a_name_is_used_once_and_defaults_count_up() -> None:
     assert optimizer.bases["0.weight"].tasks == ("birds", "task 2")
 
 
+@pytest.mark.fault(58, 59)
 def test_the_same_data_twice_adds_nothing() -> None:
     model, old = _mlp(), torch.randn(4, 24)
     optimizer = _wrap(model)
@@ -141,6 +145,7 @@ def test_the_allowed_drift_follows_the_threshold() -> None:
     assert drifts[2] < 1e-5
 
 
+@pytest.mark.fault(77)
 def test_a_full_parameter_is_frozen_with_a_warning() -> None:
     model, rows = _mlp(), torch.randn(64, 24)
     optimizer = _wrap(model)
@@ -153,6 +158,7 @@ def test_a_full_parameter_is_frozen_with_a_warning() -> None:
     optimizer.consolidate([rows + 1], progress=False)
 
 
+@pytest.mark.fault(77)
 def test_a_nearly_full_parameter_is_announced() -> None:
     optimizer = _wrap(_model := _mlp())
     with pytest.warns(UserWarning, match=r"'0\.weight' is nearly full: 22 of 24"):
@@ -160,6 +166,7 @@ def test_a_nearly_full_parameter_is_announced() -> None:
     assert _model is not None
 
 
+@pytest.mark.fault(77)
 def test_on_full_raise_changes_nothing() -> None:
     model = _mlp()
     optimizer = _wrap(model, on_full="raise")
@@ -171,6 +178,7 @@ def test_on_full_raise_changes_nothing() -> None:
     assert len(optimizer._core.store.tasks) == 1
 
 
+@pytest.mark.fault(17)
 def test_uncovered_train_leaves_biases_free_and_says_so() -> None:
     model, old = _mlp(), torch.randn(4, 24)
     optimizer = _wrap(model, uncovered="train")
@@ -184,6 +192,7 @@ def test_uncovered_train_leaves_biases_free_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("rows", [6, 14], ids=["few-rows", "many-rows"])
+@pytest.mark.fault(17)
 def test_joint_biases_train_and_old_outputs_are_exact(rows: int) -> None:
     model, old = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 8)), torch.randn(rows, 24)
     optimizer = _wrap(model, bias="joint")
@@ -215,6 +224,7 @@ class Words(nn.Module):
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["AdamW", "SparseAdam"])
+@pytest.mark.fault(12)
 def test_used_embedding_rows_are_fixed_and_the_others_free(sparse: bool) -> None:
     model = Words(sparse=sparse)
     base = SparseAdam(model.parameters(), lr=0.1) if sparse else AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
@@ -233,6 +243,7 @@ def test_used_embedding_rows_are_fixed_and_the_others_free(sparse: bool) -> None
     assert optimizer.verify().ok
 
 
+@pytest.mark.fault(28)
 def test_tied_embedding_and_head_keep_both_constraints() -> None:
     model, tokens = Words(tied=True), torch.tensor([[1, 2], [3, 4]])
     optimizer = _wrap(model)
@@ -269,6 +280,7 @@ def test_a_protected_weight_is_not_given_up_by_uncovered_train() -> None:
     assert torch.equal(optimizer.bases["0.weight"].U, kept)
 
 
+@pytest.mark.fault(24)
 def test_a_parameter_frozen_by_the_user_keeps_its_basis() -> None:
     model, old = _mlp(), torch.randn(4, 24)
     optimizer = _wrap(model)
@@ -292,6 +304,7 @@ def test_a_joint_policy_sees_all_weights() -> None:
     assert sum(basis.rank for basis in optimizer.bases.values()) == int(0.25 * (24 + 16))
 
 
+@pytest.mark.fault(19)
 def test_zero_size_and_unused_parameters_are_no_obstacle() -> None:
     model = _mlp()
     model.empty = nn.Parameter(torch.zeros(0, 3))
@@ -346,6 +359,7 @@ def test_an_embedding_with_max_norm_keeps_its_used_rows_and_trains_the_others() 
 
 
 @pytest.mark.parametrize("how", ["requires_grad", "add_param_group", "after load"])
+@pytest.mark.fault(33)
 def test_a_parameter_that_was_read_before_it_was_trainable_does_not_train_in_silence(how: str, tmp_path: Any) -> None:
     model = _mlp().append(nn.Linear(8, 4))
     backbone = list(model[0].parameters())

@@ -42,6 +42,7 @@ def test_updates_continue_after_the_matrix_was_read() -> None:
     assert relative(moment.matrix, oracle(rows)) < 1e-6
 
 
+@pytest.mark.fault(49)
 def test_noncontiguous_and_half_precision_rows_are_cast_up_first() -> None:
     rows = torch.randn(30, 40).bfloat16().T[None]
     moment = SecondMoment(1, 30)
@@ -49,6 +50,7 @@ def test_noncontiguous_and_half_precision_rows_are_cast_up_first() -> None:
     assert relative(moment.matrix, oracle(rows.float())) < 1e-6
 
 
+@pytest.mark.fault(67)
 def test_user_autocast_does_not_reach_the_sum() -> None:
     rows = torch.randn(40, 20, 9)
     moment = SecondMoment(40, 9)
@@ -99,6 +101,7 @@ def test_batch_frobenius_normalises_each_batch_not_each_update() -> None:
     assert relative(moment.matrix, expected) < 1e-6
 
 
+@pytest.mark.fault(53)
 def test_no_rows_is_a_valid_sum() -> None:
     moment = SecondMoment(1, 4)
     moment.update(torch.zeros(1, 0, 4))

@@ -62,6 +62,7 @@ BATCHES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.fault(51, 52)
 def test_batches_of_every_kind_reach_the_model(kind: str) -> None:
     model = Named()
     optimizer = NullSpaceOptimizer(SGD(model.parameters()), policy=NumericalRank())
@@ -76,6 +77,7 @@ def test_batches_of_every_kind_reach_the_model(kind: str) -> None:
         assert optimizer.verify([other]).missing == ("task 1",)
 
 
+@pytest.mark.fault(51)
 def test_a_batch_encoding_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     model = Named()
@@ -84,6 +86,7 @@ def test_a_batch_encoding_of_transformers() -> None:
     assert optimizer.bases["layer.weight"].rank == 5
 
 
+@pytest.mark.fault(52, 70)
 def test_two_required_inputs_take_two_items() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -99,6 +102,7 @@ def test_two_required_inputs_take_two_items() -> None:
     assert optimizer.bases["two.weight"].fate is Fate.PROTECTED
 
 
+@pytest.mark.fault(73)
 def test_forward_decides_alone() -> None:
     model = Named()
     optimizer = NullSpaceOptimizer(SGD(model.parameters()), policy=NumericalRank())
@@ -107,6 +111,7 @@ def test_forward_decides_alone() -> None:
 
 
 @pytest.mark.parametrize("batch", [3, "text", None, {"images": ROWS}, []], ids=repr)
+@pytest.mark.fault(51)
 def test_a_batch_that_cannot_be_fed_asks_for_forward(batch: Any) -> None:
     model = Named()
     optimizer = NullSpaceOptimizer(SGD(model.parameters()))
@@ -215,6 +220,7 @@ def _clip() -> open_clip.CLIP:
     return open_clip.CLIP(32, vision, text)
 
 
+@pytest.mark.fault(71)
 def test_images_alone_leave_the_text_tower_free_and_the_first_warning_says_so() -> None:
     model = _clip()
     optimizer = NullSpaceOptimizer(SGD(model.parameters()))

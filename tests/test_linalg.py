@@ -41,6 +41,7 @@ def test_eigh_leaves_its_argument_alone():
         assert torch.equal(matrix, before)
 
 
+@pytest.mark.fault(79)
 def test_eigh_clamps_negatives_from_rounding_only():
     values, _ = linalg.eigh(moment(64, 5), name="w")
     assert (values >= 0).all() and (values[5:] < 1e-4 * values[0]).all()
@@ -56,6 +57,7 @@ def test_eigh_takes_a_residual_that_is_all_rounding():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.fault(78)
 def test_eigh_refuses_non_finite_input_by_name(bad):
     matrix = torch.eye(4)
     matrix[1, 2] = bad
@@ -78,6 +80,7 @@ def test_eigh_of_nothing_and_of_zero():
 
 @pytest.mark.parametrize("failures", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["raises", "nan"])
+@pytest.mark.fault(78)
 def test_eigh_retries_in_double_then_cpu_then_with_jitter(monkeypatch, failures, kind):
     matrix, real, seen = moment(6, 20), scipy.linalg.eigh, []
 
@@ -98,6 +101,7 @@ def test_eigh_retries_in_double_then_cpu_then_with_jitter(monkeypatch, failures,
         assert 0 < np.abs(seen[3][1] - seen[2][1]).max() < 1e-5 * float(matrix.max())
 
 
+@pytest.mark.fault(78)
 def test_eigh_that_never_converges_names_the_parameter(monkeypatch):
     def failing(array, **options):
         raise np.linalg.LinAlgError("did not converge")

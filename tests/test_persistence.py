@@ -80,6 +80,7 @@ def test_load_returns_what_save_was_given(saved: Path) -> None:
     assert_equal(load(saved), full_store())
 
 
+@pytest.mark.fault(102)
 def test_save_load_save_is_byte_identical(saved: Path, tmp_path: Path) -> None:
     for again in ("second", "third"):
         save(load(saved), tmp_path / again)
@@ -146,6 +147,7 @@ def test_unpack_leaves_its_arguments_alone() -> None:
     assert tensors == before
 
 
+@pytest.mark.fault(91)
 def test_version_1_files_stay_readable() -> None:
     store = load(FIXTURE)
     assert [task["name"] for task in store.tasks] == ["aircraft", "birds"]
@@ -201,6 +203,7 @@ def test_fingerprint_differs_when_anything_that_protects_differs(change: str) ->
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=["full", "ctrl-c"]
 )
+@pytest.mark.fault(86)
 def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(
     saved: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
 ) -> None:
@@ -219,6 +222,7 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(
         assert str(saved) in str(caught.value) and caught.value.errno == errno.ENOSPC
 
 
+@pytest.mark.fault(86)
 def test_a_half_written_temporary_is_removed(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = os.fdopen
 
@@ -234,6 +238,7 @@ def test_a_half_written_temporary_is_removed(saved: Path, monkeypatch: pytest.Mo
     assert os.listdir(saved.parent) == [saved.name]
 
 
+@pytest.mark.fault(85)
 def test_data_are_on_disk_before_the_name_is(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     for name in ("fsync", "replace"):
@@ -243,6 +248,7 @@ def test_data_are_on_disk_before_the_name_is(saved: Path, monkeypatch: pytest.Mo
     assert order == ["fsync", "replace", "fsync"]
 
 
+@pytest.mark.fault(86)
 def test_missing_and_forbidden_folders_are_os_errors_that_name_the_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no/such/bases"):
         save(full_store(), tmp_path / "no" / "such" / "bases")
@@ -255,6 +261,7 @@ def test_missing_and_forbidden_folders_are_os_errors_that_name_the_path(tmp_path
 
 @posix
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.fault(86)
 def test_a_read_only_folder_is_a_permission_error(saved: Path) -> None:
     saved.parent.chmod(0o500)
     try:
@@ -264,6 +271,7 @@ def test_a_read_only_folder_is_a_permission_error(saved: Path) -> None:
         saved.parent.chmod(0o700)
 
 
+@pytest.mark.fault(85)
 def test_the_leftover_of_a_killed_save_is_removed_by_the_next_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -282,6 +290,7 @@ def test_the_leftover_of_a_killed_save_is_removed_by_the_next_one(saved: Path, m
 
 @posix
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+@pytest.mark.fault(98)
 def test_a_new_file_gets_the_mode_that_open_gives(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
@@ -292,6 +301,7 @@ def test_a_new_file_gets_the_mode_that_open_gives(tmp_path: Path, umask: int) ->
 
 
 @posix
+@pytest.mark.fault(98)
 def test_an_existing_file_keeps_its_mode(saved: Path) -> None:
     saved.chmod(0o640)
     save(full_store(), saved)
@@ -299,6 +309,7 @@ def test_an_existing_file_keeps_its_mode(saved: Path) -> None:
 
 
 @posix
+@pytest.mark.fault(99)
 def test_a_symbolic_link_is_followed_and_stays_a_link(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     link, dangling = tmp_path / "elsewhere" / "link", tmp_path / "elsewhere" / "dangling"
@@ -310,6 +321,7 @@ def test_a_symbolic_link_is_followed_and_stays_a_link(saved: Path, tmp_path: Pat
     assert dangling.is_symlink() and len(load(tmp_path / "created")) == 0
 
 
+@pytest.mark.fault(97)
 def test_saving_over_the_file_just_loaded_keeps_both_intact(saved: Path) -> None:
     torch.manual_seed(0)
     expected, store = full_store(), load(saved)
@@ -385,11 +397,13 @@ def refused(path: Path, reason: str) -> None:
         "space",
     ],
 )
+@pytest.mark.fault(87)
 def test_other_files_are_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "file").write_bytes(content)
     refused(tmp_path / "file", reason)
 
 
+@pytest.mark.fault(87)
 def test_folders_and_pipes_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "not a regular file")
     if hasattr(os, "mkfifo"):
@@ -400,11 +414,13 @@ def test_folders_and_pipes_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "metadata", [None, {"format": "pt"}, {"nullspace_optim": "{}", "format": "pt"}], ids=["none", "pt", "two"]
 )
+@pytest.mark.fault(90)
 def test_a_model_in_safetensors_is_refused(tmp_path: Path, metadata: dict[str, str] | None) -> None:
     safetensors.torch.save_file({"fc.weight": torch.zeros(3)}, tmp_path / "model", metadata)
     refused(tmp_path / "model", "another program")
 
 
+@pytest.mark.fault(87)
 def test_every_cut_and_every_extension_is_refused(saved: Path) -> None:
     content = saved.read_bytes()
     for length in [*range(64), *random.sample(range(len(content)), 64), len(content) - 1]:
@@ -439,6 +455,7 @@ def test_three_hundred_random_mutations_are_all_refused(saved: Path) -> None:
             refused(saved, "nullspace_optim")
 
 
+@pytest.mark.fault(88)
 def test_every_flipped_bit_of_the_header_is_refused(tmp_path: Path) -> None:
     store = BasisStore()
     store.tasks = [{"name": "a", "rows": 3}]
@@ -452,6 +469,7 @@ def test_every_flipped_bit_of_the_header_is_refused(tmp_path: Path) -> None:
         refused(tmp_path / "small", "nullspace_optim")
 
 
+@pytest.mark.fault(88)
 def test_a_flipped_payload_bit_names_the_tensor(saved: Path) -> None:
     content = bytearray(saved.read_bytes())
     length = int.from_bytes(content[:8], "little")
@@ -462,6 +480,7 @@ def test_a_flipped_payload_bit_names_the_tensor(saved: Path) -> None:
     refused(saved, r"tensor 'visual\.proj/left/anchor' does not match its digest")
 
 
+@pytest.mark.fault(89)
 def test_missing_and_unexpected_tensors_are_all_listed(tmp_path: Path) -> None:
     tensors, metadata = pack(full_store())
     for gone in ("visual.proj/left/basis", "buffer/mask"):
@@ -473,6 +492,7 @@ def test_missing_and_unexpected_tensors_are_all_listed(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.fault(91)
 def test_a_newer_schema_says_which_version_is_needed(tmp_path: Path) -> None:
     path = write(tmp_path / "f", *forged(full_store(), lambda d, t: d.update(schema=3, library="9.1.0")))
     refused(path, r"schema version 3, written by nullspace_optim '9\.1\.0'.*upgrade")
@@ -544,6 +564,7 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, Tensor]], None], 
 
 
 @pytest.mark.parametrize("case", FORGERIES)
+@pytest.mark.fault(82, 92, 93)
 def test_wrong_content_with_right_digests_is_refused(tmp_path: Path, case: str) -> None:
     change, reason = FORGERIES[case]
     tensors, metadata = forged(full_store(), change)
@@ -577,6 +598,7 @@ def test_rank_zero_and_later_rows_are_valid() -> None:
     assert len(unpack(*pack(store), source="here")) == len(store)
 
 
+@pytest.mark.fault(94)
 def test_names_are_escaped_in_messages(tmp_path: Path) -> None:
     def lose(document: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         document["bases"][-2]["fate"] = "lost"

@@ -187,6 +187,7 @@ def test_rank_budget_counts_old_directions_and_skips_rounding():
     assert RankBudget(0.1).ranks(spectra) == {"old": 0, "new": 0}
 
 
+@pytest.mark.fault(80)
 def test_ties_go_to_the_first_key_and_position():
     spectra = {key: spectrum([1.0, 1.0]) for key in ("b", "a")}
     assert RankBudget(0.75).ranks(spectra) == {"b": 1, "a": 2}
@@ -202,6 +203,7 @@ def test_energy_boundaries():
 
 
 @POLICIES
+@pytest.mark.fault(47)
 def test_an_all_zero_matrix_has_rank_zero(policy):
     choice = consolidate(policy, torch.zeros(2, 6, 6))
     assert choice.ranks == (0, 0) and choice.basis.shape == (2, 6, 0)
@@ -252,6 +254,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("policy, option, interval, value", CASES)
+@pytest.mark.fault(83)
 def test_a_wrong_option_names_itself_and_its_interval(policy, option, interval, value):
     with pytest.raises(OptionError, match=rf"{policy.__name__}\({option}=.*{interval}"):
         policy(**{option: value})
@@ -287,6 +290,7 @@ def test_a_policy_without_a_rule_says_so():
 
 @pytest.mark.parametrize("size", [64, 256])
 @pytest.mark.parametrize("policy", [Energy(0.9), TailEnergy()], ids=["append", "accumulate"])
+@pytest.mark.fault(81)
 def test_bases_stay_orthonormal_over_fifty_tasks(policy, size):
     before, generator = None, torch.Generator().manual_seed(0)
     for _ in range(50):
@@ -326,6 +330,7 @@ def test_groups_grow_independently():
             assert principal_angles(found, alone.basis[0]).max() < 1e-3
 
 
+@pytest.mark.fault(77)
 def test_appending_fills_up_to_every_direction_and_no_further():
     before = consolidate(FixedRank(23), moment_of(task_rows(0)))
     full = consolidate(FixedRank(24), moment_of(task_rows(0)), before)

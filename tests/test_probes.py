@@ -45,6 +45,7 @@ def test_all_is_well_after_training(ready: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "first"), [("0.weight", "0.weight"), ("3.weight", "3.weight"), ("1.bias", "3.weight")]
 )
+@pytest.mark.fault(57)
 def test_the_first_layer_that_moved_is_named(ready: Any, name: str, first: str, shuffle: bool) -> None:
     model, optimizer, data = ready
     if name == "1.bias":
@@ -72,6 +73,7 @@ def test_the_estimated_drift_is_near_the_true_one() -> None:
     assert 0.7 * true <= optimizer.verify([rows]).drift("task 1") <= 1.4 * true
 
 
+@pytest.mark.fault(57)
 def test_other_data_is_reported_as_missing(ready: Any) -> None:
     _, optimizer, _ = ready
     report = optimizer.verify([torch.randn(10, 24)])
@@ -90,6 +92,7 @@ def test_moved_buffers_are_named(ready: Any) -> None:
     assert optimizer.verify().ok
 
 
+@pytest.mark.fault(1)
 def test_a_weight_that_is_not_a_number_is_no_kept_direction(ready: Any, tmp_path: Any) -> None:
     model, optimizer, data = ready
     model[3].weight.detach().fill_(float("nan"))

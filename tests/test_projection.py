@@ -146,6 +146,7 @@ def test_low_precision_products_err_relative_to_the_change(side):
 
 @SIDES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.fault(14)
 def test_half_precision_weights_are_corrected_in_float32_and_rounded_once(side, dtype):
     start, basis = random(1, M, D).to(dtype), make_basis(side)
     moved = (start + random(1, M, D, seed=1)).to(dtype)
@@ -194,6 +195,7 @@ def test_parameters_and_views_are_written_in_place_without_autograd(side):
         assert float(anchor_drift(parameter[None], basis, kept, side)) < 2e-6
 
 
+@pytest.mark.fault(16)
 def test_a_transposed_weight_is_corrected_through_its_strides():
     storage, basis = random(D, M), make_basis("right")
     weight = storage.T[None]
@@ -263,6 +265,7 @@ def test_many_steps_leave_no_accumulated_error():
     assert error(weight - start, total) < 1e-3
 
 
+@pytest.mark.fault(84)
 def test_products_are_exact_under_autocast_and_low_matmul_precision():
     weight, basis = random(1, 256, 256), make_basis("right", 64, shape=(256, 256))
     exact = slow.double(weight) @ slow.double(basis)

@@ -47,6 +47,7 @@ EDITS: dict[str, Any] = {
 
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("then", ["step", "consolidate", "save"])
+@pytest.mark.fault(23)
 def test_an_edit_from_outside_is_found_and_never_reverted(edit: str, then: str, tmp_path: Any) -> None:
     model = _mlp()
     optimizer = _wrap(model)
@@ -70,6 +71,7 @@ def test_an_edit_from_outside_is_found_and_never_reverted(edit: str, then: str, 
 
 
 @pytest.mark.parametrize("name", ["0.bias", "2.weight"])
+@pytest.mark.fault(23)
 def test_an_edit_through_data_is_found_before_it_is_consolidated_or_saved(name: str, tmp_path: Any) -> None:
     model = _mlp()
     optimizer = _wrap(model)
@@ -81,6 +83,7 @@ def test_an_edit_through_data_is_found_before_it_is_consolidated_or_saved(name: 
         optimizer.save(tmp_path / "bases.safetensors")
 
 
+@pytest.mark.fault(23)
 def test_an_ema_swap_that_is_restored_is_accepted() -> None:
     model = _mlp()
     optimizer = _wrap(model)
@@ -184,6 +187,7 @@ def test_gradients_are_projected_alike_through_a_basis_and_its_complement(rows: 
     assert torch.allclose(model.weight.grad.double(), gradient - gradient @ basis @ basis.T, atol=1e-6)
 
 
+@pytest.mark.fault(12)
 def test_sparse_gradients_cannot_be_projected_and_the_message_says_what_to_do() -> None:
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True))
     optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, project="gradient")
@@ -195,6 +199,7 @@ def test_sparse_gradients_cannot_be_projected_and_the_message_says_what_to_do() 
 
 @pytest.mark.parametrize("kind", ["contiguous", "channels-last", "expanded-stride", "float64", "left", "grouped"])
 @pytest.mark.parametrize("base", [AdamW, SGD, LBFGS], ids=lambda b: b.__name__)
+@pytest.mark.fault(15, 16, 18)
 def test_weights_of_every_layout_keep_their_strides_and_their_outputs(kind: str, base: Any) -> None:
     if base is LBFGS and kind in ("channels-last", "expanded-stride"):
         pytest.skip("torch's LBFGS takes contiguous parameters only")

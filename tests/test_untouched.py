@@ -92,6 +92,7 @@ def ready() -> tuple[Net, NullSpaceOptimizer]:
 
 @pytest.mark.parametrize("consolidated", [False, True], ids=["first-task", "second-task"])
 @pytest.mark.parametrize("around", ["plain", "autocast", "no-grad"])
+@pytest.mark.fault(61, 62, 63, 64, 72, 76)
 def test_a_consolidation_leaves_no_trace(
     ready: tuple[Net, NullSpaceOptimizer], consolidated: bool, around: str
 ) -> None:
@@ -124,6 +125,7 @@ ERRORS = [RuntimeError("the loader failed"), KeyboardInterrupt(), StopAsyncItera
 @pytest.mark.parametrize("consolidated", [False, True], ids=["first-task", "second-task"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("where", ["loader", "model"])
+@pytest.mark.fault(44, 45, 74)
 def test_after_an_error_midway_everything_is_as_before(
     ready: tuple[Net, NullSpaceOptimizer], where: str, error: BaseException, consolidated: bool
 ) -> None:

@@ -55,6 +55,7 @@ def test_the_payload_works(marker: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.fault(95)
 def test_a_pickle_is_not_executed(tmp_path: Path, marker: Path, protocol: int) -> None:
     (tmp_path / "bases").write_bytes(pickle.dumps(Payload(marker), protocol))
     refused(tmp_path / "bases")
@@ -62,6 +63,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path, marker: Path, protocol: int) -
     assert not marker.exists()
 
 
+@pytest.mark.fault(95)
 def test_wrapped_pickles_are_not_executed(tmp_path: Path, marker: Path) -> None:
     content = pickle.dumps(Payload(marker))
     (tmp_path / "gzip").write_bytes(gzip.compress(content))
@@ -73,6 +75,7 @@ def test_wrapped_pickles_are_not_executed(tmp_path: Path, marker: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.fault(95)
 def test_a_pickle_beside_valid_bases_in_a_checkpoint_is_refused(tmp_path: Path, marker: Path) -> None:
     tensors, metadata = pack(full_store())
     torch.save({"nullspace": {"tensors": tensors, "metadata": metadata, "more": Payload(marker)}}, tmp_path / "c.pt")
@@ -97,6 +100,7 @@ def test_polyglots_are_refused(tmp_path: Path, marker: Path) -> None:
     assert not marker.exists()
 
 
+@pytest.mark.fault(94)
 def test_names_are_never_used_as_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = BasisStore()
     outside = tmp_path / "outside"
@@ -114,6 +118,7 @@ def test_names_are_never_used_as_paths(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("claimed", [2**63 - 1, 2**64 - 1, 100_000_001, 10**9], ids=str)
+@pytest.mark.fault(96)
 def test_giant_headers_are_refused_before_they_are_read(tmp_path: Path, claimed: int) -> None:
     with open(tmp_path / "bases", "wb") as file:
         file.write(struct.pack("<Q", claimed))
@@ -128,6 +133,7 @@ def test_giant_headers_are_refused_before_they_are_read(tmp_path: Path, claimed:
     assert time.perf_counter() - began < 5
 
 
+@pytest.mark.fault(96)
 def test_a_million_tensors_are_refused_fast(tmp_path: Path) -> None:
     entry = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     header = b"{" + b",".join(entry % place for place in range(1_000_000)) + b"}"
@@ -165,6 +171,7 @@ def test_hostile_json_is_refused(tmp_path: Path, opening: bytes) -> None:
     ],
     ids=str,
 )
+@pytest.mark.fault(96)
 def test_impossible_tensors_are_refused(tmp_path: Path, entry: object) -> None:
     metadata = pack(BasisStore())[1]
     header = json.dumps({"__metadata__": {"nullspace_optim": metadata}, "a": entry}, separators=(",", ":")).encode()
@@ -179,6 +186,7 @@ def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
     refused(tmp_path / "bases", "safetensors refuses it")
 
 
+@pytest.mark.fault(89)
 def test_duplicate_keys_are_refused_in_header_and_metadata(tmp_path: Path) -> None:
     header = b'{"__metadata__":{"nullspace_optim":"{}","nullspace_optim":"{}"}}'
     (tmp_path / "bases").write_bytes(struct.pack("<Q", len(header)) + header)
@@ -188,6 +196,7 @@ def test_duplicate_keys_are_refused_in_header_and_metadata(tmp_path: Path) -> No
         unpack(tensors, '{"schema":1,' + metadata[1:], source="checkpoint")
 
 
+@pytest.mark.fault(90)
 def test_a_renamed_model_is_refused(tmp_path: Path) -> None:
     tensors, _ = pack(full_store())
     copies = {key: tensor.clone() for key, tensor in tensors.items()}
@@ -213,6 +222,7 @@ while True:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+@pytest.mark.fault(85)
 def test_killed_while_saving_a_complete_file_remains(tmp_path: Path) -> None:
     path = tmp_path / "bases"
     for delay in (0.0, 0.011, 0.033):

@@ -45,6 +45,7 @@ def test_without_bases_every_bit_is_the_base_optimizers(case: Case) -> None:
 
 
 @EVERY
+@pytest.mark.fault(10, 12, 20)
 def test_with_bases_kept_directions_stay_and_the_new_task_is_learned(case: Case) -> None:
     task = setting(case)
     optimizer = protected(case, task)

@@ -136,6 +136,7 @@ def _same(one: Any, two: Any) -> bool:
     return spec == other and all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(first, second))
 
 
+@pytest.mark.fault(100)
 def test_a_fingerprint_without_bases_is_an_error() -> None:
     model = _model()
     optimizer = _wrap(model)
@@ -150,6 +151,7 @@ def test_a_fingerprint_without_bases_is_an_error() -> None:
     optimizer.load_state_dict(saved)  # the same bases are there already
 
 
+@pytest.mark.fault(100)
 def test_bases_of_another_run_are_an_error() -> None:
     one, two = _wrap(model := _model()), _wrap(other := _model(1))
     one.consolidate([OLD[6]], progress=False)
@@ -161,6 +163,7 @@ def test_bases_of_another_run_are_an_error() -> None:
     assert model and other and fresh
 
 
+@pytest.mark.fault(101)
 def test_a_protected_checkpoint_loads_into_the_bare_base_and_back() -> None:
     model = _model()
     optimizer = _wrap(model)
@@ -181,6 +184,7 @@ def test_a_protected_checkpoint_loads_into_the_bare_base_and_back() -> None:
     _train(again, third, 1)
 
 
+@pytest.mark.fault(101)
 def test_a_checkpoint_without_protection_keeps_the_optimizers_own() -> None:
     model = _model()
     optimizer = _wrap(model)
@@ -192,6 +196,7 @@ def test_a_checkpoint_without_protection_keeps_the_optimizers_own() -> None:
     assert optimizer.bases["0.weight"].rank == 6
 
 
+@pytest.mark.fault(93)
 def test_bases_that_do_not_fit_change_nothing() -> None:
     model = _model()
     optimizer = _wrap(model)
@@ -208,6 +213,7 @@ def test_bases_that_do_not_fit_change_nothing() -> None:
     assert "nullspace" not in after
 
 
+@pytest.mark.fault(100)
 def test_other_weights_than_the_bases_were_made_for_are_found_at_the_next_step() -> None:
     model = _model()
     optimizer = _wrap(model)
@@ -223,6 +229,7 @@ def test_other_weights_than_the_bases_were_made_for_are_found_at_the_next_step()
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("order", ["model-first", "optimizer-first"])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.fault(34)
 def test_a_copied_pair_goes_on_bitwise_and_independently(how: str, order: str, name: str) -> None:
     rank, options = CONFIGURATIONS[name]
     model = _model()
@@ -252,6 +259,7 @@ def test_a_copied_pair_goes_on_bitwise_and_independently(how: str, order: str, n
     assert not twin._forward_pre_hooks
 
 
+@pytest.mark.fault(34)
 def test_a_copied_optimizer_alone_protects_its_own_parameters() -> None:
     model = _model()
     optimizer = _wrap(model)

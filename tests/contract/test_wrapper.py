@@ -159,6 +159,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("early", [True, False], ids=["before-wrapping", "after-wrapping"])
+@pytest.mark.fault(22)
 def test_schedulers_move_the_bases_rate(task: Setting, holds: Callable[[], None], name: str, early: bool) -> None:
     base, twin = (SGD(copy.deepcopy(task.model).parameters() if t else task.model.parameters(), lr=0.02, momentum=0.5)
                   for t in (False, True))  # fmt: skip
@@ -178,6 +179,7 @@ def test_schedulers_move_the_bases_rate(task: Setting, holds: Callable[[], None]
 @pytest.mark.parametrize("through", ["wrapper", "base"])
 @pytest.mark.parametrize("unscale", [False, True], ids=["plain", "unscaled-first"])
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
+@pytest.mark.fault(6, 7)
 def test_grad_scaler(task: Setting, holds: Callable[[], None], through: str, unscale: bool, fused: bool) -> None:
     base = AdamW(task.model.parameters(), lr=0.01, **({"fused": True} if fused else {"foreach": True}))
     optimizer = wrap(base, task)
@@ -200,6 +202,7 @@ def test_grad_scaler(task: Setting, holds: Callable[[], None], through: str, uns
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
+@pytest.mark.fault(5)
 def test_a_skipped_scaler_step_changes_nothing(task: Setting, holds: Callable[[], None], fused: bool) -> None:
     base = AdamW(task.model.parameters(), lr=0.01, fused=fused)
     optimizer = wrap(base, task)
@@ -221,6 +224,7 @@ def test_a_skipped_scaler_step_changes_nothing(task: Setting, holds: Callable[[]
     holds()
 
 
+@pytest.mark.fault(9)
 def test_clipping_sees_the_users_norm(task: Setting, holds: Callable[[], None]) -> None:
     optimizer = wrap(AdamW(task.model.parameters(), lr=0.01), task)
     for _ in range(5):
@@ -244,6 +248,7 @@ def test_gradients_are_left_as_the_user_had_them(task: Setting) -> None:
 
 
 @pytest.mark.parametrize("project", ["update", "both"])
+@pytest.mark.fault(8)
 def test_accumulation_equals_one_big_batch(task: Setting, holds: Callable[[], None], project: str) -> None:
     twin = copy.deepcopy(task)
     small, big = (wrap(SGD(t.model.parameters(), lr=0.1, momentum=0.9), t, project=project) for t in (task, twin))
@@ -260,6 +265,7 @@ def test_accumulation_equals_one_big_batch(task: Setting, holds: Callable[[], No
 # ---- steps ----
 
 
+@pytest.mark.fault(10)
 def test_step_returns_the_closures_loss_and_calls_it_as_often_as_the_base(task: Setting) -> None:
     twin, counts = copy.deepcopy(task), [0, 0]
     base = LBFGS(twin.model.parameters(), max_iter=4, line_search_fn="strong_wolfe")
@@ -285,6 +291,7 @@ def test_step_returns_the_closures_loss_and_calls_it_as_often_as_the_base(task: 
 
 
 @pytest.mark.parametrize("by_keyword", [False, True], ids=["positional", "keyword"])
+@pytest.mark.fault(10)
 def test_base_step_with_a_closure_is_protected(task: Setting, holds: Callable[[], None], by_keyword: bool) -> None:
     base = SGD(task.model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     wrap(base, task)
@@ -302,6 +309,7 @@ def test_base_step_with_a_closure_is_protected(task: Setting, holds: Callable[[]
 
 
 @pytest.mark.parametrize("at", [1, 3], ids=["first-call", "inside-the-line-search"])
+@pytest.mark.fault(11)
 def test_a_closure_that_raises_leaves_hooks_and_gradients_right(
     task: Setting, holds: Callable[[], None], at: int
 ) -> None:
@@ -346,6 +354,7 @@ def test_a_base_that_raises_gives_hidden_gradients_back(task: Setting) -> None:
     lambda p: AdamW(p, lr=0.1, weight_decay=0.1),
     lambda p: LBFGS(p),
 ], ids=["SGD", "AdamW", "LBFGS"])  # fmt: skip
+@pytest.mark.fault(2)
 def test_without_any_gradient_a_step_is_a_no_op(task: Setting, build: Callable[..., Optimizer]) -> None:
     optimizer = wrap(build(task.model.parameters()), task)
     before = copy.deepcopy(task.model.state_dict())
@@ -359,6 +368,7 @@ def test_without_any_gradient_a_step_is_a_no_op(task: Setting, build: Callable[.
 
 @pytest.mark.parametrize("rank", [6, 20], ids=["anchor-form", "difference-form"])
 @pytest.mark.parametrize("bias", ["freeze", "joint"])
+@pytest.mark.fault(4)
 def test_zero_gradients_at_rate_zero_are_a_bitwise_no_op(task: Setting, rank: int, bias: str) -> None:
     task.old = torch.randn(rank, 24)
     optimizer = wrap(AdamW(task.model.parameters(), lr=0.01), task, bias=bias)
@@ -385,6 +395,7 @@ def test_rprop_moves_at_rate_zero_and_is_corrected_all_the_same(task: Setting, h
     holds()
 
 
+@pytest.mark.fault(22)
 def test_compiled_step(task: Setting, holds: Callable[[], None]) -> None:
     optimizer = wrap(AdamW(task.model.parameters(), lr=torch.tensor(0.01), weight_decay=0.1), task)
     torch._dynamo.reset()
@@ -404,6 +415,7 @@ def test_compiled_step(task: Setting, holds: Callable[[], None]) -> None:
 # ---- groups and several bases ----
 
 
+@pytest.mark.fault(25)
 def test_added_parameters_are_free_until_the_next_consolidation(task: Setting, holds: Callable[[], None]) -> None:
     head = nn.Linear(8, 3)
     whole = nn.Sequential(*task.model, head)
@@ -467,6 +479,7 @@ def test_difference_form_becomes_exact_for_every_base_in_turn(task: Setting) -> 
 # ---- refusals ----
 
 
+@pytest.mark.fault(35)
 def test_a_wrapper_in_a_wrapper_is_refused(task: Setting) -> None:
     with pytest.raises(OptionError, match="already"):
         NullSpaceOptimizer(NullSpaceOptimizer(SGD(task.model.parameters())))
@@ -481,6 +494,7 @@ def test_a_base_is_wrapped_once_until_it_is_detached(task: Setting) -> None:
     NullSpaceOptimizer(base)
 
 
+@pytest.mark.fault(30)
 def test_a_parameter_in_two_bases_is_refused(task: Setting) -> None:
     with pytest.raises(OptionError, match=r"\(16, 24\) is in bases 0 and 1"):
         NullSpaceOptimizer([SGD(task.model.parameters()), AdamW(task.model[:1].parameters())])
@@ -495,6 +509,7 @@ def test_a_parameter_in_two_bases_is_refused(task: Setting) -> None:
     ],
     ids=["nothing", "a module", "differentiable"],
 )
+@pytest.mark.fault(21)
 def test_what_cannot_be_wrapped_is_refused(base: Any, message: str) -> None:
     with pytest.raises(OptionError, match=message):
         NullSpaceOptimizer(base)
@@ -518,6 +533,7 @@ def test_an_unknown_option_value_names_the_option(task: Setting, option: str) ->
 # ---- frameworks ----
 
 
+@pytest.mark.fault(36)
 def test_a_framework_that_subclasses_and_delegates_reads(task: Setting, holds: Callable[[], None]) -> None:
     """Lightning and Fabric wrap an optimizer in a class that derives from its class and hands reads on."""
 

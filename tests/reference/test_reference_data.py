@@ -48,12 +48,14 @@ def test_validation_split_never_touches_the_test_folder(root: Path) -> None:
     assert (len(task.train), len(task.test)) == (18, 4)
 
 
+@pytest.mark.fault(118)
 def test_a_corrupt_image_is_named(root: Path) -> None:
     (root / "paint" / "train" / "blue" / "3.jpg").write_bytes(b"no image")
     with pytest.raises(ExperimentError, match=r"3\.jpg is missing or cannot be decoded"):
         load_tasks(config(root), size=8)
 
 
+@pytest.mark.fault(118)
 def test_a_missing_folder_is_named(root: Path) -> None:
     with pytest.raises(ExperimentError, match=r"is not a folder.*--data-root"):
         load_tasks(config(root / "nowhere"), size=8)
@@ -62,12 +64,14 @@ def test_a_missing_folder_is_named(root: Path) -> None:
         load_tasks(config(root), size=8)
 
 
+@pytest.mark.fault(118)
 def test_classes_that_differ_are_named(root: Path) -> None:
     (root / "paint" / "test" / "blue").rename(root / "paint" / "test" / "green")
     with pytest.raises(ExperimentError, match="blue, green"):
         load_tasks(config(root), size=8)
 
 
+@pytest.mark.fault(118)
 def test_an_unknown_task_lists_the_folders(root: Path) -> None:
     with pytest.raises(ExperimentError, match="choose from paint"):
         load_tasks(Config(preset="mini", output="o", model="m", data_root=str(root), tasks=("pain",)), size=8)

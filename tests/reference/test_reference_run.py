@@ -45,6 +45,7 @@ def test_every_method_leaves_a_results_file(name: str, config: Config, experimen
 
 @pytest.mark.parametrize("name", ["finetune", "nullspace"])
 @pytest.mark.parametrize("calls", [3, 7, 9], ids=["in-task-1", "after-task-1", "in-task-2"])
+@pytest.mark.fault(119)
 def test_resume_is_bitwise(name: str, calls: int, config: Config, experiment: Experiment, tmp_path: Path) -> None:
     straight = Sequence(experiment, METHODS[name], config, 0, tmp_path / "straight")
     expected = straight.run()
@@ -71,6 +72,7 @@ def test_the_command_draws_tables_and_figures(tmp_path: Path, capsys: pytest.Cap
     assert "iterations" in capsys.readouterr().err
 
 
+@pytest.mark.fault(119)
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
