@@ -381,7 +381,8 @@ def _notes(work: Pass, capture: Capture, rows: list[ParameterReport]) -> Iterato
     if coarse:
         yield (
             f"{len(coarse)} parameters are in half precision ('{coarse[0]}', ...): kept directions hold up to its "
-            "rounding (relative drift 0.4 % in bfloat16, 0.05 % in float16); float32 parameters under autocast hold 1e-5"
+            "rounding (relative drift 0.4 % in bfloat16, 0.05 % in float16); "
+            "float32 parameters under autocast hold 1e-5"
         )
     if work.outside:
         yield f"{work.outside} tensors of the optimizer are not in {type(work.model).__name__}: they are not protected"

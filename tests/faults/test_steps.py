@@ -231,7 +231,7 @@ def test_prefixes_of_wrappers_are_no_part_of_a_name() -> None:
     optimizer = wrap(model)
     twin = torch.compile(copy.deepcopy(model), backend="eager")
     other = NullSpaceOptimizer(AdamW(twin.parameters()), twin)
-    assert [name for name, _ in twin.named_parameters()][0] == "_orig_mod.0.weight"
+    assert next(name for name, _ in twin.named_parameters()) == "_orig_mod.0.weight"
     other.load_state_dict(optimizer.state_dict())
     assert list(other.bases) == list(optimizer.bases)
 
