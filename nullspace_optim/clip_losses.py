@@ -33,7 +33,16 @@ class ClipOutputs(NamedTuple):
     logit_bias: Tensor | None = None
 
     def logits(self) -> Tensor:
-        """`s I T^T + b`, `[n, m]`, in at least float32."""
+        """`s I T^T + b`, `[n, m]`, in at least float32.
+
+        Raises:
+            BatchError: the scale is not finite.
+        """
+        if not torch.compiler.is_compiling() and not bool(self.logit_scale.isfinite().all()):
+            raise BatchError(
+                f"the outputs' logit_scale is {float(self.logit_scale.max())}: its exponential overflowed or training "
+                "diverged; clamp the parameter (CLIP: to ln 100) or lower its learning rate"
+            )
         images, texts = self.image_features, self.text_features
         wide = torch.promote_types(images.dtype, torch.float32)
         with torch.autocast(images.device.type, enabled=False):

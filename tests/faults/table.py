@@ -22,8 +22,7 @@ HEAD = """\
 # Faults
 
 What can go wrong between an optimizer and its weights, what happens then, and the test that proves it. Made by
-`python tests/faults/table.py --write`; a test fails where a number has neither a test nor a reason. Run those of one
-fault with `python -m pytest -m "fault" -k NAME`.
+`python tests/faults/table.py --write`; a test fails where a number has neither a test nor a reason.
 """
 
 

@@ -29,6 +29,7 @@ def wrap(model: nn.Module, mode: object = None) -> NullSpaceOptimizer:
         ({"candidates": 2.0}, r"candidates=2\.0\): expected a whole number"),
     ],
 )
+@pytest.mark.fault(113)
 def test_an_option_outside_its_range_is_refused(options: dict[str, object], message: str) -> None:
     model = Layer()
     with pytest.raises(OptionError, match=message):
@@ -36,6 +37,7 @@ def test_an_option_outside_its_range_is_refused(options: dict[str, object], mess
     assert not hasattr(model, "igsp") and not model.fc._forward_hooks
 
 
+@pytest.mark.fault(113)
 def test_a_layer_without_linear_maps_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     with pytest.raises(OptionError, match=r"'1' \(ReLU\) holds no torch.nn.Linear"):

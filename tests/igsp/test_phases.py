@@ -183,6 +183,7 @@ def test_a_router_that_trains_on_keeps_the_moments_of_its_rows() -> None:
     assert opt.state[layer.router]["exp_avg"].shape == layer.router.shape and moments.shape != layer.router.shape
 
 
+@pytest.mark.fault(111)
 def test_a_router_that_never_converges_stops_at_the_cap_and_keeps_all(caplog: pytest.LogCaptureFixture) -> None:
     model, opt = make(cap=10, window=20)
     with caplog.at_level(logging.INFO, logger="nullspace_optim.igsp"):
@@ -203,6 +204,7 @@ def test_a_task_that_ends_in_phase_one_is_pruned_then() -> None:
     assert "ended after 3 steps in phase 1" in report.reason and opt.status().phase == 1 and opt.status().task == 2
 
 
+@pytest.mark.fault(112)
 def test_a_threshold_that_would_remove_the_last_expert_is_refused_and_changes_nothing() -> None:
     model, opt = make(threshold=0.9, cap=4, on_cap="prune")
     train(model, opt, SyntheticTask(0), 3)

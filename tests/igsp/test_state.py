@@ -101,6 +101,7 @@ def test_copies_go_their_own_way(steps: int) -> None:
     assert not same(model, twin)
 
 
+@pytest.mark.fault(113)
 def test_experts_of_another_architecture_are_refused(tmp_path: Path) -> None:
     _, opt, _ = history(7)
     opt.save(tmp_path / "f")
