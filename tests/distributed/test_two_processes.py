@@ -46,6 +46,7 @@ def one_process(folder: Path) -> None:
     torch.save(results(optimizer, {}), folder / "branches.pt")
 
 
+@pytest.mark.fault(103, 104, 105, 106, 107, 110)
 @pytest.mark.parametrize("name", [scenario.__name__ for scenario in SCENARIOS])
 def test_two_processes(name: str, outcomes: dict[str, str]) -> None:
     assert outcomes[name] == "passed", outcomes[name]
