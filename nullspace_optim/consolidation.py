@@ -31,12 +31,11 @@ from .names import local, named_buffers, named_parameters, present_parameters
 from .policies import Energy, Policy
 from .probes import Probe, Recorder, digests_of, first_samples, samples_in
 from .projection import exact_products
-from .report import ConsolidationReport, ParameterReport
+from .remarks import few_rows_note, half_precision_note, outside_note, untrained_note, warnings_about
+from .report import ConsolidationReport
 from .untouched import untouched
 
 ENDLESS = 100_000
-NEARLY_FULL = 0.9
-ENOUGH = 10
 
 
 @dataclass(frozen=True)
@@ -130,8 +129,19 @@ def consolidate(
         seconds=time.perf_counter() - started,
         bytes=stored_bytes(grown),
         transient_bytes=_transient_bytes(work.parameters, grown),
-        warnings=tuple(_warnings(work, rows)),
-        notes=tuple(filter(None, [capture.relevance_note, _untrained_note(untrained), *_notes(work, capture, rows)])),
+        warnings=tuple(warnings_about(work.model, work.forward, rows)),
+        notes=tuple(
+            filter(
+                None,
+                [
+                    capture.relevance_note,
+                    untrained_note(untrained),
+                    few_rows_note(capture.captured, rows),
+                    half_precision_note(work.parameters),
+                    outside_note(work.model, work.outside),
+                ],
+            )
+        ),
     )
     if options.on_full == "raise" and report.of(Fate.FULL):
         raise ConsolidationError(
@@ -332,60 +342,6 @@ def record_probe(work: Pass, samples: Any) -> Probe:
     with capture:
         outputs = capture.batch(lambda: run(samples))
     return recorder.finish(outputs, digests_of(samples))
-
-
-def _warnings(work: Pass, rows: list[ParameterReport]) -> Iterator[str]:
-    free = [row for row in rows if row.fate is Fate.FREE]
-    silent = [row.name for row in free if row.reason.startswith("not read")]
-    if len(silent) == len(rows):
-        yield (
-            "nothing is protected: the forward pass read none of the trained parameters "
-            "(another copy of the model, or weights that were copied before?)"
-        )
-    clip_towers = hasattr(work.model, "encode_image") and hasattr(work.model, "encode_text")
-    if silent and clip_towers and work.forward is None:
-        yield (
-            f"only one tower was run: {len(silent)} parameters are free and old image-text logits are not protected; "
-            "pass forward=clip_forward(model, tokens)"
-        )
-    if any("uncovered" in row.reason for row in free):
-        yield 'parameters that are used but cannot be protected are trained (uncovered="train"): old outputs may move'
-    for row in rows:
-        if row.fate is Fate.FULL:
-            yield f"'{row.name}' has no free direction left and is frozen from now on"
-        elif row.dimension and row.dimension - row.free >= NEARLY_FULL * row.dimension:
-            yield f"'{row.name}' is nearly full: {row.rank} of {row.dimension} directions are protected"
-
-
-def _untrained_note(names: list[str]) -> str | None:
-    """Say that parameters were read that have no basis, because nothing trains them so far."""
-    if not names:
-        return None
-    return (
-        f"{len(names)} parameters were read but are not trained, so they have no basis ('{names[0]}', ...): "
-        "make them trainable before this consolidation if a later task shall train them"
-    )
-
-
-def _notes(work: Pass, capture: Capture, rows: list[ParameterReport]) -> Iterator[str]:
-    """Say what limits the promise: few rows, half precision, tensors that are not in the model."""
-    seen = {name: [int(m.rows.sum()) for m in found.sides.values()] for name, found in capture.captured.items()}
-    few = [(row, min(seen[row.name])) for row in rows if seen[row.name] and min(seen[row.name]) < ENOUGH * row.rank]
-    if few:
-        row, count = few[0]
-        yield (
-            f"{len(few)} parameters met fewer than {ENOUGH} rows for each kept direction ('{row.name}': {count} rows, "
-            f"rank {row.rank}, ...): other inputs of this task may lie outside; consolidate more of its data"
-        )
-    coarse = [name for name, p in work.parameters.items() if p.dtype in (torch.bfloat16, torch.float16)]
-    if coarse:
-        yield (
-            f"{len(coarse)} parameters are in half precision ('{coarse[0]}', ...): kept directions hold up to its "
-            "rounding (relative drift 0.4 % in bfloat16, 0.05 % in float16); "
-            "float32 parameters under autocast hold 1e-5"
-        )
-    if work.outside:
-        yield f"{work.outside} tensors of the optimizer are not in {type(work.model).__name__}: they are not protected"
 
 
 def stored_bytes(store: BasisStore) -> int:

@@ -34,7 +34,7 @@ LAYERS: list[list[str | tuple[str, ...]]] = [
         "shards",
     ],
     ["discovery", ("protection", "guard", "across")],
-    ["diagnostics", "fates", "agreement"],
+    ["diagnostics", "fates", "agreement", "remarks"],
     ["consolidation"],
     ["mode"],
     ["core", "igsp"],
