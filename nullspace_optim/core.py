@@ -17,12 +17,13 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import LBFGS, Optimizer
 
 from .agreement import facts_of
-from .basis import Basis, BasisStore
+from .basis import BasisStore
 from .consolidation import ConsolidationOptions
 from .discovery import find_model
 from .displacement import Displacement
 from .distributed import agree, ranks, refuse_unsupported, reshard, sharded_modules, together
-from .errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError, ShapeError
+from .errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError
+from .fit import check_fit, check_shapes
 from .iterates import Evaluation, evaluated, refuse_unknown_modes
 from .mode import Mode
 from .names import local, named_buffers, named_parameters
@@ -357,40 +358,6 @@ def _check_base(base: Any) -> None:
         raise OptionError(
             f"{type(base).__name__}(differentiable=True): corrections cannot be differentiated through; "
             "use differentiable=False"
-        )
-
-
-def check_fit(store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse bases that do not belong to `parameters`.
-
-    Raises:
-        BasisFileError: the store names parameters that are not there.
-        ShapeError: a parameter has another shape than its basis.
-    """
-    missing = sorted(set(store) - set(parameters))
-    if missing:
-        unexpected = sorted(set(parameters) - set(store))
-        raise BasisFileError(
-            f"the bases name parameters that the model (or the optimizer) lacks: {', '.join(missing[:5])}"
-            f"{' ...' if len(missing) > 5 else ''}; without a basis here: {', '.join(unexpected[:5]) or 'none'}"
-        )
-    check_shapes(store, parameters)
-
-
-def check_shapes(store: Mapping[str, Basis], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse parameters of another shape than their basis, naming both.
-
-    Raises:
-        ShapeError: a parameter has another shape than its basis.
-    """
-    wrong = [
-        f"'{name}' is {tuple(parameters[name].shape)}, its basis was made for {basis.shape}"
-        for name, basis in store.items()
-        if tuple(parameters[name].shape) != tuple(basis.shape)
-    ]
-    if wrong:
-        raise ShapeError(
-            f"shapes changed: {'; '.join(wrong[:5])}; use the model the bases were made with, or release() the name"
         )
 
 

@@ -29,6 +29,7 @@ LAYERS: list[list[str | tuple[str, ...]]] = [
         ("persistence", "schema", "validation"),
         "report",
         "displacement",
+        "fit",
         "probes",
         "untouched",
         "shards",
