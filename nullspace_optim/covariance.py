@@ -10,7 +10,7 @@ of a product; elsewhere it is one batched product.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from scipy.linalg import blas
@@ -27,7 +27,8 @@ def _full_precision(device: torch.device) -> Iterator[None]:
     if before != "highest":
         torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        autocast = torch.amp.is_autocast_available(device.type)  # not on the meta device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False) if autocast else nullcontext():
             yield
     finally:
         if before != "highest":

@@ -169,9 +169,8 @@ class Guard:
         with matrix_of(weight, self.basis.layout, bias[0] if bias else None) as matrix:
             for subspace in self.basis.subspaces.values():
                 if subspace.rank:
-                    restore_anchor_(
-                        matrix, subspace.basis, subspace.anchor, subspace.side, self._workspace(subspace, matrix.dtype)
-                    )
+                    workspace = None if subspace.side == "rows" else self._workspace(subspace, matrix.dtype)
+                    restore_anchor_(matrix, subspace.basis, subspace.anchor, subspace.side, workspace)
 
     def align(self, weights: Sequence[Tensor]) -> None:
         """Give other weights, in the place of `members`, everything that is kept."""

@@ -62,9 +62,13 @@ DERIVED = Origin(Kind.DERIVED)
 
 
 def storage_pointer(tensor: Tensor) -> int:
-    """Return the address of the storage of `tensor`; 0 if it has none (sparse, fake or empty tensors)."""
+    """Return the address of the storage of `tensor`; 0 if it has none (sparse, fake or empty tensors).
+
+    Storages on the meta device have no bytes; there the address of the storage object itself tells them apart.
+    """
     try:
-        return tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()
+        return int(storage._cdata) if tensor.is_meta else storage.data_ptr()
     except (NotImplementedError, RuntimeError):
         return 0
 

@@ -148,7 +148,7 @@ class Tally:
         """
         self.flush()
         for name, moment in self._touched.values():
-            if not bool(torch.isfinite(moment.diagonal()).all()):
+            if moment.device.type != "meta" and not bool(torch.isfinite(moment.diagonal()).all()):
                 raise CaptureError(
                     f"batch {number}: non-finite input rows of '{name}' (NaN, infinity or overflow of {moment.dtype}). "
                     "Remove the sample, or run the forward pass in float32"
@@ -186,7 +186,7 @@ class Tally:
         return Captured(
             layout=self._layouts.get(name),
             sides=sides,
-            row_index=None if used is None else used.nonzero().reshape(-1).cpu(),
+            row_index=None if used is None else _indices(used),
             reasons=tuple(reasons),
             bias=bias,
             met=name in self.order,
@@ -286,3 +286,8 @@ class Tally:
         sides = [side for name, side in self._moments if name == weight]
         alone = others == [weight] and sides == ["right"] and weight not in self._used
         return bias if bias is not None and alone and not self._reasons.get(bias) else None
+
+
+def _indices(flags: Tensor) -> Tensor:
+    """Return where `flags` `[n]` are set, `int64` `[k]` on the CPU; nowhere on the meta device, which has no values."""
+    return torch.zeros(0, dtype=torch.int64) if flags.is_meta else flags.nonzero().reshape(-1).cpu()

@@ -28,12 +28,12 @@ def test_inspect_prints_tasks_parameters_and_totals(saved: Path, capsys: pytest.
     assert main(["inspect", str(saved)]) == 0
     text = capsys.readouterr().out
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line}
-    assert "10 parameters, 2 tasks" in text
+    assert "11 parameters, 2 tasks" in text
     assert "task 2: birds, ok True, rows 320" in text
     assert lines["visual.proj"] == ["visual.proj", "protected", "left", "4/8", "99.9100%", "1,2"]
     assert lines["head.weight"] == ["head.weight", "free", "not", "read"]
-    assert "6 protected, 1 full, 2 frozen, 1 free" in text
-    assert "37 of 104 used (35.6%)" in text
+    assert "7 protected, 1 full, 2 frozen, 1 free" in text
+    assert "40 of 111 used (36.0%)" in text
     assert "kept 20 bytes" in text
 
 
@@ -56,14 +56,14 @@ def test_plot_writes_an_image(saved: Path, tmp_path: Path) -> None:
 
 
 def one_line_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("nullspace_optim: ") and error.count("\n") == 1
     return error
 
 
 @pytest.mark.fault(117)
-def test_a_missing_or_bad_file_is_one_line_and_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_or_bad_file_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no-such-file" in one_line_error(capsys, "inspect", str(tmp_path / "no-such-file"))
     (tmp_path / "text").write_text("not bases")
     assert "not a nullspace_optim file" in one_line_error(capsys, "inspect", str(tmp_path / "text"))

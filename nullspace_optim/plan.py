@@ -1,0 +1,351 @@
+"""What protection will cost: bytes and operations of a model, from the shapes of its weights alone.
+
+A `Survey` says which weights meet rows on which side (see `survey`); `predict` multiplies it out for one rule of rank
+and a number of devices. Weights are stacks of matrices `[g, m, d]` (see `layout`); a basis of rank `k` is `[g, s, k]`
+with `s = d` for side "right" and `s = m` for side "left", its anchor `[g, m, k]` or `[g, k, d]`. One multiplication
+and one addition are two FLOPs, as `torch.utils.flop_counter` counts them.
+
+Several devices stand for FSDP2 with `Shard(0)`: each holds a block of rows of every weight. A right basis is
+replicated and its anchor sharded; a left basis meets all rows, so its anchor is replicated. With DDP every device
+carries the figures of one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+
+from .errors import OptionError
+from .guard import Precision
+from .projection import MatrixSide
+from .protection import EXACT_EVERY, Project
+
+FLOAT, INDEX = 4, 8  # bytes of a float32 and of an int64
+EIGH = 9  # FLOPs of all eigenpairs of a symmetric matrix `[s, s]` over `s^3` (Golub and Van Loan, section 8.3)
+
+Rank = Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One second moment `[g, s, s]` of a consolidation; `rows` met it in one batch, summed over groups."""
+
+    groups: int
+    size: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One trainable parameter that meets rows.
+
+    `matrix` is `(g, m, d)`; `sides` maps each side to the number of its second moment in `Survey.moments`; `lookup`
+    is True where rows of the weight are looked up (an embedding); `by_rows` is True where a shard of the parameter's
+    first dimension is a block of the stack, so that its right anchors are sharded as well (not in grouped and
+    transposed convolutions).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    matrix: tuple[int, int, int]
+    itemsize: int
+    sides: Mapping[MatrixSide, int]
+    lookup: bool = False
+    by_rows: bool = True
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the parameter."""
+        g, m, d = self.matrix
+        return g * m * d * self.itemsize
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A trainable parameter that is read in a way that cannot be protected, and why."""
+
+    name: str
+    shape: tuple[int, ...]
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one training step of a model reads: a batch of `batch` samples forward, then backward.
+
+    `forward_flops` and `step_flops` are counted products; `buffers` are the bytes of buffers that the forward pass
+    reads, which are kept as well.
+    """
+
+    model: str
+    batch: int
+    parameters: int
+    weights: tuple[Weight, ...]
+    moments: tuple[Moment, ...]
+    frozen: tuple[Frozen, ...]
+    free: tuple[str, ...]
+    buffers: int
+    forward_flops: int
+    step_flops: int
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the figures are predicted for.
+
+    `devices` share the weights by rows (FSDP2). `precise` and `accumulate` are those of the policy: second moments
+    in float64, second moments kept between tasks; with `soft` directions have a scale and take the anchor form at any
+    rank. `samples` are consolidated. `rows_used` is the number of rows of
+    each embedding that tasks look up: one number for all, one by name, or `None` for a quarter of each.
+    """
+
+    devices: int = 1
+    precision: Precision = "exact"
+    project: Project = "update"
+    precise: bool = False
+    accumulate: bool = False
+    soft: bool = False
+    batch_frobenius: bool = False
+    samples: int = 1000
+    rows_used: int | Mapping[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("devices", "samples"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)}: expected a whole number in [1, inf)")
+        for name, allowed in (("precision", ("exact", "fast")), ("project", ("update", "gradient", "both"))):
+            if getattr(self, name) not in allowed:
+                raise OptionError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, allowed))}")
+
+    def looked_up(self, weight: Weight) -> int:
+        """Return how many rows of an embedding are used."""
+        rows = weight.matrix[1]
+        used = self.rows_used.get(weight.name) if isinstance(self.rows_used, Mapping) else self.rows_used
+        return min(rows, -(-rows // 4) if used is None else used)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that protection holds on one device.
+
+    `bases` and `anchors` are stored; `kept` are the values of frozen and full parameters and the buffers;
+    `covariances` are second moments kept between tasks (accumulating policies only). `copies` is the transient copy
+    of the weights before the base step, `workspaces` are residuals and complements, made at the first step.
+    """
+
+    bases: int = 0
+    anchors: int = 0
+    kept: int = 0
+    covariances: int = 0
+    copies: int = 0
+    workspaces: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(**{part.name: getattr(self, part.name) + getattr(other, part.name) for part in fields(self)})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The cost of one rank rule.
+
+    `share` is the part of all directions that is protected, 0..1; `full` counts parameters without a free direction
+    left (frozen from then on); `memory` is that of one process holding everything (or of each DDP rank),
+    `per_device` that of one FSDP2 rank; `step_flops` is the correction of one step over all devices, averaged over 16
+    steps.
+    """
+
+    share: float
+    full: int
+    memory: Memory
+    per_device: Memory
+    step_flops: int
+    step_flops_per_device: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The cost of one consolidation; it does not depend on the rank.
+
+    FLOPs of the forward passes, of the second moments (as full products; a symmetric update on a CPU does half) and of
+    the eigenvectors; `moments` are the bytes of all second moments, held by every device until the pass ends; `largest`
+    is the largest eigenproblem.
+    """
+
+    samples: int
+    forward_flops: int
+    moment_flops: int
+    eigh_flops: int
+    moments: int
+    eigenproblems: int
+    largest: int
+
+
+def by_fraction(fraction: float) -> Rank:
+    """Return the rule that protects a share `fraction` (0..1) of the directions of every side, at least one."""
+    if not 0 < fraction <= 1:
+        raise OptionError(f"rank fraction {fraction}: expected a number in (0, 1]")
+    return lambda size: max(1, round(fraction * size))
+
+
+def by_rank(k: int) -> Rank:
+    """Return the rule of `FixedRank(k)`: `k` directions of every side, or all if it has fewer."""
+    return lambda size: min(k, size)
+
+
+def predict(survey: Survey, rank: Rank, conditions: Conditions | None = None) -> Prediction:
+    """Return what protection costs if `rank(s)` directions of every side of size `s` are protected in each group."""
+    conditions = conditions or Conditions()
+    costs = [_Cost(weight, rank, conditions) for weight in survey.weights]
+    used = sum(cost.directions for cost in costs)
+    everything = sum(size * weight.matrix[0] for weight in survey.weights for _, size in _sides(weight))
+    return Prediction(
+        share=used / everything if everything else 0.0,
+        full=sum(cost.full for cost in costs),
+        memory=_memory(survey, costs, conditions, 1),
+        per_device=_memory(survey, costs, conditions, conditions.devices),
+        step_flops=sum(cost.flops for cost in costs),
+        step_flops_per_device=sum(cost.part(cost.flops, conditions.devices) for cost in costs),
+    )
+
+
+def consolidation(survey: Survey, conditions: Conditions | None = None) -> Pass:
+    """Return what one consolidation of `conditions.samples` samples costs."""
+    conditions = conditions or Conditions()
+    entry = 2 * FLOAT if conditions.precise else FLOAT
+    copies = 2 if conditions.batch_frobenius else 1
+    batches = conditions.samples / survey.batch
+    return Pass(
+        samples=conditions.samples,
+        forward_flops=round(survey.forward_flops * batches),
+        moment_flops=round(sum(2 * moment.rows * moment.size**2 for moment in survey.moments) * batches),
+        eigh_flops=sum(EIGH * moment.groups * moment.size**3 for moment in survey.moments),
+        moments=copies * entry * sum(moment.groups * moment.size**2 for moment in survey.moments),
+        eigenproblems=sum(moment.groups for moment in survey.moments),
+        largest=max((moment.size for moment in survey.moments), default=0),
+    )
+
+
+def on_both_sides(survey: Survey) -> Survey:
+    """Return the survey for a policy that looks at the weights instead of their rows (OSF): both sides are protected,
+    and no two weights share a second moment.
+    """
+    weights: list[Weight] = []
+    moments: list[Moment] = []
+    for weight in survey.weights:
+        g, m, d = weight.matrix
+        sides: dict[MatrixSide, int] = {}
+        if weight.sides:
+            sides = {"right": len(moments), "left": len(moments) + 1}
+            moments += [Moment(g, d, 0), Moment(g, m, 0)]
+        weights.append(replace(weight, sides=sides))
+    return replace(survey, weights=tuple(weights), moments=tuple(moments))
+
+
+def _sides(weight: Weight) -> list[tuple[MatrixSide, int]]:
+    """Return each side with its size `s`."""
+    _, m, d = weight.matrix
+    return [(side, d if side == "right" else m) for side in weight.sides]
+
+
+@dataclass
+class _Cost:
+    """One weight under one rank rule."""
+
+    weight: Weight
+    rank: Rank
+    conditions: Conditions
+    ranks: dict[MatrixSide, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ranks = {side: min(self.rank(size), size) for side, size in _sides(self.weight)}
+
+    @property
+    def directions(self) -> int:
+        return self.weight.matrix[0] * sum(self.ranks.values())
+
+    @property
+    def rows(self) -> int:
+        return self.conditions.looked_up(self.weight) if self.weight.lookup else 0
+
+    @property
+    def full(self) -> bool:
+        none_left = any(self.ranks[side] >= size for side, size in _sides(self.weight))
+        return (none_left and not self.conditions.soft) or (self.weight.lookup and self.rows >= self.weight.matrix[1])
+
+    @property
+    def difference(self) -> bool:
+        """True where the difference form runs."""
+        if self.full or self.conditions.project == "gradient" or not self.ranks:
+            return False
+        if self.conditions.soft:
+            return False
+        beyond = any(2 * self.ranks[side] > size for side, size in _sides(self.weight))
+        return beyond or self.conditions.precision == "fast"
+
+    @property
+    def flops(self) -> int:
+        """The correction of one step, on the whole weight."""
+        if self.full:
+            return 0
+        g, m, d = self.weight.matrix
+        anchor = 4 * g * m * d * sum(self.ranks.values())
+        shorter = 4 * g * m * d * sum(self._shorter(side, size) for side, size in _sides(self.weight))
+        if self.conditions.project == "gradient":
+            return shorter
+        projected = shorter if self.conditions.project == "both" else 0
+        return projected + (shorter + anchor // EXACT_EVERY if self.difference else anchor)
+
+    def _shorter(self, side: MatrixSide, size: int) -> int:
+        """Return the columns of the basis or, where more than half of all directions are kept, of its complement."""
+        k = self.ranks[side]
+        return k if self.conditions.soft or 2 * k <= size else size - k
+
+    def part(self, amount: int, devices: int) -> int:
+        """Return what the largest shard has of `amount`."""
+        return _part(amount, self.weight.shape, devices)
+
+    def memory(self, devices: int, bases: dict[tuple[int, int], int]) -> Memory:
+        """Return the bytes on one device; bases of weights that share rows are entered in `bases` once."""
+        g, m, d = self.weight.matrix
+        anchors = complements = residuals = 0
+        for side, size in _sides(self.weight):
+            k = self.ranks[side]
+            bases[self.weight.sides[side], size] = g * size * k * FLOAT + (g * k * FLOAT if self.conditions.soft else 0)
+            sharded = side == "right" and self.weight.by_rows
+            entry = max(FLOAT, self.weight.itemsize)
+            anchor = g * k * (m if side == "right" else d) * entry
+            anchors += self.part(anchor, devices) if sharded else anchor
+            residuals += self.part(anchor, devices) if sharded else anchor
+            complements += g * size * (size - k) * FLOAT if self._shorter(side, size) < k else 0
+        lookup = self.rows * d * max(FLOAT, self.weight.itemsize)
+        moving = not self.full and self.conditions.project != "gradient"
+        return Memory(
+            bases=self.rows * INDEX,
+            anchors=anchors + self.part(lookup, devices),
+            kept=self.part(self.weight.bytes, devices) if self.full else 0,
+            copies=self.part(self.weight.bytes, devices) if self.difference else 0,
+            workspaces=(residuals if moving else 0) + (0 if self.full else complements),
+        )
+
+
+def _memory(survey: Survey, costs: list[_Cost], conditions: Conditions, devices: int) -> Memory:
+    shared: dict[tuple[int, int], int] = {}
+    memory = Memory()
+    for cost in costs:
+        memory += cost.memory(devices, shared)
+    frozen = sum(_part(item.bytes, item.shape, devices) for item in survey.frozen)
+    entry = 2 * FLOAT if conditions.precise else FLOAT
+    kept = sum(moment.groups * moment.size**2 * entry for moment in survey.moments) if conditions.accumulate else 0
+    return memory + Memory(bases=sum(shared.values()), kept=frozen + survey.buffers, covariances=kept)
+
+
+def _part(amount: int, shape: tuple[int, ...], devices: int) -> int:
+    """Return what the largest of `devices` shards of a parameter of `shape` has of `amount`: whole first entries."""
+    rows = shape[0] if shape else 1
+    return amount * -(-rows // devices) // rows if rows else 0
