@@ -39,7 +39,7 @@ class StoppedError(Exception):
 
 @dataclass
 class Progress:
-    """How far a run is: finished tasks, next step, scores, trained parameters of each task, the pool's figures, seconds."""
+    """How far a run is: finished tasks, next step, scores, trained parameters of each task, figures of the pool."""
 
     task: int = 0
     step: int = 0
