@@ -26,6 +26,7 @@ from .errors import (
 )
 from .hints import declare_rows, stand_in
 from .igsp import IGSP, ExpertReport, LayerReport, Status, Trainable
+from .integrations import unwrap
 from .lora import begin_lora, inflora_rows, keeplora_rows, lora_rows
 from .mode import MODES
 from .optimizer import NullSpaceOptimizer
@@ -111,6 +112,7 @@ __all__ = [
     "shared_directions",
     "stand_in",
     "trust_regions",
+    "unwrap",
 ]
 __version__ = "0.1.0"
 

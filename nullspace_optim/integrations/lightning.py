@@ -1,0 +1,135 @@
+"""`ConsolidateCallback` for Lightning, under either of its names (`lightning` and `pytorch_lightning`)."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..discovery import Forward, feeder
+from ..errors import OptionError
+from .task import TaskOptions, Tasks
+from .unwrapping import unwrap
+
+NAMES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _callback() -> type[Any]:
+    """Return the `Callback` of the Lightning that is in use, or that can be imported (their hooks are the same)."""
+    for name in sorted(NAMES, key=lambda name: name not in sys.modules):
+        try:
+            found: type[Any] = importlib.import_module(name).Callback
+            return found
+        except ImportError:
+            continue
+    raise ImportError("this callback needs Lightning: pip install lightning")
+
+
+if TYPE_CHECKING:
+    Callback = object
+else:
+    Callback = _callback()
+
+
+class ConsolidateCallback(Callback):
+    """Consolidate at the end of every `trainer.fit`, and keep the bases if the next fit makes a new optimizer.
+
+    One fit is one task. `configure_optimizers` must return a `NullSpaceOptimizer` (with others beside it if there are
+    several). Checkpoints carry the bases of all earlier tasks in the optimizer's state; the task itself is consolidated
+    when its training has ended, so call `trainer.save_checkpoint` after `fit`, or give `path`.
+
+    Args:
+        loader: batches of the task; the trainer's own training loader by default.
+        forward: `forward(batch)` runs the model, where the module's `forward` is not the way.
+        name: the task's name.
+        path: write the bases to this file after each task.
+        max_batches: stop after so many batches.
+        progress: show a progress bar.
+
+    Raises:
+        OptionError: an option has a wrong value.
+        ImportError: Lightning is not installed (on import).
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any] | None = None,
+        *,
+        forward: Forward | None = None,
+        name: str | None = None,
+        path: str | PathLike[str] | None = None,
+        max_batches: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        self._tasks = Tasks(TaskOptions(loader, forward, name, path, max_batches, progress))
+
+    @property
+    def reports(self) -> list[Any]:
+        """The `ConsolidationReport` of every task so far."""
+        return self._tasks.reports
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Hand the bases of an earlier fit on to a new optimizer (a checkpoint that is resumed overrides them)."""
+        self._tasks.begin(_optimizer(trainer))
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Let a validation see exact weights: it need not call the module's own forward."""
+        if trainer.optimizers:
+            _optimizer(trainer)._core.protection.make_exact()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Consolidate the task."""
+        forward = self._tasks.options.forward
+        self._tasks.end(_optimizer(trainer), trainer.train_dataloader, _forward(trainer, pl_module, forward))
+
+
+def _optimizer(trainer: Any) -> Any:
+    """Return the trainer's one `NullSpaceOptimizer`.
+
+    Raises:
+        OptionError: there is none, or more than one.
+    """
+    found = []
+    for optimizer in trainer.optimizers:
+        try:
+            found.append(unwrap(optimizer))
+        except OptionError:
+            continue
+    if len(found) != 1:
+        raise OptionError(
+            f"configure_optimizers gave {len(found)} NullSpaceOptimizers: expected one, which takes a list of bases"
+        )
+    return found[0]
+
+
+def _forward(trainer: Any, module: Any, forward: Forward | None) -> Forward:
+    """Return a forward that sees batches as the module's steps do: on its device, in the dtype of its parameters.
+
+    Autocast is off, so that float32 weights keep what float32 inputs met, not their rounded values.
+    """
+    if forward is None and type(module).forward in _unimplemented():
+        raise OptionError(
+            f"{type(module).__name__} has no forward(): pass ConsolidateCallback(forward=...), a callable that takes a "
+            "batch and runs the model, such as lambda batch: module.net(batch[0])"
+        )
+    run = feeder(module, forward)
+    plugin = trainer.precision_plugin
+
+    def see(batch: Any) -> Any:
+        batch = plugin.convert_input(trainer.strategy.batch_to_device(batch))
+        with plugin.forward_context(), torch.autocast(module.device.type, enabled=False):
+            return run(batch)
+
+    restart = getattr(forward, "restart", None)
+    if restart is not None:
+        see.restart = restart  # type: ignore[attr-defined]
+    return see
+
+
+def _unimplemented() -> set[Any]:
+    return {sys.modules[name].LightningModule.forward for name in NAMES if name in sys.modules}
