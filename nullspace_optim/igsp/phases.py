@@ -231,6 +231,7 @@ class IgspMode:
             trainable=self.trainees.count,
             finished=tuple(scope.tasks),
             converged={layer.name: layer.watch.convergence.at for layer in self.experts.layers},
+            flow={layer.name: tuple(layer.watch.shares.tolist()) for layer in self.experts.layers},
         )
 
     def regularization(self) -> Tensor:

@@ -11,7 +11,8 @@ from ..report import ConsolidationReport, table
 class Status:
     """Where the mode is: `phase` 1 or 2 (of the task at work), steps in it, and why it began.
 
-    `trainable` counts parameters that train now, `converged` maps each layer to its convergence step (None: not yet).
+    `trainable` counts parameters that train now. By layer: `converged` is the step at which its router had converged
+    (None: not yet), `flow` the running mean of the routing to every expert, as of phase 1, historical ones first.
     """
 
     task: int
@@ -21,6 +22,7 @@ class Status:
     trainable: int
     finished: tuple[str, ...]
     converged: dict[str, int | None]
+    flow: dict[str, tuple[float, ...]]
 
     def __str__(self) -> str:
         names = {1: "subspace identification", 2: "orthogonal fine-tuning"}
