@@ -21,7 +21,7 @@ from .basis import BasisStore
 from .consolidation import ConsolidationOptions
 from .discovery import find_model
 from .displacement import Displacement
-from .distributed import agree, ranks, refuse_unsupported, reshard, sharded_modules, together
+from .distributed import agree, ranks, refuse_tensor_parallel, refuse_unsupported, reshard, sharded_modules, together
 from .errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError
 from .fit import check_fit, check_shapes
 from .iterates import Evaluation, evaluated, refuse_unknown_modes
@@ -213,7 +213,10 @@ class Core:
     def trainable(self) -> dict[str, Tensor]:
         """Return the parameters with gradients that are both in the bases and in the model, by name."""
         self.follow_replaced()
-        return {name: p for name, p in self.wrapped(self.owner()).items() if p.requires_grad}
+        model = self.owner()
+        parameters = {name: p for name, p in self.wrapped(model).items() if p.requires_grad}
+        refuse_tensor_parallel(model, parameters)
+        return parameters
 
     def adopt(self, store: BasisStore) -> None:
         """Take over a loaded store; every anchor is compared with the weights before the next step."""

@@ -286,7 +286,8 @@ def shard_of(parameter: Any) -> Shard | None:
     """
     if not is_dtensor(parameter):
         return None
-    split = [(i, place) for i, place in enumerate(parameter.placements) if not place.is_replicate()]
+    mesh = parameter.device_mesh
+    split = [(i, p) for i, p in enumerate(parameter.placements) if not p.is_replicate() and mesh.size(i) > 1]
     if not split:
         return None
     mesh_dim, place = split[0]
@@ -295,7 +296,7 @@ def shard_of(parameter: Any) -> Shard | None:
             f"a parameter of shape {tuple(parameter.shape)} is placed as {parameter.placements}: tensor parallelism is "
             "not supported; shard with fully_shard alone (or replicate and shard, HSDP)"
         )
-    mesh, size = parameter.device_mesh, parameter.shape[place.dim]
+    size = parameter.shape[place.dim]
     block = -(-size // mesh.size(mesh_dim))
     start = min(size, block * mesh.get_local_rank(mesh_dim))
     return Shard(place.dim, start, min(size, start + block), size, mesh.get_group(mesh_dim), mesh.size(mesh_dim))
@@ -322,6 +323,20 @@ def sharded_modules(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def refuse_tensor_parallel(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse DTensors that `fully_shard` did not make.
+
+    Raises:
+        OptionError: names the first such parameter.
+    """
+    spread = [name for name, parameter in parameters.items() if is_dtensor(parameter)]
+    if spread and not sharded_modules(model):
+        raise OptionError(
+            f"'{spread[0]}' is a DTensor outside fully_shard: tensor parallelism is not supported; "
+            "shard with torch.distributed.fsdp.fully_shard alone"
+        )
 
 
 def reshard(model: nn.Module) -> None:

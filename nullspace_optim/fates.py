@@ -227,7 +227,7 @@ def _protected(
     """Return the grown basis with its anchors."""
     layout = seen.layout or Layout()
     subspaces: dict[Side, Subspace] = dict(old.subspaces) if old else {}
-    part = part_of(parameter, layout)
+    part = part_of(parameter, layout, joint=bias is not None)
     with torch.no_grad(), matrix_of(parameter, layout, bias, write=False) as matrix:
         for side, choice in choices.items():
             tasks = len(old.tasks) if old else 0

@@ -30,7 +30,7 @@ from .projection import (
     subtract_coordinates_,
     yield_anchor_,
 )
-from .shards import ALL, Part, crossing_sides, local_basis, padded, part_of
+from .shards import Part, crossing_sides, local_basis, padded, part_of
 
 Precision = Literal["exact", "fast"]
 
@@ -42,13 +42,8 @@ def matrix_of(parameter: Tensor, layout: Layout, bias: Tensor | None = None, *, 
     With `bias` the matrix is `[W b]`, `[g, m, d + 1]`. Who only reads says ``write=False``: a write, even of the same
     values, makes a graph that waits for its backward pass unusable. Of a sharded parameter it is this rank's block of
     the stack (see `shards`).
-
-    Raises:
-        OptionError: the bias is not sharded like the outputs of the weight.
     """
-    part = part_of(parameter, layout)
-    if bias is not None and part.inputs != ALL:
-        raise OptionError('bias="joint" needs weights that are sharded along their outputs, Shard(0)')
+    part = part_of(parameter, layout, joint=bias is not None)
     weight, added = (None if p is None else _block(p, part.padded) for p in (parameter, bias))
     assert weight is not None
     matrix = layout.to_matrix(weight)
@@ -77,7 +72,7 @@ def _block(parameter: Tensor, fill: bool) -> Tensor:
 def _write_block(parameter: Tensor, block: Tensor) -> None:
     """Write a block that was filled up with zeros back into its parameter."""
     held = local(parameter)
-    if block.shape != held.shape:
+    if block.data_ptr() != held.data_ptr():
         shard = shard_of(parameter)
         assert shard is not None
         held.copy_(block.narrow(shard.dim, shard.start, shard.stop - shard.start))
@@ -100,11 +95,12 @@ class Guard:
     complements: dict[Side, Tensor] = field(default_factory=dict)
     previous: list[Tensor] = field(default_factory=list)
     residuals: dict[Side, Tensor] = field(default_factory=dict)
-    seen: tuple[tuple[int, int], ...] | None = None
+    seen: tuple[tuple[int, ...], ...] | None = None
     pending: bool = False
 
     def __post_init__(self) -> None:
-        self.stored, self.part = self.basis, part_of(self.parameter, self.basis.layout)
+        self.stored = self.basis
+        self.part = part_of(self.parameter, self.basis.layout, joint=self.bias is not None)
         self.across = [] if self.basis.kept is not None else crossing_sides(self.basis, self.part)
         self.basis = local_basis(self.basis, self.part)
 
@@ -122,8 +118,9 @@ class Guard:
         """Remember storage and version of every member as we left it."""
         self.seen = self._marks()
 
-    def _marks(self) -> tuple[tuple[int, int], ...]:
-        return tuple((p.data_ptr(), p._version) for p in map(local, self.members))
+    def _marks(self) -> tuple[tuple[int, ...], ...]:
+        """Return address and version of every member; a DTensor and its block count their writes separately."""
+        return tuple((held.data_ptr(), held._version, p._version) for p in self.members for held in [local(p)])
 
     @property
     def edited(self) -> bool:

@@ -27,6 +27,7 @@ from .consolidation import Pass, consolidate, measure, record_probe
 from .contract import OptimizerContract
 from .core import Core, check_bases
 from .covariance import SecondMoment
+from .dcp import Checkpoint
 from .diagnostics import moved_buffers
 from .discovery import Forward, unwrap
 from .distributed import agree, everyone, rank, ranks, together
@@ -338,6 +339,17 @@ class NullSpaceOptimizer(OptimizerContract):
         with together():
             if rank() == 0:
                 persistence.save(whole, path)
+
+    def checkpoint(self) -> Checkpoint:
+        """Return model, base optimizers and protection as one object for `torch.distributed.checkpoint`.
+
+        Saved by so many processes, it can be loaded by any other number.
+
+        Example:
+            >>> dcp.save({"training": opt.checkpoint()}, checkpoint_id=folder)   # doctest: +SKIP
+            >>> dcp.load({"training": opt.checkpoint()}, checkpoint_id=folder)   # doctest: +SKIP
+        """
+        return Checkpoint(self._core)
 
     def load(self, path: str | PathLike[str]) -> None:
         """Replace all bases by those of a file written by `save`; each of several processes reads it.

@@ -41,6 +41,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import secrets
 import stat
@@ -57,7 +58,7 @@ from .errors import BasisFileError
 from .schema import fingerprint, pack, parse_json, refuse
 from .validation import unpack
 
-__all__ = ["fingerprint", "load", "pack", "save", "unpack"]
+__all__ = ["dumps", "fingerprint", "load", "loads", "pack", "save", "unpack"]
 
 KEY = "nullspace_optim"
 LARGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors format
@@ -76,15 +77,21 @@ def save(store: BasisStore, path: str | os.PathLike[str]) -> None:
     Symbolic links are followed, an existing file keeps its mode and owner, a new one gets the mode `open` gives.
     Equal stores give equal bytes. Raises `OSError` naming `path`, or `BasisFileError` if the format cannot hold it.
     """
-    tensors, metadata = pack(store)
-    try:
-        payload = safetensors.torch.save(_unshared(tensors), {KEY: metadata})
-    except (SafetensorError, KeyError, ValueError, RuntimeError, NotImplementedError) as error:
-        raise BasisFileError(f"{_name(path)}: the bases cannot be written as safetensors ({error!r})") from error
+    payload = dumps(store, _name(path))
     try:
         _replace(Path(os.path.realpath(path)), payload)
     except OSError as error:
         raise OSError(error.errno, f"bases not saved: {error.strerror or error}", os.fspath(path)) from error
+
+
+def dumps(store: BasisStore, source: str) -> bytes:
+    """Return the bytes of the file that `save` writes; `source` names it in errors."""
+    tensors, metadata = pack(store)
+    try:
+        payload: bytes = safetensors.torch.save(_unshared(tensors), {KEY: metadata})
+    except (SafetensorError, KeyError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise BasisFileError(f"{source}: the bases cannot be written as safetensors ({error!r})") from error
+    return payload
 
 
 def load(path: str | os.PathLike[str]) -> BasisStore:
@@ -96,9 +103,18 @@ def load(path: str | os.PathLike[str]) -> BasisStore:
     if not stat.S_ISREG(os.stat(path).st_mode):
         refuse(source, "it is not a regular file")
     with open(path, "rb") as file:
-        header = _header(file, source)
-        file.seek(0)
-        data = file.read()
+        return _read(file, source)
+
+
+def loads(data: bytes, source: str) -> BasisStore:
+    """Return the store in bytes that `dumps` made; defects are refused as in `load`."""
+    return _read(io.BytesIO(data), source)
+
+
+def _read(file: BinaryIO, source: str) -> BasisStore:
+    header = _header(file, source)
+    file.seek(0)
+    data = file.read()
     entry = header.get("__metadata__")
     if not isinstance(entry, dict) or set(entry) != {KEY} or not isinstance(entry[KEY], str):
         refuse(source, f"its metadata lack the one key '{KEY}' (a safetensors file of another program)")
@@ -127,7 +143,9 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _header(file: BinaryIO, source: str) -> dict[str, Any]:
     """Return the parsed safetensors header of `file`, its length checked before it is read."""
-    size, start = os.fstat(file.fileno()).st_size, file.read(8)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(8)
     if len(start) < 8:
         refuse(source, f"it has {size} bytes, too few for a header")
     length = int.from_bytes(start, "little")

@@ -70,6 +70,16 @@ class Protection:
         self._idle: set[int] = set()
         self._second_weights = False
         self._handles: list[Any] = []
+        self._paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let bases step without protection, for a step that moves nothing."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def rebuild(self, store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
         """Make guards for every parameter of `store` that is kept in any way; a basis that stays keeps what it owes."""
@@ -106,6 +116,8 @@ class Protection:
     @torch.no_grad()
     def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step pre-hook of a base: refuse stale anchors, hide frozen gradients, take what the difference form needs."""
+        if self._paused:
+            return None
         self.put_back()
         mine = self._guards_of(base)
         for guard in mine:
@@ -134,6 +146,8 @@ class Protection:
     @torch.no_grad()
     def after_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Step post-hook of a base: put kept directions, frozen values and hidden gradients back."""
+        if self._paused:
+            return
         owed, moves = False, []
         foreign = not _marks_writes(base)
         for guard in self._guards_of(base):

@@ -117,6 +117,8 @@ class Memory:
 
     def refresh(self) -> None:
         """Read the storage of every parameter and buffer anew (they move where a framework swaps parameters)."""
+        for key in [key for key in self._aliases if key[0] in self._owners]:
+            del self._aliases[key]  # the same address and shape may be another parameter now
         self._owners.clear()
         for is_parameter, tensors in ((True, self._now(self.parameters)), (False, self.buffers)):
             for name, tensor in tensors.items():
@@ -170,8 +172,6 @@ class Memory:
             if isinstance(tensor, torch.nn.Parameter) and pointer not in self._untrained:
                 self.refresh()
         elif any(storage_pointer(owner.tensor) != pointer for owner in owners):
-            for key in [key for key in self._aliases if key[0] == pointer]:
-                del self._aliases[key]
             self.refresh()
 
     def origin(self, tensor: Tensor) -> Origin:
@@ -189,6 +189,8 @@ class Memory:
     def learn(self, tensor: Tensor, origin: Origin) -> None:
         """Remember what `tensor`, the output of an operator, is."""
         pointer = storage_pointer(tensor)
+        if self._present is not None:
+            self._look_again(pointer, tensor)
         if not pointer or pointer in self._owners:
             return
         if origin.kind is Kind.DATA:

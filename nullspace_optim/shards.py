@@ -104,8 +104,8 @@ class Part:
 WHOLE = Part()
 
 
-def part_of(parameter: Tensor, layout: Layout) -> Part:
-    """Return which part of the matrices of `parameter` this rank holds."""
+def part_of(parameter: Tensor, layout: Layout, *, joint: bool = False) -> Part:
+    """Return which part of the matrices of `parameter` this rank holds; with `joint`, a bias is one more input."""
     shard = shard_of(parameter)
     if shard is None:
         return WHOLE
@@ -116,11 +116,13 @@ def part_of(parameter: Tensor, layout: Layout) -> Part:
             Part(shard, outputs=held, crossing=("left",)),
             Part(shard, inputs=held, crossing=("right",)),
         )[shard.dim]
-    if layout.kind == "matrix" and shard.dim == 0:
-        return Part(shard, outputs=held, crossing=("left",))
-    if layout.kind == "matrix" and shard.dim == 1:
-        each = math.prod(parameter.shape[2:])
-        return Part(shard, inputs=slice(shard.start * each, shard.stop * each), crossing=("right",))
+    if layout.kind == "matrix" or (layout.kind == "transposed" and layout.groups == 1):
+        outputs, inputs = (0, 1) if layout.kind == "matrix" else (1, 0)
+        if shard.dim == outputs:
+            return Part(shard, outputs=held, crossing=("left",))
+        if shard.dim == inputs and not joint:
+            each = math.prod(parameter.shape[2:])
+            return Part(shard, inputs=slice(shard.start * each, shard.stop * each), crossing=("right",))
     if layout.kind == "grouped" and shard.dim == 0:
         return Part(shard, padded=True)
     return Part(shard, padded=True, crossing=("right", "left", "rows"))
@@ -166,7 +168,8 @@ def _mapped(store: BasisStore, parameters: Mapping[str, Tensor], *, cut: bool) -
     twin = store.copy()
     changed = False
     for name, basis in store.items():
-        part = part_of(parameters[name], basis.layout) if name in parameters else WHOLE
+        joint = basis.bias is not None
+        part = part_of(parameters[name], basis.layout, joint=joint) if name in parameters else WHOLE
         if part.shard is None:
             continue
         changed = True

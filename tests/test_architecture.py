@@ -40,6 +40,7 @@ LAYERS: list[list[str | tuple[str, ...]]] = [
     ["consolidation"],
     ["mode"],
     ["core", "igsp"],
+    ["dcp"],
     ["contract"],
     ["optimizer"],
     ["plots", "integrations", "scaling", "lora", "prompts", "classes"],
@@ -215,3 +216,14 @@ def test_the_test_command_stands_in_the_readme_alone() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "README.md" in script and "pytest -" not in script
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=label)
+def test_only_two_files_talk_to_torch_distributed(path: Path) -> None:
+    if module_of(path) not in ("distributed", "dcp"):
+        assert "torch.distributed" not in {
+            ".".join(name.split(".")[:2])
+            for node in ast.walk(tree_of(path))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+        }

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nullspace_optim.capture import Capture, Captured
 from nullspace_optim.errors import CaptureError, OptionError
+from nullspace_optim.recognise import Memory
 from nullspace_optim.rows import Patches
 
 Kind = dict[str, Any]
@@ -748,3 +749,13 @@ def test_constant_rows_count_where_the_product_is_detached() -> None:
     seen = capture(model, x, rows="relevant").captured["a"]
     assert seen.sides["right"].rows.tolist() == [8]
     assert close(seen.sides["right"].matrix[0], torch.eye(6).double() + gram(x))
+
+
+def test_an_address_that_another_parameter_takes_over_changes_its_name() -> None:
+    whole, there = nn.Parameter(torch.randn(3, 4)), ["first"]
+    shapes = {name: torch.empty(3, 4) for name in ("first", "second")}
+    memory = Memory(shapes, {}, {}, lambda: {there[0]: whole})
+    assert memory.origin(whole).names == ("first",)
+    there[0] = "second"
+    memory.refresh()
+    assert memory.origin(whole).names == ("second",)

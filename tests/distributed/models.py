@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer
 
@@ -68,12 +68,18 @@ def share(batches: list[Tensor], rank: int) -> list[Tensor]:
     return batches[:2] if rank == 0 else batches[2:]
 
 
-def wrap(model: nn.Module, **options: Any) -> NullSpaceOptimizer:
-    """Wrap AdamW for `model`, which the optimizer then keeps alive."""
+def wrap(model: nn.Module, base: Optimizer | None = None, **options: Any) -> NullSpaceOptimizer:
+    """Wrap AdamW (or `base`) for `model`, which the optimizer then keeps alive."""
     options.setdefault("policy", FixedRank(3))
-    optimizer: Any = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.01, weight_decay=0.1), model, **options)
+    base = AdamW(model.parameters(), lr=0.01, weight_decay=0.1) if base is None else base
+    optimizer: Any = NullSpaceOptimizer(base, model, **options)
     optimizer.held = model
     return optimizer
+
+
+def momentum(model: nn.Module) -> SGD:
+    """Return SGD, which does not blow the rounding of a projected gradient up to a step as Adam does."""
+    return SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
 
 
 def train(model: nn.Module, optimizer: NullSpaceOptimizer, batches: list[Tensor], rank: int | None = None) -> None:
@@ -111,9 +117,9 @@ def results(optimizer: NullSpaceOptimizer, weights: Tensors) -> Tensors:
     return found
 
 
-def compare(found: Tensors, expected: Tensors, tolerance: float = 1e-5) -> None:
+def compare(found: Tensors, expected: Tensors, tolerance: float = 1e-5, what: str = "") -> None:
     """Assert that every tensor is within a relative `tolerance`."""
-    assert found.keys() == expected.keys()
+    assert found.keys() == expected.keys(), (what, sorted(found.keys() ^ expected.keys()))
     for name, value in expected.items():
         error = float((found[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-12))
-        assert error <= tolerance, f"{name}: {error:.1e}"
+        assert error <= tolerance, f"{what} {name}: {error:.1e}"

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import ddp_scenarios
+import fsdp_scenarios
 import pytest
 import torch
-from models import Everything, Plain, results, rows, seeded, tokens, two_tasks, wrap
+import torch.distributed.checkpoint as dcp
+from models import Everything, Plain, compare, momentum, results, rows, seeded, tokens, train, two_tasks, wrap
 from processes import run_scenarios
 
 from nullspace_optim import FixedRank
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-SCENARIOS = [*ddp_scenarios.SCENARIOS]
+SCENARIOS = [*ddp_scenarios.SCENARIOS, *fsdp_scenarios.SCENARIOS]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Write down what one process finds, then run all scenarios in two."""
     folder = tmp_path_factory.mktemp("two")
     one_process(folder)
-    return run_scenarios(SCENARIOS, folder)
+    one_process_saves(folder)
+    return {**run_scenarios(SCENARIOS, folder), "folder": str(folder)}
 
 
 def one_process(folder: Path) -> None:
@@ -46,7 +49,38 @@ def one_process(folder: Path) -> None:
     torch.save(results(optimizer, {}), folder / "branches.pt")
 
 
-@pytest.mark.fault(103, 104, 105, 106, 107, 110)
+def one_process_saves(folder: Path) -> None:
+    model = seeded(Everything)
+    optimizer = wrap(model)
+    optimizer.consolidate(tokens(1), progress=False)
+    train(model, optimizer, tokens(2))
+    optimizer.save(folder / "everything.safetensors")
+    dcp.save({"training": optimizer.checkpoint()}, checkpoint_id=folder / "by-one")
+    torch.save({name: weight.detach().clone() for name, weight in model.named_parameters()}, folder / "before.pt")
+    train(model, optimizer, tokens(3))
+    torch.save({name: weight.detach().clone() for name, weight in model.named_parameters()}, folder / "after.pt")
+    for name, options in fsdp_scenarios.FORMS.items():
+        model = seeded(Everything)
+        optimizer = wrap(model, momentum(model), **options)
+        two_tasks(model, optimizer, tokens, steps=18)
+        optimizer.verify()
+        torch.save(results(optimizer, dict(model.named_parameters())), folder / f"form-{name}.pt")
+
+
+@pytest.mark.fault(103, 104, 105, 106, 107, 108, 109, 110)
 @pytest.mark.parametrize("name", [scenario.__name__ for scenario in SCENARIOS])
 def test_two_processes(name: str, outcomes: dict[str, str]) -> None:
     assert outcomes[name] == "passed", outcomes[name]
+
+
+def test_one_process_goes_on_where_two_stopped(outcomes: dict[str, str]) -> None:
+    folder = Path(outcomes["folder"])
+    if not (folder / "by-two.pt").exists():
+        pytest.fail("the two processes wrote no checkpoint")
+    torch.manual_seed(7)
+    model = Everything()
+    optimizer = wrap(model)
+    dcp.load({"training": optimizer.checkpoint()}, checkpoint_id=folder / "by-two")
+    train(model, optimizer, tokens(4))
+    compare(dict(model.named_parameters()), torch.load(folder / "by-two.pt"))
+    assert optimizer.verify(tokens(1)).ok

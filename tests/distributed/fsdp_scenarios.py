@@ -1,0 +1,299 @@
+"""What must hold under FSDP2 (`fully_shard`); each function runs on both ranks (see `processes`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ddp_scenarios import _Broken, everyone, refusal
+from models import (
+    Everything,
+    Plain,
+    Tensors,
+    compare,
+    momentum,
+    results,
+    rows,
+    seeded,
+    share,
+    tokens,
+    train,
+    two_tasks,
+    wrap,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from nullspace_optim import CaptureError, ConsolidationError, Fate, FixedRank, NullSpaceOptimizer, OptionError
+
+
+def sharded(model: nn.Module, **options: Any) -> Any:
+    """Shard the block of a model on its own, then the rest."""
+    options.setdefault("mesh", init_device_mesh("cpu", (2,)))
+    if hasattr(model, "block"):
+        fully_shard(model.block, **options)
+    return fully_shard(model, **options)
+
+
+def whole(model: nn.Module) -> Tensors:
+    """Return all weights, gathered."""
+    return {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+
+
+def fsdp_equals_one_process(folder: Path) -> None:
+    model = sharded(seeded(Everything))
+    optimizer = wrap(model)
+    two_tasks(model, optimizer, tokens, dist.get_rank())
+    compare(results(optimizer, whole(model)), torch.load(folder / "everything.pt"))
+    report = optimizer.verify(share(tokens(1), dist.get_rank()))
+    assert report.ok and report.missing == ("task 2",)
+    assert everyone(report.kept)[0] == everyone(report.kept)[1]
+    sides = {name: set(basis.subspaces) for name, basis in optimizer.bases.items() if basis.subspaces}
+    assert sides["projection"] == {"left"} and sides["embedding.weight"] == {"rows"} and len(sides) == 7
+    assert optimizer.bases["norm.weight"].fate is Fate.FROZEN
+    assert optimizer.capacity() == everyone(optimizer.capacity())[0]
+
+
+def every_form_of_correction_equals_one_process(folder: Path) -> None:
+    for name, options in FORMS.items():
+        model = sharded(seeded(Everything))
+        optimizer = wrap(model, momentum(model), **options)
+        two_tasks(model, optimizer, tokens, dist.get_rank(), steps=18)
+        optimizer.verify()
+        compare(
+            results(optimizer, whole(model)), torch.load(folder / f"form-{name}.pt"), TOLERANCES.get(name, 1e-5), name
+        )
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "difference": {"policy": FixedRank(9)},
+    "both": {"project": "both"},
+    "gradient": {"project": "gradient"},
+    "joint": {"bias": "joint"},
+    "fast": {"precision": "fast"},
+}
+TOLERANCES = {"fast": 2**-8}  # bfloat16 products; a side that crosses ranks is corrected in float32
+
+
+def _collectives(model: nn.Module, optimizer: NullSpaceOptimizer, data: Callable[[int], list[Tensor]]) -> int:
+    optimizer.consolidate(share(data(1), dist.get_rank()), progress=False)
+    optimizer.zero_grad()
+    (model(data(2)[0]) - 1).square().mean().backward()
+    with CommDebugMode() as counted:
+        optimizer.step()
+    assert optimizer.verify().ok
+    return int(counted.get_total_counts())
+
+
+def a_step_communicates_nothing(folder: Path) -> None:
+    for policy in (FixedRank(3), FixedRank(10)):
+        model = sharded(seeded(Plain))
+        assert _collectives(model, wrap(model, policy=policy), rows) == 0
+    model = sharded(
+        seeded(Everything)
+    )  # `x @ projection` and the transposed convolution are sharded along their inputs
+    assert _collectives(model, wrap(model), tokens) == 1
+    model = seeded(Everything)
+    inputs_first = {id(model.projection), id(model.transposed.weight)}
+    model = sharded(model, shard_placement_fn=lambda p: Shard(1) if id(p) in inputs_first else Shard(0))
+    assert _collectives(model, wrap(model), tokens) == 0
+    model = sharded(seeded(Plain))
+    optimizer = wrap(model)
+    optimizer.consolidate(rows(1), progress=False)
+    with CommDebugMode() as counted:
+        optimizer.step()
+    assert counted.get_total_counts() == 0
+
+
+def weights_sharded_along_their_inputs_hold(folder: Path) -> None:
+    model = seeded(Everything)
+    ones = {id(p) for p in (model.projection, model.block[0].weight, model.embedding.weight, model.transposed.weight)}
+    model = sharded(model, shard_placement_fn=lambda p: Shard(1) if id(p) in ones else Shard(0))
+    optimizer = wrap(model)
+    two_tasks(model, optimizer, tokens, dist.get_rank())
+    compare(results(optimizer, whole(model)), torch.load(folder / "everything.pt"))
+    assert optimizer.verify().ok
+
+
+def half_precision_forward_is_captured(folder: Path) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(seeded(Plain), mp_policy=policy)
+    optimizer = wrap(model)
+    optimizer.consolidate(share(rows(1), dist.get_rank()), progress=False)
+    compare(results(optimizer, {}), torch.load(folder / "one.pt"), 0.1)
+    assert {basis.fate for basis in optimizer.bases.values() if "weight" in basis.name} == {Fate.PROTECTED}
+    train(model, optimizer, rows(2), dist.get_rank())
+    assert optimizer.verify().ok
+
+
+def uneven_loaders_do_not_wait(folder: Path) -> None:
+    rank = dist.get_rank()
+    optimizer = wrap(sharded(seeded(Plain)))
+    loader = rows(1) if rank == 1 else []
+    assert optimizer.consolidate(iter(loader), progress=False).batches == 5
+    compare(results(optimizer, {}), torch.load(folder / "one.pt"))
+    refusal(ConsolidationError, lambda: optimizer.consolidate([], progress=False))
+
+
+def one_failing_rank_fails_all_shards(folder: Path) -> None:
+    rank = dist.get_rank()
+    model = sharded(seeded(_Broken))
+    optimizer = wrap(model)
+    before = whole(model)
+
+    def broken() -> Any:
+        yield rows(1)[0]
+        if rank == 1:
+            raise ValueError("corrupt image")
+        yield rows(1)[1]
+
+    message = refusal(ConsolidationError, lambda: optimizer.consolidate(broken(), name="x", progress=False))
+    assert message == "rank 1: ValueError: corrupt image"
+    zero = [torch.zeros(4, 12)] if rank == 0 else rows(1)
+    message = refusal(CaptureError, lambda: optimizer.consolidate(zero, progress=False))
+    assert "rank 0: batch 0: non-finite input rows of 'second.weight'" in message
+    compare(whole(model), before, 0.0)
+    assert not optimizer.bases
+    assert optimizer.consolidate(share(rows(1), rank), progress=False).batches == 5
+
+
+def an_edit_is_found_and_accepted(folder: Path) -> None:
+    from nullspace_optim import StaleAnchorError
+
+    rank = dist.get_rank()
+    model = sharded(seeded(Everything))
+    optimizer = wrap(model)
+    optimizer.consolidate(share(tokens(1), rank), progress=False)
+    for name in ("block.0.weight", "projection"):
+        with torch.no_grad():
+            dict(model.named_parameters())[name].mul_(1.5)
+        with pytest.raises(StaleAnchorError, match=name):
+            optimizer.step()
+        assert not optimizer.verify().ok
+        optimizer.reanchor()
+        assert optimizer.verify().ok
+    train(model, optimizer, tokens(2), rank)
+    assert optimizer.verify().ok
+
+
+def _tower(kind: str) -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 8), nn.GELU(), nn.Linear(8, 4))
+
+
+class _TwoTowers(nn.Module):
+    """Used through its methods, like a CLIP; one weight has fewer outputs than there are ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual, self.text = _tower("visual"), _tower("text")
+        self.visual_projection = nn.Parameter(torch.randn(4, 3))
+        self.gate = nn.Linear(12, 1, bias=False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.visual(images) @ self.visual_projection * self.gate(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encode(images)
+
+
+def methods_besides_forward_are_captured(folder: Path) -> None:
+    model = seeded(_TwoTowers)
+    fully_shard(model.visual)
+    fully_shard(model.text)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "encode")
+    optimizer = wrap(model)
+    report = optimizer.consolidate(rows(1), forward=model.encode, progress=False)
+    free = {row.name for row in report.of(Fate.FREE)}
+    assert free == {f"text.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
+    assert {"visual.0.weight", "visual_projection", "gate.weight"} <= {row.name for row in report.of(Fate.PROTECTED)}
+    held = [p.to_local().shape[0] for name, p in model.named_parameters() if name == "gate.weight"]
+    assert sorted(everyone(held[0])) == [0, 1]
+    for batch in rows(2):
+        optimizer.zero_grad()
+        model.encode(batch).square().mean().backward()
+        optimizer.step()
+    assert optimizer.verify(rows(1), forward=model.encode).ok
+
+
+def bases_move_between_one_process_and_shards(folder: Path) -> None:
+    rank = dist.get_rank()
+    model = seeded(Everything)
+    model.load_state_dict(torch.load(folder / "before.pt"))
+    optimizer = wrap(sharded(model))
+    optimizer.load(folder / "everything.safetensors")
+    assert optimizer.verify(share(tokens(1), rank)).ok
+    optimizer.save(folder / "sharded.safetensors")
+    assert (folder / "sharded.safetensors").read_bytes() == (folder / "everything.safetensors").read_bytes()
+    train(model, optimizer, tokens(3), rank)
+    assert optimizer.verify(share(tokens(1), rank)).ok
+    twin = wrap(sharded(seeded(Everything)))
+    twin.load_state_dict(optimizer.state_dict())
+    assert (
+        everyone(twin.state_dict()["param_groups"][0]["nullspace"])[0]
+        == (optimizer.state_dict()["param_groups"][0]["nullspace"])
+    )
+
+
+def checkpoints_move_between_one_process_and_shards(folder: Path) -> None:
+    rank = dist.get_rank()
+    torch.manual_seed(5)
+    model = sharded(Everything())
+    optimizer = wrap(model)
+    dcp.load({"training": optimizer.checkpoint()}, checkpoint_id=folder / "by-one")
+    train(model, optimizer, tokens(3), rank)
+    compare(whole(model), torch.load(folder / "after.pt"))
+    assert optimizer.verify(share(tokens(1), rank)).ok
+    dcp.save({"training": optimizer.checkpoint()}, checkpoint_id=folder / "by-two")
+    train(model, optimizer, tokens(4), rank)
+    weights = whole(model)
+    if rank == 0:
+        torch.save(weights, folder / "by-two.pt")
+
+
+def checkpoints_move_between_replicas_and_shards(folder: Path) -> None:
+    rank = dist.get_rank()
+    model = nn.parallel.DistributedDataParallel(Everything())
+    optimizer = wrap(model.module)
+    dcp.load({"training": optimizer.checkpoint()}, checkpoint_id=folder / "by-two")
+    train(model, optimizer, tokens(4), rank)
+    compare(dict(model.module.named_parameters()), torch.load(folder / "by-two.pt"))
+    assert optimizer.verify(share(tokens(1), rank)).ok
+
+
+def other_ways_to_shard(folder: Path) -> None:
+    hybrid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    model = sharded(seeded(Everything), mesh=hybrid)
+    optimizer = wrap(model)
+    two_tasks(model, optimizer, tokens, dist.get_rank())
+    compare(results(optimizer, whole(model)), torch.load(folder / "everything.pt"))
+    parallel = nn.Linear(12, 6, bias=False)
+    mesh = init_device_mesh("cpu", (2,))
+    parallel.weight = nn.Parameter(distribute_tensor(parallel.weight.detach(), mesh, [Shard(0)]))
+    with pytest.raises(OptionError, match=r"'weight' is a DTensor outside fully_shard"):
+        wrap(parallel).consolidate(rows(1), progress=False)
+
+
+SCENARIOS = [
+    fsdp_equals_one_process,
+    every_form_of_correction_equals_one_process,
+    a_step_communicates_nothing,
+    weights_sharded_along_their_inputs_hold,
+    half_precision_forward_is_captured,
+    uneven_loaders_do_not_wait,
+    one_failing_rank_fails_all_shards,
+    an_edit_is_found_and_accepted,
+    methods_besides_forward_are_captured,
+    bases_move_between_one_process_and_shards,
+    checkpoints_move_between_one_process_and_shards,
+    checkpoints_move_between_replicas_and_shards,
+    other_ways_to_shard,
+]
