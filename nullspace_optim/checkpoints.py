@@ -70,7 +70,7 @@ def pop_protection(state: StateDict) -> tuple[StateDict, Any, str | None]:
     plain = {key: value for key, value in state.items() if key != "nullspace"}
     groups = state.get("param_groups", ())
     marks = [group["nullspace"] for group in groups if group.get("nullspace") is not None]
-    if any(mark != marks[0] or not isinstance(mark, str) for mark in marks):
+    if any(not isinstance(mark, str) or mark != marks[0] for mark in marks):
         raise BasisFileError(f"the checkpoint's parameter groups carry different or foreign fingerprints: {marks[:3]}")
     if "param_groups" in state:
         plain["param_groups"] = [{key: value for key, value in group.items() if key != "nullspace"} for group in groups]

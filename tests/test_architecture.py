@@ -124,12 +124,25 @@ def _assigned(tree: ast.Module, name: str) -> ast.expr:
     return next(n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == name)
 
 
+UNSAFE = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "os.system", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "torch.hub.load"}
+UNSAFE_CALLS |= {"torch.jit.load", "torch.package.PackageImporter", "pandas.read_pickle", "runpy.run_path"}
+
+
 @pytest.mark.parametrize("path", MODULES + REFERENCE, ids=label)
-def test_nothing_is_unpickled(path: Path) -> None:
+def test_nothing_is_unpickled_or_executed(path: Path) -> None:
     for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in UNSAFE_CALLS, ast.unparse(node)
+            assert not any(k.arg == "shell" and ast.unparse(k.value) != "False" for k in node.keywords), ast.unparse(node)
+            weak = [k for k in node.keywords if k.arg in ("weights_only", "trust_remote_code")]
+            assert all(ast.unparse(k.value) == str(k.arg == "weights_only") for k in weak), ast.unparse(node)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            assert not {alias.name for alias in node.names} & {"load", "hub", "package"}, ast.unparse(node)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = {alias.name for alias in node.names} | {getattr(node, "module", "")}
-            assert not names & {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}, ast.unparse(node)
+            assert not names & UNSAFE, ast.unparse(node)
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             safe = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert safe.get("weights_only") == "True", ast.unparse(node)
