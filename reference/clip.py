@@ -87,7 +87,8 @@ def load_clip(config: Config) -> Clip:
     try:
         model = open_clip.create_model(name, pretrained=tag or None)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise ExperimentError(f"model={config.model}: open_clip cannot load it ({error}); check --model") from error
+        first = " ".join(str(error).split())[:300]
+        raise ExperimentError(f"model={config.model}: open_clip cannot load it ({first}); check --model") from error
     return assemble(model, open_clip.get_tokenizer(name), config.device)
 
 

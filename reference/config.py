@@ -33,7 +33,8 @@ class Config:
     """Everything that a run depends on; written into its results file.
 
     Attributes:
-        preset: `demo` (everything embedded) or `mini` (folders of images and a CLIP given by path).
+        preset: `demo` (everything embedded), `mini` (folders of images and a CLIP given by path) or `paper`.
+        source: `folders` (one `ImageFolder` per task) or `torchvision` (MTIL's data sets as torchvision keeps them).
         data_root: folder with one `ImageFolder` per task: `<task>/{train,test}/<class name>/*.jpg`.
         model: a folder written by open_clip's hub format, or `<architecture>:<pretrained tag>`.
         reference_root: folder with `captions.csv` (columns file, caption); needed by `nullspace-reference`.
@@ -80,6 +81,7 @@ class Config:
     data_root: str = ""
     model: str = ""
     reference_root: str = ""
+    source: Literal["folders", "torchvision"] = "folders"
     order: Literal["I", "II"] = "I"
     tasks: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("finetune", "gradient", "nullspace")
@@ -138,8 +140,8 @@ class Config:
         if not self.methods or not self.seeds:
             raise ExperimentError("methods and seeds must name at least one method and one seed")
         for name in ("data_root", "model"):
-            if self.preset == "mini" and not getattr(self, name):
-                raise ExperimentError(f"preset mini needs --{name.replace('_', '-')}")
+            if self.preset != "demo" and not getattr(self, name):
+                raise ExperimentError(f"preset {self.preset} needs --{name.replace('_', '-')}")
 
 
 def load_config(preset: str, overrides: Mapping[str, Any]) -> Config:
@@ -148,7 +150,7 @@ def load_config(preset: str, overrides: Mapping[str, Any]) -> Config:
     Raises:
         ExperimentError: unknown preset, unknown setting or a value of the wrong kind.
     """
-    known = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "templates")
+    known = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("templates", "classes"))
     if preset not in known:
         raise ExperimentError(f"unknown preset {preset!r}: choose one of {', '.join(known)}")
     settings = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8"))

@@ -2,27 +2,32 @@
 
 Images are checked and decoded before any training: shorter side resized to the model's size, centre crop, uint8
 `[n, 3, s, s]` kept in memory. The validation split is the last fifth of each class's training images in natural file
-order.
+order. A `task.yaml` beside `train` and `test` may hold `templates` (sentences with `{}`) and `class_names` (by folder).
+
+`python -m reference.data check --data-root DIR` says what is found, missing or wrong, and where to get it.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+import yaml
 from torch import Tensor
 from torchvision.datasets import ImageFolder
-from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from reference.config import Config
 from reference.errors import ExperimentError
+from reference.images import LazyImages, decode
+from reference.sources import Found, read_source
 from reference.tasks import ORDERS, Split, Task, chosen, templates_of
 
 Samples = list[tuple[str, int]]
@@ -48,9 +53,13 @@ def load_tasks(config: Config, size: int) -> list[Task]:
             f"data_root={root} is not a folder; give the folder that holds the tasks with --data-root"
         )
     found = sorted(path.name for path in root.iterdir() if path.is_dir())
-    names = chosen(config.tasks, found) if config.tasks else ORDERS[config.order]
+    benchmark = ORDERS[config.order] if set(ORDERS[config.order]) & set(found) else tuple(found)
+    names = chosen(config.tasks, found) if config.tasks else benchmark
     folders = {name: _folders(root / name) for name in names}
-    return [_load_task(name, *folders[name], config, size) for name in tqdm(names, desc="reading images", disable=None)]
+    return [
+        _load_task(root / name, *folders[name], config, size)
+        for name in tqdm(names, desc="reading images", disable=None)
+    ]
 
 
 def load_reference_pool(config: Config, size: int) -> ReferencePool:
@@ -71,7 +80,7 @@ def load_reference_pool(config: Config, size: int) -> ReferencePool:
     if not rows or not {"file", "caption"} <= set(rows[0]):
         raise ExperimentError(f"{listing} must be a CSV table with the columns file and caption")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: config.reference_images].tolist()
-    images = torch.stack([_decode(str(root / rows[i]["file"]), size) for i in order])
+    images = torch.stack([decode(str(root / rows[i]["file"]), size) for i in order])
     return ReferencePool(images, tuple(rows[i]["caption"] for i in order))
 
 
@@ -119,28 +128,100 @@ def _folders(folder: Path) -> tuple[ImageFolder, ImageFolder]:
     return train, test
 
 
-def _load_task(name: str, train: ImageFolder, test: ImageFolder, config: Config, size: int) -> Task:
+def _load_task(folder: Path, train: ImageFolder, test: ImageFolder, config: Config, size: int) -> Task:
     training, evaluation = sorted(train.samples, key=lambda sample: natural(sample[0])), test.samples
     if config.split == "validation":
         training, evaluation = held_back(training)
-    classes = tuple(label.replace("_", " ") for label in train.classes)
-    return Task(name, classes, templates_of(name), _split(training, size), _split(evaluation, size))
+    names, templates = _described(folder)
+    classes = tuple(names.get(label, label.replace("_", " ")) for label in train.classes)
+    return Task(folder.name, classes, templates, _split(training, size), _split(evaluation, size))
+
+
+def _described(folder: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Class names by folder and prompt templates: from the task's own `task.yaml`, else those of the benchmark."""
+    path = folder / "task.yaml"
+    if not path.is_file():
+        return {}, templates_of(folder.name)
+    try:
+        described = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        names = {str(label): str(name) for label, name in described.get("class_names", {}).items()}
+        templates = tuple(described.get("templates", templates_of(folder.name)))
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        raise ExperimentError(f"{path} must map templates to a list and class_names to a mapping") from error
+    if not templates or not all(isinstance(text, str) and "{}" in text for text in templates):
+        raise ExperimentError(f"{path}: every template must be a sentence with {{}} in place of the class name")
+    return names, templates
 
 
 def _split(samples: Sequence[tuple[str, int]], size: int) -> Split:
-    images = torch.stack([_decode(path, size) for path, _ in samples])
+    images = torch.stack([decode(path, size) for path, _ in samples])
     return Split(images, torch.tensor([label for _, label in samples]))
 
 
-def _decode(path: str, size: int) -> Tensor:
-    """One image file as uint8 `[3, size, size]`."""
-    try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ExperimentError(
-            f"image {path} is missing or cannot be decoded ({error}); replace or delete it"
-        ) from error
-    rgb = transforms.resize(rgb, [size], interpolation=transforms.InterpolationMode.BICUBIC)
-    decoded: Tensor = transforms.pil_to_tensor(transforms.center_crop(rgb, [size, size]))
-    return decoded
+def load_sources(config: Config, size: int) -> list[Task]:
+    """The MTIL data sets as torchvision lays them out, counted but not yet decoded.
+
+    Raises:
+        ExperimentError: naming every data set that is missing or has a wrong count.
+    """
+    tasks, wrong = [], []
+    for name in chosen(config.tasks, ORDERS[config.order]):
+        try:
+            tasks.append(_lazy_task(name, read_source(name, config.data_root), config, size))
+        except ExperimentError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ExperimentError("\n  ".join([f"{len(wrong)} data sets below {config.data_root} are not ready:", *wrong]))
+    return tasks
+
+
+def _lazy_task(name: str, found: Found, config: Config, size: int) -> Task:
+    train, test = found.train, found.test
+    if config.split == "validation":
+        last = [n % 5 == 4 for n in range(len(train[1]))]  # arrays have no names: every fifth
+        test = ([s for s, held in zip(train[0], last) if held], [c for c, held in zip(train[1], last) if held])
+        train = ([s for s, held in zip(train[0], last) if not held], [c for c, h in zip(train[1], last) if not h])
+    parts = [Split(LazyImages(sources, size), torch.tensor(labels)) for sources, labels in (train, test)]
+    return Task(name, found.class_names, templates_of(name), *parts)
+
+
+def check(root: str, download: bool, decoded: bool) -> list[tuple[str, str]]:
+    """Each task below `root` with what is wrong with it ("" if nothing); `decoded` reads every image.
+
+    Folders `<task>/{train,test}` are checked as a benchmark of one's own, anything else as torchvision's data sets.
+    """
+    place = Path(root)
+    own = sorted(path for path in place.iterdir() if (path / "train").is_dir()) if place.is_dir() else []
+    found = []
+    for name in [path.name for path in own] or ORDERS["I"]:
+        try:
+            if own:
+                samples = [path for part in _folders(place / name) for path, _ in part.samples]
+                _described(place / name)
+            else:
+                source = read_source(name, root, download)
+                samples = [path for path in (*source.train[0], *source.test[0]) if isinstance(path, str)]
+            for path in tqdm(samples if decoded else [], desc=f"decode {name}", leave=False, disable=None):
+                decode(path, 32)
+            found.append((name, ""))
+        except ExperimentError as error:
+            found.append((name, str(error)))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m reference.data check`: which data sets are there; 1 if one is not."""
+    parser = argparse.ArgumentParser(prog="python -m reference.data", description=main.__doc__)
+    parser.add_argument("action", choices=["check"])
+    parser.add_argument("--data-root", required=True, help="folder of the data sets")
+    parser.add_argument("--download", action="store_true", help="let torchvision fetch what is missing")
+    parser.add_argument("--decode", action="store_true", help="read every image file, to find corrupt ones")
+    options = parser.parse_args(arguments)
+    rows = check(options.data_root, options.download, options.decode)
+    for name, problem in rows:
+        print(f"{name:<14} {'found' if not problem else problem.removeprefix(name + ': ')}")
+    return int(any(problem for _, problem in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

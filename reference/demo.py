@@ -89,14 +89,14 @@ def pretraining_task() -> Task:
         part = _render(name, PRETRAIN, np.random.default_rng([1, number]), pretraining=True)
         parts.append(Split(part.images, part.labels + first))
         first += len(labels)
-    split = Split(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
+    split = Split(torch.cat([p.images[:] for p in parts]), torch.cat([p.labels for p in parts]))
     return Task("pretraining", tuple(sentences), ("{}",), split, split)
 
 
 def reference_pool(pretraining: Task, count: int) -> ReferencePool:
     """`count` pretraining images with their captions."""
     drawn = pretraining.train.drawn(count, seed=0)
-    return ReferencePool(drawn.images, tuple(pretraining.class_names[label] for label in drawn.labels.tolist()))
+    return ReferencePool(drawn.images[:], tuple(pretraining.class_names[label] for label in drawn.labels.tolist()))
 
 
 def pretrained_clip(config: Config, pretraining: Task, seed: int) -> Clip:

@@ -35,4 +35,5 @@ def prepare(config: Config) -> Experiment:
         return Experiment(demo.tasks(config), rendered, lambda seed: demo.pretrained_clip(config, pretraining, seed))
     clip = load_clip(config)
     pool = data.load_reference_pool(config, clip.size) if wanted or config.reference_root else None
-    return Experiment(data.load_tasks(config, clip.size), pool, lambda seed: clip)
+    load = data.load_sources if config.source == "torchvision" else data.load_tasks
+    return Experiment(load(config, clip.size), pool, lambda seed: clip)

@@ -9,13 +9,14 @@ from reference.clip import Clip
 from reference.config import Config
 from reference.data import ReferencePool
 from reference.engine import batches, precision
+from reference.images import LazyImages
 from reference.tasks import Split
 
 TEXT_BATCH = 256
 
 
 @torch.no_grad()
-def image_features(clip: Clip, images: Tensor, config: Config) -> Tensor:
+def image_features(clip: Clip, images: Tensor | LazyImages, config: Config) -> Tensor:
     """Unit features `[n, e]` of uint8 images `[n, 3, s, s]`, float32."""
     clip.model.eval()
     split = Split(images, torch.zeros(len(images), dtype=torch.int64))

@@ -6,7 +6,6 @@ Files in the run's folder: `log.jsonl` always, `checkpoint.pt` until the run is 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from reference.methods import Method, Setting
 from reference.retrieval import pool_figures
 from reference.scoring import Board, Scorer, as_results
 from reference.tasks import Task
-from reference.tracking import Log, machine, peak_memory, write_json
+from reference.tracking import Log, machine, peak_memory, write_json, writing
 
 ACTIVITIES = ("training", "consolidation", "evaluation")
 
@@ -217,9 +216,8 @@ class Sequence:
             "progress": asdict(self.progress),
             "method": self.method.state(),
         }
-        draft = self.folder / "checkpoint.tmp"
-        torch.save(state, draft)
-        os.replace(draft, self.folder / "checkpoint.pt")
+        with writing(self.folder / "checkpoint.pt") as draft:
+            torch.save(state, draft)
 
     def _load(self) -> bool:
         """Take up the saved state, if there is one."""

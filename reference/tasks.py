@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from reference.errors import ExperimentError
+from reference.images import LazyImages
 
 TEMPLATES = Path(__file__).parent / "configs" / "templates.yaml"
 
@@ -28,9 +29,9 @@ ORDERS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Split:
-    """Decoded images `[n, 3, s, s]`, uint8, and their class numbers `[n]`, int64."""
+    """Images `[n, 3, s, s]`, uint8, decoded or decoded when indexed, and their class numbers `[n]`, int64."""
 
-    images: Tensor
+    images: Tensor | LazyImages
     labels: Tensor
 
     def __len__(self) -> int:
@@ -41,7 +42,8 @@ class Split:
         if count is None or count >= len(self):
             return self
         index = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
-        return Split(self.images[index], self.labels[index])
+        images = self.images.subset(index) if isinstance(self.images, LazyImages) else self.images[index]
+        return Split(images, self.labels[index])
 
 
 @dataclass(frozen=True)

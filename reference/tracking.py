@@ -8,10 +8,33 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from reference.errors import ExperimentError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Give the name under which to write `path`; afterwards the file is either the old one or the new one.
+
+    Raises:
+        ExperimentError: it cannot be written (disk full, no permission); what was there before is intact.
+    """
+    draft = path.with_suffix(".tmp")
+    try:
+        yield draft
+        os.replace(draft, path)
+    except (OSError, RuntimeError) as error:
+        draft.unlink(missing_ok=True)
+        raise ExperimentError(
+            f"cannot write {path} ({str(error).splitlines()[0]}); free space or choose another --output; what was "
+            "saved before is intact, go on with --resume"
+        ) from error
 
 
 class Log:
@@ -29,9 +52,8 @@ class Log:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` so that the file is either the old or the new one; NaN becomes null."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(_plain(content), indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    with writing(path) as draft:
+        draft.write_text(json.dumps(_plain(content), indent=1) + "\n", encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:

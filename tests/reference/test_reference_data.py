@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from reference.config import Config
-from reference.data import held_back, load_reference_pool, load_tasks, natural
+from reference.data import held_back, load_reference_pool, load_tasks, main, natural
 from reference.errors import ExperimentError
 
 DATA = Path(os.environ.get("NULLSPACE_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -87,3 +87,20 @@ def test_real_tasks_are_read() -> None:
     settings = Config(preset="mini", output="o", model="m", data_root=str(DATA / "mtil-mini"), tasks=("oxford_pets",))
     (task,) = load_tasks(settings, size=64)
     assert (len(task.class_names), len(task.train), len(task.test)) == (37, 367, 108)
+
+
+def test_a_task_may_describe_itself(root: Path) -> None:
+    (root / "paint" / "task.yaml").write_text(
+        "templates: ['{} paint', 'the {} paint']\nclass_names: {deep_red: crimson}\n"
+    )
+    (task,) = load_tasks(config(root), size=8)
+    assert task.prompts(1) == ["the blue paint", "the crimson paint"]
+    for text, message in (("templates: [paint]", "in place of the class name"), ("class_names: [a]", "must map")):
+        (root / "paint" / "task.yaml").write_text(text)
+        with pytest.raises(ExperimentError, match=message):
+            load_tasks(config(root), size=8)
+
+
+def test_a_folder_of_other_tasks_is_a_benchmark_of_its_own(root: Path) -> None:
+    (task,) = load_tasks(Config(preset="mini", output="o", model="m", data_root=str(root)), size=8)
+    assert task.name == "paint" and main(["check", "--data-root", str(root)]) == 0

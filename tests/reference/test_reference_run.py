@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
+from reference.clip import load_clip
 from reference.config import Config, load_config
+from reference.errors import ExperimentError
 from reference.experiment import Experiment, prepare
 from reference.methods import METHODS
 from reference.run import main
@@ -83,3 +86,35 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(
     signal.signal(signal.SIGINT, before)
     assert "--resume --methods finetune" in capsys.readouterr().err
     assert (tmp_path / "finetune-seed0" / "checkpoint.pt").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(
+    config: Config, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Sequence(experiment, METHODS["finetune"], config, 0, tmp_path)
+    run._begin()
+    saved, whole = (tmp_path / "checkpoint.pt").read_bytes(), torch.save
+
+    def full(state: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ExperimentError, match=r"checkpoint\.pt \(.*No space left.*--resume"):
+        Sequence(experiment, METHODS["finetune"], config, 0, tmp_path).run(resume=True)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == saved and not (tmp_path / "checkpoint.tmp").exists()
+    monkeypatch.setattr(torch, "save", whole)
+    results = Sequence(experiment, METHODS["finetune"], config, 0, tmp_path).run(resume=True)
+    assert results["pretrained"] == run.main.pretrained
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    shape = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 1, "layers": 1},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {}}))
+    (tmp_path / "open_clip_model.safetensors").write_bytes(save({"visual.proj": torch.zeros(3, 3)}))
+    with pytest.raises(ExperimentError, match=r"open_clip cannot load it .*check --model"):
+        load_clip(Config("mini", "o", data_root="d", model=str(tmp_path)))
