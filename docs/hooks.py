@@ -1,0 +1,34 @@
+"""MkDocs hooks: take the pages from the folder of `mkdocs.yml` itself, and put every page into the navigation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+HERE = Path(__file__).parent
+SHOWN = {".md", ".png", ".svg"}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages and figures beside `mkdocs.yml`, and name pages without a place in the navigation."""
+    for path in sorted(HERE.rglob("*")):
+        name = path.relative_to(HERE).as_posix()
+        if path.suffix in SHOWN and not name.startswith("assets/"):
+            files.append(File.generated(config, name, abs_src_path=str(path)))
+    named = {page for entry in config.nav for page in entry.values()}
+    for file in files.documentation_pages():
+        if file.src_uri not in named:
+            folder = file.src_uri.rpartition("/")[0] or "topics"
+            _section(config.nav, folder.replace("-", " ").capitalize()).append(file.src_uri)
+    return files
+
+
+def _section(nav: list[Any], title: str) -> list[Any]:
+    """Return the pages of the section `title`, made before the last entry (the API) where it is missing."""
+    for entry in nav:
+        if title in entry:
+            return entry[title]  # type: ignore[no-any-return]
+    nav.insert(len(nav) - 1, {title: []})
+    return nav[-2][title]  # type: ignore[no-any-return]
