@@ -62,7 +62,8 @@ def _chosen(owners: list[nn.Module]) -> nn.Module:
     what reaches
     the model inside: feeding the inner one raw batches would protect wrong directions in silence.
     """
-    able = [m for m in owners if getattr(type(m), "forward", nn.Module.forward) is not nn.Module.forward] or owners
+    written = [m for m in owners if not isinstance(m, torch.fx.GraphModule)] or owners  # torch.compile makes the others
+    able = [m for m in written if getattr(type(m), "forward", nn.Module.forward) is not nn.Module.forward] or written
     fewest = min(_count(module) for module in able)
     smallest = [module for module in able if _count(module) == fewest]
     inside = {id(inner) for module in smallest for inner in module.modules() if inner is not module}
