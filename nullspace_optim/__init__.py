@@ -54,6 +54,7 @@ from .policies import (
 from .prompts import declare_prompt, declare_tokens
 from .report import ConsolidationReport, ParameterReport, VerifyReport
 from .scaling import ForwardScaling, shared_directions, trust_regions
+from .thinning import PruneReport
 
 __all__ = [
     "CGP",
@@ -88,6 +89,7 @@ __all__ = [
     "OptionError",
     "ParameterReport",
     "Policy",
+    "PruneReport",
     "PruningError",
     "RankBudget",
     "ShapeError",

@@ -36,9 +36,11 @@ from .guard import Precision, matrix_of
 from .mode import Mode, ModeOptions, built
 from .names import local, named_buffers
 from .policies import Energy, Policy
+from .policies.base import check_number
 from .probes import Probe, assemble, compare, find_samples
 from .protection import Project
 from .report import ConsolidationReport, VerifyReport
+from .thinning import PruneReport, thinned
 from .untouched import untouched
 
 
@@ -234,6 +236,50 @@ class NullSpaceOptimizer(OptimizerContract):
         core = self._core
         work = Pass(self.model, core.trainable(), loader, "measured", forward, max_batches, progress)
         return measure(work, core.measuring)
+
+    def prune(
+        self,
+        loaders: Mapping[str, Iterable[Any]],
+        *,
+        bound: float = 1e-3,
+        forward: Forward | Mapping[str, Forward] | None = None,
+        max_batches: int | None = None,
+        progress: bool = True,
+    ) -> PruneReport:
+        """Give back protected directions that hardly any row of the consolidated tasks uses.
+
+        All or nothing. Directions with the least energy go first, for as long as no task loses more than the share
+        `bound` of its energy at any parameter; old outputs may move by what was given up.
+
+        Args:
+            loaders: for every consolidated task, by name, its data; a task that is missing could lose everything.
+            bound: share of energy, 0..1.
+            forward: as in `consolidate`, one for all tasks or one for each.
+            max_batches, progress: as in `consolidate`.
+
+        Raises:
+            OptionError: a task is missing or unknown, `bound` is out of range, or experts are pruned instead (a mode).
+        """
+        core = self._core
+        check_number(self, "bound", bound, 0.0, 1.0, closed="low")
+        known = [str(task["name"]) for task in core.store.tasks]
+        if core.mode is not None or set(loaders) != set(known) or not known:
+            raise OptionError(
+                f"prune(loaders with {sorted(loaders)}): expected one loader for each consolidated task, {known}"
+                if core.mode is None
+                else "prune() is for null-space protection; a mode prunes its experts itself, within its tasks"
+            )
+        forwards = forward if isinstance(forward, Mapping) else dict.fromkeys(known, forward)
+        with core.protection.exactly(), core.evaluated():
+            moments = {}
+            for name in known:
+                feed = (forwards.get(name), max_batches, progress)
+                work = Pass(self.model, core.trainable(), loaders[name], name, *feed)
+                moments[name] = measure(work, core.measuring)
+            rest, report = thinned(core.store, moments, bound)
+            core.take(rest, core.parameters)
+        core.protection.mark()
+        return report
 
     def verify(
         self,

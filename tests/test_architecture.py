@@ -36,7 +36,7 @@ LAYERS: list[list[str | tuple[str, ...]]] = [
         "shards",
     ],
     ["discovery", ("protection", "guard", "across")],
-    ["diagnostics", "fates", "agreement", "remarks", "merging", ("plan", "survey", "architectures")],
+    ["diagnostics", "fates", "agreement", "remarks", "merging", "thinning", ("plan", "survey", "architectures")],
     ["consolidation"],
     ["mode"],
     ["core", "igsp"],
