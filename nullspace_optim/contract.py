@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from os import PathLike
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from . import persistence
 from .basis import Fate
 from .checkpoints import join_states, pop_protection, seal, split_states
 from .core import Core
+from .dcp import Checkpoint
+from .distributed import rank, together
 from .errors import BasisFileError, NullSpaceWarning, OptionError
 
 
@@ -187,6 +190,44 @@ class OptimizerContract(Optimizer):
             self._core.protection.owed = payload
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write bases, anchors and provenance to one safetensors file (atomic, checksummed, byte-identical when
+        repeated).
+
+        Of several processes all must call it; rank 0 writes, the others wait until the file is complete.
+        """
+        with together():
+            self._core.follow_replaced()
+            self._core.protection.check_anchors()
+        whole = self._core.snapshot()
+        with together():
+            if rank() == 0:
+                persistence.save(whole, path)
+
+    def checkpoint(self) -> Checkpoint:
+        """Return model, base optimizers and protection as one object for `torch.distributed.checkpoint`.
+
+        Saved by so many processes, it can be loaded by any other number.
+
+        Example:
+            >>> dcp.save({"training": opt.checkpoint()}, checkpoint_id=folder)   # doctest: +SKIP
+            >>> dcp.load({"training": opt.checkpoint()}, checkpoint_id=folder)   # doctest: +SKIP
+        """
+        return Checkpoint(self._core)
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Replace all bases by those of a file written by `save`; each of several processes reads it.
+
+        Raises:
+            BasisFileError: the file is damaged, foreign or names parameters that the model lacks.
+            ShapeError: a basis does not fit its parameter.
+        """
+        with together():
+            store = persistence.load(path)
+        with torch.inference_mode(False):
+            self._core.adopt(store)
+            self._core.align()
 
     def __getstate__(self) -> dict[str, Any]:
         core = self._core

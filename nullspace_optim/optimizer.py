@@ -12,14 +12,12 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from os import PathLike
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import persistence
 from .across import drifts
 from .agreement import facts_of
 from .basis import Basis
@@ -27,10 +25,9 @@ from .consolidation import Pass, consolidate, measure, record_probe
 from .contract import OptimizerContract
 from .core import Core, check_bases
 from .covariance import SecondMoment
-from .dcp import Checkpoint
 from .diagnostics import moved_buffers
 from .discovery import Forward, unwrap
-from .distributed import agree, everyone, rank, ranks, together
+from .distributed import agree, everyone, ranks, together
 from .errors import NullSpaceWarning, OptionError
 from .guard import Precision, matrix_of
 from .mode import Mode, ModeOptions, built
@@ -371,41 +368,3 @@ class NullSpaceOptimizer(OptimizerContract):
         core = self._core
         core.detach()
         return core.bases[0] if len(core.bases) == 1 else core.bases
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write bases, anchors and provenance to one safetensors file (atomic, checksummed, byte-identical when
-        repeated).
-
-        Of several processes all must call it; rank 0 writes, the others wait until the file is complete.
-        """
-        with together():
-            self._core.follow_replaced()
-            self._core.protection.check_anchors()
-        whole = self._core.snapshot()
-        with together():
-            if rank() == 0:
-                persistence.save(whole, path)
-
-    def checkpoint(self) -> Checkpoint:
-        """Return model, base optimizers and protection as one object for `torch.distributed.checkpoint`.
-
-        Saved by so many processes, it can be loaded by any other number.
-
-        Example:
-            >>> dcp.save({"training": opt.checkpoint()}, checkpoint_id=folder)   # doctest: +SKIP
-            >>> dcp.load({"training": opt.checkpoint()}, checkpoint_id=folder)   # doctest: +SKIP
-        """
-        return Checkpoint(self._core)
-
-    def load(self, path: str | PathLike[str]) -> None:
-        """Replace all bases by those of a file written by `save`; each of several processes reads it.
-
-        Raises:
-            BasisFileError: the file is damaged, foreign or names parameters that the model lacks.
-            ShapeError: a basis does not fit its parameter.
-        """
-        with together():
-            store = persistence.load(path)
-        with torch.inference_mode(False):
-            self._core.adopt(store)
-            self._core.align()
