@@ -101,7 +101,8 @@ def prepare() -> tuple[object, object]:
         "demo",
         {
             "tasks": ["colours", "photographs"], "iterations": 6, "pretrain_iterations": 2, "warmup": 2,
-            "batch_size": 8, "evaluation_images": 40, "consolidation_images": 32, "reference_images": 32, "output": "unused",
+            "batch_size": 8, "evaluation_images": 40, "consolidation_images": 32, "reference_images": 32,
+            "output": "unused",
         },
     )  # fmt: skip
     found = prepare(config)

@@ -1,0 +1,71 @@
+"""Everything that is too long for each change, in fresh environments at both ends of the supported versions of torch.
+
+python -m reference.nightly                 torch 2.6 and the newest: all tests, the nightly ones, 1,000 examples a property
+python -m reference.nightly --torch 2.6     one end only
+python -m reference.nightly --here          in the environment at hand, without installing anything
+
+Exit status 0 if all passed. Environments are made in a temporary folder and removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENDS = {"2.6": ("torch==2.6.0", "torchvision==0.21.0"), "newest": ("torch", "torchvision")}
+PYTEST = ("-m", "pytest", "-q", "--timeout", "7200", "-p", "no:cacheprovider")
+RUNS = {
+    "short tests": (),
+    "nightly tests and properties": ("-m", "nightly or fault", "--hypothesis-profile", "nightly"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m reference.nightly", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--torch", choices=sorted(ENDS), help="one end only")
+    parser.add_argument("--here", action="store_true", help="use this environment; install nothing")
+    options = parser.parse_args(arguments)
+    if options.here:
+        return report({"here": tests(sys.executable)})
+    ends = [options.torch] if options.torch else list(ENDS)
+    return report({f"torch {end}": in_fresh_environment(*ENDS[end]) for end in ends})
+
+
+def in_fresh_environment(*requirements: str) -> dict[str, int]:
+    """Install the project with `requirements` into a new virtual environment, test it, and remove it."""
+    with tempfile.TemporaryDirectory(prefix="nullspace-nightly-") as folder:
+        venv.create(folder, with_pip=True)
+        python = str(Path(folder) / ("Scripts" if os.name == "nt" else "bin") / "python")
+        install = [python, "-m", "pip", "install", "-q", *requirements, "-e", f"{ROOT}[reference,dev]"]
+        if code := subprocess.run(install, cwd=ROOT).returncode:
+            return {"installation": code}
+        return tests(python)
+
+
+def tests(python: str) -> dict[str, int]:
+    """Run all tests with `python` and return the exit status of each run."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    return {
+        name: subprocess.run([python, *PYTEST, *options], cwd=ROOT, env=environment).returncode
+        for name, options in RUNS.items()
+    }
+
+
+def report(found: dict[str, dict[str, int]]) -> int:
+    """Print one line a run; returns 1 if any failed."""
+    for end, runs in found.items():
+        for name, code in runs.items():
+            print(f"{end}: {name}: {'passed' if code == 0 else f'FAILED ({code})'}")
+    return int(any(code for runs in found.values() for code in runs.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
