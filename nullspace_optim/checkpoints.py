@@ -81,13 +81,13 @@ def seal(metadata: str, owed: StateDict) -> str:
     """Return a digest of what is owed (steps since the last exact correction, parameters that wait for one) and of
     the bases it belongs to.
     """
-    text = json.dumps([metadata, owed["inexact_steps"], list(owed["pending"])])
+    text = json.dumps([metadata, owed["inexact_steps"], list(owed["pending"]), list(owed["allowed"])])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _checked(payload: Any) -> StateDict:
     """Return the ``"nullspace"`` entry of a checkpoint if it is made as `state_dict()` makes it."""
-    kinds = {"tensors": dict, "metadata": str, "inexact_steps": int, "pending": list, "seal": str}
+    kinds = {"tensors": dict, "metadata": str, "inexact_steps": int, "pending": list, "allowed": list, "seal": str}
     if not isinstance(payload, dict) or set(payload) != set(kinds):
         found = sorted(map(str, payload)) if isinstance(payload, dict) else type(payload).__name__
         raise BasisFileError(f"the checkpoint's 'nullspace' entry holds {found}, expected {sorted(kinds)}")
@@ -97,8 +97,8 @@ def _checked(payload: Any) -> StateDict:
                 f"the checkpoint's 'nullspace' entry has a {type(payload[key]).__name__} under {key!r}, "
                 f"expected {kind.__name__}"
             )
-    if not all(isinstance(name, str) for name in payload["pending"]) or payload["seal"] != seal(
-        payload["metadata"], payload
-    ):
+    kinds_right = all(isinstance(name, str) for name in payload["pending"])
+    kinds_right &= all(isinstance(drift, float) for drift in payload["allowed"])
+    if not kinds_right or payload["seal"] != seal(payload["metadata"], payload):
         raise BasisFileError("the checkpoint's 'nullspace' entry does not match its seal: it was damaged or edited")
     return payload

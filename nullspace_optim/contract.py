@@ -138,9 +138,8 @@ class OptimizerContract(Optimizer):
         for group in groups:
             group.pop("nullspace", None)
         if store.tasks or store.extension is not None:
-            store = self._core.snapshot()
             tensors, metadata = persistence.pack(store)
-            owed = self._core.protection.owed
+            owed = {**self._core.protection.owed, "allowed": self._core.protection.allowed}
             state["nullspace"] = {"tensors": tensors, "metadata": metadata, **owed, "seal": seal(metadata, owed)}
             print_ = persistence.fingerprint(store)
             for group in groups:
@@ -188,6 +187,7 @@ class OptimizerContract(Optimizer):
         if store is not None and payload is not None:
             self._core.settle(store)
             self._core.protection.owed = payload
+            self._core.protection.allowed = payload["allowed"]
         for post in self._optimizer_load_state_dict_post_hooks.values():
             post(self)
 

@@ -45,7 +45,8 @@ class Checkpoint:
         names = names_by_identity(model)
         with self._complete() as stateless:
             weights, bases = get_state_dict(model, core.bases)
-        record = {"owed": core.protection.owed, "stateless": sorted(names[id(p)] for p in stateless)}
+        owed, allowed = core.protection.owed, core.protection.allowed
+        record = {"owed": owed, "allowed": allowed, "stateless": sorted(names[id(p)] for p in stateless)}
         protection = {"bases": persistence.dumps(core.snapshot(), SOURCE), "record": json.dumps(record)}
         return {"model": weights, "optimizer": bases, "protection": protection}
 
@@ -68,6 +69,7 @@ class Checkpoint:
                 base.state.pop(parameter, None)
         core.adopt(store)
         core.protection.owed = record["owed"]
+        core.protection.allowed = record["allowed"]
 
     @contextmanager
     def _complete(self) -> Iterator[list[Tensor]]:

@@ -97,6 +97,7 @@ class Guard:
     residuals: dict[Side, Tensor] = field(default_factory=dict)
     seen: tuple[tuple[int, ...], ...] | None = None
     pending: bool = False
+    allowed: float = 0.0
 
     def __post_init__(self) -> None:
         self.stored = self.basis

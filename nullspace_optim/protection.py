@@ -7,7 +7,7 @@ step unless a weight was edited outside the optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isnan
@@ -241,6 +241,17 @@ class Protection:
             guard.pending = name in owed["pending"]
 
     @property
+    def allowed(self) -> list[float]:
+        """The drift of each parameter that waits for an exact correction; a run resumed here has it as well."""
+        found = drifts({name: guard for name, guard in self.guards.items() if guard.pending})
+        return list(found.values())
+
+    @allowed.setter
+    def allowed(self, values: Sequence[float]) -> None:
+        for guard, value in zip((guard for guard in self.guards.values() if guard.pending), values):
+            guard.allowed = value
+
+    @property
     def tolerance(self) -> float:
         """The drift of kept directions that rounding explains: 1e-5, or half a unit of the coarsest parameter."""
         return max((ROUNDED.get(guard.parameter.dtype, 1e-5) for guard in self.guards.values()), default=1e-5)
@@ -255,11 +266,14 @@ class Protection:
         found = drifts(self.guards)
         for name, guard in self.guards.items():
             self._refuse_edit(guard, found[name])
+        self.make_exact()  # what was accepted with a correction still owed
 
     def _refuse_edit(self, guard: Guard, drift: float | None = None) -> None:
         if self.options.project == "gradient" and not guard.immovable:
             return
         limit = STALE.get(guard.parameter.dtype, 1e-3)
+        if guard.pending:
+            limit = max(limit, 1.1 * guard.allowed)
         if drift is None:
             drift = drifts({"": guard})[""] if guard.across else guard.drift()
         if isnan(drift):

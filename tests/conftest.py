@@ -12,6 +12,13 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import numpy
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# Properties: 50 examples of each, the same ones every time; `--hypothesis-profile nightly` draws 1,000 new ones.
+CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]}
+settings.register_profile("ci", max_examples=50, derandomize=True, **CALM)
+settings.register_profile("nightly", max_examples=1000, print_blob=True, **CALM)
+settings.load_profile("ci")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)

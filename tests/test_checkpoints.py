@@ -47,7 +47,7 @@ def test_another_number_of_groups_is_an_error() -> None:
 
 
 def test_protection_is_taken_out_without_touching_the_argument() -> None:
-    owed = {"inexact_steps": 3, "pending": ["w"]}
+    owed = {"inexact_steps": 3, "pending": ["w"], "allowed": [0.5]}
     entry = {"tensors": {}, "metadata": "{}", **owed, "seal": seal("{}", owed)}
     state = {"state": {}, "param_groups": [{"lr": 1, "nullspace": "f00"}], "nullspace": entry}
     plain, payload, fingerprint = pop_protection(state)
