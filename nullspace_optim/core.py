@@ -129,14 +129,15 @@ class Core:
 
     def install(self, model: nn.Module) -> None:
         """Hook `model` for norm statistics and exact evaluation."""
-        for handle in self.model_handles:
-            handle.remove()
-        self.model_handles.clear()
         remove_copied_hooks(model)
         read = {name for task in self.store.tasks for name in task.get("untrained", ())}  # type: ignore[attr-defined]
         self.unguarded = {id(p): name for name, p in named_parameters(model).items() if name in read - set(self.store)}
         first = bool(sharded_modules(model))  # FSDP2 gathers parameters in a pre-hook of its own
-        self.model_handles.append(model.register_forward_pre_hook(BeforeEvaluation(self), prepend=first))
+        mine = [h for h in model._forward_pre_hooks.values() if isinstance(h, BeforeEvaluation) and h.core() is self]
+        if first or not mine:  # torch 2.6 compiles again where a hook is registered anew
+            for handle in self.model_handles:
+                handle.remove()
+            self.model_handles[:] = [model.register_forward_pre_hook(BeforeEvaluation(self), prepend=first)]
         frozen = set(self.store.buffers) if self.options["norm_stats"] == "frozen" else set()
         if frozen != self.frozen:  # hooks that stay need no new compilation
             self.thaw()

@@ -1,6 +1,6 @@
 """Everything that is too long for each change, in fresh environments at both ends of the supported versions of torch.
 
-python -m reference.nightly                 torch 2.6 and the newest: all tests, the nightly ones, 1,000 examples a property
+python -m reference.nightly                 torch 2.6 and the newest: all tests, nightly ones, 1,000 examples a property
 python -m reference.nightly --torch 2.6     one end only
 python -m reference.nightly --here          in the environment at hand, without installing anything
 
@@ -23,7 +23,8 @@ ENDS = {"2.6": ("torch==2.6.0", "torchvision==0.21.0"), "newest": ("torch", "tor
 PYTEST = ("-m", "pytest", "-q", "--timeout", "7200", "-p", "no:cacheprovider")
 RUNS = {
     "short tests": (),
-    "nightly tests and properties": ("-m", "nightly or fault", "--hypothesis-profile", "nightly"),
+    "nightly tests": ("-m", "nightly"),
+    "properties": ("--hypothesis-profile", "nightly", "tests/faults/test_invariants.py", "tests/test_projection.py"),
 }
 
 
