@@ -12,7 +12,7 @@ from cases import Case, Setting, layer_rows, relative, setting, span_drift, take
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from nullspace_optim import CaptureError, FixedRank, NullSpaceOptimizer, NumericalRank, OptionError
+from nullspace_optim import SGP, CaptureError, FixedRank, NullSpaceOptimizer, NumericalRank, OptionError
 
 schedulefree = pytest.importorskip("schedulefree")
 Build = Callable[[Any], Optimizer]
@@ -241,3 +241,17 @@ def test_what_would_fail_in_silence_is_refused_by_name(base: Any, text: str) -> 
     model = nn.Linear(3, 2)
     with pytest.raises(OptionError, match=text):
         NullSpaceOptimizer(base(model.parameters()), model)
+
+
+def test_a_soft_policy_holds_in_both_sets_of_weights() -> None:
+    """What a soft direction may move, all sets of weights move together: averaging acts in the free directions."""
+    task, base, optimizer = trained("AdamW", policy=SGP())
+    optimizer.consolidate([task.old], progress=False)
+    start = task.loss().item()
+    take_steps(optimizer, task.loss, 40)
+    assert optimizer.verify().worst <= 1e-5
+    assert task.loss().item() < start
+    for name, basis in optimizer.bases.items():
+        for subspace in basis.subspaces.values():
+            z = base.state[task.model.get_parameter(name)]["z"].double()
+            assert relative(z @ subspace.basis[0].double(), subspace.anchor[0].double()) <= 1e-6
