@@ -11,6 +11,7 @@ from typing import Any
 
 from reference.errors import ExperimentError
 from reference.tables.methods import METHODS
+from reference.tables.protocols import PROTOCOLS
 from reference.tables.published import FIGURES, Published, verdict
 
 
@@ -46,7 +47,25 @@ def report(runs: Iterable[dict[str, Any]], table: str) -> str:
     return "\n".join([*lines, *(_line(name, groups[name], table) for name in order)])
 
 
+def as_published(run: dict[str, Any]) -> bool:
+    """Whether a run kept the table's protocol (methods may have their own rate) and was scored on the test part."""
+    wanted = json.loads(json.dumps(PROTOCOLS[run["table"]].settings()))
+    same = all(run["settings"].get(key) == value for key, value in wanted.items() if key != "rate")
+    return same and run["evaluated_on"] == "test"
+
+
+def _one_setting(name: str, runs: list[dict[str, Any]]) -> None:
+    for run in runs[1:]:
+        if (run["settings"], run["evaluated_on"]) != (runs[0]["settings"], runs[0]["evaluated_on"]):
+            raise ExperimentError(
+                f"the runs of {name} with seeds {runs[0]['seed']} and {run['seed']} have different settings; "
+                "keep them in different --output folders"
+            )
+
+
 def _line(name: str, runs: list[dict[str, Any]], table: str) -> str:
+    _one_setting(name, runs)
+    comparable = all(map(as_published, runs))
     accuracy, backward = [run["ACC"] for run in runs], [run["BWT"] for run in runs if run["BWT"] is not None]
     published = FIGURES.get(table, {}).get(name)
     deviation = statistics.stdev(accuracy) if len(accuracy) > 1 else None
@@ -60,7 +79,7 @@ def _line(name: str, runs: list[dict[str, Any]], table: str) -> str:
         f"{losses[0]:.3f} / {losses[1]:.3f}",
         f"{statistics.mean(run['seconds'] for run in runs):.0f}",
         _published(published),
-        verdict(statistics.mean(accuracy), deviation, published),
+        verdict(statistics.mean(accuracy), deviation, published) if comparable else "not the published settings",
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -30,7 +30,7 @@ from reference.tables.methods import METHODS, chosen_methods
 from reference.tables.networks import PermutedMLP, SplitAlexNet
 from reference.tables.protocols import PROTOCOLS, Protocol
 from reference.tables.published import Published, verdict
-from reference.tables.report import read_runs, report
+from reference.tables.report import as_published, read_runs, report
 from reference.tables.runs import Run
 from reference.tables.training import Patience, train
 
@@ -322,13 +322,29 @@ def test_what_counts_as_reproduced() -> None:
 
 
 def test_the_report_gives_mean_and_deviation_over_seeds() -> None:
+    settings = {**PROTOCOLS["pmnist"].settings(), "base": "sgd"}
+    common = {"table": "pmnist", "method": "gpm", "evaluated_on": "test", "settings": settings}
     finished = [
-        {"method": "gpm", "seed": seed, "ACC": value, "BWT": -3.0, "losses": [[0.2], [0.4]], "seconds": 10.0}
+        {**common, "seed": seed, "ACC": value, "BWT": -3.0, "losses": [[0.2], [0.4]], "seconds": 10.0}
         for seed, value in ((2, 94.0), (1, 93.8))
     ]
     line = report(finished, "pmnist").splitlines()[-1]
     assert line.startswith("| GPM (`gpm`) | 1, 2 | 93.90 ± 0.14 | -3.00 ± 0.00 | 0.200 / 0.400 | 10 |")
     assert line.endswith("-0.01: reproduced |")
+    short = [{**run, "settings": {**settings, "epochs": 1}} for run in finished]
+    assert report(short, "pmnist").endswith("| not the published settings |")
+    with pytest.raises(ExperimentError, match="different settings"):
+        report([finished[0], short[1]], "pmnist")
+
+
+def test_committed_results_are_whole_and_consistent() -> None:
+    folder = Path(__file__).parents[2] / "reference" / "results" / "pmnist"
+    for run in read_runs(folder, "pmnist"):
+        assert as_published(run), run["method"]
+        matrix = run["accuracy"]
+        assert [len(row) for row in matrix] == list(range(1, 11)) and len(run["losses"]) == 10
+        assert run["ACC"] == pytest.approx(np.mean(matrix[-1]), abs=1e-3)
+        assert run["BWT"] == pytest.approx(np.mean([matrix[-1][i] - matrix[i][i] for i in range(9)]), abs=1e-3)
 
 
 def test_a_layers_longest_name_decides_and_thresholds_grow() -> None:
