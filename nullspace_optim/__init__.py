@@ -54,6 +54,7 @@ from .policies import (
 from .prompts import declare_prompt, declare_tokens
 from .report import ConsolidationReport, ParameterReport, VerifyReport
 from .scaling import ForwardScaling, shared_directions, trust_regions
+from .sketch import SketchedCovariance
 from .thinning import PruneReport
 
 __all__ = [
@@ -93,6 +94,7 @@ __all__ = [
     "PruningError",
     "RankBudget",
     "ShapeError",
+    "SketchedCovariance",
     "Spectrum",
     "SplitLoRA",
     "StaleAnchorError",

@@ -26,6 +26,7 @@ from .names import local
 from .recognise import Memory, tensor_key
 from .reduction import reduce_tally, union
 from .relevance import Relevance, detached, tensors_in
+from .sketch import SketchedCovariance
 from .tally import Captured, Tally
 from .uses import Uses
 from .watching import Watch
@@ -49,6 +50,7 @@ class Capture:
         statistics: bool = True,
         present: Callable[[], Mapping[str, Tensor]] | None = None,
         in_step: bool = False,
+        sketch: SketchedCovariance | None = None,
     ) -> None:
         """Watch `parameters` and `buffers`, by name; note which of the `untrained` parameters are read.
 
@@ -57,6 +59,7 @@ class Capture:
         `batch_frobenius` normalises each batch's Gram matrix (GNSP); without `statistics` no sums are kept,
         only reasons, order and `observe`. `present` gives the tensors that stand for the parameters at this moment
         where a framework swaps them (FSDP2); with `in_step`, all ranks run each batch at the same time.
+        `sketch` says which second moments are sketched.
 
         Raises:
             OptionError: an unknown value of `rows` or `bias`.
@@ -70,7 +73,7 @@ class Capture:
         distinct = {name: parameters[name] for name in dict.fromkeys(self._names.values())}
         self._memory = Memory(distinct, buffers or {}, untrained or {}, present)
         self._in_step = in_step
-        self._tally = Tally(dtype=dtype, batch_frobenius=batch_frobenius, statistics=statistics)
+        self._tally = Tally(dtype=dtype, batch_frobenius=batch_frobenius, statistics=statistics, sketch=sketch)
         self._relevance = Relevance() if rows == "relevant" else None
         self._joint = bias == "joint"
         self._batches = 0

@@ -29,10 +29,12 @@ from .fates import grow
 from .guard import Guard
 from .names import local, named_buffers, named_parameters, present_parameters
 from .policies import Energy, Policy
+from .policies.sketched import check_sketchable
 from .probes import Probe, Recorder, digests_of, first_samples, samples_in
 from .projection import exact_products
-from .remarks import few_rows_note, half_precision_note, outside_note, untrained_note, warnings_about
+from .remarks import few_rows_note, half_precision_note, outside_note, sketch_note, untrained_note, warnings_about
 from .report import ConsolidationReport
+from .sketch import SketchedCovariance
 from .untouched import untouched
 
 ENDLESS = 100_000
@@ -47,12 +49,22 @@ class ConsolidationOptions:
     bias: Literal["freeze", "joint"] = "freeze"
     uncovered: Literal["freeze", "train"] = "freeze"
     on_full: Literal["warn", "raise"] = "warn"
+    covariance: Literal["exact"] | SketchedCovariance = "exact"
+
+    @property
+    def sketch(self) -> SketchedCovariance | None:
+        """Which second moments are sketched, `None`: none."""
+        return self.covariance if isinstance(self.covariance, SketchedCovariance) else None
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
             raise OptionError(
                 f"policy={self.policy!r}: expected a policy such as Energy(0.999), not {type(self.policy).__name__}"
             )
+        if self.covariance != "exact" and self.sketch is None:
+            raise OptionError(f"covariance={self.covariance!r}: expected 'exact' or a SketchedCovariance(size, above)")
+        if self.sketch is not None:
+            check_sketchable(self.policy)
         choices = {
             "rows": ("relevant", "all"),
             "bias": ("freeze", "joint"),
@@ -136,6 +148,7 @@ def consolidate(
                 [
                     capture.relevance_note,
                     untrained_note(untrained),
+                    sketch_note(capture.captured),
                     few_rows_note(capture.captured, rows),
                     half_precision_note(work.parameters),
                     outside_note(work.model, work.outside),
@@ -200,13 +213,16 @@ def measure(work: Pass, options: ConsolidationOptions) -> dict[str, SecondMoment
     Raises:
         ConsolidationError: no batches, or several processes.
     """
+    if options.sketch is not None:
+        raise ConsolidationError('measure() returns whole second moments: use covariance="exact"')
     if distributed.ranks() > 1:
         raise ConsolidationError("measure() sees the batches of one process only; measure before the processes start")
     with untouched(work.model, work.loader):
         capture = _capture(work, options)
         _observe(work, capture)
     sides = {name: seen.sides for name, seen in capture.captured.items() if seen.sides and not seen.reasons}
-    return {name: found.get("right") or next(iter(found.values())) for name, found in sides.items()}
+    chosen = {name: found.get("right") or next(iter(found.values())) for name, found in sides.items()}
+    return {name: moment for name, moment in chosen.items() if isinstance(moment, SecondMoment)}
 
 
 def _capture(work: Pass, options: ConsolidationOptions) -> Capture:
@@ -218,6 +234,7 @@ def _capture(work: Pass, options: ConsolidationOptions) -> Capture:
         bias=options.bias,
         dtype=torch.float64 if options.policy.precise else torch.float32,
         batch_frobenius=options.policy.batch_frobenius,
+        sketch=options.sketch,
         present=_present(work.model),
         in_step=bool(distributed.sharded_modules(work.model)),
     )

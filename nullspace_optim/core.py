@@ -45,6 +45,7 @@ class Core:
             bias=options["bias"],
             uncovered=options["uncovered"],
             on_full=options["on_full"],
+            covariance=options["covariance"],
         )
         self.protection = Protection(ProtectionOptions(project=options["project"], precision=options["precision"]))
         self.store = BasisStore()

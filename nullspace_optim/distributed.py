@@ -129,6 +129,15 @@ def add_up(tensors: Sequence[Tensor], owner: int | None = None, group: Any = Non
             _unflatten(flat, bucket)
 
 
+@torch.no_grad()
+def gathered(tensor: Tensor, owner: int) -> list[Tensor]:
+    """Return the `tensor` of every rank, all of one shape, on rank `owner`; an empty list elsewhere."""
+    sent = _wired(tensor.contiguous())
+    found = [torch.empty_like(sent) for _ in range(ranks())] if rank() == owner else None
+    dist.gather(sent, found, dst=owner)
+    return found or []
+
+
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Yield tensors of one dtype and device, in order, about `BUCKET` bytes at a time."""
     bucket: list[Tensor] = []

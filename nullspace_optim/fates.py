@@ -23,9 +23,12 @@ from .layout import Layout
 from .names import local
 from .policies import Policy, Spectrum
 from .policies.merge import Candidate, Choice, choose, examine
+from .policies.sketched import examine_sketch
 from .projection import MatrixSide
 from .report import ParameterReport
 from .shards import Part, part_of
+from .sketch import Sketch
+from .tally import Moment
 
 Key = tuple[str, MatrixSide]
 Groups = Mapping[Any, list[Key]]
@@ -35,7 +38,7 @@ Groups = Mapping[Any, list[Key]]
 class Use:
     """One side of one weight: the new task's second moment and the subspace stored before."""
 
-    moment: SecondMoment
+    moment: Moment
     before: Subspace | None
     tasks: int = 0
 
@@ -179,12 +182,18 @@ def _examined(policy: Policy, use: Use, key: Key) -> Candidate:
     before = use.before
     stored = (before.basis, before.covariance) if before else (None, None)
     scale = before.scale if before else None
-    matrix, rows = use.moment.matrix, use.moment.rows.tolist()
+    rows = use.moment.rows.tolist()
+    if isinstance(use.moment, Sketch):
+        basis = before.basis if before else None
+        return examine_sketch(policy, use.moment.factor, use.moment.trace(), rows, basis, tasks=use.tasks, name=key[0])
+    matrix = use.moment.matrix
     return examine(policy, matrix, rows, *stored, scale=scale, tasks=use.tasks, name=key[0])
 
 
 def _chosen(candidate: Candidate, ranks: tuple[int, ...], use: Use) -> Choice:
     before = use.before
+    if isinstance(use.moment, Sketch):  # more directions than it has are not known
+        ranks = tuple(min(rank, spectrum.above(0.0)) for rank, spectrum in zip(ranks, candidate.spectra, strict=True))
     return choose(candidate, ranks, *((before.basis, before.scale) if before else (None, None)))
 
 

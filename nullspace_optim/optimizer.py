@@ -37,6 +37,7 @@ from .policies.base import check_number
 from .probes import Probe, assemble, compare, find_samples
 from .protection import Project
 from .report import ConsolidationReport, VerifyReport
+from .sketch import SketchedCovariance
 from .thinning import PruneReport, thinned
 from .untouched import untouched
 
@@ -58,6 +59,7 @@ class NullSpaceOptimizer(OptimizerContract):
         norm_stats: ``"frozen"`` keeps running statistics that a past task used, ``"train"`` lets them move.
         rows: ``"relevant"`` protects only rows that can reach the model's output, ``"all"`` every row.
         on_full: ``"warn"`` or ``"raise"`` when a parameter has no free direction left.
+        covariance: ``"exact"``, or `SketchedCovariance(size, above)` for weights so wide that `[d, d]` does not fit.
 
     Raises:
         OptionError: `base` is not an optimizer, is wrapped already, is differentiable, or an option is unknown.
@@ -81,6 +83,7 @@ class NullSpaceOptimizer(OptimizerContract):
         norm_stats: Literal["frozen", "train"] = "frozen",
         rows: Literal["relevant", "all"] = "relevant",
         on_full: Literal["warn", "raise"] = "warn",
+        covariance: Literal["exact"] | SketchedCovariance = "exact",
     ) -> None:
         bases: list[Any] = list(base) if isinstance(base, (list, tuple)) else [base]
         check_bases(bases)
@@ -104,6 +107,7 @@ class NullSpaceOptimizer(OptimizerContract):
             "norm_stats": norm_stats,
             "rows": rows,
             "on_full": on_full,
+            "covariance": covariance,
         }
         core = Core(bases, options)
         if model is not None:

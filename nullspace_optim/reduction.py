@@ -15,9 +15,11 @@ from torch import Tensor
 from . import distributed
 from .covariance import SecondMoment
 from .layout import Layout
-from .tally import Tally, WeightSide
+from .sketch import Sketch
+from .tally import Moment, Tally, WeightSide
 
 Key = tuple[str, WeightSide]
+Shape = tuple[int, int, int, torch.dtype]  # groups, size, rows of the sketch (0: none), dtype
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Summary:
     partners: dict[str, dict[str | None, str]]
     used: dict[str, Tensor]
     moments: dict[Key, int]
-    shapes: list[tuple[int, int, torch.dtype]] = field(default_factory=list)
+    shapes: list[Shape] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
 
 
@@ -42,13 +44,12 @@ def reduce_tally(tally: Tally, device: torch.device) -> None:
     told = distributed.everyone(mine)
     whole = _united(told)
     classes = _classes(told)
-    owners = _owners([size for _, size, _ in (_shape(told, numbers) for numbers in classes)])
-    moments: dict[Key, SecondMoment] = {}
-    sums: dict[int, list[SecondMoment]] = {}
+    owners = _owners([_shape(told, numbers)[1] for numbers in classes])
+    moments: dict[Key, Moment] = {}
+    sums: dict[int, list[Moment]] = {}
     for (numbers, keys), owner in zip(classes.items(), owners, strict=True):
-        groups, size, dtype = _shape(told, numbers)
         index = numbers[distributed.rank()]
-        moment = SecondMoment(groups, size, dtype=dtype, device=device) if index is None else local[index]
+        moment = _empty(_shape(told, numbers), device) if index is None else local[index]
         if index is not None and sum(other[distributed.rank()] == index for other in classes) > 1:
             moment = moment.clone()
         moment.rows = torch.stack([told[r].rows[i] for r, i in enumerate(numbers) if i is not None]).sum(0)
@@ -67,15 +68,21 @@ def reduce_tally(tally: Tally, device: torch.device) -> None:
     )
 
 
-def _send(moments: Sequence[SecondMoment], owner: int) -> None:
+def _send(moments: Sequence[Moment], owner: int) -> None:
     """Add the sums of all ranks up on `owner`; the others let go of theirs."""
-    distributed.add_up([part for moment in moments for part in moment.parts()], owner)
+    whole = [moment for moment in moments if isinstance(moment, SecondMoment)]
+    distributed.add_up([part for moment in whole for part in moment.parts()], owner)
+    for sketch in (moment for moment in moments if isinstance(moment, Sketch)):
+        for number, factor in enumerate(distributed.gathered(sketch.factor, owner)):
+            if number != owner:
+                sketch.join(factor, torch.zeros_like(sketch.squares), torch.zeros_like(sketch.lost))
+        distributed.add_up([sketch.squares, sketch.lost])
     if distributed.rank() != owner:
         for moment in moments:
             moment.discard()
 
 
-def _summarised(tally: Tally) -> tuple[Summary, list[SecondMoment]]:
+def _summarised(tally: Tally) -> tuple[Summary, list[Moment]]:
     """Return what `tally` knows and its distinct second moments, in the order of their numbers."""
     state = tally.state()
     local = list({id(moment): moment for moment in state["moments"].values()}.values())
@@ -87,7 +94,7 @@ def _summarised(tally: Tally) -> tuple[Summary, list[SecondMoment]]:
         partners=dict(state["partners"]),
         used={name: used.cpu() for name, used in state["used"].items()},
         moments={key: numbers[id(moment)] for key, moment in state["moments"].items()},
-        shapes=[(moment.groups, moment.size, moment.dtype) for moment in local],
+        shapes=[_shape_of(moment) for moment in local],
         rows=[moment.rows for moment in local],
     )
     return summary, local
@@ -130,9 +137,20 @@ def _alike(told: Sequence[Summary], numbers: Sequence[int | None]) -> bool:
     return len({told[r].shapes[i] for r, i in enumerate(numbers) if i is not None}) == 1
 
 
-def _shape(told: Sequence[Summary], numbers: Sequence[int | None]) -> tuple[int, int, torch.dtype]:
-    """Return groups, size and dtype of a second moment from the first rank that has it."""
+def _shape(told: Sequence[Summary], numbers: Sequence[int | None]) -> Shape:
+    """Return the shape of a second moment from the first rank that has it."""
     return next(told[r].shapes[i] for r, i in enumerate(numbers) if i is not None)
+
+
+def _shape_of(moment: Moment) -> Shape:
+    return moment.groups, moment.size, moment.kept if isinstance(moment, Sketch) else 0, moment.dtype
+
+
+def _empty(shape: Shape, device: torch.device) -> Moment:
+    groups, size, kept, dtype = shape
+    if kept:
+        return Sketch(groups, size, kept, dtype=dtype, device=device)
+    return SecondMoment(groups, size, dtype=dtype, device=device)
 
 
 def _owners(sizes: Sequence[int]) -> list[int]:

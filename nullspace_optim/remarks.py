@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .basis import Fate
 from .capture import Captured
 from .report import ParameterReport
+from .sketch import Sketch
 
 NEARLY_FULL = 0.9
 ENOUGH = 10
@@ -61,6 +62,24 @@ def few_rows_note(captured: Mapping[str, Captured], rows: Sequence[ParameterRepo
     return (
         f"{len(few)} parameters met fewer than {ENOUGH} rows for each kept direction ('{row.name}': {count} rows, "
         f"rank {row.rank}, ...): other inputs of this task may lie outside; consolidate more of its data"
+    )
+
+
+def sketch_note(captured: Mapping[str, Captured]) -> str | None:
+    """Say how far the second moments of wide weights may be off, by the bound of their sketches."""
+    bounds = [
+        (float(moment.bound.max()), name, moment.kept)
+        for name, found in captured.items()
+        for moment in found.sides.values()
+        if isinstance(moment, Sketch)
+    ]
+    if not bounds:
+        return None
+    bound, name, kept = max(bounds)
+    return (
+        f"{len(bounds)} wide weights were measured by sketches of {kept} rows: the second moment of no direction is "
+        f"off by more than {bound:.2e} of its weight's energy ('{name}'; Frequent Directions, Ghashami et al. 2016, "
+        "Theorem 1.1), and the energies kept are lower bounds"
     )
 
 

@@ -19,7 +19,9 @@ from .errors import CaptureError
 from .layout import Layout
 from .recognise import storage_pointer
 from .rows import Patches, Rows
+from .sketch import Sketch, SketchedCovariance
 
+Moment = SecondMoment | Sketch
 WeightSide = Literal["right", "left"]
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
@@ -35,7 +37,7 @@ class Captured:
     """
 
     layout: Layout | None = None
-    sides: dict[WeightSide, SecondMoment] = field(default_factory=dict)
+    sides: dict[WeightSide, Moment] = field(default_factory=dict)
     row_index: Tensor | None = None
     reasons: tuple[str, ...] = ()
     bias: str | None = None
@@ -54,19 +56,27 @@ class _Waiting:
 class Tally:
     """Sums over all batches of one capture."""
 
-    def __init__(self, *, dtype: torch.dtype, batch_frobenius: bool, statistics: bool) -> None:
-        """Accumulate in `dtype`; without `statistics` no second moments are kept."""
+    def __init__(
+        self,
+        *,
+        dtype: torch.dtype,
+        batch_frobenius: bool,
+        statistics: bool,
+        sketch: SketchedCovariance | None = None,
+    ) -> None:
+        """Accumulate in `dtype`; without `statistics` no second moments are kept; `sketch` says which are sketched."""
+        self._sketch = sketch
         self.order: dict[str, None] = {}
         self.cast: set[str] = set()
         self._dtype, self._batch_frobenius, self._statistics = dtype, batch_frobenius, statistics
         self._reasons: dict[str, dict[str, None]] = {}
         self._layouts: dict[str, Layout] = {}
-        self._moments: dict[tuple[str, WeightSide], SecondMoment] = {}
+        self._moments: dict[tuple[str, WeightSide], Moment] = {}
         self._used: dict[str, Tensor] = {}
         self._partners: dict[str, dict[str | None, str]] = {}
         self._queue: dict[Any, _Waiting] = {}
-        self._touched: dict[int, tuple[str, SecondMoment]] = {}
-        self._stripped: dict[int, SecondMoment] = {}
+        self._touched: dict[int, tuple[str, Moment]] = {}
+        self._stripped: dict[int, Moment] = {}
         self._declared: set[str] = set()
 
     def refuse(self, names: Iterable[str], reason: str) -> None:
@@ -172,7 +182,7 @@ class Tally:
             declared = {side: moment for (owner, side), moment in self._moments.items() if owner == name}
             return Captured(layout=self._layouts[name], sides=declared, met=True)
         bias = self._joint_bias(name)
-        sides: dict[WeightSide, SecondMoment] = {}
+        sides: dict[WeightSide, Moment] = {}
         known: tuple[WeightSide, ...] = ("right", "left")
         for side in known:
             if (name, side) in self._moments:
@@ -211,7 +221,7 @@ class Tally:
         layouts: dict[str, Layout],
         partners: dict[str, dict[str | None, str]],
         used: dict[str, Tensor],
-        moments: dict[tuple[str, WeightSide], SecondMoment],
+        moments: dict[tuple[str, WeightSide], Moment],
     ) -> None:
         """Take over what all ranks know together."""
         self.order = dict.fromkeys(order)
@@ -222,7 +232,7 @@ class Tally:
     def _add(self, waiting: _Waiting) -> None:
         """Add rows to the sums of all weights that met them, once a shared sum."""
         side, layout = waiting.rows.place.side, waiting.rows.place.layout
-        new: dict[int, SecondMoment] = {}
+        new: dict[int, Moment] = {}
         targets: dict[int, list[str]] = {}
         for name, shape in waiting.shapes.items():
             groups = layout.matrix_shape(shape)[0]
@@ -231,7 +241,7 @@ class Tally:
                     new[groups] = self._fresh(name, waiting.rows, groups)
                 self._moments[name, side] = new[groups]
             targets.setdefault(id(self._moments[name, side]), []).append(name)
-        sums: list[SecondMoment] = []
+        sums: list[Moment] = []
         for names in targets.values():
             moment = self._moments[names[0], side]
             if sum(other is moment for other in self._moments.values()) > len(names):
@@ -244,18 +254,20 @@ class Tally:
         if self._statistics:
             self._sum(waiting, sums)
 
-    def _sum(self, waiting: _Waiting, sums: Sequence[SecondMoment]) -> None:
+    def _sum(self, waiting: _Waiting, sums: Sequence[Moment]) -> None:
         """Stream the blocks of rows into `sums`."""
         for block, count in waiting.rows.blocks(waiting.mask, sums[0].dtype):
             for moment in sums:
                 moment.update(block, waiting.rows.place.groups, count)
 
-    def _fresh(self, name: str, rows: Rows | Patches, groups: int) -> SecondMoment:
+    def _fresh(self, name: str, rows: Rows | Patches, groups: int) -> Moment:
         """Return an empty sum for the `rows` that met `name`; without statistics it has no features."""
         size = rows.size if self._statistics else 0
         dtype = _COMPLEX[self._dtype] if rows.source.is_complex() else self._dtype
         device = rows.source.device
         try:
+            if self._sketch is not None and size > self._sketch.above and not dtype.is_complex:
+                return Sketch(groups, size, self._sketch.size, dtype=dtype, device=device)
             return SecondMoment(groups, size, dtype=dtype, device=device, batch_frobenius=self._batch_frobenius)
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
@@ -270,7 +282,7 @@ class Tally:
         _, m, d = self._layouts[name].matrix_shape(shape)
         return d if side == "right" else m
 
-    def _sized(self, moment: SecondMoment, size: int, *, joint: bool) -> SecondMoment:
+    def _sized(self, moment: Moment, size: int, *, joint: bool) -> Moment:
         """Return `moment`, without the constant input of the bias unless a bias is protected jointly."""
         if joint or moment.size <= size:
             return moment

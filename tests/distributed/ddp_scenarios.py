@@ -24,6 +24,7 @@ from nullspace_optim import (
     NullSpaceOptimizer,
     OptionError,
     RankBudget,
+    SketchedCovariance,
     TailEnergy,
 )
 
@@ -223,6 +224,19 @@ def what_only_one_rank_has_seen_counts(folder: Path) -> None:
     assert {row.name for row in report.parameters if not row.rank and "bias" not in row.name} == {"never.weight"}
 
 
+def sketches_of_all_ranks_make_one(folder: Path) -> None:
+    model, rank = seeded(Plain), dist.get_rank()
+    optimizer = wrap(model, policy=Energy(0.5), covariance=SketchedCovariance(size=8, above=8))
+    report = optimizer.consolidate(share(rows(1, 20), rank) if rank else [], progress=False)
+    assert any("sketches of 8 rows" in note for note in report.notes)
+    assert everyone(report.notes)[0] == everyone(report.notes)[1]
+    seen = torch.cat(rows(1, 20)[2:]).double()
+    u = optimizer.bases["first.weight"].U.double()
+    line = next(row for row in report.parameters if row.name == "first.weight")
+    assert line.energy <= float((seen @ u).square().sum() / seen.square().sum()) + 1e-6
+    assert torch.equal(everyone(u)[0], everyone(u)[1])
+
+
 def batch_norm_statistics_are_those_of_rank_0(folder: Path) -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)))
@@ -257,6 +271,7 @@ SCENARIOS = [
     ranks_that_differ_are_refused,
     bases_are_saved_once_and_loaded_by_all,
     what_only_one_rank_has_seen_counts,
+    sketches_of_all_ranks_make_one,
     batch_norm_statistics_are_those_of_rank_0,
     engines_that_flatten_are_refused,
 ]
