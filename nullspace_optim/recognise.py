@@ -111,6 +111,7 @@ class Memory:
         self._untrained: dict[int, str] = {}
         self._owners: dict[int, list[_Owner]] = {}
         self._storages: dict[int, Kind] = {}
+        self._holders: dict[int, Tensor] = {}
         self._aliases: dict[Key, Origin] = {}
         self._held: list[Tensor] = []
         self.refresh()
@@ -144,6 +145,7 @@ class Memory:
     def forget(self) -> None:
         """End the batch: let go of everything that was held."""
         self._storages.clear()
+        self._holders.clear()
         self._aliases.clear()
         self._held.clear()
 
@@ -164,10 +166,14 @@ class Memory:
     def _look_again(self, pointer: int, tensor: Tensor) -> None:
         """Notice whole parameters that were put in place, or freed, since the storages were last read.
 
-        FSDP2 gathers a parameter before the forward pass of its module and frees it afterwards, whatever called the
-        module; the address may then serve an activation.
+        FSDP2 gathers a parameter before the forward pass of its module and frees it, and its own buffers, afterwards,
+        whatever called the module; the address may then serve an activation.
         """
-        owners = self._owners.get(pointer)
+        owners, holder = self._owners.get(pointer), self._holders.get(pointer)
+        if holder is not None and storage_pointer(holder) != pointer:
+            del self._holders[pointer], self._storages[pointer]
+            for key in [key for key in self._aliases if key[0] == pointer]:
+                del self._aliases[key]
         if owners is None:
             if isinstance(tensor, torch.nn.Parameter) and pointer not in self._untrained:
                 self.refresh()
@@ -195,8 +201,9 @@ class Memory:
             return
         if origin.kind is Kind.DATA:
             self._storages.pop(pointer, None)
+            self._holders.pop(pointer, None)
             return
-        self._storages[pointer] = origin.kind
+        self._storages[pointer], self._holders[pointer] = origin.kind, tensor
         self._held.append(tensor)
         if origin.kind is Kind.ALIAS:
             self._aliases[tensor_key(tensor)] = origin

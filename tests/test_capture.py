@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nullspace_optim.capture import Capture, Captured
 from nullspace_optim.errors import CaptureError, OptionError
-from nullspace_optim.recognise import Memory
+from nullspace_optim.recognise import CONSTANT, Memory
 from nullspace_optim.rows import Patches
 
 Kind = dict[str, Any]
@@ -759,3 +759,14 @@ def test_an_address_that_another_parameter_takes_over_changes_its_name() -> None
     there[0] = "second"
     memory.refresh()
     assert memory.origin(whole).names == ("second",)
+
+
+def test_a_buffer_that_is_freed_under_its_holder_is_forgotten() -> None:
+    memory = Memory({}, {}, {}, dict)
+    buffer = torch.empty(64)
+    memory.learn(buffer, CONSTANT)
+    address = buffer.data_ptr()
+    assert memory.origin(buffer) == CONSTANT
+    buffer.untyped_storage().resize_(0)  # as FSDP2 frees what it has gathered
+    memory._look_again(address, torch.empty(1))
+    assert not memory._storages and not memory._holders
