@@ -40,6 +40,7 @@ def train(accelerator: Any, model: Any, optimizer: Any, scheduler: Any, task: in
 
 
 @pytest.mark.parametrize(("precision", "every"), [("no", 1), ("no", 2), ("bf16", 1)])
+@pytest.mark.fault(36)
 def test_two_tasks(precision: str, every: int) -> None:
     accelerator, model, optimizer, scheduler = prepared(precision, every)
     train(accelerator, model, optimizer, scheduler, 0)

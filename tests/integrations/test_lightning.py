@@ -84,6 +84,7 @@ OTHER_NAME = [(NAMES[1], "automatic"), (NAMES[1], "manual")]  # the same code
 
 
 @pytest.mark.parametrize(("name", "variant"), [*((NAMES[0], variant) for variant in VARIANTS), *OTHER_NAME])
+@pytest.mark.fault(36)
 def test_two_fits_are_two_tasks(name: str, variant: str, tmp_path: Path) -> None:
     module_options, trainer_options, limit = VARIANTS[variant]
     module, call = lit(name, **module_options), callback(path=tmp_path / "bases.safetensors")

@@ -71,6 +71,7 @@ def logits(model: Any) -> torch.Tensor:
     ],
     ids=["plain", "clipping and accumulation", "bf16 autocast"],
 )
+@pytest.mark.fault(36)
 def test_two_trainings_are_two_tasks(options: dict[str, Any], limit: float, tmp_path: Path) -> None:
     model, call = bert(), ConsolidateCallback(path=tmp_path / "bases.safetensors", progress=False)
     first = trainer(model, 0, tmp_path, call, **options)
