@@ -17,12 +17,19 @@ def on_files(files: Files, config: Any) -> Files:
         name = path.relative_to(HERE).as_posix()
         if path.suffix in SHOWN and not name.startswith("assets/"):
             files.append(File.generated(config, name, abs_src_path=str(path)))
-    named = {page for entry in config.nav for page in entry.values()}
+    named = set(_pages(config.nav))
     for file in files.documentation_pages():
         if file.src_uri not in named:
             folder = file.src_uri.rpartition("/")[0] or "topics"
             _section(config.nav, folder.replace("-", " ").capitalize()).append(file.src_uri)
     return files
+
+
+def _pages(entry: Any) -> list[str]:
+    """Return every page that a part of the navigation names."""
+    if isinstance(entry, str):
+        return [entry]
+    return [page for part in (entry.values() if isinstance(entry, dict) else entry) for page in _pages(part)]
 
 
 def _section(nav: list[Any], title: str) -> list[Any]:
