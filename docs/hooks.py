@@ -1,7 +1,11 @@
-"""MkDocs hooks: take the pages from the folder of `mkdocs.yml` itself, and put every page into the navigation."""
+"""MkDocs hooks: take the pages from the folder of `mkdocs.yml` itself, put every page into the navigation, and every
+public name on the API page.
+"""
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,18 @@ def on_files(files: Files, config: Any) -> Files:
             folder = file.src_uri.rpartition("/")[0] or "topics"
             _section(config.nav, folder.replace("-", " ").capitalize()).append(file.src_uri)
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Append the public names that no section of the API page lists yet."""
+    if page.file.src_uri != "api.md":
+        return markdown
+    tree = ast.parse((HERE.parent / "nullspace_optim" / "__init__.py").read_text(encoding="utf-8"))
+    lists = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+    listed = set(re.findall(r"^::: nullspace_optim\.(\w+)$", markdown, re.M))
+    others = [name for name in ast.literal_eval(lists[0]) if name not in listed]
+    entries = "\n".join(f"::: nullspace_optim.{name}\n" for name in others)
+    return f"{markdown}\n\n## Further names\n\n{entries}" if others else markdown
 
 
 def _pages(entry: Any) -> list[str]:
