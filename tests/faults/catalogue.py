@@ -149,7 +149,7 @@ AROUND = {
     114: Fault("the teacher is the student", "refused"),
     115: Fault("logit scale overflows, features of norm zero, one class", "a finite loss, or an error naming the input"),
     116: Fault("a teacher in train mode or with gradients", "its outputs are constants: the teacher gets no gradient"),
-    117: Fault("command line: missing file, no arguments, closed pipe, no matplotlib", "exit code 1, 2, 0, 1, one line each"),
+    117: Fault("command line: missing file, no arguments, closed pipe, no matplotlib", "one line and an exit code each; a closed pipe is quiet"),
     118: Fault("missing data set, corrupt image, wrong classes", "task and file are named before training starts"),
     119: Fault("an experiment is interrupted and resumed", "same accuracy matrix and weights, bitwise on the CPU"),
     120: Fault("metrics with missing cells", "shown as \"-\"; averages say how many cells"),
