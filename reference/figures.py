@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import matplotlib
 import numpy as np
@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 Results = dict[str, Any]
 
 
-def heatmap(results: Results, path: Path) -> None:
+def heatmap(results: Results, path: Path | IO[bytes]) -> None:
     """The accuracy matrix of one run under the pretrained row; a white line bounds the cells of trained tasks."""
     cells = np.array([results["pretrained"], *results["accuracy"]], dtype=float)
     tasks = results["tasks"]
@@ -34,7 +34,7 @@ def heatmap(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def forgetting_curves(runs: Sequence[Results], path: Path) -> None:
+def forgetting_curves(runs: Sequence[Results], path: Path | IO[bytes]) -> None:
     """One panel per task: its accuracy along the sequence, one line per method (mean over seeds)."""
     tasks = runs[0]["tasks"]
     columns = min(4, len(tasks))

@@ -1,13 +1,19 @@
-"""Tables for the terminal."""
+"""Tables for the terminal; `python -m reference.report RUNS...` writes a page and a Markdown table of finished runs."""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from reference import metrics
+from reference.errors import ExperimentError
+from reference.page import load_runs, markdown, page
+from reference.tracking import writing
 
 FIGURES = ("transfer", "average", "last", "forgetting", "diagonal_gain")
 
@@ -56,3 +62,29 @@ def _spread(values: Sequence[float | None]) -> str:
         return "-"
     deviation = f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
     return f"{np.mean(known):.1f}{deviation}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write `report.html` (self-contained) and `report.md` of all runs; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m reference.report", description=main.__doc__)
+    parser.add_argument("runs", nargs="+", help="folders of finished runs, or their results.json")
+    parser.add_argument("--against", default="finetune", help="method that differences are taken to")
+    parser.add_argument("--output", default=".", help="folder for report.html and report.md (default: here)")
+    options = parser.parse_args(arguments)
+    try:
+        runs = load_runs(options.runs)
+        text = markdown(runs, options.against)
+        folder = Path(options.output)
+        for name, content in (("report.html", page(runs, options.against)), ("report.md", text)):
+            with writing(folder / name) as draft:
+                draft.parent.mkdir(parents=True, exist_ok=True)
+                draft.write_text(content, encoding="utf-8")
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text + f"\n{folder / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reference import metrics
+from reference.bootstrap import FIGURES, compare, resampled
+from reference.report import main
+from reference.scoring import packed, unpacked
+
+COUNTS = (40, 30, 50)
+
+
+def run(method: str, seed: int, share: float, random: torch.Generator) -> dict[str, Any]:
+    """A run of three tasks whose images are right with chance `share`."""
+    right = [[packed(torch.rand(n, generator=random) < share) for n in COUNTS] for _ in range(4)]
+    rows = [[100 * float(unpacked(cell).float().mean()) for cell in row] for row in right]
+    figures = {n: m.value for n, m in metrics.summary(np.array(rows[1:]), rows[0]).items()}
+    return {
+        "method": method, "seed": seed, "tasks": ["a", "b", "c"], "right": right, "pretrained": rows[0],
+        "accuracy": rows[1:], **figures, "transfer_known": 1.0, "unknown_tasks": ["b"], "seconds": 3.0,
+        "peak_memory": {"gpu_mib": None, "process_mib": 10.0}, "trained_parameters": [5_000_000],
+        "config": {"note": "<b>mind</b>"}, "machine": {}, "torch": "2",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def runs() -> list[dict[str, Any]]:
+    random = torch.Generator().manual_seed(0)
+    return [run(m, s, p, random) for m, p in (("finetune", 0.5), ("ours", 0.8), ("same", 0.5)) for s in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_resampled_figures_agree_with_the_metrics_of_each_replicate(figure: str, runs: list[dict[str, Any]]) -> None:
+    cells = resampled(runs[0], replicates=5)
+    for b in range(5):
+        slow = metrics.summary(cells[:, :, b], runs[0]["pretrained"])[figure].value
+        assert FIGURES[figure](cells)[b] == pytest.approx(slow)
+
+
+def test_draws_are_shared_by_methods_and_centred_on_what_was_measured(runs: list[dict[str, Any]]) -> None:
+    assert np.array_equal(resampled(runs[0], 50), resampled(json.loads(json.dumps(runs[0])), 50))
+    cells = resampled(runs[0], 4000)
+    np.testing.assert_allclose(cells.mean(axis=2), np.array(runs[0]["accuracy"]), atol=0.6)
+    i = 1
+    p = runs[0]["accuracy"][0][i] / 100
+    assert cells[0, i].std() == pytest.approx(100 * (p * (1 - p) / COUNTS[i]) ** 0.5, rel=0.1)
+
+
+def test_a_difference_has_an_interval_that_knows_chance_from_effect(runs: list[dict[str, Any]]) -> None:
+    base, ours, same = runs[:3], runs[3:6], runs[6:]
+    for figure in FIGURES:
+        found = compare(ours, base, figure)
+        assert found is not None and found.low > 0 and found.low < found.difference < found.high and found.seeds == 3
+        found = compare(base, json.loads(json.dumps(base)), figure)
+        assert found == (0.0, 0.0, 0.0, 3)
+    average = compare(same, base, "average")
+    assert average is not None and average.low < 0 < average.high
+    assert compare(ours, [{**r, "seed": r["seed"] + 10} for r in base], "last") is None
+    assert compare(ours, [{k: v for k, v in r.items() if k != "right"} for r in base], "last") is None
+
+
+def test_the_report_is_one_page_and_one_table(
+    runs: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for r in runs:
+        r["pool"] = {
+            "before": {"image_to_text_at_1": 33.0, "text_to_image_at_1": 31.0, "modality_gap": 0.5},
+            "after": {"image_to_text_at_1": 21.0, "text_to_image_at_1": 22.0, "modality_gap": 0.625},
+        }  # fmt: skip
+        folder = tmp_path / "runs" / f"{r['method']}-seed{r['seed']}"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps(r))
+    assert main([str(tmp_path / "runs"), "--output", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<img ") == 4 and not re.search(r"(src|href)=['\"]?(https?:|//)", page)
+    assert "&lt;b&gt;mind" in page and "<b>mind" not in page
+    table = (tmp_path / "out" / "report.md").read_text()
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
+    assert "0.625 ± 0.000" in table and "below three times chance): b." in table and "Δ Last to finetune" in table
+    assert table in capsys.readouterr().out
+
+
+def test_results_from_before_are_reported_as_far_as_they_go(runs: list[dict[str, Any]], tmp_path: Path) -> None:
+    old = {
+        k: v
+        for k, v in runs[0].items()
+        if k not in ("right", "pool", "trained_parameters", "transfer_known", "preserve")
+    }
+    (tmp_path / "results.json").write_text(json.dumps(old))
+    end = {**runs[3], "accuracy": [[None] * 3, [None] * 3, [50.0] * 3], "transfer": None}
+    end["right"] = [*end["right"][:1], [""] * 3, [""] * 3, end["right"][3]]
+    (tmp_path / "joint").mkdir()
+    (tmp_path / "joint" / "results.json").write_text(json.dumps(end))
+    assert main([str(tmp_path), "--output", str(tmp_path)]) == 0
+
+
+def test_what_is_no_run_is_named(
+    tmp_path: Path, runs: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path)]) == 2 and "no results.json" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text("{")
+    assert main([str(tmp_path)]) == 2 and "not a results file" in capsys.readouterr().err
+    for name, content in (("one", runs[0]), ("two", {**runs[1], "tasks": ["c", "b", "a"]})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert main([str(tmp_path / "one.json"), str(tmp_path / "two.json")]) == 2
+    assert "report each order by itself" in capsys.readouterr().err
