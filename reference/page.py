@@ -37,8 +37,8 @@ READING = (
     "Accuracy in percent. Transfer: tasks not yet trained (mean of column means above the diagonal); known tasks: only "
     "those whose accuracy before training was at least three times chance. Average: all cells. Last: all tasks at the "
     "end. Preserve: trained tasks later on. Forgetting: best minus last. Learned: mean of the diagonal minus "
-    "pretrained. Retrieval and modality gap on the reference pool after the last task. Mean ± standard deviation over seeds; "
-    "differences with a 95 % interval from a paired bootstrap over test images and seeds."
+    "pretrained. Retrieval and modality gap on the reference pool after the last task. Mean ± standard "
+    "deviation over seeds; differences with a 95 % interval from a paired bootstrap over test images and seeds."
 )
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1b1f24; }
