@@ -6,7 +6,8 @@ First table: a CLIP of two blocks learns one task, the task is consolidated, the
 optimizer: without protection, with the gradient projected before the step (GPM, GNSP, PEFT's OSF), and with the anchor
 correction after it. Its figure is the largest `||W U - A|| / ||A||` over the protected matrices `W` `[m, d]` with basis
 `U` `[d, k]`. Second table: the given CLIP consolidates a task under several policies, then trains on another task; its
-figures are what became of the first task's outputs on images that were not consolidated.
+figures are what became of the first task's outputs on images that were not consolidated. A third table compares all
+policies on scanned digits, offline: `--tables policies` (see `policies`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from nullspace_optim import Energy, Fate, NullSpaceOptimizer, NumericalRank, Policy, clip_forward
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
+from reference.benchmarks.policies import by_policy
 from reference.benchmarks.workload import quiet
 from reference.clip import Clip, assemble, class_logits, classification_loss, load_clip
 from reference.config import Config, load_config
@@ -69,31 +71,41 @@ def main(arguments: Sequence[str]) -> Outcome:
     """Run what the command line asks for."""
     options = parse(arguments)
     started = time.perf_counter()
-    clip = load_clip(configuration(options, 1, 0.0))
-    tasks = load_tasks(configuration(options, 1, 0.0), clip.size)
-    parts = {"optimizers": by_optimizer, "thresholds": by_threshold}
-    tables = [parts[name](options, clip, tasks[0], tasks[1]) for name in options.tables.split(",")]
-    return finish("drift", arguments, clip.device, time.perf_counter() - started, tables, options.output)
+    names, parts, device = options.tables.split(","), {"optimizers": by_optimizer, "thresholds": by_threshold}, "cpu"
+    made = {"policies": by_policy(options)} if "policies" in names else {}
+    if set(names) - {"policies"}:
+        clip = load_clip(configuration(options, 1, 0.0))
+        old, new = load_tasks(configuration(options, 1, 0.0), clip.size)[:2]
+        made |= {name: parts[name](options, clip, old, new) for name in names if name != "policies"}
+        device = str(clip.device)
+    tables = [made[name] for name in names]
+    return finish("drift", arguments, torch.device(device), time.perf_counter() - started, tables, options.output)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     about = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.drift", description=about)
-    parser.add_argument("--data-root", required=True, help="folder with one folder of images per task")
-    parser.add_argument("--model", required=True, help="folder of an open_clip model, or <name>:<tag>")
+    parser.add_argument("--data-root", help="folder with one folder of images per task (not for policies)")
+    parser.add_argument("--model", help="folder of an open_clip model, or <name>:<tag> (not for policies)")
     parser.add_argument("--old", default="eurosat", help="task that is consolidated")
     parser.add_argument("--new", default="dtd", help="task that is trained afterwards")
-    parser.add_argument("--tables", default="optimizers,thresholds", help="which of optimizers,thresholds")
+    parser.add_argument("--tables", default="optimizers,thresholds", help="which of optimizers,thresholds,policies")
     parser.add_argument("--optimizer-steps", type=int, default=500, help="steps on the new task in the first table")
-    parser.add_argument("--steps", type=int, default=200, help="steps on the new task in the second table")
+    parser.add_argument("--steps", type=int, default=200, help="steps on the new task in the other tables")
     parser.add_argument("--rate", type=float, default=1e-4, help="largest learning rate in the second table")
     parser.add_argument("--batch", type=int, default=8, help="images a step")
     parser.add_argument("--images", type=int, default=512, help="images of the old task that are consolidated")
     parser.add_argument("--seeds", default="0", help="numbers separated by commas")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--output", default="", help="folder for drift.md and drift.json")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    wrong = set(options.tables.split(",")) - {"optimizers", "thresholds", "policies"}
+    if wrong:
+        parser.error(f"--tables: {', '.join(sorted(wrong))} is not one of optimizers, thresholds, policies")
+    if options.tables != "policies" and not (options.data_root and options.model):
+        parser.error("the tables optimizers and thresholds need --data-root and --model")
+    return options
 
 
 def configuration(options: argparse.Namespace, steps: int, rate: float) -> Config:

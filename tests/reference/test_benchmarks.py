@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from nullspace_optim import NullSpaceOptimizer
-from reference.benchmarks import consolidate, drift, step, workload
+from reference.benchmarks import consolidate, drift, policies, step, workload
 from reference.benchmarks.outcome import Outcome, Table
 from reference.benchmarks.timing import in_turn, ratio
 
@@ -133,6 +133,21 @@ def test_drift_makes_both_tables(clip_folder: Path, images_folder: Path, tmp_pat
     assert policies[0] == "unprotected" and policies[-1] == "NumericalRank()"
     drifts = [float(cell.split()[0]) for cell in column(thresholds, "drift of image features")]
     assert drifts[0] > max(drifts[1:])
+
+
+def test_policies_are_compared_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ("unprotected", "Energy (default)", "OWM", "CGP")
+    monkeypatch.setattr(policies, "POLICIES", {name: policies.POLICIES[name] for name in chosen})
+    monkeypatch.setattr(policies, "TIMED", 1)
+    monkeypatch.setattr(policies, "WARM_UP", 60)
+    (table,) = drift.main(["--tables", "policies", "--steps", "40", "--output", str(tmp_path)]).tables
+    drifts = [float(cell.split()[0]) for cell in column(table, "drift of consolidated outputs")]
+    assert drifts[0] > 2 * max(drifts[1:])
+    assert all(float(cell) <= 1e-5 for cell in column(table, "allowed moves only")[1:])
+    assert (tmp_path / "policies.png").stat().st_size > 5_000
+    for wrong in (["--tables", "thresholds"], ["--tables", "policy"]):
+        with pytest.raises(SystemExit):
+            drift.parse(wrong)
 
 
 def test_runs_take_turns() -> None:
