@@ -123,16 +123,17 @@ def by_policy(options: argparse.Namespace) -> Table:
 
 
 def save_figure(table: Table, path: Path) -> None:
-    """Draw stability against plasticity: drift of held-out outputs over accuracy on the new task, a point a policy."""
+    """Draw stability against plasticity: drift of held-out outputs over the new task's error, a number a policy."""
     columns = [table.header.index(name) for name in ("accuracy on the new task (%)", "drift of held-out outputs")]
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for row in table.rows:
-        learnt, drift = (float(row[column].split()[0]) for column in columns)
-        axes.scatter(learnt, drift, color="#c9432f" if row[0] == "unprotected" else "#1f6a96", zorder=3)
-        axes.annotate(row[0].split(",")[0], (learnt, drift), (6, 3), textcoords="offset points", fontsize=8)
-    axes.set(yscale="log", xlabel="accuracy on the new task (%)", ylabel="drift of old held-out outputs (%)")
-    axes.margins(x=0.15)
+    figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    for number, row in enumerate(table.rows):
+        accuracy, drift = (float(row[column].split()[0]) for column in columns)
+        color = "#c9432f" if row[0] == "unprotected" else "#1f6a96"
+        axes.scatter(max(100 - accuracy, 0.1), max(drift, 1e-4), color=color, zorder=3, label=f"{number}  {row[0]}")
+        axes.annotate(str(number), (max(100 - accuracy, 0.1), max(drift, 1e-4)), (4, 4), textcoords="offset points")
+    axes.set(xscale="log", yscale="log", xlabel="error on the new task (%)", ylabel="drift of old held-out outputs (%)")
     axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=0)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
