@@ -20,7 +20,8 @@ from nullspace_optim.cli import _parser
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-EXECUTED = ["index", "exactness", "files", "migration", "policies"]  # pages of one program each; others have tests of their own
+# pages of one program each; others have tests of their own
+EXECUTED = ["index", "exactness", "files", "migration", "policies"]
 
 
 def blocks(page: Path, language: str) -> Iterator[str]:
