@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 def test_spectra_draws_one_panel_a_layer_and_marks_the_rank() -> None:
     figure = spectra(full_store())
     panels = [axes for axes in figure.axes if axes.lines]
-    assert len(panels) == 7
+    assert len(panels) == 8
     mark, curve = panels[0].lines[0], panels[0].lines[-1]
     assert mark.get_xdata()[0] == 3
     assert len(curve.get_ydata()) == 8 - 1, "one direction was taken by the first task"
@@ -68,7 +68,7 @@ def test_capacity_stacks_what_each_task_added() -> None:
 def test_capacity_says_what_it_leaves_out() -> None:
     (axes,) = capacity(full_store()).axes
     assert "3 parameters without a basis" in axes.get_title(loc="left")
-    assert len(axes.get_yticklabels()) == 7
+    assert len(axes.get_yticklabels()) == 8
 
 
 @pytest.mark.parametrize("draw", [spectra, capacity, overview])

@@ -197,7 +197,7 @@ class ExpertLayer(Silent):
             return output
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         x = x.transpose(0, 1) if self.batch_axis == 1 and x.ndim == 3 else x
-        inputs = router.gate_input(x, self.options.gate)
+        inputs = router.gate_input(x, self.options.gate, self.options.gate_scale)
         if self.scope.collecting:
             self.collected.append(inputs[:, :-1])
         experts, choice = self._route(inputs, chosen)

@@ -16,6 +16,7 @@ from ..policies.base import check_number
 CHOICES = {
     "kind": ("lora", "bottleneck"),
     "gate": ("mean", "first"),
+    "gate_scale": ("none", "width"),
     "router": ("per-task", "shared"),
     "regularization": ("mass", "geom", "both", "none"),
     "on_cap": ("keep", "prune"),
@@ -40,7 +41,8 @@ class IGSP:
         * `top_k`: experts a sample may use in one layer. `noise`: standard deviation of the noise on the logits in
           phase 1 (0.7 is the initial value of MoE-Adapters' learned one).
         * `gate`: what decides about a sample: the ``"mean"`` of its tokens or the ``"first"`` one (MoE-Adapters; with a
-          causal mask the first text token knows nothing of the text).
+          causal mask the first text token knows nothing of the text). `gate_scale`: ``"none"`` as in MoE-Adapters, or
+          ``"width"``, divided by `sqrt(d)`: slower routing, so that candidates learn before they are judged.
         * `router`: ``"per-task"``, and prototypes where no task is named; or one ``"shared"`` router for all tasks.
         * `outlier`: standard deviations beyond which a sample belongs to no prototype and runs the plain backbone.
 
@@ -75,6 +77,7 @@ class IGSP:
     top_k: int = 2
     noise: float = 0.7
     gate: Literal["mean", "first"] = "mean"
+    gate_scale: Literal["none", "width"] = "none"
     router: Literal["per-task", "shared"] = "per-task"
     outlier: float = 3.0
     regularization: Literal["mass", "geom", "both", "none"] = "mass"

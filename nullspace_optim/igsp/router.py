@@ -23,15 +23,19 @@ class Choice(NamedTuple):
     gates: Tensor
 
 
-def gate_input(x: Tensor, gate: str) -> Tensor:
+def gate_input(x: Tensor, gate: str, gate_scale: str = "none") -> Tensor:
     """Return the vector `[n, d + 1]` that decides about each sample of `x` `[n, ..., d]`, in float32 and detached.
 
     ``"mean"`` of the tokens, or the ``"first"`` token, and the constant `sqrt(d)`, so that one expert can be preferred
-    for all inputs even where these have mean zero. Detached: the router learns, the features do not learn to be routed.
+    for all inputs even where these have mean zero. With ``gate_scale="width"`` all is divided by `sqrt(d)`: a step
+    of Adam then moves a logit by about `sqrt(d)` times the rate instead of `d` times. Detached: the router learns, the
+    features do not learn to be routed.
     """
     tokens = x.detach().reshape(len(x), -1, x.shape[-1])
     chosen = (tokens[:, 0] if gate == "first" else tokens.mean(dim=1, dtype=torch.float32)).float()
-    return torch.cat([chosen, chosen.new_full((len(x), 1), x.shape[-1] ** 0.5)], dim=1)
+    width = x.shape[-1] ** 0.5
+    inputs = torch.cat([chosen, chosen.new_full((len(x), 1), width)], dim=1)
+    return inputs / width if gate_scale == "width" else inputs
 
 
 def logits(inputs: Tensor, weight: Tensor) -> Tensor:

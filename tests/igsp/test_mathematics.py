@@ -112,6 +112,7 @@ def test_the_gate_input_is_one_vector_a_sample_with_a_constant() -> None:
     torch.testing.assert_close(mean[:, :-1], x.float().mean(dim=1))
     assert mean[:, -1].tolist() == [3.0] * 4 and mean.dtype == torch.float32
     assert torch.equal(router.gate_input(x, "first")[:, :-1], x[:, 0].float())
+    torch.testing.assert_close(3 * router.gate_input(x, "mean", "width"), mean)
     alone = torch.cat([router.gate_input(sample[None], "mean") for sample in x])
     torch.testing.assert_close(alone, mean)
 

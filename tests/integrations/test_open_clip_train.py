@@ -127,14 +127,20 @@ class Wrapping:
         return optimizer
 
 
+def loggers() -> list[logging.Logger]:
+    made = (logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger))
+    return [logging.getLogger(), *made]
+
+
 @pytest.fixture
 def _logging_as_before() -> Iterator[None]:
-    """`main` sets up logging for the whole process."""
+    """`main` sets up logging for the whole process, with a level for every logger there is."""
     root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
+    handlers, levels = list(root.handlers), {logger: logger.level for logger in loggers()}
     yield
-    root.setLevel(level)
     root.handlers[:] = handlers
+    for logger in loggers():
+        logger.setLevel(levels.get(logger, logging.NOTSET))
 
 
 def run_main(
