@@ -372,4 +372,6 @@ def _place(basis: Any, device: torch.device) -> None:
         basis.kept = basis.kept.to(device)
     for subspace in basis.subspaces.values():
         subspace.basis, subspace.anchor = subspace.basis.to(device), subspace.anchor.to(device)
-        subspace.scale = None if subspace.scale is None else subspace.scale.to(device)
+        for name in ("scale", "covariance", "members"):
+            held = getattr(subspace, name)
+            setattr(subspace, name, None if held is None else held.to(device))
