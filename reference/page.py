@@ -29,10 +29,13 @@ COLUMNS: dict[str, Callable[[Results], float | None]] = {
     "image → text @1": lambda run: run.get("pool", {}).get("after", {}).get("image_to_text_at_1"),
     "text → image @1": lambda run: run.get("pool", {}).get("after", {}).get("text_to_image_at_1"),
     "modality gap": lambda run: run.get("pool", {}).get("after", {}).get("modality_gap"),
-    "trained parameters [M]": lambda run: max(run.get("trained_parameters") or [0]) / 1e6,
+    "trained parameters [M]": lambda run: (
+        max(run["trained_parameters"]) / 1e6 if run.get("trained_parameters") else None
+    ),
     "seconds": lambda run: run["seconds"],
     "memory [MiB]": lambda run: run["peak_memory"]["gpu_mib"] or run["peak_memory"]["process_mib"],
 }
+DIGITS = {"modality gap": 3, "seconds": 0, "memory [MiB]": 0}
 READING = (
     "Accuracy in percent. Transfer: tasks not yet trained (mean of column means above the diagonal); known tasks: only "
     "those whose accuracy before training was at least three times chance. Average: all cells. Last: all tasks at the "
@@ -86,15 +89,13 @@ def by_method(runs: Sequence[Results]) -> dict[str, list[Results]]:
     return {name: [run for run in runs if run["method"] == name] for name in names}
 
 
-def spread(values: Sequence[float | None]) -> tuple[str, float]:
-    """`mean ± deviation` as text, and the mean; `-` and NaN where nothing was measured."""
+def spread(values: Sequence[float | None], digits: int = 1) -> str:
+    """`mean ± deviation` with `digits` decimals; `-` where nothing was measured."""
     known = [float(value) for value in values if value is not None and np.isfinite(value)]
     if not known:
-        return "-", float("nan")
-    mean = float(np.mean(known))
-    digits = 0 if mean >= 1000 else 3 if abs(mean) < 2 and all(abs(v) < 2 for v in known) and mean != 0 else 1
+        return "-"
     deviation = f" ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else ""
-    return f"{mean:.{digits}f}{deviation}", mean
+    return f"{np.mean(known):.{digits}f}{deviation}"
 
 
 def table(runs: Sequence[Results], against: str) -> list[list[str]]:
@@ -104,7 +105,7 @@ def table(runs: Sequence[Results], against: str) -> list[list[str]]:
     rows = [["method", "seeds", *COLUMNS, *(f"Δ {f.capitalize()} to {against}" for f in compared)]]
     for name, group in groups.items():
         found = [compare(group, groups[against], f) if name != against else None for f in compared]
-        cells = [spread([column(run) for run in group])[0] for column in COLUMNS.values()]
+        cells = [spread([read(run) for run in group], DIGITS.get(column, 1)) for column, read in COLUMNS.items()]
         rows.append([name, str(len(group)), *cells, *("-" if d is None else str(d) for d in found)])
     return rows
 
