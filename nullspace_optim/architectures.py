@@ -12,7 +12,7 @@ import importlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -30,12 +30,15 @@ LIBRARIES = {"open_clip": "open_clip_torch", "timm": "timm", "transformers": "tr
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model on the meta device and a batch for it; `inputs` describes the batch, e.g. ``images 32x3x224x224``."""
+    """A model on the meta device and a batch for it; `inputs` describes the batch, e.g. ``images 32x3x224x224``, and
+    `arguments` holds it by name.
+    """
 
     name: str
     model: nn.Module
     run: Callable[[], Any]
     inputs: str
+    arguments: Mapping[str, Tensor]
 
 
 def build(name: str, *, batch: int = 32, sequence: int | None = None) -> Architecture:
@@ -59,7 +62,8 @@ def build(name: str, *, batch: int = 32, sequence: int | None = None) -> Archite
     described = ", ".join(f"{key} {'x'.join(map(str, value.shape))}" for key, value in inputs.items())
     positional = library != "transformers"
     run = (lambda: model(*inputs.values())) if positional else (lambda: model(**inputs))
-    return Architecture(f"{Path(rest).name if Path(rest).exists() else rest} ({library})", model, run, described)
+    shown = f"{Path(rest).name if Path(rest).exists() else rest} ({library})"
+    return Architecture(shown, model, run, described, inputs)
 
 
 def _library_of(name: str) -> str:
@@ -83,7 +87,7 @@ def _library_of(name: str) -> str:
 
 def _import(library: str) -> Any:
     try:
-        with _quiet():
+        with quiet():
             return importlib.import_module(library)
     except ImportError as error:
         raise OptionError(f"this model needs {library}: pip install {LIBRARIES[library]} ({error})") from error
@@ -126,7 +130,7 @@ def _configuration(path: Path) -> dict[str, Any]:
 def _made(name: str, make: Callable[[], nn.Module]) -> nn.Module:
     """Return what `make` makes on the meta device, ready to run as in evaluation (dropout costs no products)."""
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), quiet():
             return make().to("meta").eval()
     except Exception as error:  # whatever a model's constructor raises is about this one name
         reason = " ".join(str(error).split())[:200]
@@ -233,7 +237,7 @@ def _transformers_inputs(model: Any, config: Any, batch: int, sequence: int | No
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep libraries from logging that a model has no pretrained weights: that is the point."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

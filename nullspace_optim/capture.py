@@ -157,8 +157,7 @@ class Capture:
                     relevance.refuse("the batch consists of inference tensors, which autograd cannot save")
                     raise _InferenceTensorError from error
                 raise
-            finally:
-                probed = self._agree_on_probe(bool(uses.wanted()))
+            probed = self._agree_on_probe(bool(uses.wanted()))
             gradients: list[Tensor | None] | None = None
             wanted = uses.wanted() if probed else []
             if relevance is not None and relevance.note is None and wanted:

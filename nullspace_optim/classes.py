@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .discovery import Forward, feeder
+from .distributed import ranks
 from .errors import BatchError, OptionError
 from .optimizer import NullSpaceOptimizer
 from .policies import CGP
@@ -34,12 +35,17 @@ def consolidate_classes(
     ``"<name>/<class>+<class>"``; each is all or nothing by itself. The batches are held in memory until the end.
 
     Raises:
-        OptionError: the optimizer's policy is not `CGP`.
+        OptionError: the optimizer's policy is not `CGP`, or there are several processes.
         BatchError: labels or outputs do not fit the batches.
     """
     policy = optimizer.policy
     if not isinstance(policy, CGP):
         raise OptionError(f"consolidate_classes needs policy=CGP(...), which joins like classes; not {policy!r}")
+    if ranks() > 1:
+        raise OptionError(
+            "consolidate_classes sees the classes of one process only; consolidate class by class yourself, the same "
+            "classes in the same order on every rank (a rank may give an empty loader)"
+        )
     parts, prototypes = _split(optimizer, loader, labels, forward)
     reports = {}
     for group in _joined(prototypes, policy.similarity):

@@ -24,6 +24,7 @@ from .covariance import SecondMoment
 from .diagnostics import allowed_drift
 from .discovery import Forward, feeder
 from .displacement import Displacement
+from .engines import reshard, sharded_modules
 from .errors import ConsolidationError, OptionError
 from .fates import grow
 from .guard import Guard
@@ -114,9 +115,9 @@ def consolidate(
         capture.reduce(device)
         with exact_products(device):
             grown, rows = grow(work.parameters, capture.captured, store, work.task, options.policy, options.uncovered)
-        with distributed.together():
-            probe = record_probe(work, first)
-        drift, assumed = allowed_drift(work.parameters, grown, displacement, lambda: _runner(work)(first))
+        probe = record_probe(work, first)
+        with distributed.together(communicating=True):
+            drift, assumed = allowed_drift(work.parameters, grown, displacement, lambda: _runner(work)(first))
         for buffer in sorted(capture.buffers_read - set(grown.buffers)):
             grown.buffers[buffer] = named_buffers(work.model)[buffer].detach().clone()
     grown.probes[work.task] = {"digests": probe.digests, "sketches": probe.sketches, "norms": probe.norms}
@@ -202,7 +203,7 @@ def _share_buffers(model: nn.Module) -> None:
 
 def _present(model: nn.Module) -> Callable[[], Mapping[str, Tensor]] | None:
     """Return what stands for the parameters at a given moment, where FSDP2 swaps them."""
-    return present_parameters(model) if distributed.sharded_modules(model) else None
+    return present_parameters(model) if sharded_modules(model) else None
 
 
 def measure(work: Pass, options: ConsolidationOptions) -> dict[str, SecondMoment]:
@@ -236,7 +237,7 @@ def _capture(work: Pass, options: ConsolidationOptions) -> Capture:
         batch_frobenius=options.policy.batch_frobenius,
         sketch=options.sketch,
         present=_present(work.model),
-        in_step=bool(distributed.sharded_modules(work.model)),
+        in_step=bool(sharded_modules(work.model)),
     )
 
 
@@ -245,11 +246,11 @@ def _runner(work: Pass) -> Forward:
     if restart is not None:
         restart()
     run = feeder(work.model, work.forward)
-    if not distributed.sharded_modules(work.model):
+    if not sharded_modules(work.model):
         return run
 
     def run_resharded(batch: Any) -> Any:
-        distributed.reshard(work.model)
+        reshard(work.model)
         return run(batch)
 
     return run_resharded
@@ -261,7 +262,7 @@ def _observe(work: Pass, capture: Capture) -> tuple[Any, int]:
     Replicas run through their loaders independently. Ranks that hold shards of one model must run it at the same time:
     one whose loader has ended joins in with samples that do not count.
     """
-    observe = _observe_shards if distributed.sharded_modules(work.model) else _observe_replica
+    observe = _observe_shards if sharded_modules(work.model) else _observe_replica
     with capture:
         first, number = observe(work, capture)
     numbers = distributed.everyone(number)
@@ -297,7 +298,7 @@ def _observe_shards(work: Pass, capture: Capture) -> tuple[Any, int]:
             lent = distributed.from_rank(having.index(True), first)
         mine = batch is not ended
         samples = batch if mine else lent
-        with distributed.together(), _located(work, number):
+        with distributed.together(communicating=True), _located(work, number):
             capture.batch(lambda samples=samples: run(samples), counted=mine)  # type: ignore[misc]
         number += mine
     return first, number
@@ -356,7 +357,7 @@ def record_probe(work: Pass, samples: Any) -> Probe:
     capture = Capture(work.parameters, rows="all", statistics=False, present=_present(work.model))
     capture.observe = recorder.observe
     run = _runner(work)
-    with capture:
+    with distributed.together(communicating=True), capture:
         outputs = capture.batch(lambda: run(samples))
     return recorder.finish(outputs, digests_of(samples))
 

@@ -21,7 +21,8 @@ from .basis import BasisStore
 from .consolidation import ConsolidationOptions
 from .discovery import find_model
 from .displacement import Displacement
-from .distributed import agree, ranks, refuse_tensor_parallel, refuse_unsupported, reshard, sharded_modules, together
+from .distributed import agree, ranks, together
+from .engines import refuse_tensor_parallel, refuse_unsupported, reshard, sharded_modules
 from .errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError
 from .fit import check_fit, check_shapes
 from .iterates import Evaluation, evaluated, refuse_unknown_modes
@@ -99,6 +100,7 @@ class Core:
 
         Raises:
             ShapeError: a replacement has another shape.
+            OptionError: the bases step tensors that are not the model's (DeepSpeed ZeRO).
         """
         held = {id(p) for base in self.bases for group in base.param_groups for p in group["params"]}
         model = self.model()
@@ -107,6 +109,8 @@ class Core:
         named = named_parameters(model)
         known = {name: p for name, p in self.parameters.items() if name in named and id(named[name]) in held}
         swapped = {name: named[name] for name, p in known.items() if named[name] is not p}
+        if self.protection.guards and not known:
+            self._refuse_foreign(model, self.wrapped(model))
         if swapped:
             check_shapes({name: self.store[name] for name in swapped if name in self.store}, swapped)
             self.parameters = {**self.parameters, **swapped}
@@ -116,6 +120,15 @@ class Core:
                     guard.seen = ()
             self.install(model)
         self.held = held
+
+    def _refuse_foreign(self, model: nn.Module, wrapped: Mapping[str, Tensor]) -> None:
+        count = sum(len(group["params"]) for base in self.bases for group in base.param_groups)
+        if count and not wrapped:
+            raise OptionError(
+                f"the optimizer steps {count} tensors none of which {type(model).__name__} holds: pass the model that "
+                "is trained; or, if something flattened or copied its parameters (DeepSpeed ZeRO, 16-bit optimizers "
+                "with master weights), use ZeRO stage 0 or torch.distributed.fsdp.fully_shard (FSDP2), which keep them"
+            )
 
     def outside(self, model: nn.Module) -> int:
         """Return how many tensors the bases train that `model` does not hold."""
@@ -216,7 +229,9 @@ class Core:
         """Return the parameters with gradients that are both in the bases and in the model, by name."""
         self.follow_replaced()
         model = self.owner()
-        parameters = {name: p for name, p in self.wrapped(model).items() if p.requires_grad}
+        wrapped = self.wrapped(model)
+        self._refuse_foreign(model, wrapped)
+        parameters = {name: p for name, p in wrapped.items() if p.requires_grad}
         refuse_tensor_parallel(model, parameters)
         return parameters
 

@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 
 from . import persistence
 from .core import Core
-from .distributed import reshard, together
+from .distributed import together
+from .engines import reshard
 from .names import names_by_identity
 
 SOURCE = "the distributed checkpoint"

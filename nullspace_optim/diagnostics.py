@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .basis import Basis, BasisStore, Fate
 from .displacement import Displacement, summed_norm
-from .distributed import shard_of
+from .engines import shard_of
 from .guard import matrix_of
 from .names import local
 from .probes import flat_outputs

@@ -12,7 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .distributed import add_up, shard_of
+from .distributed import add_up
+from .engines import shard_of
 from .names import local
 from .projection import exact_products
 

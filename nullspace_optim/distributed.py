@@ -1,4 +1,4 @@
-"""Several processes: the only file that talks to torch.distributed. Everything is a no-op in one process.
+"""Several processes: what ranks tell each other. Everything is a no-op in one process.
 
 The ranks of the default process group are replicas (DDP) or shards (FSDP2) of one training run. Three rules keep them
 from waiting for each other for ever: a rank that fails says so before anybody communicates again (`together`), what the
@@ -11,18 +11,19 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import errors
-from .errors import ConsolidationError, NullSpaceError, OptionError
+from .errors import ConsolidationError, NullSpaceError
 
 BUCKET = 64 * 2**20  # bytes that travel together
 SAME_WEIGHTS = 1e-3  # relative difference of norms that ranks with equal weights may show
@@ -42,29 +43,66 @@ def rank() -> int:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(*, communicating: bool = False) -> Iterator[None]:
     """Run a block on every rank; if it fails on one, it fails on all of them with the same message.
 
     The error names the rank; it is of the same class if it is one of this library or an `OSError`, otherwise a
-    `ConsolidationError`. Nothing inside the block may communicate unless all ranks do so before they can fail.
+    `ConsolidationError`. A block that is `communicating` (the forward pass of a sharded model) may use collectives, the
+    same ones in the same order on every rank: before each of them the ranks ask each other whether one has failed, so
+    that nobody waits for it. Any other block communicates only where all ranks do so before they can fail.
     """
     if ranks() == 1:
         yield
         return
     failure: BaseException | None = None
+    asking = _Asking()
     try:
-        yield
+        with asking if communicating else nullcontext():
+            yield
     except BaseException as error:
-        failure = error
-    flag = _wired(torch.tensor([float(failure is not None)]))
-    dist.all_reduce(flag)
-    if not float(flag):
+        failure = None if asking.told else error
+    if not asking.told and not _one_failed(failure is not None):
         return
     told = everyone(None if failure is None else _told(failure))
     if failure is not None and not isinstance(failure, Exception):
         raise failure
     number, words = next((number, words) for number, words in enumerate(told) if words is not None)
     raise _retold(number, *words) from failure
+
+
+def _one_failed(here: bool) -> bool:
+    """Return whether any rank says that it has failed."""
+    flag = wired(torch.tensor([float(here)]))
+    dist.all_reduce(flag)
+    return bool(flag)
+
+
+class _ElsewhereError(BaseException):
+    """Another rank has failed; no handler of a model's own may take it for an error of this one."""
+
+
+class _Asking(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Before every collective the ranks ask each other whether one has failed; `told` is True once one has."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.told = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, Tensor) and kind.__name__ == "DTensor" for kind in types):
+            return NotImplemented  # it becomes ordinary operators, which come here again
+        if _is_collective(func):
+            self.told = self.told or _one_failed(False)
+            if self.told:
+                raise _ElsewhereError
+        return func(*args, **(kwargs or {}))
+
+
+def _is_collective(func: Any) -> bool:
+    """Return whether an operator is one that all ranks of a group take part in."""
+    if getattr(func, "namespace", "") not in ("c10d", "c10d_functional", "_c10d_functional"):
+        return False
+    return not func.__name__.startswith(("send", "recv", "wait_tensor"))
 
 
 def _told(error: BaseException) -> tuple[str, str]:
@@ -120,7 +158,7 @@ def add_up(tensors: Sequence[Tensor], owner: int | None = None, group: Any = Non
     if ranks() == 1:
         return
     for bucket in _buckets(tensors):
-        flat = _wired(_flat(bucket))
+        flat = wired(_flat(bucket))
         if owner is None:
             dist.all_reduce(flat, group=group)
         else:
@@ -132,7 +170,7 @@ def add_up(tensors: Sequence[Tensor], owner: int | None = None, group: Any = Non
 @torch.no_grad()
 def gathered(tensor: Tensor, owner: int) -> list[Tensor]:
     """Return the `tensor` of every rank, all of one shape, on rank `owner`; an empty list elsewhere."""
-    sent = _wired(tensor.contiguous())
+    sent = wired(tensor.contiguous())
     found = [torch.empty_like(sent) for _ in range(ranks())] if rank() == owner else None
     dist.gather(sent, found, dst=owner)
     return found or []
@@ -166,7 +204,7 @@ def _unflatten(flat: Tensor, bucket: Sequence[Tensor]) -> None:
         start += target.numel()
 
 
-def _wired(tensor: Tensor) -> Tensor:
+def wired(tensor: Tensor) -> Tensor:
     """Return `tensor` where the process group can send it: NCCL sends from the GPU only."""
     if tensor.device.type == "cpu" and dist.get_backend() == "nccl":
         return tensor.cuda()
@@ -187,7 +225,7 @@ def shared(values: Sequence[T | None], owners: Sequence[int], device: torch.devi
         if rank() != source:
             tensors = [torch.empty(shape, dtype=dtype, device=device) for _, s in outlines or [] for shape, dtype in s]
         for bucket in _buckets(tensors):
-            flat = _wired(_flat(bucket))
+            flat = wired(_flat(bucket))
             dist.broadcast(flat, src=source)
             if rank() != source:
                 _unflatten(flat, bucket)
@@ -273,116 +311,3 @@ def is_dtensor(tensor: Tensor) -> bool:
     """Return whether `tensor` is a DTensor (never true before somebody has imported that class)."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The block `start:stop` of `size` along dimension `dim` that this rank of `count` holds."""
-
-    dim: int
-    start: int
-    stop: int
-    size: int
-    group: Any
-    count: int
-
-
-def shard_of(parameter: Any) -> Shard | None:
-    """Return which block of a DTensor this rank holds, `None` if it holds all of it.
-
-    Raises:
-        OptionError: the parameter is sharded along several mesh dimensions (tensor parallelism).
-    """
-    if not is_dtensor(parameter):
-        return None
-    mesh = parameter.device_mesh
-    split = [(i, p) for i, p in enumerate(parameter.placements) if not p.is_replicate() and mesh.size(i) > 1]
-    if not split:
-        return None
-    mesh_dim, place = split[0]
-    if len(split) > 1 or not place.is_shard():
-        raise OptionError(
-            f"a parameter of shape {tuple(parameter.shape)} is placed as {parameter.placements}: tensor parallelism is "
-            "not supported; shard with fully_shard alone (or replicate and shard, HSDP)"
-        )
-    size = parameter.shape[place.dim]
-    block = -(-size // mesh.size(mesh_dim))
-    start = min(size, block * mesh.get_local_rank(mesh_dim))
-    return Shard(place.dim, start, min(size, start + block), size, mesh.get_group(mesh_dim), mesh.size(mesh_dim))
-
-
-@torch.no_grad()
-def joined(block: Tensor, dim: int, shard: Shard) -> Tensor:
-    """Return the blocks of all ranks of `shard.group`, one after the other along `dim` (sizes may differ)."""
-    count = dist.get_world_size(shard.group)
-    sizes = [_wired(torch.zeros(1, dtype=torch.int64)) for _ in range(count)]
-    dist.all_gather(sizes, _wired(torch.tensor([block.shape[dim]])), group=shard.group)
-    lengths = [int(size) for size in sizes]
-    padded = _wired(block.new_zeros(*block.shape[:dim], max(lengths), *block.shape[dim + 1 :]))
-    padded.narrow(dim, 0, block.shape[dim]).copy_(block)
-    pieces = [torch.empty_like(padded) for _ in range(count)]
-    dist.all_gather(pieces, padded, group=shard.group)
-    return torch.cat([p.narrow(dim, 0, n) for p, n in zip(pieces, lengths, strict=True)], dim=dim).to(block.device)
-
-
-def sharded_modules(model: nn.Module) -> list[Any]:
-    """Return the modules of `model` that `fully_shard` was applied to."""
-    if ranks() == 1 and not dist.is_initialized():
-        return []
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def refuse_tensor_parallel(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse DTensors that `fully_shard` did not make.
-
-    Raises:
-        OptionError: names the first such parameter.
-    """
-    spread = [name for name, parameter in parameters.items() if is_dtensor(parameter)]
-    if spread and not sharded_modules(model):
-        raise OptionError(
-            f"'{spread[0]}' is a DTensor outside fully_shard: tensor parallelism is not supported; "
-            "shard with torch.distributed.fsdp.fully_shard alone"
-        )
-
-
-def reshard(model: nn.Module) -> None:
-    """Put the shards of FSDP2 back in their places (an evaluation leaves the root's parameters whole)."""
-    for module in sharded_modules(model):
-        module.reshard()
-
-
-def refuse_unsupported(bases: Iterable[Any]) -> None:
-    """Refuse engines that flatten matrices or step only a part of the parameters.
-
-    Raises:
-        OptionError: names the engine and the way out.
-    """
-    for base in bases:
-        kind = type(base)
-        if any(parent.__name__ == "ZeroRedundancyOptimizer" for parent in kind.__mro__):
-            raise OptionError(
-                "ZeroRedundancyOptimizer steps a part of the parameters on each rank, so the others would not be "
-                "corrected; shard with torch.distributed.fsdp.fully_shard (FSDP2), or use the optimizer inside it"
-            )
-        if kind.__module__.split(".")[0] == "deepspeed":
-            raise OptionError(
-                f"{kind.__name__} of DeepSpeed ZeRO flattens matrices into one buffer; use ZeRO stage 0, or "
-                "torch.distributed.fsdp.fully_shard (FSDP2)"
-            )
-        for parameter in (p for group in getattr(base, "param_groups", ()) for p in group["params"]):
-            _refuse_flat(parameter)
-
-
-def _refuse_flat(parameter: Any) -> None:
-    if getattr(parameter, "_fsdp_flattened", False) or type(parameter).__name__ == "FlatParameter":
-        raise OptionError(
-            "FullyShardedDataParallel (FSDP1) flattens matrices, also with use_orig_params=True; "
-            "use torch.distributed.fsdp.fully_shard (FSDP2), which keeps them"
-        )
-    if hasattr(parameter, "ds_id"):
-        raise OptionError(
-            "DeepSpeed ZeRO stage 3 flattens matrices; use ZeRO stage 0, or torch.distributed.fsdp.fully_shard (FSDP2)"
-        )

@@ -26,7 +26,7 @@ from .policies.merge import Candidate, Choice, choose, examine
 from .policies.sketched import examine_sketch
 from .projection import MatrixSide
 from .report import ParameterReport
-from .shards import Part, part_of
+from .shards import Part, gathered, part_of
 from .sketch import Sketch
 from .tally import Moment
 
@@ -86,11 +86,9 @@ def _of_weight(name: str, parameters: Mapping[str, Tensor], seen: Captured) -> C
     """Return what was seen of a weight with its own second moments, on both sides, in the place of its rows'."""
     if not seen.sides:
         return seen
-    parameter, layout = parameters[name], seen.layout or Layout()
-    if part_of(parameter, layout).shard is not None:
-        raise ConsolidationError(f"'{name}' is sharded: a policy that looks at whole weights (OSF) cannot see it")
-    bias = parameters[seen.bias] if seen.bias else None
-    with torch.no_grad(), matrix_of(parameter, layout, bias, write=False) as matrix:
+    weight, layout = gathered(parameters[name]), seen.layout or Layout()
+    bias = gathered(parameters[seen.bias]) if seen.bias else None
+    with torch.no_grad(), matrix_of(weight, layout, bias, write=False) as matrix:
         wide = matrix.to(torch.complex128 if matrix.is_complex() else torch.float64)
         right = SecondMoment.of(wide.mT @ wide.conj(), wide.shape[1])
         left = SecondMoment.of(wide @ wide.mH, wide.shape[2])

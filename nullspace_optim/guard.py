@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .basis import Basis, Side, Subspace
-from .distributed import add_up, shard_of
+from .distributed import add_up
+from .engines import shard_of
 from .errors import OptionError
 from .layout import Layout
 from .linalg import complement

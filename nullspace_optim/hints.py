@@ -26,6 +26,7 @@ def stand_in(parameter: Tensor, compute: Callable[[], Tensor]) -> Tensor:
     watch = _active()
     if watch is None:
         return compute()
+    watch.memory.knows(parameter)  # a framework may have put it in place a moment ago
     origin = watch.memory.origin(parameter)
     with watch.paused():
         result = compute()
@@ -57,9 +58,15 @@ def declare_rows(parameter: Tensor, rows: Tensor, side: Literal["right", "left"]
             f"declare_rows: rows {tuple(rows.shape)} do not fit a parameter {tuple(parameter.shape)} on the {side} "
             "side; expected [n, d] or [n, m] for a matrix [m, d], with a leading [g] for a stack [g, m, d]"
         )
-    for name in watch.memory.origin(parameter).names:
+    for name in _names(watch, parameter):
         with watch.paused():
             watch.tally.declare(name, stack, side, batched=parameter.ndim == 3)
+
+
+def _names(watch: Watch, parameter: Tensor) -> tuple[str, ...]:
+    """Return the names of `parameter`, which a framework may have put in place a moment ago."""
+    watch.memory.knows(parameter)
+    return tuple(watch.memory.origin(parameter).names)
 
 
 def _active() -> Watch | None:

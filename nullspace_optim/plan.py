@@ -17,77 +17,16 @@ from dataclasses import dataclass, field, fields, replace
 
 from .errors import OptionError
 from .guard import Precision
+from .outline import Frozen, Moment, Survey, Weight
 from .projection import MatrixSide
 from .protection import EXACT_EVERY, Project
 
 FLOAT, INDEX = 4, 8  # bytes of a float32 and of an int64
-EIGH = 9  # FLOPs of all eigenpairs of a symmetric matrix `[s, s]` over `s^3` (Golub and Van Loan, section 8.3)
 
 Rank = Callable[[int], int]
 
-
-@dataclass(frozen=True)
-class Moment:
-    """One second moment `[g, s, s]` of a consolidation; `rows` met it in one batch, summed over groups."""
-
-    groups: int
-    size: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One trainable parameter that meets rows.
-
-    `matrix` is `(g, m, d)`; `sides` maps each side to the number of its second moment in `Survey.moments`; `lookup`
-    is True where rows of the weight are looked up (an embedding); `by_rows` is True where a shard of the parameter's
-    first dimension is a block of the stack, so that its right anchors are sharded as well (not in grouped and
-    transposed convolutions).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    matrix: tuple[int, int, int]
-    itemsize: int
-    sides: Mapping[MatrixSide, int]
-    lookup: bool = False
-    by_rows: bool = True
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the parameter."""
-        g, m, d = self.matrix
-        return g * m * d * self.itemsize
-
-
-@dataclass(frozen=True)
-class Frozen:
-    """A trainable parameter that is read in a way that cannot be protected, and why."""
-
-    name: str
-    shape: tuple[int, ...]
-    bytes: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What one training step of a model reads: a batch of `batch` samples forward, then backward.
-
-    `forward_flops` and `step_flops` are counted products; `buffers` are the bytes of buffers that the forward pass
-    reads, which are kept as well.
-    """
-
-    model: str
-    batch: int
-    parameters: int
-    weights: tuple[Weight, ...]
-    moments: tuple[Moment, ...]
-    frozen: tuple[Frozen, ...]
-    free: tuple[str, ...]
-    buffers: int
-    forward_flops: int
-    step_flops: int
+__all__ = ["Conditions", "Frozen", "Memory", "Moment", "Pass", "Prediction", "Rank", "Survey", "Weight", "by_fraction"]
+__all__ += ["by_rank", "consolidation", "on_both_sides", "predict"]
 
 
 @dataclass(frozen=True)
@@ -209,8 +148,8 @@ def predict(survey: Survey, rank: Rank, conditions: Conditions | None = None) ->
         full=sum(cost.full for cost in costs),
         memory=_memory(survey, costs, conditions, 1),
         per_device=_memory(survey, costs, conditions, conditions.devices),
-        step_flops=sum(cost.flops for cost in costs),
-        step_flops_per_device=sum(cost.part(cost.flops, conditions.devices) for cost in costs),
+        step_flops=sum(cost.flops(1) for cost in costs),
+        step_flops_per_device=sum(cost.flops(conditions.devices) for cost in costs),
     )
 
 
@@ -223,9 +162,9 @@ def consolidation(survey: Survey, conditions: Conditions | None = None) -> Pass:
     return Pass(
         samples=conditions.samples,
         forward_flops=round(survey.forward_flops * batches),
-        moment_flops=round(sum(2 * moment.rows * moment.size**2 for moment in survey.moments) * batches),
-        eigh_flops=sum(EIGH * moment.groups * moment.size**3 for moment in survey.moments),
-        moments=copies * entry * sum(moment.groups * moment.size**2 for moment in survey.moments),
+        moment_flops=round(sum(moment.flops for moment in survey.moments) * batches),
+        eigh_flops=sum(moment.solving for moment in survey.moments),
+        moments=copies * sum(moment.bytes(entry) for moment in survey.moments),
         eigenproblems=sum(moment.groups for moment in survey.moments),
         largest=max((moment.size for moment in survey.moments), default=0),
     )
@@ -279,27 +218,33 @@ class _Cost:
         return (none_left and not self.conditions.soft) or (self.weight.lookup and self.rows >= self.weight.matrix[1])
 
     @property
-    def difference(self) -> bool:
-        """True where the difference form runs."""
-        if self.full or self.conditions.project == "gradient" or not self.ranks:
-            return False
-        if self.conditions.soft:
-            return False
-        beyond = any(2 * self.ranks[side] > size for side, size in _sides(self.weight))
-        return beyond or self.conditions.precision == "fast"
+    def immovable(self) -> bool:
+        """True where the whole weight is kept; with its bias it is corrected even where both are full."""
+        return self.full and not self.weight.joint
 
-    @property
-    def flops(self) -> int:
-        """The correction of one step, on the whole weight."""
-        if self.full:
+    def difference(self, devices: int) -> bool:
+        """Return whether the difference form runs; not where coordinates are sums over devices."""
+        weight, conditions = self.weight, self.conditions
+        if self.immovable or weight.joint or conditions.soft or conditions.project == "gradient" or not self.ranks:
+            return False
+        if devices > 1 and (weight.padded or any(weight.crosses(side) for side in weight.sides)):
+            return False
+        beyond = any(2 * self.ranks[side] > size for side, size in _sides(weight))
+        return beyond or conditions.precision == "fast"
+
+    def flops(self, devices: int) -> int:
+        """Return the operations of one step's correction on one of `devices`."""
+        if self.immovable:
             return 0
         g, m, d = self.weight.matrix
         anchor = 4 * g * m * d * sum(self.ranks.values())
         shorter = 4 * g * m * d * sum(self._shorter(side, size) for side, size in _sides(self.weight))
+        projected = shorter if self.conditions.project == "both" and not self.weight.joint else 0
         if self.conditions.project == "gradient":
-            return shorter
-        projected = shorter if self.conditions.project == "both" else 0
-        return projected + (shorter + anchor // EXACT_EVERY if self.difference else anchor)
+            amount = shorter
+        else:
+            amount = projected + (shorter + anchor // EXACT_EVERY if self.difference(devices) else anchor)
+        return amount if self.weight.padded else self.part(amount, devices)
 
     def _shorter(self, side: MatrixSide, size: int) -> int:
         """Return the columns of the basis or, where more than half of all directions are kept, of its complement."""
@@ -312,25 +257,29 @@ class _Cost:
 
     def memory(self, devices: int, bases: dict[tuple[int, int], int]) -> Memory:
         """Return the bytes on one device; bases of weights that share rows are entered in `bases` once."""
-        g, m, d = self.weight.matrix
+        weight, conditions = self.weight, self.conditions
+        g, m, d = weight.matrix
+        entry = max(FLOAT, weight.itemsize)
         anchors = complements = residuals = 0
-        for side, size in _sides(self.weight):
+        for side, size in _sides(weight):
             k = self.ranks[side]
-            bases[self.weight.sides[side], size] = g * size * k * FLOAT + (g * k * FLOAT if self.conditions.soft else 0)
-            sharded = side == "right" and self.weight.by_rows
-            entry = max(FLOAT, self.weight.itemsize)
+            bases[weight.sides[side], size] = g * size * k * FLOAT + (g * k * FLOAT if conditions.soft else 0)
+            crosses = devices > 1 and weight.crosses(side)
             anchor = g * k * (m if side == "right" else d) * entry
-            anchors += self.part(anchor, devices) if sharded else anchor
-            residuals += self.part(anchor, devices) if sharded else anchor
+            anchor = anchor if crosses or weight.padded else self.part(anchor, devices)
+            anchors += anchor
+            residuals += 0 if crosses else anchor
             complements += g * size * (size - k) * FLOAT if self._shorter(side, size) < k else 0
-        lookup = self.rows * d * max(FLOAT, self.weight.itemsize)
-        moving = not self.full and self.conditions.project != "gradient"
+        lookup, difference = self.rows * d * entry, self.difference(devices)
+        moving = not self.immovable and conditions.project != "gradient" and not conditions.soft
+        gradients = conditions.project == "gradient" or (conditions.project == "both" and not weight.joint)
+        complemented = difference or (gradients and not self.immovable)
         return Memory(
             bases=self.rows * INDEX,
             anchors=anchors + self.part(lookup, devices),
-            kept=self.part(self.weight.bytes, devices) if self.full else 0,
-            copies=self.part(self.weight.bytes, devices) if self.difference else 0,
-            workspaces=(residuals if moving else 0) + (0 if self.full else complements),
+            kept=self.part(weight.bytes, devices) if self.immovable else 0,
+            copies=self.part(weight.bytes, devices) if difference else 0,
+            workspaces=(residuals if moving else 0) + (complements if complemented else 0),
         )
 
 

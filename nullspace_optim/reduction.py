@@ -32,6 +32,7 @@ class Summary:
     partners: dict[str, dict[str | None, str]]
     used: dict[str, Tensor]
     moments: dict[Key, int]
+    declared: set[str] = field(default_factory=set)
     shapes: list[Shape] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
 
@@ -65,6 +66,7 @@ def reduce_tally(tally: Tally, device: torch.device) -> None:
         partners=whole.partners,
         used={name: used.to(device) for name, used in whole.used.items()},
         moments=moments,
+        declared=whole.declared,
     )
 
 
@@ -94,6 +96,7 @@ def _summarised(tally: Tally) -> tuple[Summary, list[Moment]]:
         partners=dict(state["partners"]),
         used={name: used.cpu() for name, used in state["used"].items()},
         moments={key: numbers[id(moment)] for key, moment in state["moments"].items()},
+        declared=set(state["declared"]),
         shapes=[_shape_of(moment) for moment in local],
         rows=[moment.rows for moment in local],
     )
@@ -106,6 +109,7 @@ def _united(told: Sequence[Summary]) -> Summary:
     order: dict[str, None] = {}
     for summary in told:
         order.update(dict.fromkeys(summary.order))
+        whole.declared |= summary.declared
         for name, texts in summary.reasons.items():
             whole.reasons.setdefault(name, []).extend(texts)
         for name, layout in summary.layouts.items():

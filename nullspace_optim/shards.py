@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .basis import Basis, BasisStore, Side, Subspace
-from .distributed import Shard, add_up, joined, shard_of
+from .distributed import add_up
+from .engines import Shard, joined, shard_of
 from .layout import Layout
 from .names import local
 from .projection import anchor
@@ -124,8 +125,14 @@ def part_of(parameter: Tensor, layout: Layout, *, joint: bool = False) -> Part:
             each = math.prod(parameter.shape[2:])
             return Part(shard, inputs=slice(shard.start * each, shard.stop * each), crossing=("right",))
     if layout.kind == "grouped" and shard.dim == 0:
-        return Part(shard, padded=True)
+        return Part(shard, padded=True, crossing=("left",))
     return Part(shard, padded=True, crossing=("right", "left", "rows"))
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """Return all of `parameter` in the memory of every rank (itself unless it is sharded; then all must ask)."""
+    shard = shard_of(parameter)
+    return parameter if shard is None else joined(local(parameter), shard.dim, shard)
 
 
 def padded(parameter: Tensor, shard: Shard) -> Tensor:

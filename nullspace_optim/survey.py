@@ -8,9 +8,10 @@ finds fewer), and which rows of an embedding are looked up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,26 @@ from .capture import Capture, Captured
 from .errors import OptionError
 from .layout import Layout
 from .names import named_buffers, named_parameters
-from .plan import Frozen, Moment, Survey, Weight
+from .outline import Frozen, Moment, Survey, Weight
 from .projection import MatrixSide
+from .sketch import SketchedCovariance
 
 
-def survey(model: nn.Module, run: Callable[[], Any], *, batch: int, name: str = "", trainable: str = "*") -> Survey:
+def survey(
+    model: nn.Module,
+    run: Callable[[], Any],
+    *,
+    batch: int,
+    name: str = "",
+    trainable: str = "*",
+    bias: Literal["freeze", "joint"] = "freeze",
+    sketch: SketchedCovariance | None = None,
+) -> Survey:
     """Return the survey of `model`, whose parameters are on the meta device; `run()` is its forward pass on a batch.
 
     The inputs that `run` feeds must exist before (tensors made inside a forward pass count as constants, not data).
-    Parameters whose name does not match the glob `trainable` are not trained.
+    Parameters whose name does not match the glob `trainable` are not trained. `bias` is that of the optimizer, `sketch`
+    its ``covariance=SketchedCovariance(...)``.
 
     Raises:
         OptionError: no parameter matches `trainable`, or the forward pass needs values that the meta device has not.
@@ -39,11 +51,12 @@ def survey(model: nn.Module, run: Callable[[], Any], *, batch: int, name: str = 
         known = ", ".join(list(named_parameters(model))[:3])
         raise OptionError(f"trainable={trainable!r} matches no parameter; their names begin with: {known}")
     buffers = named_buffers(model)
-    capture = Capture(parameters, buffers=buffers, rows="all")
+    capture = Capture(parameters, buffers=buffers, rows="all", bias=bias)
     try:
         with capture:
             capture.batch(run)
-        forward, step = count_step(run)
+        with _training(model, parameters):
+            forward, step = count_step(run)
     except (RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OptionError(
@@ -51,8 +64,8 @@ def survey(model: nn.Module, run: Callable[[], Any], *, batch: int, name: str = 
             f"an operator that has no meta version ({reason}); survey a variant without it, or measure the real model"
         ) from error
     captured = capture.captured
-    weights, moments = _weights(parameters, captured)
-    found = {weight.name for weight in weights}
+    weights, moments = _weights(parameters, captured, sketch)
+    found = {weight.name for weight in weights} | {seen.bias for seen in captured.values() if seen.bias}
     frozen = tuple(
         Frozen(key, tuple(parameters[key].shape), parameters[key].nbytes, "; ".join(seen.reasons))
         for key, seen in captured.items()
@@ -83,33 +96,49 @@ def count_step(run: Callable[[], Any]) -> tuple[int, int]:
     return forward, counter.get_total_flops()
 
 
+@contextmanager
+def _training(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let only `parameters` need gradients, so that the backward pass is that of their training."""
+    ids, flags = {id(p) for p in parameters.values()}, [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(id(parameter) in ids)
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 def _weights(
-    parameters: Mapping[str, Tensor], captured: Mapping[str, Captured]
+    parameters: Mapping[str, Tensor], captured: Mapping[str, Captured], sketch: SketchedCovariance | None
 ) -> tuple[tuple[Weight, ...], tuple[Moment, ...]]:
     """Return the weights that meet rows and the second moments they share."""
     numbers: dict[int, int] = {}
     moments: list[Moment] = []
     weights: list[Weight] = []
     for name, seen in captured.items():
-        if not seen.met or seen.reasons:
+        if not seen.met or seen.reasons or not (seen.sides or seen.row_index is not None):
             continue
         sides: dict[MatrixSide, int] = {}
         for side, moment in seen.sides.items():
             if id(moment) not in numbers:
                 numbers[id(moment)] = len(moments)
-                moments.append(Moment(moment.groups, moment.size, int(moment.rows.sum())))
+                kept = sketch.size if sketch is not None and moment.size > sketch.above else 0
+                moments.append(Moment(moment.groups, moment.size, int(moment.rows.sum()), kept))
             sides[side] = numbers[id(moment)]
         layout, parameter = seen.layout or Layout(), parameters[name]
         shape = tuple(parameter.shape)
+        groups, outputs, inputs = layout.matrix_shape(shape)
         weights.append(
             Weight(
                 name=name,
                 shape=shape,
-                matrix=layout.matrix_shape(shape),
+                matrix=(groups, outputs, inputs + (seen.bias is not None)),
                 itemsize=parameter.element_size(),
                 sides=sides,
                 lookup=seen.row_index is not None,
-                by_rows=layout.kind in ("matrix", "batched"),
+                kind=layout.kind,
+                joint=seen.bias is not None,
             )
         )
     return tuple(weights), tuple(moments)

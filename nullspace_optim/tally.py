@@ -211,6 +211,7 @@ class Tally:
             "partners": self._partners,
             "used": self._used,
             "moments": self._moments,
+            "declared": self._declared,
         }
 
     def replace(
@@ -222,11 +223,12 @@ class Tally:
         partners: dict[str, dict[str | None, str]],
         used: dict[str, Tensor],
         moments: dict[tuple[str, WeightSide], Moment],
+        declared: set[str],
     ) -> None:
         """Take over what all ranks know together."""
         self.order = dict.fromkeys(order)
         self._reasons, self._layouts, self._partners = reasons, layouts, partners
-        self._used, self._moments = used, moments
+        self._used, self._moments, self._declared = used, moments, declared
         self._stripped.clear()
 
     def _add(self, waiting: _Waiting) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .distributed import reshard
+from .engines import reshard
 
 
 @contextmanager

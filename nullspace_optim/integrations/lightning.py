@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterable
-from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..discovery import Forward, feeder
 from ..errors import OptionError
-from .task import TaskOptions, Tasks
+from .task import TaskCallback
 from .unwrapping import unwrap
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
@@ -35,43 +33,19 @@ else:
     Callback = _callback()
 
 
-class ConsolidateCallback(Callback):
+class ConsolidateCallback(TaskCallback, Callback):
     """Consolidate at the end of every `trainer.fit`, and keep the bases if the next fit makes a new optimizer.
 
     One fit is one task. `configure_optimizers` must return a `NullSpaceOptimizer` (with others beside it if there are
     several). Checkpoints carry the bases of all earlier tasks in the optimizer's state; the task itself is consolidated
     when its training has ended, so call `trainer.save_checkpoint` after `fit`, or give `path`.
 
-    Args:
-        loader: batches of the task; the trainer's own training loader by default.
-        forward: `forward(batch)` runs the model, where the module's `forward` is not the way.
-        name: the task's name.
-        path: write the bases to this file after each task.
-        max_batches: stop after so many batches.
-        progress: show a progress bar.
+    The options are those of `TaskCallback`: `loader`, `forward`, `name`, `path`, `max_batches`, `progress`.
 
     Raises:
         OptionError: an option has a wrong value.
         ImportError: Lightning is not installed (on import).
     """
-
-    def __init__(
-        self,
-        loader: Iterable[Any] | None = None,
-        *,
-        forward: Forward | None = None,
-        name: str | None = None,
-        path: str | PathLike[str] | None = None,
-        max_batches: int | None = None,
-        progress: bool = True,
-    ) -> None:
-        super().__init__()
-        self._tasks = Tasks(TaskOptions(loader, forward, name, path, max_batches, progress))
-
-    @property
-    def reports(self) -> list[Any]:
-        """The `ConsolidationReport` of every task so far."""
-        return self._tasks.reports
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Hand the bases of an earlier fit on to a new optimizer (a checkpoint that is resumed overrides them)."""

@@ -75,3 +75,37 @@ class Tasks:
         if chosen.path is not None:
             optimizer.save(chosen.path)
         return report
+
+
+class TaskCallback:
+    """What the callbacks of all frameworks have in common: their options and their reports.
+
+    Args:
+        loader: batches of the task; the trainer's own training loader by default.
+        forward: `forward(batch)` runs the model, where the default reading of a batch does not fit.
+        name: the task's name.
+        path: write the bases to this file after each task.
+        max_batches: stop after so many batches.
+        progress: show a progress bar.
+
+    Raises:
+        OptionError: an option has a wrong value.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any] | None = None,
+        *,
+        forward: Forward | None = None,
+        name: str | None = None,
+        path: str | PathLike[str] | None = None,
+        max_batches: int | None = None,
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        self._tasks = Tasks(TaskOptions(loader, forward, name, path, max_batches, progress))
+
+    @property
+    def reports(self) -> list[ConsolidationReport]:
+        """The `ConsolidationReport` of every task so far."""
+        return self._tasks.reports

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from ..discovery import Forward
-from .task import TaskOptions, Tasks
+from .task import TaskCallback
 from .unwrapping import unwrap
 
 if TYPE_CHECKING:
@@ -19,42 +16,19 @@ else:
         raise ImportError("this callback needs transformers: pip install 'transformers[torch]'") from error
 
 
-class ConsolidateCallback(TrainerCallback):
+class ConsolidateCallback(TaskCallback, TrainerCallback):
     """Consolidate at the end of every `Trainer.train()`, and keep the bases if the next trainer has a new optimizer.
 
     One `train()` is one task. Give the trainer a `NullSpaceOptimizer`: `Trainer(..., optimizers=(opt, None))`. Its
     checkpoints carry the bases of all earlier tasks in `optimizer.pt`; the task itself is consolidated when its
     training has ended, so give `path` to write the bases then.
 
-    Args:
-        loader: batches of the task; the trainer's own training loader by default.
-        forward: `forward(batch)` runs the model if the keys of a batch are not what its forward accepts.
-        name: the task's name.
-        path: write the bases to this file after each task.
-        max_batches: stop after so many batches.
-        progress: show a progress bar.
+    The options are those of `TaskCallback`: `loader`, `forward`, `name`, `path`, `max_batches`, `progress`.
 
     Raises:
         OptionError: an option has a wrong value, or the trainer's optimizer is no `NullSpaceOptimizer`.
         ImportError: transformers is not installed (on import).
     """
-
-    def __init__(
-        self,
-        loader: Iterable[Any] | None = None,
-        *,
-        forward: Forward | None = None,
-        name: str | None = None,
-        path: str | PathLike[str] | None = None,
-        max_batches: int | None = None,
-        progress: bool = True,
-    ) -> None:
-        self._tasks = Tasks(TaskOptions(loader, forward, name, path, max_batches, progress))
-
-    @property
-    def reports(self) -> list[Any]:
-        """The `ConsolidationReport` of every task so far."""
-        return self._tasks.reports
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hand the bases of an earlier run on to a new optimizer (a checkpoint that is resumed goes first)."""

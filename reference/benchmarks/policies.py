@@ -9,14 +9,19 @@ policy, then it learns 5 to 9 with AdamW. The images are scikit-learn's; nothing
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -45,6 +50,7 @@ from reference.benchmarks.outcome import Table, progress
 from reference.benchmarks.timing import in_turn, ratio
 from reference.benchmarks.workload import quiet
 
+Point = tuple[float, float]
 CPU = torch.device("cpu")
 WARM_UP = 300
 BATCH = 64
@@ -126,16 +132,41 @@ def save_figure(table: Table, path: Path) -> None:
     """Draw stability against plasticity: drift of held-out outputs over the new task's error, a number a policy."""
     columns = [table.header.index(name) for name in ("accuracy on the new task (%)", "drift of held-out outputs")]
     figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
+    numbers: dict[Point, list[int]] = {}
     for number, row in enumerate(table.rows):
         accuracy, drift = (float(row[column].split()[0]) for column in columns)
         color = "#c9432f" if row[0] == "unprotected" else "#1f6a96"
-        axes.scatter(max(100 - accuracy, 0.1), max(drift, 1e-4), color=color, zorder=3, label=f"{number}  {row[0]}")
-        axes.annotate(str(number), (max(100 - accuracy, 0.1), max(drift, 1e-4)), (4, 4), textcoords="offset points")
+        point = max(100 - accuracy, 0.1), max(drift, 1e-4)
+        axes.scatter(*point, color=color, zorder=3, label=f"{number}  {row[0]}")
+        numbers.setdefault(point, []).append(number)
     axes.set(xscale="log", yscale="log", xlabel="error on the new task (%)", ylabel="drift of old held-out outputs (%)")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=0)
+    _write_numbers(axes, {point: ", ".join(map(str, found)) for point, found in numbers.items()})
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
+
+
+def _write_numbers(axes: Axes, texts: Mapping[Point, str]) -> None:
+    """Write a text beside every point, in the first place around it where nothing else stands."""
+    axes.figure.canvas.draw()
+    middles = axes.transData.transform(list(texts))
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in middles]
+    for point, text in texts.items():
+        for radius, turn in product((9, 16, 24, 32), range(8)):
+            angle = math.pi * (turn + 0.5) / 4
+            offset = radius * math.cos(angle), radius * math.sin(angle)
+            label = axes.annotate(
+                text, point, offset, textcoords="offset points", ha="center", va="center", fontsize=9,
+                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "#888888"} if radius > 9 else None,
+            )  # fmt: skip
+            box = Text.get_window_extent(label)
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
+        else:
+            axes.annotate(text, point, (4, 4), textcoords="offset points", fontsize=9)
 
 
 def run(policy: Policy | None, seed: int, steps: int) -> dict[str, float]:

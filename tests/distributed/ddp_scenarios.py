@@ -10,12 +10,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import Everything, Plain, compare, results, rows, seeded, share, tokens, train, two_tasks, wrap
+import torch.distributed.checkpoint as dcp
+from models import Everything, Plain, compare, momentum, results, rows, seeded, share, tokens, train, two_tasks, wrap
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from nullspace_optim import (
+    CGP,
+    CODECL,
+    OSF,
+    OWM,
+    SGP,
+    TRGP,
+    VPTNSP,
     CaptureError,
     ConsolidationError,
     EigenvalueRatio,
@@ -26,6 +34,8 @@ from nullspace_optim import (
     RankBudget,
     SketchedCovariance,
     TailEnergy,
+    consolidate_classes,
+    declare_rows,
 )
 
 POLICIES = {
@@ -33,7 +43,10 @@ POLICIES = {
     "budget": RankBudget(0.3),
     "tail": TailEnergy(0.1),
     "ratio": EigenvalueRatio(30.0),
+    "trgp": TRGP(0.9),
 }
+# kept by part, or on both sides
+SOFT_OR_TWO_SIDED = {"sgp": SGP(0.9), "code-cl": CODECL(), "owm": OWM(), "vpt-nsp": VPTNSP(0.9), "osf": OSF(0.4)}
 
 
 def everyone(value: Any) -> list[Any]:
@@ -70,6 +83,24 @@ def every_policy_equals_one_process(folder: Path) -> None:
         optimizer.consolidate(share(rows(1), dist.get_rank()), progress=False)
         optimizer.consolidate(share(rows(2), dist.get_rank()), progress=False)
         compare(results(optimizer, {}), torch.load(folder / f"policy-{name}.pt"), 1e-4)
+
+
+def soft_and_two_sided_policies_equal_one_process(folder: Path) -> None:
+    for name, policy in SOFT_OR_TWO_SIDED.items():
+        model = DistributedDataParallel(seeded(Everything))
+        optimizer = wrap(model, momentum(model), policy=policy)
+        two_tasks(model, optimizer, tokens, dist.get_rank())
+        found = results(optimizer, dict(model.module.named_parameters()))
+        compare(found, torch.load(folder / f"soft-{name}.pt"), what=name)
+        both = everyone(found)
+        assert all(torch.equal(both[0][key], both[1][key]) for key in found), name
+        assert optimizer.verify().ok
+
+
+def classes_are_consolidated_by_one_process_only(folder: Path) -> None:
+    optimizer = wrap(seeded(Plain), policy=CGP())
+    message = refusal(OptionError, lambda: consolidate_classes(optimizer, rows(1), lambda batch: batch[:, 0], name="x"))
+    assert "one process only" in message
 
 
 def samples_are_found_on_whichever_rank_has_them(folder: Path) -> None:
@@ -199,6 +230,21 @@ def bases_are_saved_once_and_loaded_by_all(folder: Path) -> None:
     compare(results(resumed, {}), results(optimizer, {}), 0.0)
 
 
+def checkpoints_move_between_one_process_and_replicas(folder: Path) -> None:
+    rank = dist.get_rank()
+    torch.manual_seed(5)
+    model = DistributedDataParallel(Everything())
+    optimizer = wrap(model)
+    dcp.load({"training": optimizer.checkpoint()}, checkpoint_id=folder / "by-one")
+    train(model, optimizer, tokens(3), rank)
+    compare(dict(model.module.named_parameters()), torch.load(folder / "after.pt"))
+    assert optimizer.verify(share(tokens(1), rank)).ok
+    dcp.save({"training": optimizer.checkpoint()}, checkpoint_id=folder / "by-replicas")
+    train(model, optimizer, tokens(4), rank)
+    if rank == 0:
+        torch.save(dict(model.module.named_parameters()), folder / "by-replicas.pt")
+
+
 class _Branches(nn.Module):
     """Experts that only some batches visit; query and key share their rows, until a mask tells them apart."""
 
@@ -222,6 +268,25 @@ def what_only_one_rank_has_seen_counts(folder: Path) -> None:
     compare(results(optimizer, {}), torch.load(folder / "branches.pt"))
     assert not torch.equal(optimizer.bases["query.weight"].U, optimizer.bases["key.weight"].U)
     assert {row.name for row in report.parameters if not row.rank and "bias" not in row.name} == {"never.weight"}
+
+
+class Declared(nn.Module):
+    """A matrix whose rows are declared on both sides, as those of a prompt are; it is read by no product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(torch.randn(4, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        declare_rows(self.prompt, x, "right")
+        declare_rows(self.prompt, x[:, :4], "left")
+        return torch.cat([x, self.prompt]).tanh().sum(1)
+
+
+def declared_rows_of_one_rank_count_on_all(folder: Path) -> None:
+    optimizer = wrap(DistributedDataParallel(seeded(Declared)), policy=VPTNSP(eta=1.0))
+    optimizer.consolidate(rows(1) if dist.get_rank() else [], progress=False)
+    compare(results(optimizer, {}), torch.load(folder / "declared.pt"))
 
 
 def sketches_of_all_ranks_make_one(folder: Path) -> None:
@@ -265,12 +330,16 @@ def engines_that_flatten_are_refused(folder: Path) -> None:
 SCENARIOS = [
     ddp_equals_one_process,
     every_policy_equals_one_process,
+    soft_and_two_sided_policies_equal_one_process,
+    classes_are_consolidated_by_one_process_only,
     samples_are_found_on_whichever_rank_has_them,
     a_rank_without_batches_takes_part,
     one_failing_rank_fails_all,
     ranks_that_differ_are_refused,
     bases_are_saved_once_and_loaded_by_all,
+    checkpoints_move_between_one_process_and_replicas,
     what_only_one_rank_has_seen_counts,
+    declared_rows_of_one_rank_count_on_all,
     sketches_of_all_ranks_make_one,
     batch_norm_statistics_are_those_of_rank_0,
     engines_that_flatten_are_refused,

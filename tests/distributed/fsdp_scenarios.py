@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ddp_scenarios import _Broken, everyone, refusal
+from ddp_scenarios import SOFT_OR_TWO_SIDED, Declared, _Broken, everyone, refusal
 from models import (
     Everything,
     Plain,
@@ -32,7 +33,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from nullspace_optim import CaptureError, ConsolidationError, Fate, FixedRank, NullSpaceOptimizer, OptionError
+from nullspace_optim import (
+    VPTNSP,
+    CaptureError,
+    ConsolidationError,
+    Fate,
+    FixedRank,
+    NullSpaceOptimizer,
+    OptionError,
+)
 
 
 def sharded(model: nn.Module, **options: Any) -> Any:
@@ -81,6 +90,27 @@ FORMS: dict[str, dict[str, Any]] = {
     "fast": {"precision": "fast"},
 }
 TOLERANCES = {"fast": 2**-8}  # bfloat16 products; a side that crosses ranks is corrected in float32
+
+
+def soft_and_two_sided_policies_equal_one_process_in_shards(folder: Path) -> None:
+    for name, policy in SOFT_OR_TWO_SIDED.items():
+        model = sharded(seeded(Everything))
+        optimizer = wrap(model, momentum(model), policy=policy)
+        two_tasks(model, optimizer, tokens, dist.get_rank())
+        compare(results(optimizer, whole(model)), torch.load(folder / f"soft-{name}.pt"), what=name)
+        assert optimizer.verify().ok
+
+
+def two_declared_sides_hold_in_shards_unless_both_are_soft(folder: Path) -> None:
+    model = sharded(seeded(Declared))
+    optimizer = wrap(model, policy=VPTNSP(eta=1.0))
+    optimizer.consolidate(share(rows(1), dist.get_rank()), progress=False)
+    compare(results(optimizer, {}), torch.load(folder / "declared.pt"))
+    train(model, optimizer, rows(2), dist.get_rank())
+    assert optimizer.verify().ok
+    soft = wrap(sharded(seeded(Declared)), policy=VPTNSP(eta=0.9))
+    message = refusal(ConsolidationError, lambda: soft.consolidate(rows(1), progress=False))
+    assert "'prompt' is kept softly on the sides right and left" in message
 
 
 def _collectives(model: nn.Module, optimizer: NullSpaceOptimizer, data: Callable[[int], list[Tensor]]) -> int:
@@ -163,6 +193,53 @@ def one_failing_rank_fails_all_shards(folder: Path) -> None:
     compare(whole(model), before, 0.0)
     assert not optimizer.bases
     assert optimizer.consolidate(share(rows(1), rank), progress=False).batches == 5
+
+
+class _Breaks(Plain):
+    """Raises between two gathers of parameters, where a batch says so; handles errors of its own."""
+
+    def forward(self, rows: Tensor) -> Tensor:
+        hidden = self.first(rows).tanh()
+        try:
+            if bool((rows.detach() == 7).all()):
+                raise RuntimeError("the lens is dirty")
+            return self.head(self.block(hidden))
+        except ValueError:
+            return hidden.sum(1)
+
+
+def an_error_inside_a_forward_on_one_rank_stops_all_at_once(folder: Path) -> None:
+    rank = dist.get_rank()
+    dirty = [rows(1)[0], torch.full((4, 12), 7.0)]
+    for failing in (0, 1):
+        model = sharded(seeded(_Breaks))
+        optimizer = wrap(model)
+        before = whole(model)
+        loader = dirty if rank == failing else rows(1)
+        message = refusal(ConsolidationError, partial(optimizer.consolidate, loader, progress=False))
+        assert message.startswith(f"rank {failing}: RuntimeError: the lens is dirty"), message
+        assert not optimizer.bases
+        compare(whole(model), before, 0.0)
+        report = optimizer.consolidate(share(rows(1), rank), progress=False)
+        assert report.batches == 5
+        compare(results(optimizer, {}), torch.load(folder / "one.pt"))
+        train(model, optimizer, rows(2), rank)
+        assert optimizer.verify().ok
+
+
+def an_interrupt_inside_a_forward_stops_all_at_once(folder: Path) -> None:
+    rank = dist.get_rank()
+    model = sharded(seeded(_Breaks))
+    optimizer = wrap(model)
+
+    def forward(batch: Tensor) -> Tensor:
+        if rank == 1:
+            model.block.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt), prepend=True)
+        return model(batch)
+
+    with pytest.raises(KeyboardInterrupt if rank == 1 else ConsolidationError, match=None if rank else "rank 1: Key"):
+        optimizer.consolidate(rows(1), forward=forward, progress=False)
+    assert not optimizer.bases
 
 
 def an_edit_is_found_and_accepted(folder: Path) -> None:
@@ -269,6 +346,17 @@ def checkpoints_move_between_replicas_and_shards(folder: Path) -> None:
     assert optimizer.verify(share(tokens(1), rank)).ok
 
 
+def checkpoints_move_from_replicas_to_shards(folder: Path) -> None:
+    rank = dist.get_rank()
+    torch.manual_seed(6)
+    model = sharded(Everything())
+    optimizer = wrap(model)
+    dcp.load({"training": optimizer.checkpoint()}, checkpoint_id=folder / "by-replicas")
+    train(model, optimizer, tokens(4), rank)
+    compare(whole(model), torch.load(folder / "by-replicas.pt"))
+    assert optimizer.verify(share(tokens(1), rank)).ok
+
+
 def other_ways_to_shard(folder: Path) -> None:
     hybrid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     model = sharded(seeded(Everything), mesh=hybrid)
@@ -285,15 +373,20 @@ def other_ways_to_shard(folder: Path) -> None:
 SCENARIOS = [
     fsdp_equals_one_process,
     every_form_of_correction_equals_one_process,
+    soft_and_two_sided_policies_equal_one_process_in_shards,
+    two_declared_sides_hold_in_shards_unless_both_are_soft,
     a_step_communicates_nothing,
     weights_sharded_along_their_inputs_hold,
     half_precision_forward_is_captured,
     uneven_loaders_do_not_wait,
     one_failing_rank_fails_all_shards,
+    an_error_inside_a_forward_on_one_rank_stops_all_at_once,
+    an_interrupt_inside_a_forward_stops_all_at_once,
     an_edit_is_found_and_accepted,
     methods_besides_forward_are_captured,
     bases_move_between_one_process_and_shards,
     checkpoints_move_between_one_process_and_shards,
     checkpoints_move_between_replicas_and_shards,
+    checkpoints_move_from_replicas_to_shards,
     other_ways_to_shard,
 ]

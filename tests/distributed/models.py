@@ -110,7 +110,8 @@ def results(optimizer: NullSpaceOptimizer, weights: Tensors) -> Tensors:
             if side == "rows":
                 found[f"index {name}"], found[f"anchor {name} rows"] = u, a
                 continue
-            found[f"projector {name} {side}"] = u @ u.mT
+            share = 1.0 if subspace.scale is None else subspace.scale.unsqueeze(1)
+            found[f"projector {name} {side}"] = (u * share) @ u.mT
             found[f"anchor {name} {side}"] = a @ u.mT if side == "right" else u @ a
         if basis.kept is not None:
             found[f"kept {name}"] = basis.kept

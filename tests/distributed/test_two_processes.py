@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from models import Everything, Plain, compare, momentum, results, rows, seeded, tokens, train, two_tasks, wrap
 from processes import run_scenarios
 
-from nullspace_optim import FixedRank
+from nullspace_optim import VPTNSP, FixedRank
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 SCENARIOS = [*ddp_scenarios.SCENARIOS, *fsdp_scenarios.SCENARIOS]
@@ -38,10 +38,19 @@ def one_process(folder: Path) -> None:
         for task in (1, 2):
             optimizer.consolidate(rows(task), progress=False)
         torch.save(results(optimizer, {}), folder / f"policy-{name}.pt")
+    for name, policy in ddp_scenarios.SOFT_OR_TWO_SIDED.items():
+        model = seeded(Everything)
+        optimizer = wrap(model, momentum(model), policy=policy)
+        two_tasks(model, optimizer, tokens)
+        torch.save(results(optimizer, dict(model.named_parameters())), folder / f"soft-{name}.pt")
     model = seeded(Plain)
     optimizer = wrap(model)
     optimizer.consolidate(rows(1), progress=False)
     torch.save(results(optimizer, {}), folder / "one.pt")
+    optimizer = wrap(seeded(ddp_scenarios.Declared), policy=VPTNSP(eta=1.0))
+    optimizer.consolidate(rows(1), progress=False)
+    assert set(optimizer.bases["prompt"].subspaces) == {"right", "left"}
+    torch.save(results(optimizer, {}), folder / "declared.pt")
     model = seeded(ddp_scenarios._Branches)
     optimizer = wrap(model, policy=FixedRank(2), rows="all")
     batches = [torch.cat([torch.full((4, 1), sign), batch[:, 1:]], 1) for sign, batch in zip((1.0, -1.0), rows(1))]
@@ -73,14 +82,15 @@ def test_two_processes(name: str, outcomes: dict[str, str]) -> None:
     assert outcomes[name] == "passed", outcomes[name]
 
 
-def test_one_process_goes_on_where_two_stopped(outcomes: dict[str, str]) -> None:
+@pytest.mark.parametrize("name", ["by-two", "by-replicas"])
+def test_one_process_goes_on_where_two_stopped(name: str, outcomes: dict[str, str]) -> None:
     folder = Path(outcomes["folder"])
-    if not (folder / "by-two.pt").exists():
+    if not (folder / f"{name}.pt").exists():
         pytest.fail("the two processes wrote no checkpoint")
     torch.manual_seed(7)
     model = Everything()
     optimizer = wrap(model)
-    dcp.load({"training": optimizer.checkpoint()}, checkpoint_id=folder / "by-two")
+    dcp.load({"training": optimizer.checkpoint()}, checkpoint_id=folder / name)
     train(model, optimizer, tokens(4))
-    compare(dict(model.named_parameters()), torch.load(folder / "by-two.pt"))
+    compare(dict(model.named_parameters()), torch.load(folder / f"{name}.pt"))
     assert optimizer.verify(tokens(1)).ok

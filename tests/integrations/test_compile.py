@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
-from two_tasks import build_net, data, holding, wrap
+from two_tasks import build_net, data, holding, same_weights, wrap
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer, NumericalRank
 
@@ -78,3 +79,38 @@ def test_a_tensor_rate_that_a_scheduler_moves_compiles_nothing_anew() -> None:
             scheduler.step()
             counts.append(counter.frame_count)
     assert counts[2] == counts[-1], counts
+
+
+@pytest.mark.parametrize("what", ["model", "step"])
+def test_saved_in_the_middle_and_resumed_bitwise(what: str, tmp_path: Path) -> None:
+    """The state dict of a compiled model has prefixes of its own, its optimizer's the names of the model inside."""
+
+    def build() -> tuple[nn.Module, NullSpaceOptimizer, Callable[[int, int], None]]:
+        model = build_net()
+        optimizer = wrap(model)
+        run = torch.compile(model, backend="eager") if what == "model" else model
+        step = torch.compile(optimizer.step, backend="eager") if what == "step" else optimizer.step
+
+        def train(task: int, steps: int) -> None:
+            inputs, labels = data(task).tensors
+            for _ in range(steps):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(run(inputs), labels).backward()
+                step()
+
+        return run, optimizer, train
+
+    model, optimizer, train = build()
+    train(0, 5)
+    optimizer.consolidate([data(0).tensors[0]], progress=False)
+    train(1, 5)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "middle.pt")
+    torch._dynamo.reset()
+    other, resumed, go_on = build()
+    saved = torch.load(tmp_path / "middle.pt", weights_only=True)
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    for its, one, steps in ((model, optimizer, train), (other, resumed, go_on)):
+        with holding(its, lambda its=its: its(data(0).tensors[0]), optimizer=lambda one=one: one):
+            steps(1, 20)
+    assert same_weights(model, other)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from two_tasks import example, holding, relative, same_weights
 
-from nullspace_optim import Fate, NullSpaceOptimizer, NumericalRank
+from nullspace_optim import PEGP, Fate, NullSpaceOptimizer, NumericalRank, Policy, declare_tokens
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -20,12 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 VOCABULARY, LENGTH, SENTENCES, RANK = 60, 4, 3, 32
 
 
-def language_model() -> Any:
+def language_model(positions: int = 16) -> Any:
     torch.manual_seed(0)
     return transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_positions=16, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0,
+            vocab_size=VOCABULARY, n_positions=positions, n_embd=32, n_layer=1, n_head=2, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip
 
@@ -42,9 +42,10 @@ def with_lora() -> Any:
     return peft.get_peft_model(language_model(), config)
 
 
-def wrap(model: nn.Module) -> NullSpaceOptimizer:
+def wrap(model: nn.Module, policy: Policy | None = None) -> NullSpaceOptimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
-    return NullSpaceOptimizer(AdamW(trained, lr=3e-3, weight_decay=0.01), model, policy=NumericalRank())
+    base = AdamW(trained, lr=3e-3, weight_decay=0.01)
+    return NullSpaceOptimizer(base, model, policy=policy or NumericalRank())
 
 
 def train(model: Any, optimizer: Any, task: int, steps: int = 15) -> float:
@@ -130,6 +131,88 @@ def test_a_prompt_is_used_up_by_its_task_and_a_second_one_is_free() -> None:
     assert optimizer.verify().worst == 0.0
     model.set_adapter("default")
     assert torch.equal(logits(model), then)
+
+
+PROMPTS = 24
+
+
+def with_prompt() -> Any:
+    torch.manual_seed(1)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PROMPTS)
+    model = peft.get_peft_model(language_model(PROMPTS + LENGTH), config)
+    declare_tokens(model)
+    return model
+
+
+def prompt_and(optimizer: NullSpaceOptimizer) -> Tensor:
+    (basis,) = optimizer.bases.values()
+    return optimizer._core.parameters[basis.name]
+
+
+def test_prompt_tuning_two_tasks_saved_and_resumed_bitwise(tmp_path: Path) -> None:
+    """A prompt whose rows are declared goes on learning: beside the old tokens and its own old rows (PEGP)."""
+    model = with_prompt()
+    optimizer = wrap(model, PEGP(0.5))
+    train(model, optimizer, 0)
+    (row,) = optimizer.consolidate([sentences(0)], progress=False).parameters
+    assert row.fate is Fate.PROTECTED and 0 < row.rank < row.dimension
+    train(model, optimizer, 1, steps=5)
+    adapter = peft.get_peft_model_state_dict(model)
+    torch.save({"adapter": adapter, "optimizer": optimizer.state_dict()}, tmp_path / "middle.pt")
+    saved = torch.load(tmp_path / "middle.pt", weights_only=True)
+    other = with_prompt()  # PEFT loads no prompt as trainable, so it is made anew and then filled
+    peft.set_peft_model_state_dict(other, saved["adapter"])
+    resumed = wrap(other, PEGP(0.5))
+    resumed.load_state_dict(saved["optimizer"])
+    kept = optimizer.bases[row.name].U
+    for its, one in ((model, optimizer), (other, resumed)):
+        prompt = prompt_and(one)
+        then, before = prompt.detach() @ kept, prompt.detach().clone()
+        begin, end = train(its, one, 1, steps=1), train(its, one, 1, steps=20)
+        assert end < begin and relative(prompt.detach(), before) > 1e-3
+        assert relative(prompt.detach() @ kept, then) <= 1e-5 and one.verify().ok
+    assert torch.equal(prompt_and(optimizer), prompt_and(resumed))
+    assert torch.equal(logits(model), logits(other))
+
+
+def test_two_prompts_of_two_tasks_saved_and_resumed_bitwise(tmp_path: Path) -> None:
+    """Without declared rows a prompt is full after its task: a second one learns, the first keeps every bit."""
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+
+    def begin() -> tuple[Any, NullSpaceOptimizer]:
+        torch.manual_seed(1)
+        model = peft.get_peft_model(language_model(), config)
+        return model, wrap(model)
+
+    def second(model: Any, optimizer: NullSpaceOptimizer) -> None:
+        torch.manual_seed(2)
+        model.add_adapter("second", config)
+        model.set_adapter("second")
+        optimizer.add_param_group({"params": [model.prompt_encoder["second"].embedding.weight]})
+
+    model, optimizer = begin()
+    train(model, optimizer, 0)
+    optimizer.consolidate([sentences(0)], progress=False)
+    old = logits(model).detach()
+    second(model, optimizer)
+    train(model, optimizer, 1, steps=5)
+    prompts = {name: encoder.embedding.weight.detach().clone() for name, encoder in model.prompt_encoder.items()}
+    torch.save({"prompts": prompts, "optimizer": optimizer.state_dict()}, tmp_path / "middle.pt")
+    saved = torch.load(tmp_path / "middle.pt", weights_only=True)
+    other, resumed = begin()
+    second(other, resumed)
+    with torch.no_grad():
+        for name, prompt in saved["prompts"].items():
+            other.prompt_encoder[name].embedding.weight.copy_(prompt)
+    resumed.load_state_dict(saved["optimizer"])
+    for its, one in ((model, optimizer), (other, resumed)):
+        train(its, one, 1, steps=10)
+        assert one.verify().worst == 0.0
+    for name in prompts:
+        assert torch.equal(model.prompt_encoder[name].embedding.weight, other.prompt_encoder[name].embedding.weight)
+    assert not torch.equal(model.prompt_encoder["second"].embedding.weight, prompts["second"])
+    other.set_adapter("default")
+    assert torch.equal(logits(other), old)
 
 
 def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
