@@ -35,6 +35,19 @@ class Clip:
         """Token numbers `[len(prompts), context]`."""
         return self.tokenizer(prompts).to(self.device)
 
+    def recompute(self) -> None:
+        """Keep only each block's input for the backward pass (gradient checkpointing).
+
+        Raises:
+            ExperimentError: the model cannot do it.
+        """
+        if not hasattr(self.model, "set_grad_checkpointing"):
+            raise ExperimentError(
+                f"gradient_checkpointing=true: {type(self.model).__name__} cannot do it (it has no "
+                "set_grad_checkpointing); set it to false"
+            )
+        self.model.set_grad_checkpointing(True)
+
     def copy(self) -> Clip:
         """The same with a model of its own."""
         return Clip(copy.deepcopy(self.model), self.tokenizer, self.size, self.mean, self.std, self.device)
@@ -66,7 +79,7 @@ def assemble(model: nn.Module, tokenizer: Callable[[Sequence[str]], Tensor], dev
 
 
 def load_clip(config: Config) -> Clip:
-    """The CLIP that `config.model` names: a local folder, or `<architecture>:<pretrained tag>`.
+    """The CLIP that `config.model` names: a local folder, `<architecture>:<pretrained tag>` or `<architecture>:random`.
 
     Raises:
         ExperimentError: the folder or the pair does not exist, or open_clip cannot read it.
@@ -79,10 +92,13 @@ def load_clip(config: Config) -> Clip:
                 f"model={config.model}: no open_clip_config.json in this folder; give an open_clip folder"
             )
         name, tag = f"local-dir:{folder.resolve()}", ""
+    elif tag == "random" and name in open_clip.list_models():
+        torch.manual_seed(0)
+        tag = ""
     elif (name, tag) not in open_clip.list_pretrained():
         raise ExperimentError(
             f"model={config.model!r} is neither a folder nor <architecture>:<pretrained tag> known to open_clip "
-            "(for example ViT-B-16:openai); check --model"
+            "(for example ViT-B-16:openai, or ViT-B-16:random for untrained weights); check --model"
         )
     try:
         model = open_clip.create_model(name, pretrained=tag or None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -16,12 +17,13 @@ from reference.errors import ExperimentError
 CONFIGS = Path(__file__).parent / "configs"
 WHOLE = (
     "iterations", "batch_size", "reference_images", "evaluation_images", "consolidation_images", "reference_batch",
-    "ensemble_every", "replay_bytes", "lora_rank", "moe_experts",
+    "replay_bytes", "lora_rank", "moe_experts",
 )  # fmt: skip
 INTERVALS = {
     **dict.fromkeys(("label_smoothing", "energy", "gnsp_rho", "wise_share", "matched_share"), (0.0, 1.0)),
+    **dict.fromkeys(("ensemble_share", "prune_bound"), (0.0, 1.0)),
     **dict.fromkeys(("weight_decay", "warmup", "zscl_l2", "ewc_weight"), (0.0, float("inf"))),
-    **dict.fromkeys(("distillation_weight", "alignment_weight"), (0.0, float("inf"))),
+    **dict.fromkeys(("distillation_weight", "alignment_weight", "sgp_alpha"), (0.0, float("inf"))),
     "learning_rate": (0.0, 10.0),
     "temperature": (1e-3, 1e3),
 }
@@ -34,9 +36,11 @@ class Config:
 
     Attributes:
         preset: `demo` (everything embedded), `mini` (folders of images and a CLIP given by path) or `paper`.
-        source: `folders` (one `ImageFolder` per task) or `torchvision` (MTIL's data sets as torchvision keeps them).
+        source: `folders` (one `ImageFolder` per task), `torchvision` (MTIL's data sets as torchvision keeps them) or
+            `stand-in` (noise with the shapes and numbers of classes of MTIL: for memory and speed, not accuracy).
         data_root: folder with one `ImageFolder` per task: `<task>/{train,test}/<class name>/*.jpg`.
-        model: a folder written by open_clip's hub format, or `<architecture>:<pretrained tag>`.
+        model: a folder written by open_clip's hub format, or `<architecture>:<pretrained tag>`; the tag `random` gives
+            untrained weights.
         reference_root: folder with `captions.csv` (columns file, caption); needed by `nullspace-reference`.
         output: folder of the results.
         order: task order, `I` or `II`, of the MTIL benchmark (ZSCL, 2023).
@@ -47,6 +51,8 @@ class Config:
         iterations, batch_size, learning_rate, weight_decay, warmup, label_smoothing: the training of one task,
             AdamW with `warmup` linear steps, then cosine to zero.
         precision: autocast type of forward passes; parameters stay float32.
+        gradient_checkpointing: keep only each block's input for the backward pass and compute the rest again; less
+            memory, about a third more time, the same gradients.
         device: `auto`, `cpu`, `cuda` ...
         evaluation_images: most images of one task that are scored (a fixed draw); `null`: all.
         evaluation_templates: class vectors from the `first` prompt template, from the mean of `all`, or `gnsp`: the
@@ -54,7 +60,13 @@ class Config:
         also_templates: further rules of the same kind whose scores are stored beside the accuracy matrix.
         consolidation_images: most images of one task that are consolidated; `null`: all.
         reference_images: how many images of the reference pool `nullspace-reference` protects.
+        layers: what methods without adapters train, and so protect: `all` (both towers), `vision` (the image tower) or
+            `gnsp` (the MLPs of the image tower and its projection, 25 tensors in ViT-B/16).
         energy: share of the input energy of a task that is protected, 0..1.
+        sgp_alpha: directions are kept by their importance with SGP's alpha (soft protection); `null`: fully.
+        prune_bound: after each task, protected directions are given back as long as no task so far loses more than
+            this share of its energy (their images are read again); 0: never.
+        pool_losses: GNSP's two losses on the reference pool beside our methods as well.
         project: `update` (weights corrected after the step) or `both` (gradients projected as well), for our methods.
         reference_batch: images of the pool beside each training batch, for methods with losses on it; `null`: as many
             as `batch_size`.
@@ -64,7 +76,8 @@ class Config:
         gnsp_gram: Gram matrices normalised by batch and by task (`batch-frobenius`, as released) or summed (`count`).
         gnsp_first_task: `full` trains both towers without projection (as released), `restricted` only the tensors that
             are trained later, `reference` the same, with the pool's Gram matrices protected.
-        zscl_l2, ensemble_every: ZSCL's pull towards the weights at the task's start, steps between averaged weights.
+        zscl_l2, ensemble_share: ZSCL's pull towards the weights at the task's start; time between averaged weights as
+            a share of the task's steps (100 of 1,000 in the paper).
         wise_share: share of the fine-tuned weights in WiSE-FT's mean.
         matched_share: share of `learning_rate` at which `matched-plasticity` trains.
         replay_bytes: size of `replay`'s buffer.
@@ -81,7 +94,7 @@ class Config:
     data_root: str = ""
     model: str = ""
     reference_root: str = ""
-    source: Literal["folders", "torchvision"] = "folders"
+    source: Literal["folders", "torchvision", "stand-in"] = "folders"
     order: Literal["I", "II"] = "I"
     tasks: tuple[str, ...] = ()
     methods: tuple[str, ...] = ("finetune", "gradient", "nullspace")
@@ -94,13 +107,18 @@ class Config:
     warmup: int = 10
     label_smoothing: float = 0.2
     precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
     device: str = "auto"
     evaluation_images: int | None = None
     evaluation_templates: Literal["first", "all", "gnsp"] = "first"
     also_templates: tuple[Literal["first", "all", "gnsp"], ...] = ()
     consolidation_images: int | None = None
     reference_images: int = 1000
+    layers: Literal["all", "vision", "gnsp"] = "all"
     energy: float = 0.999
+    sgp_alpha: float | None = None
+    prune_bound: float = 0.0
+    pool_losses: bool = False
     project: Literal["update", "both"] = "both"
     reference_batch: int | None = None
     temperature: float = 2.0
@@ -111,7 +129,7 @@ class Config:
     gnsp_gram: Literal["batch-frobenius", "count"] = "batch-frobenius"
     gnsp_first_task: Literal["full", "restricted", "reference"] = "full"
     zscl_l2: float = 1.0
-    ensemble_every: int = 100
+    ensemble_share: float = 0.1
     wise_share: float = 0.5
     matched_share: float = 0.1
     replay_bytes: int = 2**25
@@ -135,11 +153,12 @@ class Config:
             if value is not None and value < 1:
                 raise ExperimentError(f"{name}={value} must be at least 1")
         for name, (low, high) in INTERVALS.items():
-            if not low <= getattr(self, name) <= high:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
                 raise ExperimentError(f"{name}={getattr(self, name)} must lie between {low} and {high}")
         if not self.methods or not self.seeds:
             raise ExperimentError("methods and seeds must name at least one method and one seed")
-        for name in ("data_root", "model"):
+        for name in ("model",) if self.source == "stand-in" else ("data_root", "model"):
             if self.preset != "demo" and not getattr(self, name):
                 raise ExperimentError(f"preset {self.preset} needs --{name.replace('_', '-')}")
 
@@ -196,6 +215,27 @@ def identity(config: Config, reference: bool = True) -> dict[str, Any]:
     return {name: value for name, value in recorded(config).items() if name not in left_out}
 
 
+def refuse_other_settings(saved: Mapping[str, Any], config: Config, reference: bool, folder: Path) -> None:
+    """Refuse to go on with what was made in `folder` with other settings than `config`, of a method with a pool or not.
+
+    Settings that are newer than `saved` count as their defaults.
+
+    Raises:
+        ExperimentError: naming the first setting that differs.
+    """
+    defaults = recorded(Config(config.preset, output="", data_root="any", model="any"))
+    wanted, defaults = (
+        json.loads(json.dumps(part)) for part in (identity(config, reference or config.pool_losses), defaults)
+    )
+    for key, value in wanted.items():
+        found = saved.get(key, defaults[key])
+        if found != value:
+            raise ExperimentError(
+                f"{folder} was made with {key}={found!r}, this run has {value!r}; "
+                "resume with the same settings or choose another --output"
+            )
+
+
 def _converted(settings: Mapping[str, Any]) -> dict[str, Any]:
     hints = get_type_hints(Config)
     for key in settings:
@@ -227,7 +267,7 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
         items = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
         return tuple(_convert(key, arguments[0], item) for item in items)
     try:
-        if value is None or isinstance(value, bool) or (hint is int and int(value) != float(value)):
+        if value is None or isinstance(value, bool) != (hint is bool) or (hint is int and int(value) != float(value)):
             raise ValueError
         return hint(value)
     except (TypeError, ValueError):

@@ -14,7 +14,7 @@ import csv
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,8 +72,8 @@ def load_reference_pool(config: Config, size: int) -> ReferencePool:
     listing = root / "captions.csv"
     if not config.reference_root or not listing.is_file():
         raise ExperimentError(
-            f"reference_root={config.reference_root!r} holds no captions.csv, which nullspace-reference reads; "
-            "give --reference-root or leave that method out of --methods"
+            f"reference_root={config.reference_root!r} holds no captions.csv, which methods with a pool of "
+            "general images read; give --reference-root or leave those methods out of --methods"
         )
     with listing.open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
@@ -158,8 +158,8 @@ def _split(samples: Sequence[tuple[str, int]], size: int) -> Split:
     return Split(images, torch.tensor([label for _, label in samples]))
 
 
-def load_sources(config: Config, size: int) -> list[Task]:
-    """The MTIL data sets as torchvision lays them out, counted but not yet decoded.
+def load_sources(config: Config, size: int, read: Callable[[str], Found] | None = None) -> list[Task]:
+    """The MTIL data sets, counted but not yet decoded: as torchvision lays them out, or what `read` gives by name.
 
     Raises:
         ExperimentError: naming every data set that is missing or has a wrong count.
@@ -167,7 +167,8 @@ def load_sources(config: Config, size: int) -> list[Task]:
     tasks, wrong = [], []
     for name in chosen(config.tasks, ORDERS[config.order]):
         try:
-            tasks.append(_lazy_task(name, read_source(name, config.data_root), config, size))
+            found = read(name) if read is not None else read_source(name, config.data_root)
+            tasks.append(_lazy_task(name, found, config, size))
         except ExperimentError as error:
             wrong.append(str(error))
     if wrong:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,16 @@ SMALLEST_CROP = 0.9  # share of the image's area, as in CLIP's own training
 EVALUATION_BATCH = 64
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step: its number, loss, learning rate, and seconds without the preparation of the batch."""
+
+    number: int
+    loss: float
+    rate: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -117,16 +128,20 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def attention(clip: Clip) -> AbstractContextManager[object]:
+    """Attention on a CPU runs as plain matrix products inside this context; on a GPU nothing is changed.
+
+    torch's flash kernel on a CPU takes 1.6 times as long per training step in bfloat16 (mini-clip, 65 tokens), most of
+    it in the backward pass. What is computed again in the backward pass must find the same kernel.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if clip.device.type == "cpu" else nullcontext()
+
+
 @contextmanager
 def precision(clip: Clip, config: Config) -> Iterator[None]:
-    """Forward passes in the precision of `config`.
-
-    On a CPU attention runs as plain matrix products: torch's flash kernel there takes 1.6 times as long per training
-    step in bfloat16 (mini-clip, 65 tokens), most of it in the backward pass.
-    """
+    """Forward passes in the precision of `config`, with its kernels of attention."""
     half = config.precision == "bfloat16"
-    products = sdpa_kernel(SDPBackend.MATH) if clip.device.type == "cpu" else nullcontext()
-    with torch.autocast(clip.device.type, dtype=torch.bfloat16, enabled=half), products:
+    with torch.autocast(clip.device.type, dtype=torch.bfloat16, enabled=half), attention(clip):
         yield
 
 
@@ -160,11 +175,11 @@ def learn(
     seed: int,
     number: int = 0,
     first_step: int = 0,
-    after_step: Callable[[int, float, float], None] | None = None,
+    after_step: Callable[[Step], None] | None = None,
 ) -> None:
     """Let `learner` train `task` (the `number`-th) from `first_step` on.
 
-    `after_step(step, loss, rate)` is called after each step and may raise to stop.
+    `after_step` is called after each step and may raise to stop.
 
     Raises:
         ExperimentError: the loss is no longer finite.
@@ -182,18 +197,24 @@ def learn(
         learner.set_rate(rate)
         images = clip.normalised(crop(task.train.images[order[step]], seeded(seed, number, step)))
         batch = Batch(images, task.train.labels[order[step]], tokens, number, step, order[step])
-        with precision(clip, config):
+        started = time.perf_counter()
+        loss = _one_step(learner, batch, config)
+        bar.set_postfix(loss=f"{loss:.3f}")
+        if not math.isfinite(loss):
+            raise ExperimentError(f"task {task.name}, step {step}: the loss is {loss}; lower learning_rate")
+        if after_step is not None:
+            after_step(Step(step, loss, rate, time.perf_counter() - started))
+
+
+def _one_step(learner: Learner, batch: Batch, config: Config) -> float:
+    with attention(learner.clip):
+        with precision(learner.clip, config):
             value = learner.loss(batch)
         learner.optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
-        learner.optimizer.step()
-        learner.after_step(batch)
-        number_of_loss = value.item()
-        bar.set_postfix(loss=f"{number_of_loss:.3f}")
-        if not math.isfinite(number_of_loss):
-            raise ExperimentError(f"task {task.name}, step {step}: the loss is {number_of_loss}; lower learning_rate")
-        if after_step is not None:
-            after_step(step, number_of_loss, rate)
+    learner.optimizer.step()
+    learner.after_step(batch)
+    return value.item()
 
 
 def crop(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -206,11 +227,21 @@ def crop(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False).round().to(torch.uint8)
 
 
-def batches(clip: Clip, split: Split, size: int = EVALUATION_BATCH) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images of `split` in order, normalised `[n, 3, s, s]`, with their class numbers `[n]`."""
-    for first in range(0, len(split), size):
-        part = slice(first, first + size)
-        yield clip.normalised(split.images[part]), split.labels[part]
+@dataclass(frozen=True)
+class Batches:
+    """The images of `split` in order, normalised `[n, 3, s, s]`, with class numbers `[n]`; made when asked for."""
+
+    clip: Clip
+    split: Split
+    size: int = EVALUATION_BATCH
+
+    def __len__(self) -> int:
+        return -(-len(self.split) // self.size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for first in range(0, len(self.split), self.size):
+            part = slice(first, first + self.size)
+            yield self.clip.normalised(self.split.images[part]), self.split.labels[part]
 
 
 def evaluate(clip: Clip, task: Task, config: Config) -> float:
@@ -235,7 +266,7 @@ def scores(clip: Clip, task: Task, config: Config, templates: tuple[int, ...]) -
     split = task.test.drawn(config.evaluation_images, seed=0)
     with precision(clip, config):
         classes = [class_vectors(clip, task, count) for count in templates]
-        for images, labels in batches(clip, split):
+        for images, labels in Batches(clip, split):
             features = clip.model.encode_image(images, normalize=True).float()  # type: ignore[operator]
             for vectors, correct in zip(classes, found):
                 correct.append((features @ vectors.T).argmax(dim=1).cpu() == labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from reference import data, demo
+from reference import data, demo, standin
 from reference.clip import Clip, load_clip
 from reference.config import Config
 from reference.data import ReferencePool
@@ -28,12 +28,15 @@ def prepare(config: Config) -> Experiment:
     Raises:
         ExperimentError: anything missing or unreadable, named with the way out.
     """
-    wanted = any(method.needs_reference for method in chosen_methods(config.methods))
+    wanted = config.pool_losses or any(method.needs_reference for method in chosen_methods(config.methods))
     if config.preset == "demo":
         pretraining = demo.pretraining_task()
         rendered = demo.reference_pool(pretraining, config.reference_images)
         return Experiment(demo.tasks(config), rendered, lambda seed: demo.pretrained_clip(config, pretraining, seed))
     clip = load_clip(config)
+    if config.source == "stand-in":
+        pool = standin.stand_in_pool(config.reference_images, clip.size)
+        return Experiment(data.load_sources(config, clip.size, standin.stand_in), pool, lambda seed: clip)
     pool = data.load_reference_pool(config, clip.size) if wanted or config.reference_root else None
     load = data.load_sources if config.source == "torchvision" else data.load_tasks
     return Experiment(load(config, clip.size), pool, lambda seed: clip)

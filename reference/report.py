@@ -42,14 +42,44 @@ def summary_table(runs: Sequence[dict[str, Any]], note: str) -> str:
     for method in dict.fromkeys(run["method"] for run in runs):
         of_method = [run for run in runs if run["method"] == method]
         rows.append([method, *(_spread([run[name] for run in of_method]) for name in (*FIGURES, "seconds"))])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(headings))]
-    lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
+    lines = _aligned(rows).split("\n")
     pretrained = np.nanmean([run["pretrained"] for run in runs])
     lines.append(f"before any fine-tuning: {pretrained:.1f} % on average")
     return "\n".join([*lines, note] if note else lines)
+
+
+def cost_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Seconds per iteration (and as a multiple of `finetune`'s), of consolidation, and peak memory, by method."""
+    times = {
+        method: _known([run.get("seconds_per_iteration") for run in runs if run["method"] == method])
+        for method in dict.fromkeys(run["method"] for run in runs)
+    }
+    bare = np.mean(times.get("finetune") or [np.nan])
+    rows = [["method", "s / iteration", "x finetune", "s / 1,000 images consolidated", "peak memory [MiB]"]]
+    for method, seconds in times.items():
+        of_method = [run for run in runs if run["method"] == method]
+        spent = _known([run.get("consolidation_seconds_per_1000_images") for run in of_method])
+        memory = _known([run["peak_memory"]["gpu_mib"] or run["peak_memory"]["process_mib"] for run in of_method])
+        ratio = np.mean(seconds) / bare if seconds else np.nan
+        cells = (_figure(seconds, 4), "-" if np.isnan(ratio) else f"{ratio:.2f}", _figure(spent, 2), _figure(memory, 0))
+        rows.append([method, *cells])
+    return _aligned(rows)
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _figure(values: Sequence[float], digits: int) -> str:
+    return f"{np.mean(values):.{digits}f}" if values else "-"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    )
 
 
 def _number(value: float | None) -> str:

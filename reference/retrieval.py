@@ -8,7 +8,7 @@ from torch import Tensor
 from reference.clip import Clip
 from reference.config import Config
 from reference.data import ReferencePool
-from reference.engine import batches, precision
+from reference.engine import Batches, precision
 from reference.images import LazyImages
 from reference.tasks import Split
 
@@ -21,7 +21,7 @@ def image_features(clip: Clip, images: Tensor | LazyImages, config: Config) -> T
     clip.model.eval()
     split = Split(images, torch.zeros(len(images), dtype=torch.int64))
     with precision(clip, config):
-        return torch.cat([clip.model.encode_image(x, normalize=True).float() for x, _ in batches(clip, split)])  # type: ignore[operator]
+        return torch.cat([clip.model.encode_image(x, normalize=True).float() for x, _ in Batches(clip, split)])  # type: ignore[operator]
 
 
 @torch.no_grad()

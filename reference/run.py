@@ -21,8 +21,10 @@ from reference.config import Config, load_config, parse_overrides
 from reference.errors import ExperimentError
 from reference.experiment import Experiment, prepare
 from reference.methods import chosen_methods
-from reference.report import matrix_table, summary_table
+from reference.report import cost_table, matrix_table, summary_table
 from reference.sequence import Sequence, StoppedError
+
+NAMED = ("data_root", "model", "reference_root", "methods", "tasks", "seeds", "order", "split")
 
 
 class StopRequest:
@@ -48,8 +50,10 @@ def main(arguments: Arguments[str] | None = None) -> int:
     try:
         config = read_config(options)
         output = Path(config.output)
-        if not options.resume and any(output.glob("*/results.json")):
-            raise ExperimentError(f"output={output} already holds results; add --resume or choose another --output")
+        if not options.resume and any(any(output.glob(f"*/{name}")) for name in ("results.json", "checkpoint.pt")):
+            raise ExperimentError(
+                f"output={output} already holds results, finished or begun; add --resume or choose another --output"
+            )
         chosen_methods(config.methods)
         stop = StopRequest()
         runs = compare(prepare(config), config, output, options.resume, stop)
@@ -61,7 +65,8 @@ def main(arguments: Arguments[str] | None = None) -> int:
         return 130
     for results in runs:
         print("\n" + matrix_table(results))
-    print("\n" + summary_table(runs, config.note) + f"\n\nresults and figures: {output}")
+    print("\n" + summary_table(runs, config.note) + "\n\n" + cost_table(runs))
+    print(f"\nresults and figures: {output}")
     return 0
 
 
@@ -82,20 +87,30 @@ def compare(
 def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m reference.run", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--preset", default="demo", help="demo (default) or mini")
-    parser.add_argument("--data-root", help="folder with one folder of images per task")
-    parser.add_argument("--model", help="folder of an open_clip model, or <architecture>:<pretrained tag>")
-    parser.add_argument("--reference-root", help="folder with captions.csv, for nullspace-reference")
+    add_settings(parser)
     parser.add_argument("--methods", help="names separated by commas, or all")
-    parser.add_argument("--seeds", help="numbers separated by commas")
-    parser.add_argument("--order", help="I or II")
-    parser.add_argument("--split", help="test (default) or validation, for choosing settings")
     parser.add_argument("--output", help="folder for results; default: runs/<preset>-<date and time>")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished runs in --output")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of reference/config.py"
-    )
     return parser.parse_args(arguments)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """The options that say on what and how every method runs."""
+    parser.add_argument("--preset", default="demo", help="demo (default), mini or paper")
+    parser.add_argument("--data-root", help="folder with one folder of images per task")
+    parser.add_argument("--model", help="folder of an open_clip model, <architecture>:<pretrained tag>, or :random")
+    parser.add_argument("--reference-root", help="folder with captions.csv, for methods with a pool")
+    parser.add_argument("--tasks", help="names separated by commas, in this order; default: all of --order")
+    parser.add_argument("--seeds", help="numbers separated by commas")
+    parser.add_argument("--order", help="I or II")
+    parser.add_argument("--split", help="test or validation, on which settings are chosen")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any setting of reference/config.py; gradient_checkpointing=true, say, for less memory in training",
+    )
 
 
 def read_config(options: argparse.Namespace) -> Config:
@@ -103,15 +118,14 @@ def read_config(options: argparse.Namespace) -> Config:
     if options.resume and not options.output:
         raise ExperimentError("--resume needs the --output folder of the run to go on with")
     options.output = options.output or f"runs/{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    named = ("data_root", "model", "reference_root", "methods", "seeds", "order", "split", "output")
-    given = {name: value for name in named if (value := getattr(options, name)) is not None}
+    given = {name: value for name in (*NAMED, "output") if (value := getattr(options, name)) is not None}
     return load_config(options.preset, {**parse_overrides(options.set), **given})
 
 
 def resume_command(options: argparse.Namespace, config: Config) -> str:
     """The command that goes on where this one stopped."""
     words = ["python", "-m", "reference.run", "--preset", options.preset, "--output", config.output, "--resume"]
-    for name in ("data_root", "model", "reference_root", "methods", "seeds", "order", "split"):
+    for name in NAMED:
         if getattr(options, name) is not None:
             words += [f"--{name.replace('_', '-')}", getattr(options, name)]
     for pair in options.set:

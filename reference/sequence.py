@@ -19,15 +19,15 @@ from tqdm import tqdm
 
 from reference import metrics
 from reference.clip import Clip
-from reference.config import Config, for_method, identity, recorded
-from reference.engine import learn
-from reference.errors import ExperimentError
+from reference.config import Config, for_method, identity, recorded, refuse_other_settings
+from reference.costs import costs, summary_of_steps
+from reference.engine import Step, learn
 from reference.experiment import Experiment
 from reference.methods import Method, Setting
 from reference.retrieval import pool_figures
 from reference.scoring import Board, Scorer, as_results
 from reference.tasks import Task
-from reference.tracking import Log, machine, peak_memory, write_json, writing
+from reference.tracking import Log, machine, peak_memory, reset_peak_memory, write_json, writing
 
 ACTIVITIES = ("training", "consolidation", "evaluation")
 
@@ -38,10 +38,17 @@ class StoppedError(Exception):
 
 @dataclass
 class Progress:
-    """How far a run is: finished tasks, next step, scores, trained parameters of each task, figures of the pool."""
+    """How far a run is: finished tasks, next step, scores, trained parameters of each task, figures of the pool.
+
+    `steps` are loss and seconds of each step of the task at work; `training` and `consolidations` what finished ones
+    came to.
+    """
 
     task: int = 0
     step: int = 0
+    steps: list[tuple[float, float]] = field(default_factory=list)
+    training: list[dict[str, Any]] = field(default_factory=list)
+    consolidations: list[dict[str, Any]] = field(default_factory=list)
     boards: dict[str, Board] = field(default_factory=dict)
     trained: list[int] = field(default_factory=list)
     pool: list[dict[str, float]] = field(default_factory=list)
@@ -77,6 +84,8 @@ class Sequence:
         self.config = config = for_method(config, method.name)
         self.experiment, self.seed, self.folder, self.stop = experiment, seed, folder, stop
         self.clip: Clip = experiment.pretrained(seed).copy()
+        if config.gradient_checkpointing:
+            self.clip.recompute()
         self.method = method(Setting(self.clip, config, experiment.tasks, experiment.pool, seed))
         self.scorer = Scorer(self.method, experiment.tasks, config)
         self.progress = Progress()
@@ -96,7 +105,9 @@ class Sequence:
         """
         finished = self.folder / "results.json"
         if resume and finished.exists():
+            (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # killed between the two
             return self._checked(json.loads(finished.read_text(encoding="utf-8")))
+        reset_peak_memory()
         if not (resume and self._load()):
             self._begin()
         for number in range(self.progress.task, len(self.experiment.tasks)):
@@ -124,10 +135,11 @@ class Sequence:
                 self.progress.trained.append(self.method.trained_parameters())
             with self._timed("training"):
                 self._train(number, task)
+            self.progress.training.append({"task": task.name, **summary_of_steps(self.progress.steps)})
             self._consolidate(task.name, lambda: self.method.after_task(number))
         self._evaluate(number)
         self.progress.task += 1
-        self.progress.step = 0
+        self.progress.step, self.progress.steps = 0, []
         row = self.main.accuracy[-1]
         self.log("evaluated", task=task.name, accuracy=row)
         tqdm.write(f"{self.method.name}, seed {self.seed}: {task.name} ({number + 1}/{len(row)}) {row[number]:.1f} %")
@@ -139,10 +151,11 @@ class Sequence:
         schedule = self.method.schedule(number)
         started = time.perf_counter()
 
-        def after_step(step: int, loss: float, rate: float) -> None:
-            self.log("step", task=task.name, step=step, loss=loss, rate=rate)
-            if self.stop() and step + 1 < schedule.iterations:
-                self.progress.step = step + 1
+        def after_step(step: Step) -> None:
+            self.log("step", task=task.name, step=step.number, loss=step.loss, rate=step.rate)
+            self.progress.steps.append((step.loss, step.seconds))
+            if self.stop() and step.number + 1 < schedule.iterations:
+                self.progress.step = step.number + 1
                 self.progress.seconds["training"] += time.perf_counter() - started
                 self._save()
                 self.progress.seconds["training"] -= time.perf_counter() - started
@@ -165,8 +178,12 @@ class Sequence:
         before = self.progress.seconds["consolidation"]
         with self._timed("consolidation"):
             facts = what()
-        if facts:
-            self.log("consolidated", task=name, seconds=self.progress.seconds["consolidation"] - before, **facts)
+        if not facts:
+            return
+        seconds = self.progress.seconds["consolidation"] - before
+        self.log("consolidated", task=name, seconds=seconds, **facts)
+        if "images" in facts:
+            self.progress.consolidations.append({"task": name, "images": facts["images"], "seconds": seconds})
 
     def _evaluate(self, number: int | None) -> None:
         with self._timed("evaluation"):
@@ -201,6 +218,9 @@ class Sequence:
             "facts": self.method.facts(),
             "seconds": sum(self.progress.seconds.values()),
             "seconds_by_activity": self.progress.seconds,
+            "training": self.progress.training,
+            "consolidations": self.progress.consolidations,
+            **costs(self.progress.training, self.progress.consolidations),
             "peak_memory": peak_memory(),
             "parameters": sum(p.numel() for p in self.clip.model.parameters()),
             "trained_parameters": self.progress.trained,
@@ -232,13 +252,6 @@ class Sequence:
         return True
 
     def _checked(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """`saved`, if its settings are those of this run; settings that are newer than it count as their defaults."""
-        defaults = recorded(Config(self.config.preset, output="", data_root="any", model="any"))
-        for key, value in json.loads(json.dumps(identity(self.config, self.method.needs_reference))).items():
-            found = saved["config"].get(key, json.loads(json.dumps(defaults[key])))
-            if found != value:
-                raise ExperimentError(
-                    f"{self.folder} was made with {key}={found!r}, this run has {value!r}; "
-                    "resume with the same settings or choose another --output"
-                )
+        """`saved`, if its settings are those of this run."""
+        refuse_other_settings(saved["config"], self.config, self.method.needs_reference, self.folder)
         return saved

@@ -79,6 +79,12 @@ def peak_memory() -> dict[str, float | None]:
     return {"process_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1), "gpu_mib": gpu}
 
 
+def reset_peak_memory() -> None:
+    """Begin to count the GPU's peak memory anew; that of the process cannot be."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def _plain(value: Any) -> Any:
     """`value` with NaN and infinities, which JSON does not know, as None."""
     if isinstance(value, dict):

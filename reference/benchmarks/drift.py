@@ -31,7 +31,7 @@ from reference.benchmarks.workload import quiet
 from reference.clip import Clip, assemble, class_logits, classification_loss, load_clip
 from reference.config import Config, load_config
 from reference.data import load_tasks
-from reference.engine import batches, evaluate, train
+from reference.engine import Batches, evaluate, train
 from reference.tasks import Task
 
 HELD_OUT = 1024
@@ -275,7 +275,7 @@ def percent(values: Sequence[float]) -> str:
 def consolidate(optimizer: NullSpaceOptimizer, clip: Clip, task: Task, images: int) -> None:
     """Protect `task`: its images and its prompts."""
     clip.model.eval()
-    loader = list(batches(clip, task.train.drawn(images, seed=0)))
+    loader = Batches(clip, task.train.drawn(images, seed=0))
     forward = clip_forward(clip.model, clip.tokens(task.prompts()))
     with quiet():
         optimizer.consolidate(loader, name=task.name, forward=forward, progress=False)
@@ -292,7 +292,7 @@ def training_loss(clip: Clip, task: Task) -> float:
     clip.model.eval()
     tokens = clip.tokens(task.prompts())
     loss = plain_loss(clip)
-    total = sum(float(loss(images, labels, tokens)) * len(labels) for images, labels in batches(clip, task.train))
+    total = sum(float(loss(images, labels, tokens)) * len(labels) for images, labels in Batches(clip, task.train))
     return total / len(task.train)
 
 

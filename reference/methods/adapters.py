@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reference.clip import Clip
+from reference.engine import Batches
 
 PLAIN = -1
 OUTLIER = 3.0  # standard deviations of the distance to a task's centre beyond which an input belongs to no task
@@ -24,25 +25,41 @@ OUTLIER = 3.0  # standard deviations of the distance to a task's centre beyond w
 
 @dataclass
 class Routing:
-    """Which task's adapters are used: a number, one number a sample `[n]`, or PLAIN for none."""
+    """Which task's adapters are used: a number, one number a sample `[n]`, or PLAIN for none.
+
+    `counting` is true while the experts that a step chooses are counted; a forward pass that is computed a second time
+    for the backward pass (gradient checkpointing) is not.
+    """
 
     task: int | Tensor = PLAIN
+    counting: bool = False
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count what is chosen inside this context."""
+        self.counting = True
+        try:
+            yield
+        finally:
+            self.counting = False
 
 
 class Beside:
     """Hooks of one block: the adapter reads what the MLP reads, or what the LayerNorm before it reads, and adds."""
 
     def __init__(self, block: Any, adapter: nn.Module, normalised: bool) -> None:
-        self.adapter, self.seen = adapter, list[Tensor]()
+        self.adapter = adapter
+        self.seen: Tensor | None = None  # one place: a forward pass that is computed again may stop half way
         source = block.mlp if normalised else block.ln_2
         source.register_forward_pre_hook(self._read)
         block.mlp.register_forward_hook(self._add)
 
     def _read(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.seen.append(args[0])
+        self.seen = args[0]
 
     def _add(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output + self.adapter(self.seen.pop())  # type: ignore[no-any-return]
+        seen, self.seen = self.seen, None
+        return output + self.adapter(seen)  # type: ignore[no-any-return]
 
 
 def put_beside(model: nn.Module, make: Callable[[int], nn.Module], normalised: bool = True) -> list[nn.Module]:
@@ -94,10 +111,10 @@ class Selector:
         self.centres = {"encode_image": Centres(), "encode_text": Centres()}
 
     @torch.no_grad()
-    def learn(self, images: list[Tensor], tokens: Tensor) -> None:
-        """Remember a finished task by its images (batches) and prompts."""
+    def learn(self, images: Batches, tokens: Tensor) -> None:
+        """Remember a finished task by its images and prompts."""
         with self.using(PLAIN):
-            self.centres["encode_image"].add(torch.cat([self._features("encode_image", batch) for batch in images]))
+            self.centres["encode_image"].add(torch.cat([self._features("encode_image", batch) for batch, _ in images]))
             self.centres["encode_text"].add(self._features("encode_text", tokens))
 
     def _features(self, tower: str, inputs: Tensor) -> Tensor:

@@ -8,19 +8,27 @@ of calls is `before_sequence`, then for each task `before_task`, steps of (`set_
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from reference.clip import Clip, classification_loss
 from reference.config import Config
 from reference.data import ReferencePool
 from reference.engine import Batch, Schedule, set_rate, uniform
+from reference.errors import ExperimentError
 from reference.tasks import Task
+
+LAYERS = {
+    "all": re.compile(".*"),
+    "vision": re.compile(r"visual\..*"),
+    "gnsp": re.compile(r"visual\.(transformer\.resblocks\.\d+\.mlp\.c_(fc|proj)\.weight|proj)"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class Method:
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.clip, self.config = setting, setting.clip, setting.config
+        train_only(self.clip.model, self.config.layers)
         self.optimizer: Optimizer = self.make_optimizer()
 
     def make_optimizer(self) -> Optimizer:
@@ -113,3 +122,19 @@ class Method:
         """Take up what `state` returned during task `number`."""
         self.clip.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def train_only(model: nn.Module, layers: str) -> None:
+    """Fix every parameter of `model` that does not belong to `layers`, a key of `LAYERS`.
+
+    Raises:
+        ExperimentError: the model has no such parameters.
+    """
+    for name, parameter in model.named_parameters():
+        if not LAYERS[layers].fullmatch(name):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ExperimentError(
+            f"layers={layers} names parameters of an open_clip vision transformer (visual.*), and the model has none; "
+            "take layers=all or another --model"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nullspace_optim import alignment_loss, distillation_loss
@@ -71,6 +72,42 @@ def reference_losses(pool: ReferenceBatches, index: Tensor, images: Tensor, text
     )
 
 
+class GuidedLoss:
+    """Cross entropy of the task, and GNSP's two losses on pairs of the pool that stand beside the batch.
+
+    `cross entropy + distillation_weight x distillation + alignment_weight x alignment`; without a pool the first alone.
+    """
+
+    def __init__(self, setting: Setting, pool: ReferenceBatches | None) -> None:
+        self.clip, self.config, self.pool = setting.clip, setting.config, pool
+        self.texts: tuple[int, Tensor, Tensor | None] | None = None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """The scalar that is minimised."""
+        model, pool = self.clip.model, self.pool
+        images = model.encode_image(batch.images, normalize=True)  # type: ignore[operator]
+        classes, captions = self._texts(batch)
+        logits = (model.logit_scale.exp() * images @ classes.T).float()  # type: ignore[operator]
+        loss = F.cross_entropy(logits, batch.labels.to(logits.device), label_smoothing=self.config.label_smoothing)
+        if pool is None:
+            return loss
+        index = pool.drawn(batch)
+        texts = pool.student_texts(index) if captions is None else captions[pool.kind[index]]
+        distilled, aligned = reference_losses(pool, index, pool.student_images(index), texts)
+        return loss + self.config.distillation_weight * distilled + self.config.alignment_weight * aligned
+
+    def _texts(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Features of the classes and of all captions; computed once a task where the text tower does not move."""
+        model = self.clip.model
+        if any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("visual.")):
+            return model.encode_text(batch.tokens, normalize=True), None  # type: ignore[operator]
+        if self.texts is None or self.texts[0] != batch.task:
+            captions = text_features(self.clip, self.pool.tokens, self.config) if self.pool else None
+            self.texts = (batch.task, text_features(self.clip, batch.tokens, self.config), captions)
+            model.train()
+        return self.texts[1], self.texts[2]
+
+
 class LwF(Method):
     """Learning without forgetting (Li and Hoiem 2016, arXiv 1606.09282) for CLIP.
 
@@ -108,7 +145,7 @@ class LwF(Method):
         scale, classes = model.logit_scale.exp(), len(batch.tokens)  # type: ignore[operator]
         logits = (scale * images @ texts[:classes].T).float()
         labels = batch.labels.to(logits.device)
-        new = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        new = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         teacher = (self.recorded["images"][batch.index], self.recorded["texts"][drawn], scale)
         student = (images, texts[classes:], scale)
         return new + distillation_loss(student, teacher, temperature=self.config.temperature, rows="image")
@@ -132,7 +169,7 @@ class ZSCL(Method):
     Loss: cross entropy + distillation over images + the same over texts (both with the *pretrained* model's text
     features, as in the released code, so that only images are distilled) + `zscl_l2 sum (W - W_start)^2` to the weights
     at the task's start. The model that is scored, and that the next task begins with, is the mean of the weights at
-    the start and at every `ensemble_every`-th step.
+    the start and at steps that lie `ensemble_share` of the schedule apart.
     """
 
     name = "zscl"
@@ -166,7 +203,8 @@ class ZSCL(Method):
     @torch.no_grad()
     def after_step(self, batch: Batch) -> None:
         """Take the weights into the mean, every so often."""
-        if batch.step % self.config.ensemble_every == 0:
+        steps = self.schedule(batch.task).iterations
+        if batch.step % max(1, round(self.config.ensemble_share * steps)) == 0:
             self.count += 1
             for name, parameter in self.clip.model.named_parameters():
                 if name in self.mean:

@@ -8,25 +8,21 @@ leaves open is a setting: `gnsp_rho`, `gnsp_gram`, `gnsp_first_task`, `schedule`
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
 from nullspace_optim import NullSpaceOptimizer, TailEnergy
-from reference.engine import Batch, Schedule, crop, seeded, uniform
+from reference.engine import Schedule, crop, seeded, uniform
 from reference.errors import ExperimentError
-from reference.methods.base import Method, Setting
-from reference.methods.distillation import ReferenceBatches, reference_losses
+from reference.methods.base import LAYERS, Method, Setting
+from reference.methods.distillation import GuidedLoss, ReferenceBatches
 from reference.methods.projection import NullSpace, Project
-from reference.retrieval import text_features
 from reference.tasks import Split
 
-TRAINED = re.compile(r"visual\.(transformer\.resblocks\.\d+\.mlp\.c_(fc|proj)\.weight|proj)")
 GRAM_BATCH = 16
 
 # Rate as a multiple of 1e-5 and share of 1,000 iterations, by task and order: the released `configs/mtil_order_*.json`.
@@ -71,15 +67,17 @@ class Gnsp(NullSpace):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.restricted = {n: p for n, p in self.clip.model.named_parameters() if TRAINED.fullmatch(n)}
+        self.restricted = {n: p for n, p in self.clip.model.named_parameters() if LAYERS["gnsp"].fullmatch(n)}
         self.trainable = {n: p for n, p in self.clip.model.named_parameters() if p.requires_grad}
         if not self.restricted:
             raise ExperimentError(
                 f"{self.name} trains the MLPs of a vision transformer (visual.transformer.resblocks.*.mlp) and "
                 "visual.proj, and the model has none; choose another --model or leave this method out"
             )
-        self.pool = ReferenceBatches(setting) if self.losses else None
-        self.texts: tuple[int, Tensor, Tensor | None] | None = None
+
+    def guide(self) -> GuidedLoss:
+        """Cross entropy and, unless the child leaves them out, the losses on the pool."""
+        return GuidedLoss(self.setting, ReferenceBatches(self.setting) if self.losses else None)
 
     @property
     def project(self) -> Project:
@@ -128,29 +126,6 @@ class Gnsp(NullSpace):
             parameter.requires_grad_(name in self.restricted)
             parameter.grad = None
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Cross entropy + `distillation_weight` x distillation + `alignment_weight` x alignment."""
-        model, index = self.clip.model, self.pool.drawn(batch) if self.pool else None
-        images = model.encode_image(batch.images, normalize=True)  # type: ignore[operator]
-        classes, captions = self._texts(batch)
-        logits = (model.logit_scale.exp() * images @ classes.T).float()  # type: ignore[operator]
-        loss = F.cross_entropy(logits, batch.labels.to(logits.device), label_smoothing=self.config.label_smoothing)
-        if self.pool is None or index is None:
-            return loss
-        texts = self.pool.student_texts(index) if captions is None else captions[self.pool.kind[index]]
-        distilled, aligned = reference_losses(self.pool, index, self.pool.student_images(index), texts)
-        return loss + self.config.distillation_weight * distilled + self.config.alignment_weight * aligned
-
-    def _texts(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Features of the classes and of all captions; computed once a task where the text tower does not move."""
-        if any(p.requires_grad for name, p in self.trainable.items() if not name.startswith("visual.")):
-            return self.clip.model.encode_text(batch.tokens, normalize=True), None  # type: ignore[operator]
-        if self.texts is None or self.texts[0] != batch.task:
-            captions = text_features(self.clip, self.pool.tokens, self.config) if self.pool else None
-            self.texts = (batch.task, text_features(self.clip, batch.tokens, self.config), captions)
-            self.clip.model.train()
-        return self.texts[1], self.texts[2]
-
     def after_task(self, number: int) -> dict[str, Any]:
         """Add the task's Gram matrices: its training images, cropped as in training, in batches of 16."""
         if not self.protects:
@@ -169,7 +144,7 @@ class Gnsp(NullSpace):
             return features
 
         report = self.optimizer.consolidate(loader, name=name, forward=forward, progress=False)
-        return {"report": str(report), "bytes": report.bytes}
+        return {"report": str(report), "images": len(split)}
 
 
 class GnspExact(Gnsp):

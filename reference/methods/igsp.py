@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from nullspace_optim import IGSP, ExpertReport, NullSpaceOptimizer, OptionError, clip_forward
-from reference.engine import batches
+from reference.engine import Batches
 from reference.errors import ExperimentError
 from reference.methods.base import Method, Setting
 from reference.tasks import Task
@@ -48,12 +48,10 @@ class ExpertsOfTasks(Method):
         drawn = task.train.drawn(self.config.consolidation_images, seed=self.setting.seed)
         forward = clip_forward(self.clip.model, self.clip.tokens(task.prompts()))
         orthogonal = self.optimizer.verify()
-        report = self.optimizer.consolidate(
-            list(batches(self.clip, drawn)), name=task.name, forward=forward, progress=False
-        )
+        report = self.optimizer.consolidate(Batches(self.clip, drawn), name=task.name, forward=forward, progress=False)
         assert isinstance(report, ExpertReport)
         self.tasks.append({**described(report), "phase_2_drift": orthogonal.worst})
-        return {"report": str(report)}
+        return {"report": str(report), "images": len(drawn)}
 
     def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
         """Route for `task`, or for no task in particular."""

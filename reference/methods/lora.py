@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nullspace_optim import Energy, NullSpaceOptimizer
-from reference.engine import batches
+from nullspace_optim import NullSpaceOptimizer
+from reference.engine import Batches
 from reference.methods.adapters import PLAIN, Routing, Selector, put_beside
 from reference.methods.base import Method
 from reference.methods.igsp import TASK_KNOWN, TASK_UNKNOWN
@@ -81,7 +81,7 @@ class LoraSharedNullSpace(NullSpace):
         torch.manual_seed(self.setting.seed)
         put_beside(self.clip.model, lambda width: Lora(width, self.config.lora_rank))
         base = Method.make_optimizer(self)
-        return NullSpaceOptimizer(base, self.clip.model, policy=Energy(self.config.energy), project=self.project)
+        return NullSpaceOptimizer(base, self.clip.model, policy=self.policy, project=self.project)
 
     def facts(self) -> dict[str, Any]:
         """As `lora-shared`, and the share of directions still free."""
@@ -120,7 +120,7 @@ class LoraPerTask(Method):
         task = self.setting.tasks[number]
         drawn = task.train.drawn(self.config.consolidation_images, seed=self.setting.seed)
         self.clip.model.eval()
-        self.selector.learn([images for images, _ in batches(self.clip, drawn)], self.clip.tokens(task.prompts()))
+        self.selector.learn(Batches(self.clip, drawn), self.clip.tokens(task.prompts()))
         self.names.append(task.name)
         return {}
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from reference.engine import Batch, batches, seeded
+from reference.engine import Batch, Batches, seeded
 from reference.methods.adapters import PLAIN, Routing, Selector, put_beside
 from reference.methods.base import Method
 from reference.methods.igsp import TASK_KNOWN, TASK_UNKNOWN
@@ -89,7 +89,7 @@ class MixtureOfAdapters(nn.Module):
             if self.training:
                 logits = logits + torch.randn_like(logits) * (F.softplus(first @ self.noise[task]) + 0.01)
             best = logits.topk(TOP, dim=1)
-        if self.training:
+        if self.routing.counting:
             self.counts += torch.bincount(best.indices.flatten(), minlength=len(self.counts)).to(self.counts)
         return best.indices, torch.softmax(best.values, dim=1)
 
@@ -130,7 +130,7 @@ class MoeAdapters(Method):
 
     def loss(self, batch: Batch) -> Tensor:
         """The usual loss; dropout and routing noise are drawn anew for each step from its number."""
-        with _drawing(self.setting.seed, batch.task, batch.step):
+        with _drawing(self.setting.seed, batch.task, batch.step), self.routing.counted():
             return super().loss(batch)
 
     def after_task(self, number: int) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class MoeAdapters(Method):
             block.freeze_most_used()
         drawn = task.train.drawn(self.config.consolidation_images, seed=self.setting.seed)
         self.clip.model.eval()
-        self.selector.learn([images for images, _ in batches(self.clip, drawn)], self.clip.tokens(task.prompts()))
+        self.selector.learn(Batches(self.clip, drawn), self.clip.tokens(task.prompts()))
         self.names.append(task.name)
         return {"frozen": [int(block.frozen.sum()) for block in self.blocks]}
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reference.clip import class_logits, classification_loss
-from reference.engine import Batch, crop, precision, seeded
+from reference.engine import Batch, attention, crop, precision, seeded
 from reference.methods.base import Method, Setting
 
 FISHER_BATCH = 8
@@ -96,12 +96,14 @@ class EWC(Method):
             chances = logits.detach().softmax(dim=1).cpu()
             labels = torch.multinomial(chances, 1, generator=seeded(self.setting.seed, number, first, 4))[:, 0]
             score = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-            for name, gradient in zip(new, torch.autograd.grad(score, list(trained.values()), allow_unused=True)):
+            with attention(self.clip):
+                gradients = torch.autograd.grad(score, list(trained.values()), allow_unused=True)
+            for name, gradient in zip(new, gradients):
                 if gradient is not None:
                     new[name] += gradient.square() / len(drawn)
         self.fisher = {name: new[name] + self.fisher.get(name, 0.0) for name in new}
         self.centre = {name: p.detach().clone() for name, p in trained.items()}
-        return {"fisher_trace": float(sum(value.sum() for value in new.values()))}
+        return {"fisher_trace": float(sum(value.sum() for value in new.values())), "images": len(drawn)}
 
     def state(self) -> dict[str, Any]:
         """The information and the weights it belongs to as well."""

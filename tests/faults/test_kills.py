@@ -18,6 +18,12 @@ import torch
 from torch import Tensor
 
 from nullspace_optim.persistence import load
+from reference.methods import METHODS
+
+TIMES = {
+    "seconds", "seconds_by_activity", "peak_memory", "training", "consolidations", "seconds_per_iteration",
+    "consolidation_seconds_per_1000_images",
+}  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 
@@ -124,27 +130,59 @@ def check_and_start_over(straight: Path, broken: Path) -> None:
         (broken / name).unlink()
 
 
-@pytest.mark.fault(119)
-@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.nightly)])
-def test_a_killed_experiment_resumes_to_the_same_matrix_and_weights(kills: int, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def experimenters() -> Iterator[Victims]:
     pytest.importorskip("open_clip")
     pytest.importorskip("sklearn")
-    victims = Victims("--reference")
-    try:
-        began = time.perf_counter()
-        assert victims.run("experiment", tmp_path / "straight") == 0
-        lasting = time.perf_counter() - began
-        expected = json.loads((tmp_path / "straight" / "results.json").read_text(encoding="utf-8"))
-        dice, killed, number = random.Random(kills), 0, 0
-        while killed < kills:
-            folder = tmp_path / f"broken{number}"
-            status = victims.run("experiment", folder, delay=(0.1 + dice.random()) * lasting / 2)
-            killed += status != 0
-            if status == 0 or killed == kills:
-                assert victims.run("experiment", folder) == 0
-                results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-                assert results["accuracy"] == expected["accuracy"]
-                assert identical(leaves(folder / "weights.pt"), leaves(tmp_path / "straight" / "weights.pt"))
-                number += 1
-    finally:
-        victims.close()
+    server = Victims("--reference")
+    yield server
+    server.close()
+
+
+QUICK = ("finetune", "zscl", "replay", "nullspace-reference")  # the others are killed at night
+EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.nightly) for name in sorted(METHODS)]
+DEATHS = ("beginning", "training-0", "saving-0", "training-1", "consolidation-1", "saving-1", "ending")
+UNTRAINED = ("beginning", "saving-0", "saving-1", "ending")
+
+
+@pytest.mark.fault(119)
+@pytest.mark.parametrize("method", EVERY)
+def test_every_method_survives_a_kill_in_every_phase(method: str, experimenters: Victims, tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert experimenters.run(f"experiment:{method}", straight) == 0
+    for death in DEATHS if METHODS[method].trains else UNTRAINED:
+        assert experimenters.run(f"experiment:{method}:{death}", broken) == -signal.SIGKILL, death
+    left = torch.load(broken / "checkpoint.pt", weights_only=True)  # the last kill fell between the results and the end
+    weights = torch.load(straight / "weights.pt", weights_only=True)
+    assert all(torch.equal(left["method"]["model"][key], value) for key, value in weights.items())
+    assert experimenters.run(f"experiment:{method}", broken) == 0
+    check_results(straight, broken)
+
+
+@pytest.mark.nightly
+@pytest.mark.fault(119)
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_survives_kills_at_random_moments(method: str, experimenters: Victims, tmp_path: Path) -> None:
+    began = time.perf_counter()
+    assert experimenters.run(f"experiment:{method}", tmp_path / "straight") == 0
+    lasting = time.perf_counter() - began
+    dice, killed, number = random.Random(method), 0, 0
+    while killed < 5:
+        folder = tmp_path / f"broken{number}"
+        status = experimenters.run(f"experiment:{method}", folder, delay=dice.random() * lasting)
+        killed += status != 0
+        if status == 0 or killed == 5:
+            assert experimenters.run(f"experiment:{method}", folder) == 0
+            check_results(tmp_path / "straight", folder)
+            number += 1
+
+
+def check_results(straight: Path, broken: Path) -> None:
+    """Compare what a run that was killed leaves behind with one that was not: every figure, every weight."""
+    one, two = (json.loads((place / "results.json").read_text(encoding="utf-8")) for place in (straight, broken))
+    assert one.keys() == two.keys()
+    assert {key for key in one if one[key] != two[key]} <= TIMES
+    assert [task["loss"] for task in one["training"]] == [task["loss"] for task in two["training"]]
+    if (broken / "weights.pt").exists():  # a kill after the results leaves no time to write them
+        assert identical(leaves(broken / "weights.pt"), leaves(straight / "weights.pt"))
+    assert {path.name for path in broken.iterdir()} - {"weights.pt"} == {"results.json", "log.jsonl"}

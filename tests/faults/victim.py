@@ -6,9 +6,11 @@ A line is a job and a folder. The answer is the child's process number, then its
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -79,18 +81,60 @@ def _checkpoint(folder: Path, model: nn.Module, optimizer: NullSpaceOptimizer, p
     os.replace(folder / "draft.pt", folder / "state.pt")
 
 
-def experiment(folder: Path) -> None:
-    """Run (or resume) a small `reference.run` sequence on what `prepared` holds."""
+def experiment(folder: Path, method: str, death: str = "") -> None:
+    """Run (or resume) a small `reference.run` sequence on what `prepare` made; die of SIGKILL at the moment `death`."""
     from reference.methods import METHODS
     from reference.sequence import Sequence
 
     config, ready = PREPARED
-    sequence = Sequence(ready, METHODS["nullspace"], config, 0, folder)
+    sequence = Sequence(ready, METHODS[method], config, 0, folder)
+    if death:
+        doom(sequence, death)
+    finished = (folder / "results.json").exists()
     sequence.run(resume=True)
-    torch.save(sequence.clip.model.state_dict(), folder / "weights.pt")
+    if not finished:
+        torch.save(sequence.clip.model.state_dict(), folder / "weights.pt")
 
 
-def prepare() -> tuple[object, object]:
+def doom(sequence: Any, death: str) -> None:
+    """Let `sequence` die: `beginning`, `training-<task>`, `consolidation-<task>`, `saving-<task>`, `ending`."""
+    moment, _, number = death.partition("-")
+    task, method = int(number or 0), sequence.method
+    if moment == "beginning":
+        method.before_sequence = die
+    elif moment == "training":
+        after = method.after_step
+        method.after_step = lambda batch: die() if (batch.task, batch.step) == (task, 3) else after(batch)
+    elif moment == "consolidation":  # what it changed in memory is lost with the process
+        finish = method.after_task
+        method.after_task = lambda number: (finish(number), die() if number == task else None)[0]
+    elif moment == "saving":
+        write = torch.save
+
+        def tear(state: Any, draft: Path) -> None:
+            write(state, draft)
+            if state["progress"]["task"] == task + 1:
+                os.truncate(draft, draft.stat().st_size // 2)
+                die()
+
+        torch.save = tear
+    else:
+        move = os.replace
+
+        def fall(draft: Path, path: Path) -> None:
+            move(draft, path)
+            if path.name == "results.json":
+                die()
+
+        os.replace = fall
+
+
+def die(*ignored: object) -> None:
+    """As a machine that is switched off: nothing is flushed, nothing is cleaned up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def prepare() -> tuple[Any, Any]:
     """Render few images and train the tiny CLIP a little, once, before anything is killed."""
     from reference import demo
     from reference.config import load_config
@@ -102,7 +146,8 @@ def prepare() -> tuple[object, object]:
         {
             "tasks": ["colours", "photographs"], "iterations": 6, "pretrain_iterations": 2, "warmup": 2,
             "batch_size": 8, "evaluation_images": 40, "consolidation_images": 32, "reference_images": 32,
-            "output": "unused",
+            "methods": "all", "output": "unused", "learning_rate": 3e-3, "ensemble_share": 0.3, "lora_rank": 4,
+            "moe_experts": 6, "igsp": {"rank": 4, "window": 1, "cap": 3, "on_cap": "prune"},
         },
     )  # fmt: skip
     found = prepare(config)
@@ -121,7 +166,8 @@ def serve() -> None:
             status = 1
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                jobs[name](Path(folder))
+                job, *options = name.split(":")
+                jobs[job](Path(folder), *options)
                 status = 0
             except BaseException:
                 (Path(folder) / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")

@@ -19,7 +19,7 @@ from reference.tasks import ORDERS
 
 SMALL = {
     "tasks": ["colours", "photographs"], "methods": "all", "iterations": 5, "pretrain_iterations": 4, "warmup": 2,
-    "batch_size": 8, "evaluation_images": 40, "consolidation_images": 32, "reference_images": 32, "ensemble_every": 2,
+    "batch_size": 8, "evaluation_images": 40, "consolidation_images": 32, "reference_images": 32, "ensemble_share": 0.4,
     "output": "unused",
 }  # fmt: skip
 
@@ -113,7 +113,7 @@ def test_gnsp_schedules_are_those_of_its_released_files(experiment: Experiment) 
 
 def test_the_pool_stands_in_order_beside_the_steps_and_its_teacher_is_pretrained(experiment: Experiment) -> None:
     made: Any = method("gnsp", experiment)
-    pool = made.pool
+    pool = made.guided.pool
     from reference.engine import Batch
 
     none = torch.zeros(0)

@@ -1,0 +1,126 @@
+"""What a grid came to: one Markdown table, one figure of stability against plasticity, and the settings to take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from matplotlib import pyplot as plt
+
+from reference.ablation.grids import CONTROLS, OURS
+from reference.errors import ExperimentError
+from reference.page import spread
+
+Row = list[dict[str, Any]]  # one cell: figures of every seed
+
+COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float | None], int]] = {
+    "Transfer": (lambda run: run["transfer"], 1),
+    "Average": (lambda run: run["average"], 1),
+    "Last": (lambda run: run["last"], 1),
+    "old tasks kept": (lambda run: run["backward_transfer"], 1),
+    "learned": (lambda run: run["diagonal_gain"], 1),
+    "loss": (lambda run: run["loss"], 3),
+    "free directions [%]": (lambda run: None if run["free_share"] is None else 100 * run["free_share"], 0),
+    "MB of bases": (lambda run: None if run["bytes"] is None else run["bytes"] / 1e6, 1),
+    "seconds": (lambda run: run["seconds"], 0),
+}
+READING = (
+    "Accuracy in percent, mean ± standard deviation over seeds. Transfer: tasks not yet trained. Average: all cells of "
+    "the accuracy matrix. Last: all tasks at the end. Old tasks kept: last minus right after training. Learned: right "
+    "after training minus pretrained. Loss: training loss in the last tenth of a task's steps, mean over tasks."
+)
+COLOURS = ("#1f6a96", "#c9432f", "#2f9c74", "#e39a1f", "#7d3c9a", "#7a7c85")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def read_cells(folder: Path, grid: str) -> list[Row]:
+    """The cells of `grid` that are finished below `folder`, each with all its seeds.
+
+    Raises:
+        ExperimentError: there are none, or they were not made on the same tasks and split.
+    """
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
+    found = sorted((run for run in found if run["grid"] == grid), key=lambda run: run["number"])
+    if not found:
+        raise ExperimentError(f"no finished cell of {grid} below {folder}; run the grid first")
+    if len({(tuple(run["tasks"]), run["split"]) for run in found}) > 1:
+        raise ExperimentError(f"the cells below {folder} are of different tasks or splits; give each its own --output")
+    names = dict.fromkeys(run["cell"] for run in found)
+    return [[run for run in found if run["cell"] == name] for name in names]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One line per cell, with what the reader must know below."""
+    first = rows[0][0]
+    head = [*first["factors"], "method", "seeds", *COLUMNS]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [spread([read(run) for run in row], digits) for read, digits in COLUMNS.values()]
+        lines.append("| " + " | ".join([*row[0]["factors"].values(), row[0]["method"], str(len(row)), *cells]) + " |")
+    machine = first["machine"]
+    lines += [
+        "",
+        f"Tasks {', '.join(first['tasks'])}; {first['split']} split; pretrained {np.mean(first['pretrained']):.1f} on "
+        f"average, {np.mean(first['pretrained'][1:]):.1f} without the first task (a Transfer that loses nothing).",
+        READING,
+        f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {first['torch']}, "
+        f"{first['date']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def figure(rows: Sequence[Row], path: Path) -> None:
+    """Stability against plasticity: Transfer and old accuracy kept over what was learned; the first factor by colour,
+    the second by mark.
+    """
+    names = list(rows[0][0]["factors"])[:2]
+    colours, marks = (list(dict.fromkeys(row[0]["factors"][name] for row in rows)) for name in names)
+    plot, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharex=True)
+    figures = (
+        ("transfer", "Transfer [%]"),
+        ("backward_transfer", "old tasks: end minus right after training [points]"),
+    )
+    for axes, (key, label) in zip(panels, figures):
+        for row in rows:
+            one, two = (row[0]["factors"][name] for name in names)
+            x, y = _mean(row, "diagonal_gain"), _mean(row, key)
+            colour, mark = COLOURS[colours.index(one) % len(COLOURS)], MARKS[marks.index(two) % len(MARKS)]
+            axes.scatter(x, y, color=colour, marker=mark, s=34, zorder=3)
+            if len(rows) <= 40:
+                axes.annotate(two, (x, y), (4, 3), textcoords="offset points", fontsize=7)
+        axes.axhline(np.mean(rows[0][0]["pretrained"][1:]) if key == "transfer" else 0, color="grey", ls=":", lw=1)
+        axes.set(xlabel="learned: right after training minus pretrained [points]", ylabel=label)
+        axes.grid(alpha=0.25)
+    for number, value in enumerate(colours):
+        panels[0].scatter([], [], color=COLOURS[number % len(COLOURS)], label=f"{names[0]} {value}")
+    plot.legend(loc="outside upper center", ncols=len(colours), frameon=False, fontsize=8)
+    plot.savefig(path, dpi=120, metadata={"Software": None})
+    plt.close(plot)
+
+
+def chosen(rows: Sequence[Row], figure: str) -> str:
+    """The settings of each method whose mean `figure` is highest, as `of_method` takes them.
+
+    `matched-plasticity` is the exception: the share with which it learns as much as the best cell of our method.
+    """
+    best: dict[str, Row] = {}
+    for row in rows:
+        method = row[0]["method"]
+        if method not in best or _mean(row, figure) > _mean(best[method], figure):
+            best[method] = row
+    twin = CONTROLS["matched_share"]
+    if twin in best and OURS in best:
+        target = _mean(best[OURS], "diagonal_gain")
+        of_twin = [row for row in rows if row[0]["method"] == twin]
+        best[twin] = min(of_twin, key=lambda row: abs(_mean(row, "diagonal_gain") - target))
+    settings = {method: row[0]["settings"] for method, row in best.items() if row[0]["settings"]}
+    return yaml.safe_dump({"of_method": settings}, sort_keys=False)
+
+
+def _mean(row: Row, figure: str) -> float:
+    values = [run[figure] for run in row if run[figure] is not None]
+    return float(np.mean(values)) if values else float("-inf")
