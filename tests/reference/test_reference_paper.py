@@ -24,7 +24,7 @@ from reference.tasks import ORDERS, templates_of
 TINY = {
     "embed_dim": 32,
     "quick_gelu": True,
-    "vision_cfg": {"image_size": 224, "layers": 2, "width": 48, "head_width": 24, "patch_size": 56},
+    "vision_cfg": {"image_size": 224, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
 }
 TASKS = ("dtd", "eurosat", "flowers102", "mnist")
