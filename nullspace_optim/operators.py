@@ -151,7 +151,7 @@ def _place_batched(
 
 @dataclass(frozen=True)
 class Operator:
-    """What the schema of one operator says."""
+    """What the schema of one operator says; `moves_shards`: it is one of those by which FSDP2 fills its parameters."""
 
     name: str
     label: str
@@ -160,6 +160,7 @@ class Operator:
     composite: bool
     defaults: tuple[Any, ...]
     arguments: tuple[str, ...]
+    moves_shards: bool = False
 
     @classmethod
     def of(cls, func: Any) -> Operator:
@@ -176,6 +177,7 @@ class Operator:
             composite=composite and name not in PRODUCTS and name not in EMBEDDINGS and name not in CONVOLUTIONS,
             defaults=tuple(a.default_value for a in schema.arguments),
             arguments=tuple(a.name for a in schema.arguments),
+            moves_shards=space == "fsdp",
         )
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

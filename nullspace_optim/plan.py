@@ -18,10 +18,12 @@ from dataclasses import dataclass, field, fields, replace
 from .errors import OptionError
 from .guard import Precision
 from .outline import Frozen, Moment, Survey, Weight
+from .probes import SAMPLES
 from .projection import MatrixSide
 from .protection import EXACT_EVERY, Project
 
 FLOAT, INDEX = 4, 8  # bytes of a float32 and of an int64
+AGAIN = 3  # passes over the first samples: one for the probe, two for the drift that is allowed
 
 Rank = Callable[[int], int]
 
@@ -111,9 +113,9 @@ class Prediction:
 class Pass:
     """The cost of one consolidation; it does not depend on the rank.
 
-    FLOPs of the forward passes, of the second moments (as full products; a symmetric update on a CPU does half) and of
-    the eigenvectors; `moments` are the bytes of all second moments, held by every device until the pass ends; `largest`
-    is the largest eigenproblem.
+    FLOPs of the forward passes (of all samples, and three times of the few that are remembered by digest), of the
+    second moments (as full products; a symmetric update on a CPU does half) and of the eigenvectors; `moments` are the
+    bytes of all second moments, held by every device until the pass ends; `largest` is the largest eigenproblem.
     """
 
     samples: int
@@ -159,9 +161,10 @@ def consolidation(survey: Survey, conditions: Conditions | None = None) -> Pass:
     entry = 2 * FLOAT if conditions.precise else FLOAT
     copies = 2 if conditions.batch_frobenius else 1
     batches = conditions.samples / survey.batch
+    extra = AGAIN * min(SAMPLES, survey.batch, conditions.samples)
     return Pass(
         samples=conditions.samples,
-        forward_flops=round(survey.forward_flops * batches),
+        forward_flops=round(survey.forward_flops * (conditions.samples + extra) / survey.batch),
         moment_flops=round(sum(moment.flops for moment in survey.moments) * batches),
         eigh_flops=sum(moment.solving for moment in survey.moments),
         moments=copies * sum(moment.bytes(entry) for moment in survey.moments),

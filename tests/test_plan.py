@@ -90,7 +90,8 @@ def test_a_policy_that_looks_at_weights_protects_both_sides_of_each() -> None:
 
 def test_a_consolidation_by_hand() -> None:
     cost = consolidation(surveyed(linear(6, 8)), Conditions(samples=8))
-    assert (cost.forward_flops, cost.moment_flops, cost.eigh_flops) == (2000, 2 * 40 * 64 * 2, 9 * 512)
+    again = 3 * 1000  # the first batch once for the probe and twice for the drift that is allowed
+    assert (cost.forward_flops, cost.moment_flops, cost.eigh_flops) == (2000 + again, 2 * 40 * 64 * 2, 9 * 512)
     assert (cost.moments, cost.largest) == (4 * 64, 8)
     assert consolidation(surveyed(linear(6, 8)), Conditions(precise=True)).moments == 8 * 64
 
@@ -119,9 +120,11 @@ def counted() -> Iterator[FlopCounterMode]:
 class Measured:
     """A real model of the same architecture: one consolidation, then 16 counted steps."""
 
-    def __init__(self, model: nn.Module, batch: Any, run: Callable[[Any], Any], k: int) -> None:
+    def __init__(self, model: nn.Module, batch: Any, run: Callable[[Any], Any], k: int, **options: Any) -> None:
         torch.manual_seed(0)
-        self.opt = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), 1e-3), model, policy=FixedRank(k), rows="all")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        options = {"policy": FixedRank(k), "rows": "all", **options}
+        self.opt = NullSpaceOptimizer(torch.optim.SGD(trained, 1e-3), model, **options)
         self.opt.consolidate([batch], forward=run, progress=False)
         self.protection = self.opt._core.protection
         guards = self.protection.guards.values()
@@ -155,7 +158,11 @@ def check(
     """Bytes must agree exactly, operations within a hundredth (15 % are promised)."""
     real = Measured(model, batch, run, k)
     architecture = build(name, batch=samples, **options)
-    found = survey(architecture.model, architecture.run, batch=samples)
+    agrees(survey(architecture.model, architecture.run, batch=samples), real, k)
+
+
+def agrees(found: Survey, real: Measured, k: int) -> None:
+    """Compare every figure of a plan with a real run."""
     assert found.forward_flops == pytest.approx(real.forward, rel=0.01)
     assert found.step_flops == pytest.approx(real.step, rel=0.01)
     predicted = predict(found, by_rank(k), Conditions(rows_used=real.rows_used))
@@ -165,8 +172,9 @@ def check(
     assert memory.workspaces == real.workspaces
     assert predicted.step_flops == pytest.approx(real.correction, rel=0.01)
     fates = {basis.name: basis.fate.value for basis in real.opt.bases.values()}
+    joint = {basis.bias for basis in real.opt.bases.values() if basis.bias}
     assert {weight.name for weight in found.weights} == {
-        n for n, fate in fates.items() if fate in ("protected", "full")
+        n for n, fate in fates.items() if fate in ("protected", "full") and n not in joint
     }
     assert {item.name for item in found.frozen} == {name for name, fate in fates.items() if fate == "frozen"}
 

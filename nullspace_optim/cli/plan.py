@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import argparse
 import ast
-import dataclasses
 import json
 import os
-from collections import Counter
+from collections.abc import Mapping
 from fractions import Fraction
-from textwrap import fill
 from typing import Any
 
 from .. import policies
-from ..architectures import build
+from ..adapters import LORA, PROMPT, with_lora, with_prompt
+from ..architectures import Architecture, build
 from ..errors import OptionError
-from ..plan import Conditions, Prediction, Rank, Survey, by_fraction, by_rank, consolidation, on_both_sides, predict
-from ..policies import FixedRank, Policy, RankBudget
-from ..report import table
-from ..survey import survey
+from ..igsp import IGSP
+from ..igsp.cost import places_of, predict_experts
+from ..plan import Conditions, Rank, by_fraction, by_rank, on_both_sides, predict
+from ..policies import VPTNSP, FixedRank, Policy, RankBudget
+from ..policies.sketched import check_sketchable
+from ..prompts import declare_tokens
+from ..sketch import SketchedCovariance
+from ..survey import count_step, survey
 from .command import add
-from .text import operations, plain, size
+from .planned import document, experts_document, experts_page, page
 
 EXAMPLES = """
 python -m nullspace_optim plan --model ViT-B-16 --batch 64
@@ -28,11 +31,11 @@ python -m nullspace_optim plan --model ViT-bigG-14 --policy 'Energy(0.99)' --dev
 python -m nullspace_optim plan --model vit_base_patch16_224 --policy 'FixedRank(64)' --json
 python -m nullspace_optim plan --model LlamaConfig --batch 8 --sequence 2048 --devices 64 --vocabulary 20000
 python -m nullspace_optim plan --model path/to/config.json --trainable 'model.layers.*'
+python -m nullspace_optim plan --model LlamaConfig --lora 16 --trainable '*_proj.weight' --policy KeepLoRA
+python -m nullspace_optim plan --model GPT2Config --prompt 50 --policy PEGP
+python -m nullspace_optim plan --model ViT-B-16 --mode 'IGSP(rank=16)' --tasks 11
 """
 FRACTIONS = "1/16,1/8,1/4,1/2,3/4"
-WIDE = 8192
-STATES = 16  # bytes a parameter in float32 training with AdamW: value, gradient, two moments
-HEADER = ["k/d", "bases", "anchors", "kept", "copies", "workspaces", "together", "a device", "a step", "of training"]
 
 
 def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,7 +47,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         summary="predict memory and operations for a model, without its weights",
         description="Build a model on the meta device (no weights, no download), watch one forward pass as in a\n"
         "consolidation, and print what protection costs: bytes of bases and anchors, FLOPs of the correction beside\n"
-        "those of a training step, and one consolidation. Several devices share the weights by rows (FSDP2).",
+        "those of a training step, and one consolidation. Several devices share the weights by rows (FSDP2). With\n"
+        "--lora, --prompt or --mode only adapters, a prompt or experts train, beside a frozen backbone.",
         examples=EXAMPLES,
     )
     parser.add_argument(
@@ -71,13 +75,49 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     parser.add_argument("--trainable", default="*", metavar="GLOB", help="names of the parameters that are trained")
     parser.add_argument("--project", choices=["update", "both", "gradient"], default="update")
     parser.add_argument("--precision", choices=["exact", "fast"], default="exact")
+    parser.add_argument("--bias", choices=["freeze", "joint"], default="freeze", help="as in Python (default freeze)")
+    parser.add_argument(
+        "--sketch",
+        metavar="SIZE[,ABOVE]",
+        help="sketch second moments wider than ABOVE (default 8192) by SIZE rows, as SketchedCovariance does",
+    )
+    parser.add_argument(
+        "--lora",
+        type=int,
+        metavar="RANK",
+        help="plan for LoRA adapters beside the linear layers whose weights match --trainable (needs peft)",
+    )
+    parser.add_argument("--prompt", type=int, metavar="TOKENS", help="plan for a learned prompt of a language model")
+    parser.add_argument(
+        "--mode", metavar="IGSP", help="plan for experts instead: igsp, or with options as in Python: 'IGSP(rank=16)'"
+    )
+    parser.add_argument("--tasks", type=int, default=10, metavar="N", help="tasks of --mode (default 10)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: bytes and FLOPs as numbers")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a configuration that is not here is an error, not a download
-    policy = parse_policy(options.policy)
+    _refuse_together(options)
+    model = build(options.model, batch=options.batch, sequence=options.sequence)
+    return _run_experts(options, model) if options.mode is not None else _run_bases(options, model)
+
+
+def _refuse_together(options: argparse.Namespace) -> None:
+    """Refuse options of which each asks for another plan."""
+    given = [name for name in ("lora", "prompt", "mode") if getattr(options, name) is not None]
+    if len(given) > 1:
+        raise OptionError(f"--{given[0]} and --{given[1]} ask for different plans: give one of them")
+    if options.prompt is not None and options.trainable != "*":
+        raise OptionError("--prompt trains the prompt alone: leave --trainable out")
+
+
+def _run_bases(options: argparse.Namespace, model: Architecture) -> int:
+    """Plan null-space protection of the model, of LoRA adapters beside its layers, or of a prompt."""
+    policy, trainable = parse_policy(options.policy), options.trainable
+    sketch = _sketch(options.sketch)
+    if sketch is not None:
+        check_sketchable(policy)
     conditions = Conditions(
         devices=options.devices,
         precision=options.precision,
@@ -90,15 +130,35 @@ def run(options: argparse.Namespace) -> int:
         rows_used=options.vocabulary,
     )
     rules = _rules(policy, options.fractions)
-    model = build(options.model, batch=options.batch, sequence=options.sequence)
-    found = survey(model.model, model.run, batch=options.batch, name=model.name, trainable=options.trainable)
-    if policy.from_weights:
+    if options.lora is not None:
+        model, trainable = with_lora(model, options.lora, trainable), LORA
+    elif options.prompt is not None:
+        model, trainable = with_prompt(model, options.prompt, declare_tokens), PROMPT
+    found = survey(
+        model.model, model.run, batch=options.batch, name=model.name, trainable=trainable, bias=options.bias,
+        sketch=sketch,
+    )  # fmt: skip
+    if policy.from_weights or (options.prompt is not None and isinstance(policy, VPTNSP)):
         found = on_both_sides(found)
     predictions = {label: predict(found, rule, conditions) for label, rule in rules.items()}
     if options.json:
-        print(json.dumps(_document(found, model.inputs, policy, conditions, predictions), indent=2))
+        print(json.dumps(document(found, model.inputs, policy, conditions, predictions), indent=2))
     else:
-        print(_page(found, model.inputs, policy, conditions, predictions))
+        print(page(found, model.inputs, policy, conditions, predictions))
+    return 0
+
+
+def _run_experts(options: argparse.Namespace, model: Architecture) -> int:
+    """Plan the experts of iGSP."""
+    mode: IGSP = _called(options.mode if options.mode != "igsp" else "IGSP", {"IGSP": IGSP}, "--mode")
+    places = places_of(model.model, model.run, mode)
+    costs = [predict_experts(places, mode, kept, options.tasks) for kept in range(mode.candidates + 1)]
+    shown = model.name, model.inputs, mode, options.tasks, places, costs
+    if options.json:
+        print(json.dumps(experts_document(*shown), indent=2))
+    else:
+        parameters = sum(p.numel() for p in model.model.parameters())
+        print(experts_page(*shown, parameters, count_step(model.run)[0]))
     return 0
 
 
@@ -109,22 +169,40 @@ def parse_policy(text: str) -> Policy:
         OptionError: not a call of a known policy, or arguments it refuses.
     """
     known = {name: kind for name in policies.__all__ if _is_policy(kind := getattr(policies, name))}
+    policy: Policy = _called(text, known, "--policy")
+    return policy
+
+
+def _called(text: str, known: Mapping[str, Any], option: str) -> Any:
+    """Return what `text` calls: one of the `known` classes, with literal arguments."""
     try:
         call = ast.parse(text.strip(), mode="eval").body
         if isinstance(call, ast.Name):
             call = ast.Call(call, [], [])
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id not in known:
-            raise ValueError("no known policy")
+            raise ValueError("none of these")
         positional = [ast.literal_eval(argument) for argument in call.args]
         named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        policy: Policy = known[call.func.id](*positional, **named)
+        return known[call.func.id](*positional, **named)
     except (SyntaxError, ValueError, TypeError) as error:
         if isinstance(error, OptionError):
             raise
+        example = {"--policy": "Energy(0.99)"}.get(option, "IGSP(rank=16)")
         raise OptionError(
-            f"--policy {text!a}: expected a call such as Energy(0.99) of one of {', '.join(known)} ({error})"
+            f"{option} {text!a}: expected a call such as {example} of one of {', '.join(known)} ({error})"
         ) from error
-    return policy
+
+
+def _sketch(text: str | None) -> SketchedCovariance | None:
+    """Return the sketch of ``--sketch SIZE`` or ``--sketch SIZE,ABOVE``."""
+    if text is None:
+        return None
+    try:
+        return SketchedCovariance(*(int(part) for part in text.split(",")))
+    except (ValueError, TypeError) as error:
+        if isinstance(error, OptionError):
+            raise
+        raise OptionError(f"--sketch {text!a}: expected SIZE or SIZE,ABOVE such as 1024,8192") from error
 
 
 def _is_policy(kind: Any) -> bool:
@@ -144,118 +222,3 @@ def _rules(policy: Policy, fractions: str) -> dict[str, Rank]:
         except (ValueError, ZeroDivisionError) as error:
             raise OptionError(f"--fractions {fractions!a}: {text!a} is not a share such as 1/4 in (0, 1]") from error
     return rules
-
-
-def _document(
-    found: Survey, inputs: str, policy: Policy, conditions: Conditions, predictions: dict[str, Prediction]
-) -> dict[str, Any]:
-    """Return everything as plain values."""
-    return {
-        "model": found.model,
-        "inputs": inputs,
-        "policy": repr(policy),
-        "conditions": dataclasses.asdict(conditions),
-        "parameters": found.parameters,
-        "protected": len(found.weights),
-        "frozen": {item.name: item.reason for item in found.frozen},
-        "free": list(found.free),
-        "training_step_flops": found.step_flops,
-        "forward_flops": found.forward_flops,
-        "ranks": {label: dataclasses.asdict(prediction) for label, prediction in predictions.items()},
-        "consolidation": dataclasses.asdict(consolidation(found, conditions)),
-    }
-
-
-def _page(
-    found: Survey, inputs: str, policy: Policy, conditions: Conditions, predictions: dict[str, Prediction]
-) -> str:
-    """Return the plan for people."""
-    return "\n\n".join(
-        [
-            _heading(found, inputs, conditions),
-            _fates(found),
-            table(HEADER, [_row(found, *item) for item in predictions.items()]),
-            _wrapped(_notes(found, policy, conditions, predictions)),
-            _wrapped(_consolidation(found, conditions)),
-        ]
-    )
-
-
-def _heading(found: Survey, inputs: str, conditions: Conditions) -> str:
-    states = STATES * found.parameters
-    each = f", {size(states / conditions.devices)} on each of {conditions.devices} devices"
-    return (
-        f"{plain(found.model)}: {found.parameters / 1e6:,.1f} M trainable parameters; {inputs}\n"
-        f"training step: {operations(found.step_flops)} (forward {operations(found.forward_flops)}); weights, "
-        f"gradients and AdamW in float32 {size(states)}{each if conditions.devices > 1 else ''}"
-    )
-
-
-def _fates(found: Survey) -> str:
-    protected = sum(weight.bytes // weight.itemsize for weight in found.weights)
-    share = protected / found.parameters if found.parameters else 0.0
-    lines = [f"protected: {len(found.weights)} weights, {share:.1%} of all parameters"]
-    reasons = Counter(item.reason for item in found.frozen)
-    lines += [f"frozen: {count} parameters {plain(reason)}" for reason, count in reasons.most_common()]
-    if found.free:
-        lines.append(
-            f"free: {len(found.free)} parameters that this forward pass does not read ({plain(found.free[0])}, ...)"
-        )
-    return "\n".join(lines)
-
-
-def _row(found: Survey, label: str, prediction: Prediction) -> list[str]:
-    memory = prediction.memory
-    parts = (memory.bases, memory.anchors, memory.kept + memory.covariances, memory.copies, memory.workspaces)
-    share = prediction.step_flops / found.step_flops if found.step_flops else 0.0
-    return [
-        label,
-        *(size(part) for part in parts),
-        size(memory.total),
-        size(prediction.per_device.total),
-        operations(prediction.step_flops),
-        f"{share:.1%}",
-    ]
-
-
-def _notes(found: Survey, policy: Policy, conditions: Conditions, predictions: dict[str, Prediction]) -> list[str]:
-    notes = [
-        "bases are shared by weights that meet the same rows; kept: frozen and full parameters, buffers"
-        + (", second moments" if conditions.accumulate else "")
-        + "; copies: of the weights before a step, where the difference form runs; workspaces: made at the first step"
-    ]
-    if conditions.devices > 1:
-        notes.append(
-            "a device: FSDP2 with weights and anchors sharded by rows, bases replicated; with DDP each device holds "
-            f"the column 'together' and does the whole correction, {conditions.devices} times the share of its own step"
-        )
-    if not isinstance(policy, (FixedRank, RankBudget)):
-        notes.append(f'the ranks of {policy!r} depend on the data: the table shows the range; rows="all" is assumed')
-    if isinstance(policy, RankBudget):
-        notes.append("RankBudget spreads its directions by energy; the table spreads them evenly")
-    if any(weight.lookup for weight in found.weights):
-        used = "a quarter" if conditions.rows_used is None else str(conditions.rows_used)
-        notes.append(f"of every embedding {used} of the rows are taken to be used (--vocabulary)")
-    full = {label: prediction.full for label, prediction in predictions.items() if prediction.full}
-    notes += [f"at {label} {count} weights have no free direction left and are frozen" for label, count in full.items()]
-    return notes
-
-
-def _wrapped(notes: list[str]) -> str:
-    return "\n".join(fill(note, 110, initial_indent="* ", subsequent_indent="  ") for note in notes)
-
-
-def _consolidation(found: Survey, conditions: Conditions) -> list[str]:
-    cost = consolidation(found, conditions)
-    lines = [
-        f"one consolidation of {cost.samples} samples: forward {operations(cost.forward_flops)}, second moments "
-        f"{operations(cost.moment_flops)} (half of it with a symmetric update), eigenvectors "
-        f"{operations(cost.eigh_flops)} ({cost.eigenproblems} problems, the largest {cost.largest} wide)",
-        f"second moments held until its end, on every device: {size(cost.moments)}",
-    ]
-    if cost.largest > WIDE:
-        wide = sum(moment.size > WIDE for moment in found.moments)
-        lines.append(
-            f"{wide} second moments are wider than {WIDE}: each takes {size(4 * cost.largest**2)} and long to solve"
-        )
-    return lines

@@ -42,6 +42,9 @@ from nullspace_optim import (
     NullSpaceOptimizer,
     OptionError,
 )
+from nullspace_optim.consolidation import stored_bytes
+from nullspace_optim.plan import Conditions, by_rank, predict
+from nullspace_optim.survey import survey
 
 
 def sharded(model: nn.Module, **options: Any) -> Any:
@@ -281,6 +284,18 @@ class _TwoTowers(nn.Module):
         return self.encode(images)
 
 
+def fates_do_not_depend_on_where_a_parameter_lies(folder: Path) -> None:
+    """FSDP2 frees and fills the same parameters in every pass; they may get their former addresses back."""
+    for _ in range(12):
+        model = sharded(seeded(Everything))
+        optimizer = wrap(model, momentum(model), policy=FixedRank(2), rows="all")
+        report = optimizer.consolidate(share(tokens(1), dist.get_rank()), progress=False)
+        assert {row.name for row in report.of(Fate.PROTECTED)} == {
+            *("embedding.weight", "grouped.weight", "block.0.weight", "block.2.weight", "projection"),
+            *("transposed.weight", "head.weight"),
+        }, [row for row in report.of(Fate.FROZEN) if "weight" in row.name]
+
+
 def methods_besides_forward_are_captured(folder: Path) -> None:
     model = seeded(_TwoTowers)
     fully_shard(model.visual)
@@ -357,6 +372,35 @@ def checkpoints_move_from_replicas_to_shards(folder: Path) -> None:
     assert optimizer.verify(share(tokens(1), rank)).ok
 
 
+def a_plan_agrees_with_what_each_rank_holds(folder: Path) -> None:
+    rank = dist.get_rank()
+    for kind, data, k in ((Everything, tokens, 3), (Everything, tokens, 9), (Plain, rows, 3), (Plain, rows, 10)):
+        model = sharded(seeded(kind))
+        optimizer = wrap(model, momentum(model), policy=FixedRank(k), rows="all")
+        optimizer.consolidate(share(data(1), rank), progress=False)
+        train(model, optimizer, data(2, 17), rank)  # every 16th step of the difference form is exact
+        with torch.device("meta"):
+            meta, batch = kind(), torch.zeros_like(data(1)[0], device="meta")
+        found = survey(meta, lambda meta=meta, batch=batch: meta(batch), batch=len(batch))
+        used = {name: b.subspaces["rows"].rank for name, b in optimizer.bases.items() if "rows" in b.subspaces}
+        planned = predict(found, by_rank(k), Conditions(devices=2, rows_used=used)).per_device
+        guards = optimizer._core.protection.guards.values()
+        made = [t for guard in guards for part in (guard.residuals, guard.complements) for t in part.values()]
+        held = {
+            "stored": stored_bytes(optimizer._core.store),
+            "copies": sum(t.nbytes for guard in guards for t in guard.previous),
+            "workspaces": sum(t.nbytes for t in made),
+        }
+        largest = {key: max(other[key] for other in everyone(held)) for key in held}
+        expected = {
+            "stored": planned.bases + planned.anchors + planned.kept,
+            "copies": planned.copies,
+            "workspaces": planned.workspaces,
+        }
+        for key, value in expected.items():
+            assert abs(largest[key] - value) <= 0.15 * max(value, 1), (kind.__name__, k, key, largest, expected)
+
+
 def other_ways_to_shard(folder: Path) -> None:
     hybrid = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     model = sharded(seeded(Everything), mesh=hybrid)
@@ -383,10 +427,12 @@ SCENARIOS = [
     an_error_inside_a_forward_on_one_rank_stops_all_at_once,
     an_interrupt_inside_a_forward_stops_all_at_once,
     an_edit_is_found_and_accepted,
+    fates_do_not_depend_on_where_a_parameter_lies,
     methods_besides_forward_are_captured,
     bases_move_between_one_process_and_shards,
     checkpoints_move_between_one_process_and_shards,
     checkpoints_move_between_replicas_and_shards,
     checkpoints_move_from_replicas_to_shards,
+    a_plan_agrees_with_what_each_rank_holds,
     other_ways_to_shard,
 ]
