@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -140,6 +141,7 @@ def save_figure(table: Table, path: Path) -> None:
         axes.scatter(*point, color=color, zorder=3, label=f"{number}  {row[0]}")
         numbers.setdefault(point, []).append(number)
     axes.set(xscale="log", yscale="log", xlabel="error on the new task (%)", ylabel="drift of old held-out outputs (%)")
+    axes.margins(0.09)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=0)
     _write_numbers(axes, {point: ", ".join(map(str, found)) for point, found in numbers.items()})
@@ -149,18 +151,22 @@ def save_figure(table: Table, path: Path) -> None:
 
 def _write_numbers(axes: Axes, texts: Mapping[Point, str]) -> None:
     """Write a text beside every point, in the first place around it where nothing else stands."""
-    axes.figure.canvas.draw()
+    canvas: Any = axes.figure.canvas
+    canvas.draw()
+    renderer = canvas.get_renderer()
     middles = axes.transData.transform(list(texts))
-    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in middles]
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in middles]
     for point, text in texts.items():
-        for radius, turn in product((9, 16, 24, 32), range(8)):
-            angle = math.pi * (turn + 0.5) / 4
-            offset = radius * math.cos(angle), radius * math.sin(angle)
+        for radius, angle in product((6, 11, 17, 25), (45, 0, 90, -45, 135, -90, 180, -135)):
+            right, up = (round(turn(math.radians(angle)), 9) for turn in (math.cos, math.sin))
             label = axes.annotate(
-                text, point, offset, textcoords="offset points", ha="center", va="center", fontsize=9,
-                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "#888888"} if radius > 9 else None,
+                text, point, (radius * right, radius * up), textcoords="offset points", fontsize=9,
+                ha="left" if right > 0 else "right" if right < 0 else "center",
+                va="bottom" if up > 0 else "top" if up < 0 else "center",
+                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "#888888"} if radius > 11 else None,
             )  # fmt: skip
-            box = Text.get_window_extent(label)
+            label.update_positions(renderer)
+            box = Text.get_window_extent(label, renderer)  # without the line to its point
             if not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
