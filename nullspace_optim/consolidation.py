@@ -27,7 +27,7 @@ from .displacement import Displacement
 from .engines import reshard, sharded_modules
 from .errors import ConsolidationError, OptionError
 from .fates import grow
-from .guard import Guard
+from .guard import Guard, Precision
 from .names import local, named_buffers, named_parameters, present_parameters
 from .policies import Energy, Policy
 from .policies.sketched import check_sketchable
@@ -51,6 +51,7 @@ class ConsolidationOptions:
     uncovered: Literal["freeze", "train"] = "freeze"
     on_full: Literal["warn", "raise"] = "warn"
     covariance: Literal["exact"] | SketchedCovariance = "exact"
+    precision: Precision = "exact"
 
     @property
     def sketch(self) -> SketchedCovariance | None:
@@ -141,7 +142,7 @@ def consolidate(
         assumed_update=assumed,
         seconds=time.perf_counter() - started,
         bytes=stored_bytes(grown),
-        transient_bytes=_transient_bytes(work.parameters, grown),
+        transient_bytes=_transient_bytes(work.parameters, grown, options.precision),
         warnings=tuple(warnings_about(work.model, work.forward, rows)),
         notes=tuple(
             filter(
@@ -373,7 +374,7 @@ def stored_bytes(store: BasisStore) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _transient_bytes(parameters: Mapping[str, Tensor], store: BasisStore) -> int:
+def _transient_bytes(parameters: Mapping[str, Tensor], store: BasisStore, precision: Precision) -> int:
     kept = ((name, basis) for name, basis in store.items() if basis.fate is Fate.PROTECTED and name in parameters)
     guards = (Guard(parameters[name], basis) for name, basis in kept)
-    return sum(local(guard.parameter).nbytes for guard in guards if guard.wants_difference("exact"))
+    return sum(local(guard.parameter).nbytes for guard in guards if guard.wants_difference(precision))

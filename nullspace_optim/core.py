@@ -47,6 +47,7 @@ class Core:
             uncovered=options["uncovered"],
             on_full=options["on_full"],
             covariance=options["covariance"],
+            precision=options["precision"],
         )
         self.protection = Protection(ProtectionOptions(project=options["project"], precision=options["precision"]))
         self.store = BasisStore()

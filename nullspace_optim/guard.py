@@ -32,6 +32,7 @@ from .projection import (
     yield_anchor_,
 )
 from .shards import Part, crossing_sides, local_basis, padded, part_of
+from .workspace import Workspace
 
 Precision = Literal["exact", "fast"]
 
@@ -81,7 +82,7 @@ def _write_block(parameter: Tensor, block: Tensor) -> None:
 
 @dataclass
 class Guard:
-    """One parameter, its basis and the workspaces of its correction.
+    """One parameter, its basis, and what its correction needs: a workspace that guards may share.
 
     Of a sharded parameter `basis` is this rank's view of what is `stored`, and `across` are the sides whose coordinates
     are sums over ranks; `correct_across` serves them.
@@ -90,12 +91,12 @@ class Guard:
     parameter: Tensor
     basis: Basis
     bias: Tensor | None = None
+    workspace: Workspace = field(default_factory=Workspace)
     stored: Basis = field(init=False)
     part: Part = field(init=False)
     across: list[Subspace] = field(init=False)
     complements: dict[Side, Tensor] = field(default_factory=dict)
     previous: list[Tensor] = field(default_factory=list)
-    residuals: dict[Side, Tensor] = field(default_factory=dict)
     seen: tuple[tuple[int, ...], ...] | None = None
     pending: bool = False
     allowed: float = 0.0
@@ -168,8 +169,8 @@ class Guard:
         with matrix_of(weight, self.basis.layout, bias[0] if bias else None) as matrix:
             for subspace in self.basis.subspaces.values():
                 if subspace.rank:
-                    workspace = None if subspace.side == "rows" else self._workspace(subspace, matrix.dtype)
-                    restore_anchor_(matrix, subspace.basis, subspace.anchor, subspace.side, workspace)
+                    space = None if subspace.side == "rows" else self.workspace.take(subspace.anchor.shape, matrix)
+                    restore_anchor_(matrix, subspace.basis, subspace.anchor, subspace.side, space)
 
     def align(self, weights: Sequence[Tensor]) -> None:
         """Give other weights, in the place of `members`, everything that is kept."""
@@ -198,12 +199,6 @@ class Guard:
         for other in done:
             assert other.side != "rows"
             shift_anchor_(other.anchor, other.basis, removed, subspace.basis, other.side)
-
-    def _workspace(self, subspace: Subspace, dtype: torch.dtype) -> Tensor:
-        """Return the residual's buffer, made once."""
-        if subspace.side not in self.residuals or self.residuals[subspace.side].dtype != dtype:
-            self.residuals[subspace.side] = torch.empty_like(subspace.anchor, dtype=dtype)
-        return self.residuals[subspace.side]
 
     def correct_difference(self, low_precision: torch.dtype | None) -> None:
         """Difference form on every side: only what the base just added is projected."""

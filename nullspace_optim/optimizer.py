@@ -349,9 +349,10 @@ class NullSpaceOptimizer(OptimizerContract):
             basis = guard.stored
             if basis.kept is not None:
                 basis.kept = local(guard.parameter).clone()
-            with matrix_of(guard.parameter, basis.layout, guard.bias, write=False) as matrix:
-                for side, subspace in basis.subspaces.items():
-                    subspace.anchor = guard.part.anchor(matrix, subspace.basis, side)
+            if basis.subspaces:
+                with matrix_of(guard.parameter, basis.layout, guard.bias, write=False) as matrix:
+                    for side, subspace in basis.subspaces.items():
+                        subspace.anchor = guard.part.anchor(matrix, subspace.basis, side)
             guard.mark()
         self._core.protection.rebuild(self._core.store, self._core.parameters)
         self._core.align()

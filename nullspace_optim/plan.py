@@ -72,7 +72,7 @@ class Memory:
 
     `bases` and `anchors` are stored; `kept` are the values of frozen and full parameters and the buffers;
     `covariances` are second moments kept between tasks (accumulating policies only). `copies` is the transient copy
-    of the weights before the base step, `workspaces` are residuals and complements, made at the first step.
+    of the weights before the base step, `workspaces` are complements and one residual, made at the first step.
     """
 
     bases: int = 0
@@ -258,23 +258,33 @@ class _Cost:
         """Return what the largest shard has of `amount`."""
         return _part(amount, self.weight.shape, devices)
 
+    def _anchor(self, side: MatrixSide, devices: int) -> int:
+        """Return the bytes of the anchor of one side on one device."""
+        g, m, d = self.weight.matrix
+        anchor = g * self.ranks[side] * (m if side == "right" else d) * max(FLOAT, self.weight.itemsize)
+        return anchor if self._crosses(side, devices) or self.weight.padded else self.part(anchor, devices)
+
+    def _crosses(self, side: MatrixSide, devices: int) -> bool:
+        return devices > 1 and self.weight.crosses(side)
+
+    def residual(self, devices: int) -> int:
+        """Return the bytes of the largest residual of a correction on one device; all weights share one buffer."""
+        if self.immovable or self.conditions.project == "gradient" or self.conditions.soft:
+            return 0
+        sides = (side for side in self.ranks if not self._crosses(side, devices))
+        return max((self._anchor(side, devices) for side in sides), default=0)
+
     def memory(self, devices: int, bases: dict[tuple[int, int], int]) -> Memory:
         """Return the bytes on one device; bases of weights that share rows are entered in `bases` once."""
         weight, conditions = self.weight, self.conditions
-        g, m, d = weight.matrix
-        entry = max(FLOAT, weight.itemsize)
-        anchors = complements = residuals = 0
+        g, _, d = weight.matrix
+        anchors = complements = 0
         for side, size in _sides(weight):
             k = self.ranks[side]
             bases[weight.sides[side], size] = g * size * k * FLOAT + (g * k * FLOAT if conditions.soft else 0)
-            crosses = devices > 1 and weight.crosses(side)
-            anchor = g * k * (m if side == "right" else d) * entry
-            anchor = anchor if crosses or weight.padded else self.part(anchor, devices)
-            anchors += anchor
-            residuals += 0 if crosses else anchor
+            anchors += self._anchor(side, devices)
             complements += g * size * (size - k) * FLOAT if self._shorter(side, size) < k else 0
-        lookup, difference = self.rows * d * entry, self.difference(devices)
-        moving = not self.immovable and conditions.project != "gradient" and not conditions.soft
+        lookup, difference = self.rows * d * max(FLOAT, weight.itemsize), self.difference(devices)
         gradients = conditions.project == "gradient" or (conditions.project == "both" and not weight.joint)
         complemented = difference or (gradients and not self.immovable)
         return Memory(
@@ -282,7 +292,7 @@ class _Cost:
             anchors=anchors + self.part(lookup, devices),
             kept=self.part(weight.bytes, devices) if self.immovable else 0,
             copies=self.part(weight.bytes, devices) if difference else 0,
-            workspaces=(residuals if moving else 0) + (complements if complemented else 0),
+            workspaces=complements if complemented else 0,
         )
 
 
@@ -292,6 +302,8 @@ def _memory(survey: Survey, costs: list[_Cost], conditions: Conditions, devices:
     for cost in costs:
         memory += cost.memory(devices, shared)
     frozen = sum(_part(item.bytes, item.shape, devices) for item in survey.frozen)
+    residual = max((cost.residual(devices) for cost in costs), default=0)
+    memory += Memory(workspaces=residual)
     entry = 2 * FLOAT if conditions.precise else FLOAT
     kept = sum(moment.groups * moment.size**2 * entry for moment in survey.moments) if conditions.accumulate else 0
     return memory + Memory(bases=sum(shared.values()), kept=frozen + survey.buffers, covariances=kept)

@@ -24,6 +24,7 @@ from .errors import OptionError, StaleAnchorError
 from .guard import Guard, Precision, guard_low_precision
 from .iterates import second_weights, state_keys
 from .names import local
+from .workspace import Workspace
 
 EXACT_EVERY = 16
 STALE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -61,6 +62,7 @@ class Protection:
     def __init__(self, options: ProtectionOptions) -> None:
         self.options = options
         self.guards: dict[str, Guard] = {}
+        self.workspace = Workspace()
         self.inexact_steps = 0
         self.held: list[Tensor] = []
         self.amend: Callable[[], None] = lambda: None
@@ -85,11 +87,12 @@ class Protection:
         """Make guards for every parameter of `store` that is kept in any way; a basis that stays keeps what it owes."""
         self.release_gradient_hooks()
         before, self.guards = self.guards, {}
+        self.workspace = Workspace()
         for name, basis in store.items():
             if basis.kept is None and not basis.subspaces:
                 continue
             bias = parameters[basis.bias] if basis.bias else None
-            guard = self.guards[name] = Guard(parameters[name], basis, bias)
+            guard = self.guards[name] = Guard(parameters[name], basis, bias, self.workspace)
             guard.mark()
             if name in before and before[name].stored is basis:
                 guard.seen, guard.pending = before[name].seen, before[name].pending

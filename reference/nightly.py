@@ -1,16 +1,18 @@
-"""Everything that is too long for each change, in fresh environments at both ends of the supported versions of torch.
+"""Everything that is too long for each change, in fresh environments at both ends of the supported versions.
 
-python -m reference.nightly                 torch 2.6 and the newest: all tests, nightly ones, 1,000 examples a property
-python -m reference.nightly --torch 2.6     one end only
+python -m reference.nightly                 oldest and newest: all tests, nightly ones, 1,000 examples a property
+python -m reference.nightly --end oldest    one end only
 python -m reference.nightly --here          in the environment at hand, without installing anything
 
-Exit status 0 if all passed. Environments are made in a temporary folder and removed.
+Oldest: every dependency of `pyproject.toml` at its lower bound, torch 2.6 among them; these versions exist for Python
+3.10 and 3.11. Exit status 0 if all passed. Environments are made in a temporary folder and removed.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ENDS = {"2.6": ("torch==2.6.0", "torchvision==0.21.0"), "newest": ("torch", "torchvision")}
+ENDS = ("oldest", "newest")
+OLDEST_TORCHVISION = "torchvision==0.21.0"  # the one that belongs to torch 2.6
 PYTEST = ("-m", "pytest", "-q", "--timeout", "7200", "-p", "no:cacheprovider")
 RUNS = {
     "short tests": (),
@@ -31,21 +34,30 @@ RUNS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m reference.nightly", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--torch", choices=sorted(ENDS), help="one end only")
+    parser.add_argument("--end", choices=ENDS, help="one end only")
     parser.add_argument("--here", action="store_true", help="use this environment; install nothing")
     options = parser.parse_args(arguments)
     if options.here:
         return report({"here": tests(sys.executable)})
-    ends = [options.torch] if options.torch else list(ENDS)
-    return report({f"torch {end}": in_fresh_environment(*ENDS[end]) for end in ends})
+    ends = [options.end] if options.end else ENDS
+    return report({f"{end} versions": in_fresh_environment(*requirements(end)) for end in ends})
 
 
-def in_fresh_environment(*requirements: str) -> dict[str, int]:
-    """Install the project with `requirements` into a new virtual environment, test it, and remove it."""
+def requirements(end: str) -> tuple[str, ...]:
+    """Return what pip is to install of the project's own dependencies, at either end of their range."""
+    if end == "newest":
+        return ("torch", "torchvision")
+    listed = re.search(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
+    bounds = re.findall(r'"([\w.-]+)>=([\d.]+)"', listed[1]) if listed else []
+    return (*(f"{name}=={version}" for name, version in bounds), OLDEST_TORCHVISION)
+
+
+def in_fresh_environment(*packages: str) -> dict[str, int]:
+    """Install the project with `packages` into a new virtual environment, test it, and remove it."""
     with tempfile.TemporaryDirectory(prefix="nullspace-nightly-") as folder:
         venv.create(folder, with_pip=True)
         python = str(Path(folder) / ("Scripts" if os.name == "nt" else "bin") / "python")
-        install = [python, "-m", "pip", "install", "-q", *requirements, "-e", f"{ROOT}[reference,dev]"]
+        install = [python, "-m", "pip", "install", "-q", *packages, "-e", f"{ROOT}[reference,dev]"]
         if code := subprocess.run(install, cwd=ROOT).returncode:
             return {"installation": code}
         return tests(python)

@@ -23,7 +23,7 @@ MOST_LINES = 400
 LAYERS: list[list[str | tuple[str, ...]]] = [
     ["errors"],
     ["linalg", "names", "layout", "iterates", "clip_losses", ("distributed", "engines")],
-    ["basis", "projection", "covariance", "sketch", "policies", "checkpoints", "norm_stats"],
+    ["basis", "projection", "workspace", "covariance", "sketch", "policies", "checkpoints", "norm_stats"],
     [
         ("capture", "watching", "recognise", "operators", "rows", "uses", "tally", "reduction", "relevance", "hints"),
         ("persistence", "schema", "validation"),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from reference import nightly
+
 ROOT = Path(__file__).resolve().parents[1]
 DECLARED = {"torch", "open-clip-torch", "scipy", "numpy", "safetensors", "tqdm"}
 
@@ -23,6 +25,11 @@ def test_the_project_declares_five_packages_and_tqdm() -> None:
     listed = re.search(r"^dependencies = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)
     assert listed is not None
     assert {_name(item) for item in re.findall(r'"([^"]+)"', listed.group(1))} == DECLARED
+
+
+def test_the_oldest_end_of_the_nightly_tests_pins_every_lower_bound() -> None:
+    pinned = [item for item in nightly.requirements("oldest") if not item.startswith("torchvision")]
+    assert {_name(item) for item in pinned} == DECLARED and all("==" in item for item in pinned)
 
 
 @pytest.fixture(scope="module")

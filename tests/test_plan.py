@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from counts import counted
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer
 from nullspace_optim.architectures import build
@@ -102,21 +100,6 @@ def test_conditions_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
         Conditions(**wrong)
 
 
-def product_flop(target: Any, left: Any, right: Any, **_: Any) -> int:
-    """Count `target += left @ right` `[b, m, k] @ [b, k, n]`."""
-    batch, m, k = left
-    return int(2 * batch * m * k * right[2])
-
-
-@contextmanager
-def counted() -> Iterator[FlopCounterMode]:
-    """Count products, those in place as well, with attention as products."""
-    in_place: Any = torch.ops.aten.baddbmm_
-    counts = {in_place: product_flop}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=counts) as mode:
-        yield mode
-
-
 class Measured:
     """A real model of the same architecture: one consolidation, then 16 counted steps."""
 
@@ -133,7 +116,7 @@ class Measured:
             self.forward = mode.get_total_flops()
             total(outputs).backward()
         self.step = mode.get_total_flops()
-        self.opt.step()  # the first step after a consolidation also compares all anchors
+        self.opt.step()  # the first step after a consolidation also sketches the weights, the origin of their movement
         with counted() as mode:
             for _ in range(16):
                 self.opt.step()
@@ -143,8 +126,8 @@ class Measured:
         }
         self.stored = stored_bytes(self.opt._core.store) + sum(b.nbytes for b in self.opt._core.store.buffers.values())
         self.copies = sum(t.nbytes for guard in guards for t in guard.previous)
-        made = [*(guard.residuals for guard in guards), *(guard.complements for guard in guards)]
-        self.workspaces = sum(t.nbytes for tensors in made for t in tensors.values())
+        complements = [t for guard in guards for t in guard.complements.values()]
+        self.workspaces = self.protection.workspace.nbytes + sum(t.nbytes for t in complements)
 
 
 def total(outputs: Any) -> Tensor:

@@ -335,3 +335,26 @@ def test_an_optimizer_that_writes_through_data_cannot_move_frozen_parameters() -
     _train(optimizer, model)
     assert _drift(model(OLD), before) <= 1e-5
     assert optimizer.verify().ok
+
+
+class Scaled(nn.Module):
+    """A layer with a scalar beside it, like the `logit_scale` of CLIP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(24, 8)
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scaled: Tensor = self.scale * self.layer(x)
+        return scaled
+
+
+def test_a_frozen_scalar_can_be_anchored_anew() -> None:
+    model = Scaled()
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.01), model, policy=NumericalRank())
+    optimizer.consolidate([OLD], progress=False)
+    model.scale.data = torch.tensor(3.0)
+    optimizer.reanchor()
+    _train(optimizer, model, 2)
+    assert float(model.scale.detach()) == 3.0 and optimizer.verify().ok

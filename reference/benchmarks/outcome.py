@@ -8,7 +8,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -78,6 +79,13 @@ def machine(device: torch.device) -> str:
 def progress(text: str) -> None:
     """One line on what is being measured, to the error stream."""
     print(text, file=sys.stderr, flush=True)
+
+
+def saved_bytes(save: Callable[[Path], object]) -> int:
+    """Bytes of everything that `save` writes to a path."""
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder) / "saved")
+        return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
 def _processor() -> str:

@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -26,14 +24,25 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from nullspace_optim import Basis, NullSpaceOptimizer, clip_forward
-from reference.benchmarks.outcome import Outcome, Table, finish, progress
-from reference.benchmarks.timing import in_turn, ratio, wait
-from reference.benchmarks.workload import Batch, Share, Still, build, contrastive_loss, quiet, random_batch, shrink
+from nullspace_optim import Basis, NullSpaceOptimizer
+from reference.benchmarks.counting import EXACT_EVERY, protection_operations
+from reference.benchmarks.outcome import Outcome, Table, finish, progress, saved_bytes
+from reference.benchmarks.timing import in_turn, ratio, seconds, wait
+from reference.benchmarks.workload import (
+    Batch,
+    Share,
+    Still,
+    build,
+    contrastive_loss,
+    fill,
+    matrices,
+    protected_at_random,
+    random_batch,
+)
 
 RATE = 1e-6
-EXACT_EVERY = 16
 TASKS = (1, 5, 10, 20)
+STEP_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ def main(arguments: Sequence[str]) -> Outcome:
         blocks=options.blocks,
         batch=options.batch or (64 if graphic else 32),
         repeats=options.repeats or (20 if graphic else 2),
-        shares=tuple(sorted((Fraction(share) for share in options.shares.split(",")), reverse=True)),
+        shares=tuple(sorted(Fraction(share) for share in options.shares.split(","))),
         autocast=getattr(torch, options.autocast or ("bfloat16" if graphic else "float32")),
         device=device,
     )
@@ -125,20 +134,17 @@ def whole_steps(settings: Settings) -> list[Table]:
     operations = step_operations(bare)
     bare.timed_step()
     base = AdamW(with_it.parameters(), lr=RATE)
-    rows: list[tuple[str, ...]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        bases = Path(folder) / "bases.safetensors"
-        consolidated(base, with_it, max(settings.shares), settings.device).save(bases)
-        Trainer(with_it, base, batch, settings.autocast).gradients()
+    found: dict[tuple[Fraction, str], tuple[str, ...]] = {}
+    for precision in ("exact", "fast"):
+        optimizer = protected_at_random(base, with_it, precision)
+        guarded = Trainer(with_it, optimizer, batch, settings.autocast)
+        guarded.gradients()
         for share in settings.shares:
-            for precision in ("exact", "fast"):
-                progress(f"training step, k/d {share}, {precision}")
-                optimizer = NullSpaceOptimizer(base, with_it, precision=precision)
-                optimizer.load(bases)
-                shrink(optimizer.bases, float(share))
-                guarded = Trainer(with_it, optimizer, batch, settings.autocast)
-                rows.append((str(share), precision, *_compare(bare, guarded, settings, operations, precision)))
-                optimizer.detach()
+            progress(f"training step, k/d {share}, {precision}")
+            fill(optimizer, float(share))
+            found[share, precision] = _compare(bare, guarded, settings, operations, precision)
+        optimizer.detach()
+    rows = [(str(share), precision, *cells) for (share, precision), cells in sorted(found.items())]
     return [_step_table(rows, settings, bare, operations)]
 
 
@@ -175,7 +181,7 @@ def _step_table(rows: Sequence[tuple[str, ...]], settings: Settings, bare: Train
             "k/d", "precision", "with / without", "by the optimizer's part", "predicted",
             "step without (s)", "added (s)", "drift", f"under {otherwise}",
         ),
-        tuple(reversed(derived)),
+        tuple(derived),
         f"With / without: median of {settings.repeats} neighbouring pairs of whole steps. By the optimizer's part: "
         "1 + what the optimizer takes longer, over the whole step without (steadier). Predicted: operations of the "
         f"protection over the {operations / 1e9:.3g} GFLOP of forward and backward, at equal rate. Drift: largest "
@@ -186,35 +192,30 @@ def _step_table(rows: Sequence[tuple[str, ...]], settings: Settings, bare: Train
 
 def projections(settings: Settings) -> list[Table]:
     """The correction alone against `G <- G P`, on every matrix shape of the model once."""
-    model = build(settings.model, 1, settings.device)
-    weights = [w for name, w in model.named_parameters() if w.ndim > 1 and "embedding" not in name]
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight)
-    base = Still(weights)
     repeats = 3 * settings.repeats
     rows: list[tuple[str, ...]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        bases = Path(folder) / "bases.safetensors"
-        consolidated(base, model, max(settings.shares), settings.device).save(bases)
-        for share in settings.shares:
-            cells: list[str] = []
-            for precision in ("exact", "fast"):
-                progress(f"projection alone, k/d {share}, {precision}")
-                optimizer = NullSpaceOptimizer(base, model, precision=precision)
-                optimizer.load(bases)
-                shrink(optimizer.bases, float(share))
-                dense = dense_projections(model, optimizer.bases)
-                found = in_turn({"ours": optimizer.step, "dense": partial(_multiply, dense)}, repeats, settings.device)
-                cells += [f"{1e3 * median(found['ours']):.2f}", f"{1 / ratio(found['ours'], found['dense']):.2f}"]
-                optimizer.detach()
-            predicted = 1 / min(2 * share, 2 - 2 * share + 2 * share / EXACT_EVERY)
-            dense_time = f"{1e3 * median(found['dense']):.2f}"
-            rows.append((str(share), dense_time, cells[0], cells[1], f"{float(predicted):.2f}", *cells[2:]))
+    models = {precision: build(settings.model, 1, settings.device) for precision in ("exact", "fast")}
+    guarded = {
+        precision: protected_at_random(Still(matrices(model).values()), model, precision)
+        for precision, model in models.items()
+    }
+    for share in settings.shares:
+        progress(f"projection alone, k/d {share}")
+        for optimizer in guarded.values():
+            fill(optimizer, float(share))
+        dense = dense_projections(models["exact"], guarded["exact"].bases)
+        runs = {name: optimizer.step for name, optimizer in guarded.items()}
+        found = in_turn({**runs, "dense": partial(_multiply, dense)}, repeats, settings.device)
+        milliseconds = {name: f"{1e3 * median(times):.2f}" for name, times in found.items()}
+        exact, fast = (f"{ratio(found['dense'], found[name]):.2f}" for name in ("exact", "fast"))
+        predicted = 1 / min(2 * share, 2 - 2 * share + 2 * share / EXACT_EVERY)
+        cells = (milliseconds["dense"], milliseconds["exact"], exact, f"{float(predicted):.2f}")
+        rows.append((str(share), *cells, milliseconds["fast"], fast))
     return [
         Table(
             f"Projection alone, each matrix shape of {settings.model} once, float32 weights",
             ("k/d", "dense P (ms)", "exact (ms)", "dense / exact", "predicted", "fast (ms)", "dense / fast"),
-            tuple(reversed(rows)),
+            tuple(rows),
             f"Median of {repeats} turns. Dense: G <- G P with a stored P [d, d], the arithmetic of Adam-NSCL, GPM "
             "and GNSP, which leaks under most base optimizers. Exact and fast: what a protected step does, with "
             "all its bookkeeping. Predicted: operations of dense over exact.",
@@ -222,51 +223,65 @@ def projections(settings: Settings) -> list[Table]:
     ]
 
 
+@dataclass(frozen=True)
+class Moment:
+    """An optimizer after some tasks, seconds of the last consolidation and of a forward pass, bytes of its file."""
+
+    optimizer: NullSpaceOptimizer
+    consolidation: float
+    forward: float
+    file: int
+
+
 def over_tasks(settings: Settings) -> list[Table]:
     """The cost of protection after 1, 5, 10 and 20 consolidated tasks of small growth."""
-    size = 64 if settings.model == "tiny" else 768
+    size, rows = (64, 32) if settings.model == "tiny" else (768, 4096)
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(3)]).to(settings.device)
-    for weight in model.parameters():
-        weight.grad = torch.zeros_like(weight)
     optimizer = NullSpaceOptimizer(Still(model.parameters()), model, policy=Share(0.25, growth=1))
-    snapshots: dict[str, NullSpaceOptimizer] = {}
+    moments: dict[str, Moment] = {}
     for task in range(1, max(TASKS) + 1):
         progress(f"task {task} of {max(TASKS)}")
-        optimizer.consolidate([torch.randn(8, size, device=settings.device)], progress=False)
+        inputs = torch.randn(rows, size, device=settings.device)
+        with torch.no_grad():
+            forward = seconds(lambda: model(inputs), settings.device)  # noqa: B023
+        took = seconds(lambda: optimizer.consolidate([inputs], progress=False), settings.device)  # noqa: B023
         if task in TASKS:
-            snapshots[str(task)] = copy.deepcopy((model, optimizer))[1]
-    for snapshot in snapshots.values():
-        for weight in (w for group in snapshot.param_groups for w in group["params"]):
-            weight.grad = torch.zeros_like(weight)
+            moments[str(task)] = Moment(
+                copy.deepcopy((model, optimizer))[1], took, forward, saved_bytes(optimizer.save)
+            )
     repeats = 20 * settings.repeats
-    found = in_turn({name: snapshot.step for name, snapshot in snapshots.items()}, repeats, settings.device)
-    rows = []
-    for name, snapshot in snapshots.items():
-        rank = next(iter(snapshot.bases.values())).rank
-        first = next(iter(snapshots.values()))
-        expected = rank / next(iter(first.bases.values())).rank
-        relative = ratio(found[name], found[str(TASKS[0])])
-        rows.append((name, f"{rank}/{size}", f"{1e3 * median(found[name]):.3f}", f"{relative:.3f}", f"{expected:.3f}"))
+    runs = {name: moment.optimizer.step for name, moment in moments.items()}
+    found = in_turn(runs, repeats, settings.device)
+    bare = median(in_turn({"": partial(_train, model, size, settings.device)}, repeats, settings.device)[""])
+    first = moments[str(TASKS[0])]
+    lines = []
+    for name, moment in moments.items():
+        rank, before = (next(iter(m.optimizer.bases.values())).rank for m in (moment, first))
+        took, relative = median(found[name]), ratio(found[name], found[str(TASKS[0])])
+        lines.append(
+            (
+                name, f"{rank}/{size}", f"{1e3 * took:.3f}", f"{relative:.3f}", f"{rank / before:.3f}",
+                f"{1 + took / bare:.3f}", f"{1e3 * moment.consolidation:.0f}", f"{1e3 * moment.forward:.1f}",
+                f"{moment.file / 1e6:.3f}",
+            )
+        )  # fmt: skip
     return [
         Table(
             f"Protection alone after many tasks, three {size} x {size} matrices, one new direction a task",
-            ("tasks", "k/d", "ms", "over 1 task", "predicted"),
-            tuple(rows),
-            "Predicted: the ratio of ranks; the number of tasks itself has no part in it.",
+            (
+                "tasks", "k/d", "ms", "over 1 task", "predicted", "step with / without", "last consolidation (ms)",
+                "forward only (ms)", "file (MB)",
+            ),
+            tuple(lines),
+            "Predicted: the ratio of ranks; the number of tasks itself has no part in it. With / without: beside "
+            f"forward and backward of {STEP_ROWS} rows, {1e3 * bare:.1f} ms. A task has {rows} rows.",
         )
-    ]
+    ]  # fmt: skip
 
 
-def consolidated(base: Optimizer, model: nn.Module, share: Fraction, device: torch.device) -> NullSpaceOptimizer:
-    """Protect `share` of every matrix: a few samples decide which, directions without energy fill up the rest."""
-    progress(f"consolidating once at k/d {share} (an eigen-decomposition of every second moment)")
-    optimizer = NullSpaceOptimizer(base, model, policy=Share(float(share)))
-    batch = random_batch(model, 4, device, seed=1)
-    with quiet():
-        optimizer.consolidate([batch.images], name="task", forward=clip_forward(model, batch.tokens), progress=False)
-    optimizer.detach()
-    return optimizer
+def _train(model: nn.Module, size: int, device: torch.device) -> None:
+    model(torch.ones(STEP_ROWS, size, device=device)).sum().backward()
 
 
 def dense_projections(model: nn.Module, bases: Mapping[str, Basis]) -> list[tuple[Tensor, Tensor, bool]]:
@@ -286,21 +301,6 @@ def dense_projections(model: nn.Module, bases: Mapping[str, Basis]) -> list[tupl
 def _multiply(dense: Sequence[tuple[Tensor, Tensor, bool]]) -> None:
     for gradient, projector, right in dense:
         _ = gradient @ projector if right else projector @ gradient
-
-
-def protection_operations(bases: Mapping[str, Basis], precision: str) -> float:
-    """Operations of one protected step: anchor or difference form as the library chooses it (see the module's page)."""
-    total = 0.0
-    for basis in bases.values():
-        for side, subspace in basis.subspaces.items():
-            if side == "rows":
-                continue
-            other = subspace.anchor.shape[1] if side == "right" else subspace.anchor.shape[2]
-            k, size = max(subspace.ranks), subspace.size
-            anchor = 4.0 * other * size * k * len(subspace.ranks)
-            difference = 4.0 * other * size * min(k, size - k) * len(subspace.ranks)
-            total += anchor if precision == "exact" and 2 * k <= size else difference + anchor / EXACT_EVERY
-    return total
 
 
 def step_operations(trainer: Trainer) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nullspace_optim import Basis, NullSpaceWarning, Policy, Spectrum
+from nullspace_optim import (
+    FixedRank,
+    NullSpaceOptimizer,
+    NullSpaceWarning,
+    Policy,
+    SketchedCovariance,
+    Spectrum,
+    clip_forward,
+)
 
 SMALLEST = {
     "embed_dim": 32,
@@ -95,20 +103,33 @@ def contrastive_loss(model: Any, batch: Batch) -> Tensor:
     return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
 
-def shrink(bases: Mapping[str, Basis], share: float) -> None:
-    """Keep of every basis its leading `share` of all directions; to be called before the first protected step.
+def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every weight of `model` that is multiplied with rows of inputs, by name."""
+    return {name: w for name, w in model.named_parameters() if w.ndim > 1 and "embedding" not in name}
 
-    One eigen-decomposition then serves a whole curve over ranks.
-    """
-    for basis in bases.values():
+
+def protected_at_random(base: Optimizer, model: Any, precision: str = "exact") -> NullSpaceOptimizer:
+    """Protect one direction of every matrix that `base` moves; `fill` makes them any number."""
+    device = next(iter(model.parameters())).device
+    sketch = SketchedCovariance(size=4, above=4)
+    optimizer = NullSpaceOptimizer(base, model, policy=FixedRank(1), precision=precision, rows="all", covariance=sketch)  # type: ignore[arg-type]
+    batch = random_batch(model, 1, device, seed=1)
+    with quiet():
+        optimizer.consolidate([batch.images], name="task", forward=clip_forward(model, batch.tokens), progress=False)
+    return optimizer
+
+
+def fill(optimizer: NullSpaceOptimizer, share: float) -> None:
+    """Put random directions, a `share` of all, in the place of every basis: a curve over ranks without eigenvectors."""
+    draws: dict[tuple[int, int], Tensor] = {}
+    for basis in optimizer.bases.values():
         for side, subspace in basis.subspaces.items():
             if side == "rows":
                 continue
-            rank = round(share * subspace.size)
-            anchor = subspace.anchor[:, :, :rank] if side == "right" else subspace.anchor[:, :rank]
-            basis.subspaces[side] = replace(
-                subspace,
-                basis=subspace.basis[:, :, :rank].contiguous(),
-                anchor=anchor.contiguous(),
-                ranks=tuple(min(rank, old) for old in subspace.ranks),
-            )
+            rank, groups, size = max(1, round(share * subspace.size)), len(subspace.ranks), subspace.size
+            if (size, rank) not in draws:
+                draw = torch.randn(size, rank, generator=torch.Generator().manual_seed(size))
+                draws[size, rank] = torch.linalg.qr(draw.to(subspace.basis.device))[0]
+            directions = draws[size, rank].expand(groups, -1, -1).clone()
+            basis.subspaces[side] = replace(subspace, basis=directions, ranks=(rank,) * groups)
+    optimizer.reanchor()

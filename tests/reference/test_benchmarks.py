@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from fractions import Fraction
 from pathlib import Path
 
 import open_clip
@@ -13,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from nullspace_optim import NullSpaceOptimizer
-from reference.benchmarks import consolidate, drift, policies, step, workload
+from reference.benchmarks import consolidate, counting, drift, policies, step, workload
 from reference.benchmarks.outcome import Outcome, Table
 from reference.benchmarks.timing import in_turn, ratio
 
@@ -63,30 +62,33 @@ def test_step_makes_every_table(tmp_path: Path) -> None:
     assert all(float(predicted) > 1 for predicted in column(steps, "predicted"))
     assert column(projection, "predicted")[0] == "2.00"
     assert column(tasks, "k/d") == ["16/64", "20/64", "25/64", "35/64"]
+    assert all(float(size) > 0 for size in column(tasks, "file (MB)"))
     assert json.loads((tmp_path / "step.json").read_text())["command"].startswith("python -m reference.benchmarks.step")
 
 
-def test_shrunk_bases_keep_leading_directions_and_the_step_protects_them(tmp_path: Path) -> None:
+def test_filled_bases_are_orthonormal_and_the_step_protects_them() -> None:
     model = workload.build("tiny", None, CPU)
-    base = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    step.consolidated(base, model, Fraction(3, 4), CPU).save(tmp_path / "bases.safetensors")
-    optimizer = NullSpaceOptimizer(base, model)
-    optimizer.load(tmp_path / "bases.safetensors")
-    before = {name: basis.U.clone() for name, basis in optimizer.bases.items() if "c_fc.weight" in name}
-    workload.shrink(optimizer.bases, 0.25)
-    for name, leading in before.items():
-        assert torch.equal(optimizer.bases[name].U, leading[:, : round(0.25 * len(leading))])
-    trainer = step.Trainer(model, optimizer, workload.random_batch(model, 4, CPU), torch.float32)
-    trainer.timed_step()
-    assert optimizer.verify().worst <= 1e-5
+    optimizer = workload.protected_at_random(torch.optim.AdamW(model.parameters(), lr=1e-2), model)
+    for share in (0.75, 0.25):
+        workload.fill(optimizer, share)
+        for basis in optimizer.bases.values():
+            for side, subspace in basis.subspaces.items():
+                if side != "rows":
+                    assert subspace.basis.shape == (1, subspace.size, round(share * subspace.size))
+                    gram = subspace.basis[0].T @ subspace.basis[0]
+                    assert torch.allclose(gram, torch.eye(len(gram)), atol=1e-5)
+        step.Trainer(model, optimizer, workload.random_batch(model, 4, CPU), torch.float32).timed_step()
+        assert optimizer.verify().worst <= 1e-5
+    names = set(workload.matrices(model))
+    assert names == {name for name, basis in optimizer.bases.items() if set(basis.subspaces) & {"right", "left"}}
 
 
 def test_operations_of_a_protected_step() -> None:
     model = torch.nn.Linear(16, 8, bias=False)
     optimizer = NullSpaceOptimizer(workload.Still(model.parameters()), model, policy=workload.Share(0.25))
     optimizer.consolidate([torch.randn(2, 16)], progress=False)
-    assert step.protection_operations(optimizer.bases, "exact") == 4 * 8 * 16 * 4
-    assert step.protection_operations(optimizer.bases, "fast") == 4 * 8 * 16 * 4 * (1 + 1 / 16)
+    assert counting.protection_operations(optimizer.bases, "exact") == 4 * 8 * 16 * 4
+    assert counting.protection_operations(optimizer.bases, "fast") == 4 * 8 * 16 * 4 * (1 + 1 / 16)
 
 
 def test_share_grows_by_what_it_says() -> None:
