@@ -123,7 +123,9 @@ class Guard:
 
     def _marks(self) -> tuple[tuple[int, ...], ...]:
         """Return address and version of every member; a DTensor and its block count their writes separately."""
-        return tuple((held.data_ptr(), held._version, p._version) for p in self.members for held in [local(p)])
+        if self.bias is None:
+            return (_mark(self.parameter),)
+        return _mark(self.parameter), _mark(self.bias)
 
     @property
     def edited(self) -> bool:
@@ -265,6 +267,13 @@ class Guard:
                 if subspace.rank:
                     drifts.append(float(anchor_drift(matrix, subspace.basis, subspace.anchor, subspace.side)))
         return max(drifts, key=lambda drift: (isnan(drift), drift))
+
+
+def _mark(parameter: Tensor) -> tuple[int, ...]:
+    if not hasattr(parameter, "to_local"):
+        return parameter.data_ptr(), parameter._version
+    held = local(parameter)
+    return held.data_ptr(), held._version, parameter._version
 
 
 def relative(now: Tensor, then: Tensor) -> float:

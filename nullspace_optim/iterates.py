@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +27,11 @@ SECOND_WEIGHTS = {"ScheduleFree": ("z", "x", "y"), "Lookahead": ("slow_params",)
 
 def state_keys(base: Optimizer) -> tuple[str, ...]:
     """Return the entries of `base.state[p]` that hold another set of weights."""
-    names = [kind.__name__ for kind in type(base).__mro__]
+    return _keys_of(tuple(kind.__name__ for kind in type(base).__mro__))
+
+
+@cache
+def _keys_of(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(key for part, keys in SECOND_WEIGHTS.items() if any(part in name for name in names) for key in keys)
 
 

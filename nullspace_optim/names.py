@@ -36,9 +36,12 @@ def names_by_identity(model: nn.Module) -> Mapping[int, str]:
 
 def local(tensor: Any) -> Tensor:
     """Return what this rank holds of a DTensor, detached and in the same memory; any other tensor detached."""
+    if not hasattr(tensor, "to_local"):
+        plain: Tensor = tensor.detach()
+        return plain
     with torch.no_grad():
-        whole: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-        return whole.detach()
+        block: Tensor = tensor.to_local()
+        return block.detach()
 
 
 def present_parameters(model: nn.Module) -> Callable[[], dict[str, Tensor]]:

@@ -14,7 +14,7 @@ what the base optimizer really did; the anchor form `W <- W - (W U - A) U^H` is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -31,20 +31,23 @@ _ANCHOR_FLOOR = 1e-2
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
     """Multiply matrices on `device` in full float32: no TF32, no bfloat16 passes, no autocast."""
+    backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    flags: Any = getattr(backend, "matmul", None)
     autocast = torch.is_autocast_enabled(device.type)
+    if hasattr(flags, "fp32_precision"):
+        before, exact = flags.fp32_precision, "ieee"
+        allow: Callable[[str], None] = partial(setattr, flags, "fp32_precision")
+    else:  # torch before 2.9 has one flag for all devices
+        before, exact, allow = torch.get_float32_matmul_precision(), "highest", torch.set_float32_matmul_precision
+    if before == exact and not autocast:  # as inside another `exact_products`
+        yield
+        return
     with torch.autocast(device.type, enabled=False) if autocast else nullcontext():
-        backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-        flags: Any = getattr(backend, "matmul", None)
-        if not hasattr(flags, "fp32_precision"):  # torch before 2.9 has one flag for all devices
-            before, restore = torch.get_float32_matmul_precision(), torch.set_float32_matmul_precision
-            torch.set_float32_matmul_precision("highest")
-        else:
-            before, restore = flags.fp32_precision, partial(setattr, flags, "fp32_precision")
-            flags.fp32_precision = "ieee"
+        allow(exact)
         try:
             yield
         finally:
-            restore(before)
+            allow(before)
 
 
 @torch.no_grad()

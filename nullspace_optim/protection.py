@@ -24,6 +24,7 @@ from .errors import OptionError, StaleAnchorError
 from .guard import Guard, Precision, guard_low_precision
 from .iterates import second_weights, state_keys
 from .names import local
+from .projection import exact_products
 from .workspace import Workspace
 
 EXACT_EVERY = 16
@@ -70,6 +71,7 @@ class Protection:
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._touched: set[int] = set()
         self._idle: set[int] = set()
+        self._stepping: dict[int, list[Guard]] = {}
         self._second_weights = False
         self._handles: list[Any] = []
         self._paused = False
@@ -88,6 +90,7 @@ class Protection:
         self.release_gradient_hooks()
         before, self.guards = self.guards, {}
         self.workspace = Workspace()
+        self._stepping.clear()
         for name, basis in store.items():
             if basis.kept is None and not basis.subspaces:
                 continue
@@ -122,7 +125,7 @@ class Protection:
         if self._paused:
             return None
         self.put_back()
-        mine = self._guards_of(base)
+        mine = self._stepping[id(base)] = self._guards_of(base)
         for guard in mine:
             if guard.edited:
                 self._refuse_edit(guard)
@@ -151,21 +154,11 @@ class Protection:
         """Step post-hook of a base: put kept directions, frozen values and hidden gradients back."""
         if self._paused:
             return
-        owed, moves = False, []
-        foreign = not _marks_writes(base)
-        for guard in self._guards_of(base):
-            moved = foreign or guard.edited or bool(self._touched & {id(p) for p in guard.members})
-            if guard.immovable:
-                if foreign or guard.edited:
-                    local(guard.parameter).copy_(_kept(guard))
-            elif moved and self.options.project != "gradient":
-                moved = id(guard.parameter) not in self._idle or not guard.unmoved
-                owed |= moved and self._correct(guard)
+        foreign, moves = not _marks_writes(base), []
+        for guard in self._stepping.pop(id(base), None) or self._guards_of(base):
+            moved = foreign or any(id(p) in self._touched for p in guard.members) or guard.edited
             moves.append((guard, guard.members, moved))
-        if self.options.project != "gradient":
-            correct_across(moves, softly=True)
-        for guard, _, _ in moves:
-            guard.mark()
+        owed = bool(moves) and self._put_back_moved(moves, foreign)
         if self._second_weights and self.options.project != "gradient":
             self.align(base)
         self.inexact_steps += owed
@@ -175,6 +168,24 @@ class Protection:
             parameter.detach().copy_(value)
         self._copies = []
         self.put_back()
+
+    def _put_back_moved(self, moves: list[tuple[Guard, list[Tensor], bool]], foreign: bool) -> bool:
+        """Correct what a step moved; return True if an exact correction is still owed."""
+        owed = False
+        with exact_products(local(moves[0][0].parameter).device):  # once, not for every product
+            for number, (guard, members, moved) in enumerate(moves):
+                if guard.immovable:
+                    if foreign or guard.edited:
+                        local(guard.parameter).copy_(_kept(guard))
+                elif moved and self.options.project != "gradient":
+                    moved = id(guard.parameter) not in self._idle or not guard.unmoved
+                    moves[number] = (guard, members, moved)
+                    owed |= moved and self._correct(guard)
+            if self.options.project != "gradient":
+                correct_across(moves, softly=True)
+        for guard, _, _ in moves:
+            guard.mark()
+        return owed
 
     @torch.no_grad()
     def align(self, base: Optimizer) -> None:

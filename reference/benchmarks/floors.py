@@ -11,11 +11,11 @@ correction of every matrix of the model with all its bookkeeping.
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial
-from statistics import median
+from statistics import mean, median
 
 import torch
 
@@ -63,11 +63,13 @@ def _model_table(
     weights = matrices(model)
     rows: list[tuple[str, ...]] = []
     for precision in ("exact", "fast"):
+        gc.collect()  # hooks and optimizers refer to each other: bases of the last curve would stay
         optimizer = protected_at_random(Still(weights.values()), model, precision)
         for share in shares:
             progress(f"{name}, k/d {share}, {precision}")
             fill(optimizer, float(share))
             rows.append((str(share), precision, *_row(optimizer, precision, float(share), repeats, rates, device)))
+        optimizer.detach()
     size = sum(weight.numel() for weight in weights.values())
     return Table(
         f"Floor of the correction, {name}, {len(weights)} matrices, {size / 1e6:.1f} million weights, float32",
@@ -98,17 +100,11 @@ def _row(
 
 
 def _seconds_a_step(optimizer: NullSpaceOptimizer, repeats: int, periodic: bool, device: torch.device) -> float:
-    """Seconds of one correction: of the anchor form the median, of the difference form the mean of whole periods."""
-    for _ in range(EXACT_EVERY if periodic and repeats > 1 else 1):
-        optimizer.step()  # does not count: it makes workspaces and complements
-    if not periodic:
-        return median(seconds(optimizer.step, device) for _ in range(repeats))
-    return median(seconds(partial(_steps, optimizer), device) for _ in range(max(1, repeats // 3))) / EXACT_EVERY
-
-
-def _steps(optimizer: NullSpaceOptimizer) -> None:
-    for _ in range(EXACT_EVERY):
-        optimizer.step()
+    """Seconds of one correction: of the anchor form the median, of the difference form the mean of a period."""
+    optimizer.step()  # does not count: it makes workspaces and complements
+    if periodic:
+        return mean(seconds(optimizer.step, device) for _ in range(EXACT_EVERY))
+    return median(seconds(optimizer.step, device) for _ in range(repeats))
 
 
 def _rates_table(machines: Sequence[Rates]) -> Table:
