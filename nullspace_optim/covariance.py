@@ -3,21 +3,23 @@
 Rows come as `[g, n, s]`: `g` groups, `n` rows, `s` features (the input side `d` of a weight for side "right",
 the output side `m` for side "left"). A `SecondMoment` keeps `sum_i x_i x_i^T`, the uncentred covariance of GPM
 (Saha et al., 2021, eq. 6), GNSP (2507.19839, eq. 3) and Adam-NSCL (Wang et al., 2021, eq. 8); it can be merged
-across batches and across ranks. On the CPU the sum is a symmetric rank-n update by BLAS `syrk`, half the work
-of a product; elsewhere it is one batched product.
+across batches and across ranks. On the CPU only the block columns of the lower triangle are multiplied, 9/16 of the
+work of a product; elsewhere it is one batched product. BLAS `syrk` would be half the work, but torch has none, and
+scipy's comes with a thread pool of its own that fights with torch's inside a forward pass.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from scipy.linalg import blas
 from torch import Tensor
 
 _SMALL_GROUP = 64
 _BLOCK = 256
+_COLUMNS, _NARROWEST = 8, 128
 
 
 @contextmanager
@@ -125,11 +127,11 @@ class SecondMoment:
         target = self._sum if self._batch is None else self._batch
         rows = rows.detach().to(self.device, self.dtype)
         self._half = True  # only the lower triangle is kept up to date, or exactly symmetric to the upper one
-        if self._uses_syrk(len(index)):
-            for i, block in zip(index, rows, strict=True):
-                _syrk(target[i], block)
-            return
         with _full_precision(self.device):
+            if self._one_by_one(len(index)):
+                for i, block in zip(index, rows, strict=True):
+                    _add_lower(target[i], block)
+                return
             gram = rows.mT @ rows.conj()
             target.index_add_(0, torch.tensor(index, device=self.device), gram)
 
@@ -182,16 +184,17 @@ class SecondMoment:
         twin._batch, twin._half = None, False
         return twin
 
-    def _uses_syrk(self, groups: int) -> bool:
-        """BLAS one group at a time pays on the CPU unless there are many small groups (depthwise convolution)."""
+    def _one_by_one(self, groups: int) -> bool:
+        """Half of each group at a time pays on the CPU unless there are many small groups (depthwise convolution)."""
         return self.device.type == "cpu" and not self.dtype.is_complex and (groups == 1 or self.size >= _SMALL_GROUP)
 
 
-def _syrk(target: Tensor, rows: Tensor) -> None:
-    """Add `rows^T rows` to the lower triangle of `target` `[s, s]` in place, by BLAS `ssyrk` or `dsyrk`."""
-    syrk = blas.dsyrk if target.dtype == torch.float64 else blas.ssyrk
-    # BLAS is column-major: the transposed views of row-major arrays are what it wants, so nothing is copied.
-    syrk(1.0, rows.contiguous().numpy().T, beta=1.0, c=target.numpy().T, lower=0, overwrite_c=1)
+def _add_lower(target: Tensor, rows: Tensor) -> None:
+    """Add the lower triangle of `rows^T rows` to `target` `[s, s]` in place, block column by block column."""
+    size = rows.shape[1]
+    width = max(_NARROWEST, math.ceil(size / _COLUMNS))
+    for left in range(0, size, width):
+        target[left:, left : left + width].addmm_(rows[:, left:].T, rows[:, left : left + width])
 
 
 def _mirror(matrix: Tensor) -> None:
