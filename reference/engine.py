@@ -217,10 +217,10 @@ def _one_step(learner: Learner, batch: Batch, config: Config) -> float:
     return value.item()
 
 
-def crop(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random square crops of at least 90 % of the area, resized bilinearly to the same size: uint8 `[n, 3, s, s]`."""
+def crop(images: Tensor, generator: torch.Generator, smallest: float = SMALLEST_CROP) -> Tensor:
+    """Random square crops of at least the share `smallest` of the area, resized bilinearly: uint8 `[n, 3, s, s]`."""
     draw = torch.rand(len(images), 3, generator=generator)
-    side = (SMALLEST_CROP + (1 - SMALLEST_CROP) * draw[:, 0]).sqrt()
+    side = (smallest + (1 - smallest) * draw[:, 0]).sqrt()
     shift = (2 * draw[:, 1:] - 1) * (1 - side)[:, None]
     window = torch.cat([torch.diag_embed(side[:, None].expand(-1, 2)), shift[:, :, None]], dim=2)
     grid = F.affine_grid(window, list(images.shape), align_corners=False)
