@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from nullspace_optim import ConsolidationError, Energy, Fate, NullSpaceOptimizer, StaleAnchorError
+from nullspace_optim import Energy, Fate, NullSpaceOptimizer, OptionError, StaleAnchorError
 
 
 def test_three_tasks_in_a_row_with_one_argument() -> None:
@@ -62,7 +62,7 @@ def test_bases_are_a_mapping_with_the_mathematical_names() -> None:
 def test_a_model_without_the_wrapped_parameters_is_refused() -> None:
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     optimizer = NullSpaceOptimizer(AdamW(model.parameters()), other)
-    with pytest.raises(ConsolidationError, match="pass the model that is trained"):
+    with pytest.raises(OptionError, match="pass the model that is trained"):
         optimizer.consolidate([torch.randn(4, 3)], progress=False)
 
 
