@@ -33,7 +33,7 @@ READING = (
     "the accuracy matrix. Last: all tasks at the end. Old tasks kept: last minus right after training. Learned: right "
     "after training minus pretrained. Loss: training loss in the last tenth of a task's steps, mean over tasks."
 )
-COLOURS = ("#1f6a96", "#c9432f", "#2f9c74", "#e39a1f", "#7d3c9a", "#7a7c85")
+COLOURS = ("#1b1f24", "#c9432f", "#1f6a96", "#2f9c74", "#e39a1f", "#7d3c9a", "#8c6d46", "#7a7c85")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -74,30 +74,37 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def figure(rows: Sequence[Row], path: Path) -> None:
-    """Stability against plasticity: Transfer and old accuracy kept over what was learned; the first factor by colour,
-    the second by mark.
+    """Stability against plasticity: Transfer and old accuracy kept over what was learned.
+
+    The first factor by colour; the second by mark, or, where only two vary, as a line with the values beside it.
     """
     names = list(rows[0][0]["factors"])[:2]
     colours, marks = (list(dict.fromkeys(row[0]["factors"][name] for row in rows)) for name in names)
-    plot, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharex=True)
-    figures = (
-        ("transfer", "Transfer [%]"),
-        ("backward_transfer", "old tasks: end minus right after training [points]"),
-    )
-    for axes, (key, label) in zip(panels, figures):
-        for row in rows:
-            one, two = (row[0]["factors"][name] for name in names)
-            x, y = _mean(row, "diagonal_gain"), _mean(row, key)
-            colour, mark = COLOURS[colours.index(one) % len(COLOURS)], MARKS[marks.index(two) % len(MARKS)]
-            axes.scatter(x, y, color=colour, marker=mark, s=34, zorder=3)
-            if len(rows) <= 40:
-                axes.annotate(two, (x, y), (4, 3), textcoords="offset points", fontsize=7)
+    crossed = len(rows[0][0]["factors"]) > 3
+    plot, panels = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharex=True)
+    for axes, key in zip(panels, ("transfer", "backward_transfer")):
+        for number, colour in enumerate(colours):
+            of_colour = [row for row in rows if row[0]["factors"][names[0]] == colour]
+            found = [(_mean(row, "diagonal_gain"), _mean(row, key), row[0]["factors"][names[1]]) for row in of_colour]
+            shade = COLOURS[number % len(COLOURS)]
+            if not crossed:
+                axes.plot([x for x, _, _ in found], [y for _, y, _ in found], color=shade, lw=0.8, alpha=0.6)
+            for x, y, value in found:
+                mark = MARKS[marks.index(value) % len(MARKS)] if crossed else "*" if value == "-" else "o"
+                axes.scatter(x, y, color=shade, marker=mark, s=90 if mark == "*" else 30, zorder=3)
+                if not crossed and value != "-":
+                    axes.annotate(value, (x, y), (4, 3), textcoords="offset points", fontsize=7)
         axes.axhline(np.mean(rows[0][0]["pretrained"][1:]) if key == "transfer" else 0, color="grey", ls=":", lw=1)
-        axes.set(xlabel="learned: right after training minus pretrained [points]", ylabel=label)
+        axes.set(xlabel="learned: right after training minus pretrained [points]")
         axes.grid(alpha=0.25)
+    panels[0].set_ylabel("Transfer [%] (dotted: pretrained)")
+    panels[1].set_ylabel("old tasks: end minus right after training [points]")
     for number, value in enumerate(colours):
-        panels[0].scatter([], [], color=COLOURS[number % len(COLOURS)], label=f"{names[0]} {value}")
-    plot.legend(loc="outside upper center", ncols=len(colours), frameon=False, fontsize=8)
+        label = "ours, as set" if value in ("nothing", "-") else f"{names[0]} {value}" if crossed else value
+        panels[0].scatter([], [], color=COLOURS[number % len(COLOURS)], label=label)
+    for number, value in enumerate(marks if crossed else ()):
+        panels[0].scatter([], [], color="grey", marker=MARKS[number % len(MARKS)], label=f"{names[1]} {value}")
+    plot.legend(loc="outside upper center", ncols=8, frameon=False, fontsize=8)
     plot.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(plot)
 
