@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ class Victims:
             while job == "save" and not (folder / "started").exists():
                 time.sleep(0.005)
             time.sleep(delay)
-            os.kill(child, signal.SIGKILL)  # at worst a zombie: the server reaps it after this
+            with suppress(ProcessLookupError):  # it had ended, and the server had reaped it
+                os.kill(child, signal.SIGKILL)
         status = int(self.answer())
         assert status in (0, -signal.SIGKILL), (folder / "error.txt").read_text(encoding="utf-8")
         return status
