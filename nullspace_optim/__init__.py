@@ -25,7 +25,7 @@ from .errors import (
     StaleAnchorError,
 )
 from .hints import declare_rows, stand_in
-from .igsp import IGSP, ExpertReport, LayerReport, Status, Trainable
+from .igsp import IGSP, ExpertReport, LayerReport, Merged, Status, Trainable
 from .integrations import unwrap
 from .lora import begin_lora, inflora_rows, keeplora_rows, lora_rows
 from .mode import MODES
@@ -82,6 +82,7 @@ __all__ = [
     "InfLoRA",
     "KeepLoRA",
     "LayerReport",
+    "Merged",
     "ModelNotFoundError",
     "NullSpaceError",
     "NullSpaceOptimizer",

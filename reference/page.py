@@ -57,19 +57,24 @@ details { margin: 1rem 0; } pre { background: #f6f8fa; padding: .8rem; overflow-
 """
 
 
+def files_below(places: Sequence[str]) -> list[Path]:
+    """The results files below `places`, files or folders, each once, in order of name."""
+    files = [
+        file
+        for place in places
+        for file in (sorted(Path(place).rglob("results.json")) if Path(place).is_dir() else [Path(place)])
+    ]
+    return list(dict.fromkeys(files))
+
+
 def load_runs(places: Sequence[str]) -> list[Results]:
     """The results below `places`, files or folders, in order of name.
 
     Raises:
         ExperimentError: nothing is there, a file is not a result, or the runs are over different tasks.
     """
-    files = [
-        file
-        for place in places
-        for file in (sorted(Path(place).rglob("results.json")) if Path(place).is_dir() else [Path(place)])
-    ]
     runs = []
-    for file in dict.fromkeys(files):
+    for file in files_below(places):
         try:
             runs.append(json.loads(file.read_text(encoding="utf-8")))
             if not {"method", "seed", "tasks", "accuracy", "pretrained"} <= set(runs[-1]):

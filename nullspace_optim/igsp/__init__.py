@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
+from .deployment import Merged
 from .options import IGSP
 from .report import ExpertReport, LayerReport, Status, Trainable
 
-__all__ = ["IGSP", "ExpertReport", "LayerReport", "Status", "Trainable"]
+__all__ = ["IGSP", "ExpertReport", "LayerReport", "Merged", "Status", "Trainable"]

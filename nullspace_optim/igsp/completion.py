@@ -33,7 +33,9 @@ def finished_report(
     experts, routers = bank.count()
     frozen = "backbone of mode 'igsp'"
     rows = [ParameterReport(name, Fate.FROZEN, frozen) for name in work.parameters if not name.startswith(f"{CHILD}.")]
-    stored = sum(t.nbytes for layer in bank.layers for t in (*layer.history.values(), layer.inputs, layer.outputs))
+    bases = [(layer.inputs, layer.outputs, layer.gates) for layer in bank.layers]
+    stored = sum(tensor.nbytes for tensors in bases for tensor in tensors)
+    stored += sum(part.nbytes for layer in bank.layers for part in layer.history.values())
     return ExpertReport(
         task=work.task,
         model=type(work.model).__name__,

@@ -115,9 +115,28 @@ def extended(basis: Tensor, rows: Tensor) -> Tensor:
     rest = new - stored @ (stored.mH @ new)
     size = float(torch.linalg.matrix_norm(new, ord=2)) if new.numel() else 0.0
     left, values, _ = torch.linalg.svd(rest, full_matrices=False)
-    found = left[:, values > 1e-5 * max(size, 1e-30)][:, : basis.shape[0] - basis.shape[1]]
+    return _joined(basis, left[:, values > 1e-5 * max(size, 1e-30)][:, : basis.shape[0] - basis.shape[1]])
+
+
+def _joined(basis: Tensor, found: Tensor) -> Tensor:
+    """Return `basis` `[s, k]` and behind it the float64 directions `found` `[s, j]`, nearly orthogonal to it."""
+    stored = basis.double()
     found = found - stored @ (stored.mH @ found)
     return torch.cat([basis, polish(orthonormalise(found)).to(basis)], dim=1) if found.shape[1] else basis
+
+
+def spanned(basis: Tensor, rows: Tensor, energy: float) -> Tensor:
+    """Return `basis` `[s, k]` with as few more orthonormal columns as hold the share `energy` of the rows `[n, s]`.
+
+    The residual append of GPM: leading left singular vectors of what lies outside the basis.
+    """
+    stored, new = basis.double(), rows.detach().double().mT
+    left, values, _ = torch.linalg.svd(new - stored @ (stored.mH @ new), full_matrices=False)
+    inside = values.square().cumsum(0)
+    outside = torch.cat([inside[-1:], inside[-1] - inside])
+    limit = max(1 - energy, 1e-12) * new.square().sum()
+    count = min(int((outside > limit).sum()), basis.shape[0] - basis.shape[1])
+    return _joined(basis, left[:, :count])
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import pruning, router
-from .experts import PARTS, Expert, Silent, Stack, extended, fresh_directions, mix, shapes, stack
+from .experts import PARTS, Expert, Silent, Stack, extended, fresh_directions, mix, shapes, spanned, stack
 from .options import IGSP
 from .prototypes import Prototype, nearest, prototype
 from .report import LayerReport
@@ -58,12 +58,14 @@ class ExpertLayer(Silent):
     """Experts, routers and bases beside one layer.
 
     Buffers: `history_*`, the frozen experts `[H, ...]`; `inputs` `[d, k]` and `outputs` `[o, l]`, orthonormal bases of
-    the rows of all historical `A` and of the columns of all historical `B`. Parameters: `fresh` experts and `router`
-    `[E, d + 1]`, whose rows are the historical `members` of the task at work, then the fresh ones.
+    the rows of all historical `A` and of the columns of all historical `B`; `gates` `[d + 1, j]`, a basis of what a
+    shared router saw in finished tasks. Parameters: `fresh` experts and `router` `[E, d + 1]`, whose rows are the
+    historical `members` of the task at work, then the fresh ones.
     """
 
     inputs: Tensor
     outputs: Tensor
+    gates: Tensor
 
     def __init__(self, site: Site, options: IGSP, scope: Scope, number: int, device: torch.device) -> None:
         super().__init__()
@@ -74,6 +76,7 @@ class ExpertLayer(Silent):
             self.register_buffer(f"history_{part}", torch.zeros(0, *shape, device=device))
         self.register_buffer("inputs", torch.zeros(site.inputs, 0, device=device))
         self.register_buffer("outputs", torch.zeros(site.outputs, 0, device=device))
+        self.register_buffer("gates", torch.zeros(site.inputs + 1, 0, device=device))
         self.fresh = nn.ModuleList()
         self.finished = nn.ModuleList()
         self.members: list[int] = []
@@ -100,8 +103,11 @@ class ExpertLayer(Silent):
         self.fresh = nn.ModuleList(Expert(down.clone(), out, self.options.kind) for down in downs)
         self.members, self.candidates = list(range(self.size)), len(self.fresh)
         known = self._shared_rows()
-        rows = [known, known.new_zeros(self.size + len(self.fresh) - len(known), known.shape[1])]
-        self.adopt_router(torch.cat(rows))
+        new = known.new_zeros(self.size + len(self.fresh) - len(known), known.shape[1])
+        if self.size and len(self.fresh):
+            shift = router.head_start(self.size, len(self.fresh), self.options.noise)
+            new[len(new) - len(self.fresh) :, -1] = shift / router.constant(self.widths[0], self.options.gate_scale)
+        self.adopt_router(torch.cat([known, new]))
         self.watch = Watch(self.options, self.router)
 
     def _shared_rows(self) -> Tensor:
@@ -134,7 +140,7 @@ class ExpertLayer(Silent):
         if options.coverage is not None:
             kept = pruning.keep_coverage(flow, options.coverage)
         else:
-            kept = pruning.keep_above(flow, options.threshold, self.name)
+            kept = pruning.keep_above(flow, options.threshold, self.name, len(self.fresh))
         if options.router == "shared":
             kept[: len(self.members)] = True
         return kept
@@ -157,6 +163,12 @@ class ExpertLayer(Silent):
         records = [record for record in self.finished if isinstance(record, TaskRouter)]
         return records[-1:] if self.options.router == "shared" else records
 
+    def record(self, task: int) -> TaskRouter:
+        """Return the router of the `task`-th finished task, or the one that all share."""
+        record = self.finished[-1 if self.options.router == "shared" else task]
+        assert isinstance(record, TaskRouter)
+        return record
+
     def report(self) -> LayerReport:
         """Describe the task at work, after its pruning."""
         flow = self.watch.shares
@@ -175,13 +187,21 @@ class ExpertLayer(Silent):
             rank=self.options.width,
         )
 
+    def collect(self) -> Tensor:
+        """Return and forget the gate inputs `[n, d + 1]` of the forwards in which they were collected."""
+        collected, self.collected = self.collected, []
+        return torch.cat(collected) if collected else self.router.new_zeros(0, self.widths[0] + 1)
+
     def finish(self, outlier: float) -> None:
         """End the task: freeze the fresh experts, extend the bases by their directions, keep the router."""
-        collected = torch.cat(self.collected) if self.collected else self.router.new_zeros(1, self.widths[0])
-        self.collected = []
+        collected = self.collect()
+        if not len(collected):
+            collected = self.router.new_zeros(1, self.widths[0] + 1)
         numbers = [*self.members, *range(self.size, self.size + len(self.fresh))]
         known = torch.tensor(numbers, dtype=torch.int64, device=self.router.device)
-        self.finished.append(TaskRouter(self.router, known, prototype(collected, outlier)))
+        self.finished.append(TaskRouter(self.router, known, prototype(collected[:, :-1], outlier)))
+        if self.options.router == "shared" and self.options.shared_energy:
+            self.gates = spanned(self.gates, collected, self.options.shared_energy)
         for expert in self.fresh:
             assert isinstance(expert, Expert)
             self.inputs = extended(self.inputs, expert.down)
@@ -199,7 +219,7 @@ class ExpertLayer(Silent):
         x = x.transpose(0, 1) if self.batch_axis == 1 and x.ndim == 3 else x
         inputs = router.gate_input(x, self.options.gate, self.options.gate_scale)
         if self.scope.collecting:
-            self.collected.append(inputs[:, :-1])
+            self.collected.append(inputs)
         experts, choice = self._route(inputs, chosen)
         if choice is None:
             return output
@@ -245,8 +265,7 @@ class ExpertLayer(Silent):
         return choice
 
     def _of_task(self, inputs: Tensor, task: int) -> Choice | None:
-        record = self.finished[task]
-        assert isinstance(record, TaskRouter)
+        record = self.record(task)
         choice = router.top_k(router.logits(inputs, record.weight), self.options.top_k)
         return Choice(record.experts[choice.experts], choice.gates)
 

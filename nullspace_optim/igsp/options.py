@@ -19,6 +19,7 @@ CHOICES = {
     "gate_scale": ("none", "width"),
     "router": ("per-task", "shared"),
     "regularization": ("mass", "geom", "both", "none"),
+    "price": ("graded", "flat"),
     "on_cap": ("keep", "prune"),
     "orthogonal": ("input", "both", "structural", "none"),
     "router_after": ("frozen", "train"),
@@ -41,17 +42,22 @@ class IGSP:
         * `top_k`: experts a sample may use in one layer. `noise`: standard deviation of the noise on the logits in
           phase 1 (0.7 is the initial value of MoE-Adapters' learned one).
         * `gate`: what decides about a sample: the ``"mean"`` of its tokens or the ``"first"`` one (MoE-Adapters; with a
-          causal mask the first text token knows nothing of the text). `gate_scale`: ``"none"`` as in MoE-Adapters, or
-          ``"width"``, divided by `sqrt(d)`: slower routing, so that candidates learn before they are judged.
-        * `router`: ``"per-task"``, and prototypes where no task is named; or one ``"shared"`` router for all tasks.
+          causal mask the first text token knows nothing of the text). `gate_scale`: ``"width"``, divided by `sqrt(d)`
+          (a step of Adam moves a logit by `sqrt(d)` times the rate), or ``"none"`` as in MoE-Adapters (`d` times).
+        * `router`: ``"per-task"``, and prototypes where no task is named; or one ``"shared"`` router for all tasks,
+          whose logits stay what they were on the share `shared_energy` of what it saw in finished tasks (0: it drifts).
         * `outlier`: standard deviations beyond which a sample belongs to no prototype and runs the plain backbone.
 
     Phase 1, subspace identification
+        * `warmup`: first steps, in which routers stay and noise alone spreads the samples, so that candidates have
+          learned something before they are judged; a fifth of `cap` if None.
         * `regularization`: ``"mass"`` (share of routing that goes to candidates), ``"geom"`` (share of a candidate's
           energy outside the historical output space), ``"both"``, ``"none"``; `strength` is its factor, and with
-          `warm_down` it falls linearly to zero at `cap`.
-        * `threshold`: candidates with less routing are pruned, 1 / (2 x experts) if None; or `coverage`: the smallest
-          set of experts with so much routing is kept instead. `flow_decay`: of the running mean of the routing.
+          `warm_down` it falls linearly to zero at `cap`. `price` of the `j`-th of `m` candidates in ``"mass"``:
+          ``"graded"``, `j / m`, so that one is filled before the next, or ``"flat"``, 1.
+        * `threshold`: experts with less routing are pruned; if None, half of an equal share (see
+          `pruning.keep_above`); or `coverage`: the smallest set of experts with so much routing is kept instead.
+          `flow_decay`: of the running mean of the routing.
         * Convergence, in windows of `window` steps: Jaccard index of top-k sets at least `agreement` and
           KL divergence of mean probabilities below `divergence`, `patience` windows in a row. After `cap` steps (20 %
           of MTIL's 1,000) phase 1 ends anyhow; a layer that has not converged then keeps all experts (`on_cap="keep"`).
@@ -77,12 +83,15 @@ class IGSP:
     top_k: int = 2
     noise: float = 0.7
     gate: Literal["mean", "first"] = "mean"
-    gate_scale: Literal["none", "width"] = "none"
+    gate_scale: Literal["none", "width"] = "width"
     router: Literal["per-task", "shared"] = "per-task"
+    shared_energy: float = 0.99
     outlier: float = 3.0
     regularization: Literal["mass", "geom", "both", "none"] = "mass"
+    price: Literal["graded", "flat"] = "graded"
     strength: float = 0.1
     warm_down: bool = False
+    warmup: int | None = None
     threshold: float | None = None
     coverage: float | None = None
     flow_decay: float = 0.9
@@ -116,12 +125,17 @@ class IGSP:
             ("strength", 0.0, 1e6, "low"),
             ("flow_decay", 0.0, 1.0, "low"),
             ("agreement", 0.0, 1.0, "low high"),
+            ("shared_energy", 0.0, 1.0, "low high"),
             ("divergence", 0.0, 1e6, ""),
         ):
             check_number(self, name, getattr(self, name), low, high, closed=closed)
         for name in ("threshold", "coverage", "lr"):
             if getattr(self, name) is not None:
                 check_number(self, name, getattr(self, name), 0.0, 1.0)
+        if self.warmup is not None and (type(self.warmup) is not int or not 0 <= self.warmup < self.cap):
+            raise OptionError(
+                f"IGSP(warmup={self.warmup!r}, cap={self.cap}): expected a whole number below cap, or None"
+            )
         if self.threshold is not None and self.coverage is not None:
             raise OptionError("IGSP(threshold=..., coverage=...): two rules of pruning, give one of them")
 
@@ -144,6 +158,12 @@ class IGSP:
         return 16 if self.kind == "lora" else 64
 
     @property
+    def warm(self) -> int:
+        """Steps of the warm-up."""
+        return self.cap // 5 if self.warmup is None else self.warmup
+
+    @property
     def structure(self) -> dict[str, object]:
         """What experts in a file must agree with."""
-        return {"kind": self.kind, "rank": self.width, "router": self.router, "gate": self.gate, "scale": self.scale}
+        names = ("kind", "router", "gate", "gate_scale", "scale")
+        return {**{name: getattr(self, name) for name in names}, "rank": self.width}

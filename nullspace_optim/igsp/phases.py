@@ -28,9 +28,10 @@ from . import state as saved
 from .bank import CHILD, Bank, installed
 from .completion import finished_report, recorded_task
 from .constraints import constrained
+from .deployment import Merged, merge
 from .layer import AGNOSTIC, CURRENT, PLAIN
 from .options import IGSP
-from .regularizer import geom, mass
+from .regularizer import geom, mass, prices
 from .report import ExpertReport, Status, Trainable
 from .rollback import all_or_nothing
 from .router import logits
@@ -93,8 +94,14 @@ class IgspMode:
         self.counts, self.phase_steps = [self.trainees.count, 0], [0, 0]
 
     def before_step(self, base: Optimizer) -> None:
-        """Hold the backbone: its gradients are hidden from `base`."""
-        self.host.protection.held = self.trainees.others(base)
+        """Hold the backbone, and routers while candidates warm up: their gradients are hidden from `base`."""
+        warming = [layer.router for layer in self.experts.layers] if self.warming else []
+        self.host.protection.held = [*self.trainees.others(base), *warming]
+
+    @property
+    def warming(self) -> bool:
+        """True while samples are spread by noise alone, before routers and penalty begin to act."""
+        return self.experts.scope.first_phase and self.experts.scope.steps < self.options.warm
 
     def after_step(self, base: Optimizer) -> None:
         """Count a step of the experts' optimizer and change the phase where it is due."""
@@ -110,9 +117,13 @@ class IgspMode:
             self._maybe_settle()
 
     def _maybe_settle(self) -> None:
-        """End a window where one is full, and phase 1 where all routers have converged or the cap is reached."""
+        """End a window where one is full, and phase 1 where all routers have converged or the cap is reached.
+
+        The warm-up is the first window.
+        """
         steps, layers = self.experts.scope.steps, self.experts.layers
-        if steps % self.options.window == 0:
+        since = steps - self.options.warm
+        if since >= 0 and since % self.options.window == 0:
             for layer in layers:
                 layer.watch.judge(layer.router, steps)
         if all(layer.watch.settled() for layer in layers) and any(layer.watch.seen for layer in layers):
@@ -188,10 +199,10 @@ class IgspMode:
         return report.after(time.perf_counter() - started)
 
     @contextmanager
-    def _collecting(self) -> Iterator[None]:
-        """Let every layer collect gate inputs, with the routing of the task at work."""
+    def _collecting(self, chosen: int = CURRENT) -> Iterator[None]:
+        """Let every layer collect gate inputs, with the routing of the task at work or of a finished one."""
         scope = self.experts.scope
-        before, scope.chosen, scope.collecting = scope.chosen, CURRENT, True
+        before, scope.chosen, scope.collecting = scope.chosen, chosen, True
         try:
             yield
         finally:
@@ -220,6 +231,24 @@ class IgspMode:
         finally:
             scope.chosen = before
 
+    def merge(self, task: str, loader: Any = None, forward: Any = None) -> Merged:
+        """Return the weights of a finished task with its experts merged, where its routing allows it.
+
+        Raises:
+            OptionError: no finished task has this name.
+            ConsolidationError: the loader gave no batches.
+        """
+        tasks, layers, model = self.experts.scope.tasks, self.experts.layers, self.host.owner()
+        if task not in tasks:
+            known = ", ".join(map(repr, tasks)) or "none"
+            raise OptionError(f"merge_experts({task!r}): no finished task has this name; known: {known}")
+        number, seen = tasks.index(task), {}
+        if loader is not None:
+            with untouched(model, loader), self._collecting(number):
+                observe(Pass(model, {}, loader, task, forward, progress=False))
+            seen = {layer.name: inputs for layer in layers if len(inputs := layer.collect())}
+        return merge(layers, model, task, number, seen)
+
     def status(self) -> Status:
         """Return phase, step and reason."""
         scope = self.experts.scope
@@ -240,15 +269,15 @@ class IgspMode:
         return self._penalty()
 
     def _penalty(self) -> Tensor:
-        """Return `strength x mean over layers of R`; zero in phase 2 and without history."""
+        """Return `strength x mean over layers of R`; zero in the warm-up and in phase 2."""
         options, scope = self.options, self.experts.scope
         parts: list[Tensor] = []
-        for layer in self.experts.layers:
-            if layer.size and len(layer.fresh) and scope.first_phase and layer.watch.recent:
-                if options.regularization in ("mass", "both"):
-                    seen = torch.cat(layer.watch.recent)
-                    parts.append(mass(logits(seen, layer.router), len(layer.fresh)))
-                if options.regularization in ("geom", "both"):
+        for layer in self.experts.layers if scope.first_phase and not self.warming else []:
+            if len(layer.fresh) and layer.watch.recent:
+                if options.regularization in ("mass", "both") and (layer.size or options.price == "graded"):
+                    scores = logits(torch.cat(layer.watch.recent), layer.router)
+                    parts.append(mass(scores, prices(len(layer.fresh), options.price).to(scores)))
+                if options.regularization in ("geom", "both") and layer.size:
                     down, up = (torch.stack([getattr(e, part) for e in layer.fresh]) for part in ("down", "up"))
                     parts.append(geom(down, up, layer.outputs))
         if not parts:

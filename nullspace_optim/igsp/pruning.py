@@ -12,20 +12,26 @@ from torch import Tensor
 from ..errors import PruningError
 
 
-def keep_above(flow: Tensor, threshold: float | None, where: str) -> Tensor:
+def keep_above(flow: Tensor, threshold: float | None, where: str, candidates: int) -> Tensor:
     """Return a mask `[E]` of the experts whose mean gate `flow` `[E]` is at least `threshold`.
 
-    `threshold` is `1 / (2 E)` if None: half of an equal share, so that the default never removes all.
+    If `threshold` is None it is half of an equal share: among all `E` experts for a historical one, `1 / (2 E)`; for
+    the last `m`, the `candidates`, among these and the history as a whole, `1 / (2 (m + 1))` (`1 / (2 m)` without
+    history). So what a new expert must carry does not shrink as the history grows, and the default never removes all.
 
     Raises:
         PruningError: no expert would be left; names the layer `where`.
     """
-    limit = 1.0 / (2 * len(flow)) if threshold is None else threshold
-    kept = flow >= limit
+    history = len(flow) - candidates
+    limits = torch.full_like(flow, 1.0 / (2 * len(flow)) if threshold is None else threshold)
+    if threshold is None and candidates:
+        limits[history:] = 1.0 / (2 * (candidates + (history > 0)))
+    kept = flow >= limits
     if not bool(kept.any()):
         raise PruningError(
-            f"'{where}': pruning below {limit:g} would remove the last expert (the largest of {len(flow)} routing "
-            f"probabilities is {float(flow.max()):.3g}); nothing was removed, lower IGSP(threshold=...)"
+            f"'{where}': pruning below {float(limits.min()):g} would remove the last expert (the largest of "
+            f"{len(flow)} routing probabilities is {float(flow.max()):.3g}); nothing was removed, lower "
+            "IGSP(threshold=...)"
         )
     return kept
 

@@ -2,7 +2,8 @@
 
 The paper's abstract asks that new gradients be projected on the historical subspace "implicitly". Two readings:
 
-* `mass`: routing to candidates costs, so the loss falls through historical experts until they are exhausted;
+* `mass`: routing to candidates costs, so the loss falls through historical experts until they are exhausted; with
+  graded prices also through the first candidate before the second;
 * `geom`: what a candidate adds outside the historical output space costs.
 """
 
@@ -14,14 +15,24 @@ from torch import Tensor
 FLOOR = 1e-12
 
 
-def mass(logits: Tensor, candidates: int) -> Tensor:
-    """Return `E_x[sum_{e in candidates} p_e(x)]`, scalar in 0..1.
+def mass(logits: Tensor, prices: Tensor) -> Tensor:
+    """Return `E_x[sum_j c_j p_j(x)]` over the candidates, scalar in 0..1.
 
-    `logits` `[n, E]` of the samples, the last `candidates` columns being the candidates; `p = softmax(logits)` over all
-    experts, without noise and before top-k, so that a historical expert outside the top-k set can gain as well.
+    `logits` `[n, E]` of the samples, the last `m` columns being the candidates with `prices` `c` `[m]`;
+    `p = softmax(logits)` over all experts, without noise and before top-k, so that a historical expert outside the
+    top-k set can gain as well.
     """
     probabilities = torch.softmax(logits, dim=-1)
-    return probabilities[:, logits.shape[1] - candidates :].sum(dim=-1).mean()
+    return (probabilities[:, logits.shape[1] - len(prices) :] @ prices).mean()
+
+
+def prices(candidates: int, price: str) -> Tensor:
+    """Return what each of `m` candidates costs, `[m]`: 1 (``"flat"``), or `1/m, 2/m, ... 1` (``"graded"``).
+
+    Equal prices leave candidates alike: they share the routing, and all of them stay or all go. Graded ones fill the
+    first before the second.
+    """
+    return torch.arange(1, candidates + 1) / candidates if price == "graded" else torch.ones(candidates)
 
 
 def geom(down: Tensor, up: Tensor, history: Tensor) -> Tensor:

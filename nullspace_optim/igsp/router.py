@@ -8,6 +8,7 @@ on its batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
@@ -33,9 +34,24 @@ def gate_input(x: Tensor, gate: str, gate_scale: str = "none") -> Tensor:
     """
     tokens = x.detach().reshape(len(x), -1, x.shape[-1])
     chosen = (tokens[:, 0] if gate == "first" else tokens.mean(dim=1, dtype=torch.float32)).float()
-    width = x.shape[-1] ** 0.5
-    inputs = torch.cat([chosen, chosen.new_full((len(x), 1), width)], dim=1)
-    return inputs / width if gate_scale == "width" else inputs
+    if gate_scale == "width":
+        chosen = chosen / x.shape[-1] ** 0.5
+    return torch.cat([chosen, chosen.new_full((len(x), 1), constant(x.shape[-1], gate_scale))], dim=1)
+
+
+def constant(width: int, gate_scale: str) -> float:
+    """Return the last entry of every gate input of a layer with `width` inputs."""
+    return 1.0 if gate_scale == "width" else width**0.5
+
+
+def head_start(history: int, candidates: int, deviation: float) -> float:
+    """Return the logit at which `candidates` experts begin beside `history` ones that begin at 0.
+
+    With noise of this `deviation` alone, the best candidate and the best historical expert of a sample then have equal
+    expectation, however many there are of either (expected maximum of `n` normal numbers after Blom, 1958).
+    """
+    best = [NormalDist().inv_cdf((n - 0.375) / (n + 0.25)) for n in (history, candidates)]
+    return deviation * (best[0] - best[1])
 
 
 def logits(inputs: Tensor, weight: Tensor) -> Tensor:

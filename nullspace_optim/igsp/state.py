@@ -1,8 +1,9 @@
 """The mode as plain JSON values and tensors, and back: what basis files and checkpoints hold of it.
 
-Tensor keys, `i` being the number of the layer: ``i/inputs``, ``i/outputs`` (bases), ``i/history/<part>`` `[H, ...]`,
-``i/fresh/<e>/<part>``, ``i/router`` `[E, d + 1]`, ``i/watch/<sum>``, ``i/finished/<task>/<field>``. Nothing is trusted:
-everything is checked against the layers of the model before anything of it changes.
+Tensor keys, `i` being the number of the layer: ``i/inputs``, ``i/outputs``, ``i/gates`` (bases),
+``i/history/<part>`` `[H, ...]`, ``i/fresh/<e>/<part>``, ``i/router`` `[E, d + 1]`, ``i/watch/<sum>``,
+``i/finished/<task>/<field>``. Nothing is trusted: everything is checked against the layers of the model before anything
+of it changes.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _describe(layer: ExpertLayer) -> dict[str, object]:
 
 
 def _tensors(layer: ExpertLayer) -> dict[str, Tensor]:
-    found = {"inputs": layer.inputs, "outputs": layer.outputs, "router": layer.router}
+    found = {"inputs": layer.inputs, "outputs": layer.outputs, "gates": layer.gates, "router": layer.router}
     found.update({f"history/{part}": value for part, value in layer.history.items()})
     for number, expert in enumerate(layer.fresh):
         found.update({f"fresh/{number}/{name}": value for name, value in expert.named_parameters()})
@@ -164,6 +165,7 @@ def _prepared(layer: ExpertLayer, record: Any, number: int, extension: Extension
         **{f"history_{part}": value for part, value in history.items()},
         "inputs": take("inputs", inputs, None),
         "outputs": take("outputs", outputs, None),
+        "gates": take("gates", inputs + 1, None),
         "fresh": nn.ModuleList(fresh),
         "finished": nn.ModuleList(finished),
         "members": members,

@@ -9,12 +9,13 @@ from typing import Any
 from torch.optim import Optimizer
 
 from nullspace_optim import IGSP, ExpertReport, NullSpaceOptimizer, OptionError, clip_forward
-from reference.engine import Batches
+from reference.engine import Batch, Batches
 from reference.errors import ExperimentError
 from reference.methods.base import Method, Setting
 from reference.tasks import Task
 
 TASK_KNOWN, TASK_UNKNOWN = "task known", "task unknown"
+EVERY = 5  # steps between two points of the routing curves
 
 
 class ExpertsOfTasks(Method):
@@ -31,6 +32,7 @@ class ExpertsOfTasks(Method):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.tasks: list[dict[str, Any]] = []
+        self.curve: list[tuple[int, dict[str, tuple[float, ...]]]] = []
 
     def make_optimizer(self) -> Optimizer:
         """AdamW on experts and routers; the backbone needs no gradients."""
@@ -42,6 +44,13 @@ class ExpertsOfTasks(Method):
             raise ExperimentError(f"igsp={dict(self.config.igsp)!r}: {error}") from error
         return NullSpaceOptimizer(base, self.clip.model, mode=options)
 
+    def after_step(self, batch: Batch) -> None:
+        """Note the routing of every layer, while it can change."""
+        if (batch.step + 1) % EVERY == 0:
+            status = self.optimizer.status()
+            if status.phase == 1 or status.step < EVERY:
+                self.curve.append((batch.step + 1, status.flow))
+
     def after_task(self, number: int) -> dict[str, Any]:
         """Freeze the experts of the finished task, keep its router; returns the report."""
         task = self.setting.tasks[number]
@@ -50,7 +59,8 @@ class ExpertsOfTasks(Method):
         orthogonal = self.optimizer.verify()
         report = self.optimizer.consolidate(Batches(self.clip, drawn), name=task.name, forward=forward, progress=False)
         assert isinstance(report, ExpertReport)
-        self.tasks.append({**described(report), "phase_2_drift": orthogonal.worst})
+        self.tasks.append({**described(report, self.curve), "phase_2_drift": orthogonal.worst})
+        self.curve = []
         return {"report": str(report), "images": len(drawn)}
 
     def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
@@ -74,22 +84,28 @@ class ExpertsOfTasks(Method):
 
     def state(self) -> dict[str, Any]:
         """The model, the optimizer with all experts, and what is known of finished tasks."""
-        return {**super().state(), "tasks": self.tasks}
+        return {**super().state(), "tasks": self.tasks, "curve": self.curve}
 
     def load_state(self, state: dict[str, Any], number: int) -> None:
         """Take it up again."""
         super().load_state(state, number)
-        self.tasks = list(state["tasks"])
+        self.tasks, self.curve = list(state["tasks"]), list(state["curve"])
 
 
-def described(report: ExpertReport) -> dict[str, Any]:
-    """The figures of one task as plain values."""
+def described(report: ExpertReport, curve: list[tuple[int, dict[str, tuple[float, ...]]]]) -> dict[str, Any]:
+    """The figures of one task as plain values.
+
+    `routing` of a layer: at each step of `curve` the share of the whole history, then that of every candidate.
+    """
     layers = [
         {key: value for key, value in asdict(layer).items() if key not in ("size", "rank")} for layer in report.layers
     ]
     for layer in layers:
         layer["curve"] = [[step, round(jaccard, 4), round(kl, 6)] for step, jaccard, kl in layer["curve"]]
         layer["flow"] = [round(share, 4) for share in layer["flow"]]
+        shares = [flow[layer["name"]] for _, flow in curve]
+        old = layer["history"]
+        layer["routing"] = [[round(s, 3) for s in (sum(share[:old]), *share[old:])] for share in shares]
     return {
         "task": report.task,
         "trainable_phase_1": report.trainable.first,
@@ -98,6 +114,7 @@ def described(report: ExpertReport) -> dict[str, Any]:
         "steps_phase_2": report.trainable.second_steps,
         "trainable_mean": report.trainable.mean,
         "phase_1_ended": report.reason,
+        "routing_steps": [step for step, _ in curve],
         "experts": report.experts,
         "routers": report.routers,
         "kept": sum(layer.kept for layer in report.layers),

@@ -9,19 +9,16 @@ as published: the task of an input is found by the backbone's features for each 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from reference.engine import Batch, Batches, seeded
-from reference.methods.adapters import PLAIN, Routing, Selector, put_beside
-from reference.methods.base import Method
-from reference.methods.igsp import TASK_KNOWN, TASK_UNKNOWN
-from reference.tasks import Task
+from reference.engine import Batch, seeded
+from reference.methods.adapters import PLAIN, Routing, put_beside
+from reference.methods.per_task import AdaptersOfTasks
 
 TOP, FROZEN_PER_TASK = 2, 2
 DROPOUT, SCALE = 0.1, 0.1
@@ -94,38 +91,31 @@ class MixtureOfAdapters(nn.Module):
         return best.indices, torch.softmax(best.values, dim=1)
 
 
-class MoeAdapters(Method):
+class MoeAdapters(AdaptersOfTasks):
     """MoE-Adapters4CL with the number of experts `moe_experts` of the settings."""
 
     name = "moe-adapters"
-    evaluations = (TASK_KNOWN, TASK_UNKNOWN)
 
-    def make_optimizer(self) -> Optimizer:
-        """AdamW on experts and routers."""
-        torch.manual_seed(self.setting.seed)
-        self.routing = Routing()
-        self.selector = Selector(self.clip, self.routing)
-        self.names: list[str] = []
+    def put_adapters(self) -> None:
+        """Experts and a router for each task."""
         self.trained: list[int] = []
         experts, tasks = self.config.moe_experts, len(self.setting.tasks)
         made = put_beside(
             self.clip.model, lambda width: MixtureOfAdapters(width, experts, tasks, self.routing), normalised=False
         )
         self.blocks = [block for block in made if isinstance(block, MixtureOfAdapters)]
-        return super().make_optimizer()
 
     def before_task(self, number: int) -> None:
-        """Begin with fresh moments, the router of task `number` and the experts that are not frozen."""
+        """Count what trains as well."""
         super().before_task(number)
-        self._at_work(number)
         self.trained.append(self.trained_parameters())
 
-    def _at_work(self, number: int, fresh: bool = True) -> None:
-        self.routing.task = number
+    def at_work(self, number: int, resumed: bool = False) -> None:
+        """Train the router of task `number` and the experts that are not frozen."""
         for block in self.blocks:
             counts = block.counts.clone()
             block.begin(number)
-            if not fresh:
+            if resumed:
                 block.counts.copy_(counts)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -135,45 +125,30 @@ class MoeAdapters(Method):
 
     def after_task(self, number: int) -> dict[str, Any]:
         """Freeze the two most used experts of each block; remember what the task's inputs look like."""
-        task = self.setting.tasks[number]
         for block in self.blocks:
             block.freeze_most_used()
-        drawn = task.train.drawn(self.config.consolidation_images, seed=self.setting.seed)
-        self.clip.model.eval()
-        self.selector.learn(Batches(self.clip, drawn), self.clip.tokens(task.prompts()))
-        self.names.append(task.name)
-        return {"frozen": [int(block.frozen.sum()) for block in self.blocks]}
-
-    def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
-        """The router of `task`, or the nearest task's for each input."""
-        if evaluation == TASK_UNKNOWN:
-            return self.selector.guessing()
-        return self.selector.using(self.names.index(task.name) if task.name in self.names else PLAIN)
+        return {**super().after_task(number), "frozen": [int(block.frozen.sum()) for block in self.blocks]}
 
     def facts(self) -> dict[str, Any]:
         """Parameters beside the backbone with and without routers, frozen experts, and how many train on average."""
         routers = sum(p.numel() for block in self.blocks for p in (*block.router, *block.noise))
         count = sum(p.numel() for block in self.blocks for p in block.parameters())
-        selector = sum(mean.numel() + 1 for centres in self.selector.centres.values() for mean in centres.means)
         return {
             "trainable_mean": sum(self.trained) / max(1, len(self.trained)),
+            "trainable": list(self.trained),
             "final_without_routers": count - routers,
-            "final_with_routers": count + selector,
+            "final_with_routers": count + self.selector_size,
             "frozen_experts": [int(block.frozen.sum()) for block in self.blocks],
         }
 
     def state(self) -> dict[str, Any]:
-        """The model, the optimizer, and what is known of finished tasks."""
-        known = {"selector": self.selector.state(), "names": list(self.names), "trained": list(self.trained)}
-        return {**super().state(), **known}
+        """How much trained in each task as well."""
+        return {**super().state(), "trained": list(self.trained)}
 
     def load_state(self, state: dict[str, Any], number: int) -> None:
         """Take it up again."""
         super().load_state(state, number)
-        self.selector.load_state(state["selector"])
-        self.names, self.trained = list(state["names"]), list(state["trained"])
-        if number < len(self.setting.tasks):
-            self._at_work(number, fresh=False)
+        self.trained = list(state["trained"])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from torch import nn
 
 from nullspace_optim import PruningError
 from nullspace_optim.igsp import prototypes, pruning, regularizer, router
-from nullspace_optim.igsp.experts import Expert, extended, fresh_directions, merged_weight, mix, stack
+from nullspace_optim.igsp.experts import Expert, extended, fresh_directions, merged_weight, mix, spanned, stack
 from nullspace_optim.linalg import orthogonality_error
 
 
@@ -83,10 +83,38 @@ def test_stack_puts_history_first() -> None:
     assert torch.equal(joined["down"][:2], history["down"]) and torch.equal(joined["down"][2], expert.down)
 
 
-def test_mass_is_the_mean_share_of_the_candidates() -> None:
+def test_mass_is_the_mean_price_of_the_candidates() -> None:
     scores = torch.randn(9, 5)
-    expected = sum(float(torch.softmax(row, 0)[3:].sum()) for row in scores) / 9
-    assert float(regularizer.mass(scores, 2)) == pytest.approx(expected, rel=1e-6)
+    flat, graded = regularizer.prices(2, "flat"), regularizer.prices(2, "graded")
+    assert flat.tolist() == [1.0, 1.0] and graded.tolist() == [0.5, 1.0]
+    for price in (flat, graded):
+        expected = sum(float(torch.softmax(row, 0)[3:] @ price) for row in scores) / 9
+        assert float(regularizer.mass(scores, price)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_candidates_and_history_start_alike_however_many_there_are() -> None:
+    for history, candidates in ((1, 4), (4, 4), (40, 4), (40, 1)):
+        shift = router.head_start(history, candidates, 0.7)
+        scores = 0.7 * torch.randn(40_000, history + candidates, generator=torch.Generator().manual_seed(0))
+        scores[:, history:] += shift
+        best = float((scores.argmax(dim=1) >= history).float().mean())
+        mean = scores[:, history:].amax(1).mean() - scores[:, :history].amax(1).mean()
+        assert abs(float(mean)) < 0.02 and 0.4 < best < 0.6, (history, candidates)
+    assert router.head_start(40, 4, 0.0) == 0.0
+
+
+@pytest.mark.parametrize("energy", [0.0, 0.5, 0.9, 0.999, 1.0])
+def test_spanned_holds_the_energy_with_the_fewest_directions_and_keeps_the_old_columns(energy: float) -> None:
+    basis = torch.linalg.qr(torch.randn(12, 2)).Q
+    rows = torch.randn(30, 12) * torch.logspace(0, -3, 12)
+    grown = spanned(basis, rows, energy)
+    assert torch.equal(grown[:, :2], basis) and orthogonality_error(grown) < 1e-6
+    share = float((rows @ grown).square().sum() / rows.square().sum())
+    assert share >= energy - 1e-6
+    if grown.shape[1] > 2:
+        fewer = grown[:, :-1]
+        assert float((rows @ fewer).square().sum() / rows.square().sum()) < energy + 1e-6
+    assert energy < 1.0 or grown.shape == (12, 12)
 
 
 def test_geom_equals_the_dense_formula_and_vanishes_inside_the_history() -> None:
@@ -148,8 +176,13 @@ def test_convergence_needs_agreeing_windows_in_a_row() -> None:
 
 def test_pruning_keeps_what_carries_flow() -> None:
     flow = torch.tensor([0.6, 0.3, 0.08, 0.02])
-    assert pruning.keep_above(flow, None, "layer").tolist() == [True, True, False, False]
-    assert pruning.keep_above(flow, 0.05, "layer").tolist() == [True, True, True, False]
+    assert pruning.keep_above(flow, None, "layer", 4).tolist() == [True, True, False, False]
+    assert pruning.keep_above(flow, 0.05, "layer", 2).tolist() == [True, True, True, False]
+    mixed = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.05, 0.15])
+    assert pruning.keep_above(mixed, None, "layer", 1).tolist() == [True, True, True, True, False, False]
+    assert pruning.keep_above(mixed, None, "layer", 2).tolist() == [True] * 4 + [False, False]
+    many = torch.cat([torch.full((40,), 0.022), torch.tensor([0.1, 0.02])])
+    assert pruning.keep_above(many, None, "layer", 2)[40:].tolist() == [False, False], "not by the size of the history"
     assert pruning.keep_coverage(flow, 0.9).tolist() == [True, True, False, False]
     assert pruning.keep_coverage(flow, 0.95).tolist() == [True, True, True, False]
 
@@ -157,9 +190,13 @@ def test_pruning_keeps_what_carries_flow() -> None:
 @pytest.mark.fault(112)
 def test_pruning_never_removes_the_last_expert() -> None:
     with pytest.raises(PruningError, match=r"'visual\.mlp': pruning below 0\.9 would remove the last expert.*0\.6"):
-        pruning.keep_above(torch.tensor([0.6, 0.4]), 0.9, "visual.mlp")
+        pruning.keep_above(torch.tensor([0.6, 0.4]), 0.9, "visual.mlp", 1)
+    draw = torch.Generator().manual_seed(0)
     for size in range(1, 12):
-        assert pruning.keep_above(torch.full((size,), 1 / size), None, "x").all()
+        for candidates in range(size + 1):
+            for power in (0.0, 1.0, 9.0):
+                flow = torch.rand(size, generator=draw) ** power
+                assert pruning.keep_above(flow / flow.sum(), None, "x", candidates).any()
 
 
 def test_prototypes_name_the_task_of_each_sample_and_leave_strangers_alone() -> None:

@@ -310,6 +310,41 @@ def test_a_shared_router_serves_all_tasks() -> None:
     assert report.routers < 2 * 200
 
 
+def test_candidates_warm_up_before_routers_move() -> None:
+    model, opt = make(warmup=10, cap=30)
+    layer = opt._core.mode.experts.layers[0]
+    before = layer.router.detach().clone()
+    train(model, opt, SyntheticTask(0), 10)
+    assert torch.equal(layer.router, before) and layer.router not in opt.state
+    assert all(float(expert.up.abs().sum()) > 0 for expert in layer.fresh), "noise alone reaches every candidate"
+    train(model, opt, SyntheticTask(0), 1, first=10)
+    assert not torch.equal(layer.router, before)
+    assert make(cap=50)[1]._core.mode.options.warm == 10
+
+
+def shared_story(energy: float) -> tuple[float, float, float]:
+    """Train two tasks with one router: drift of the first one's outputs, of its kept logits, loss of the second."""
+    model, opt = make(router="shared", shared_energy=energy)
+    old, new = SyntheticTask(0), SyntheticTask(2)
+    train(model, opt, old, 300)
+    opt.consolidate(old.loader(), name="one", progress=False)
+    x = old.inputs(7)
+    with torch.no_grad(), opt.task(None):
+        before = model(x)
+    loss = train(model, opt, new, 300)
+    kept = opt.verify().kept.get("igsp.fc.router", float("nan"))
+    opt.consolidate(new.loader(), name="two", progress=False)
+    with torch.no_grad(), opt.task(None):
+        return float((model(x) - before).norm() / before.norm()), kept, loss
+
+
+def test_a_shared_router_goes_on_routing_old_tasks_as_it_did() -> None:
+    protected, kept, learned = shared_story(1.0)
+    drifting, none, _ = shared_story(0.0)
+    assert kept <= 1e-5 and none != none, "kept by the kernel of null-space protection, under AdamW"
+    assert protected < 1e-4 and drifting > 0.1 and learned < 1e-2, (protected, drifting, learned)
+
+
 def test_a_closure_is_regularized_as_well() -> None:
     results = []
     for closure in (False, True):

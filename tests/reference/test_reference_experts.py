@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from nullspace_optim import IGSP
 from reference.config import Config, load_config
 from reference.errors import ExperimentError
 from reference.experiment import Experiment, prepare
+from reference.experts import main, read_listing
 from reference.methods import METHODS, Setting
 from reference.methods.adapters import PLAIN, Centres, Routing
 from reference.methods.lora import LoraOfTasks
@@ -78,7 +80,7 @@ def test_igsp_tells_convergence_and_fate_of_experts(config: Config, experiment: 
     facts: dict[str, Any] = Sequence(experiment, METHODS["igsp"], config, 0, tmp_path).run()["facts"]
     first, second = facts["tasks"]
     assert first["steps_phase_1"] + first["steps_phase_2"] == 6 and first["task"] == "colours"
-    told = {"name", "candidates", "kept", "reused", "history", "converged", "curve", "reuse", "flow", "used"}
+    told = {"name", "candidates", "kept", "reused", "history", "converged", "curve", "reuse", "flow", "used", "routing"}
     assert all(set(layer) == told for layer in first["layers"])
     assert first["kept"] + first["pruned"] == sum(layer["candidates"] for layer in first["layers"])
     assert 0 <= second["phase_2_drift"] <= 1e-5
@@ -86,6 +88,55 @@ def test_igsp_tells_convergence_and_fate_of_experts(config: Config, experiment: 
         "steps_phase_2"
     ]
     assert second["trainable_mean"] == pytest.approx(mean / 6)
+
+
+def driver(what: str, folder: Path, *options: str) -> int:
+    pairs = [f"{key}={json.dumps(value)}" for key, value in SMALL.items() if key not in ("igsp", "output")]
+    pairs.append("igsp={rank: 4, window: 1, cap: 3, on_cap: prune, candidates: 2}")
+    settings = [word for pair in pairs for word in ("--set", pair)]
+    return main([what, "--preset", "demo", "--output", str(folder), *options, *settings])
+
+
+def test_one_command_makes_the_comparison_and_goes_on_after_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = ("--rows", "igsp,lora-per-task", "--seeds", "0,1")
+    assert driver("comparison", tmp_path, "--rows", "igsp", "--seeds", "0") == 0
+    first = (tmp_path / "igsp-seed0" / "results.json").read_bytes()
+    assert driver("comparison", tmp_path, *rows) == 0
+    assert (tmp_path / "igsp-seed0" / "results.json").read_bytes() == first
+    assert sorted(path.parent.name for path in tmp_path.glob("*/results.json")) == [
+        "igsp-seed0", "igsp-seed1", "lora-per-task-seed0", "lora-per-task-seed1",
+    ]  # fmt: skip
+    text = (tmp_path / "experts.md").read_text()
+    ours, other = (json.loads((tmp_path / f"{m}-seed0/results.json").read_text()) for m in ("igsp", "lora-per-task"))
+    mine = [json.loads((tmp_path / f"igsp-seed{n}/results.json").read_text())["facts"] for n in (0, 1)]
+    saved = 100 * (1 - sum(f["final_with_routers"] for f in mine) / 2 / other["facts"]["final_with_routers"])
+    assert "| lora-per-task | " in text and f"| {saved:.1f} | 86.9 |" in text
+    assert (tmp_path / "routing-igsp.png").stat().st_size > 5000
+    points = ours["facts"]["tasks"][0]["layers"][0]["routing"]
+    assert ours["facts"]["tasks"][0]["routing_steps"] == [5] and sum(points[0]) == pytest.approx(1.0, abs=2e-3)
+    capsys.readouterr()
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "experts.md").read_text() == text and text in capsys.readouterr().out
+
+
+def test_the_ablation_changes_one_choice_at_a_time(tmp_path: Path) -> None:
+    assert driver("ablation", tmp_path, "--rows", "as compared;mass, one price;A frozen in phase 2") == 0
+    found = {path.parent.name: json.loads(path.read_text())["config"] for path in tmp_path.glob("*/results.json")}
+    base = found["as_compared-seed0"]["igsp"]
+    assert found["mass_one_price-seed0"]["igsp"] == {**base, "price": "flat"}
+    assert found["A_frozen_in_phase_2-seed0"]["igsp"] == {**base, "orthogonal": "structural"}
+    assert all(config["split"] == "validation" for config in found.values())
+    for row in read_listing("ablation")[0] + read_listing("comparison")[0]:
+        assert row.method in METHODS and IGSP(**row.igsp)
+
+
+def test_an_unknown_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert driver("comparison", tmp_path, "--rows", "isgp") == 2
+    assert "unknown row 'isgp' in --rows: choose from igsp; moe-adapters" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no results.json below" in capsys.readouterr().err
 
 
 def test_a_wrong_option_of_igsp_is_named(experiment: Experiment) -> None:

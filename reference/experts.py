@@ -1,0 +1,151 @@
+"""iGSP against other small modules, and iGSP with one choice changed at a time: rows of `configs/experts.yaml`.
+
+python -m reference.experts comparison --data-root DIR --model DIR --output DIR
+python -m reference.experts ablation   --data-root DIR --model DIR --output DIR
+python -m reference.experts report DIR
+
+A run that is finished is not repeated and one that was begun is taken up, so the same command goes on after a stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from collections.abc import Sequence as Arguments
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from reference import figures
+from reference.config import CONFIGS, Config, load_config, parse_overrides
+from reference.errors import ExperimentError
+from reference.experiment import prepare
+from reference.expert_report import read_rows, report
+from reference.methods import chosen_methods
+from reference.run import StopRequest
+from reference.sequence import Sequence, StoppedError
+from reference.tracking import writing
+
+LISTINGS = CONFIGS / "experts.yaml"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: its name (also of its folders), the method, and what it changes in the settings."""
+
+    name: str
+    method: str = "igsp"
+    igsp: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self, options: argparse.Namespace, common: Mapping[str, Any]) -> Config:
+        """The settings of this row: preset, listing, row, command line, the last one wins."""
+        given = {
+            name: getattr(options, name)
+            for name in ("data_root", "model", "reference_root", "output", "order", "split")
+            if getattr(options, name) is not None
+        }
+        given.update(parse_overrides(options.set))
+        settings = {**common, **self.settings, **given, "methods": [self.method]}
+        base = load_config(options.preset, settings)
+        return load_config(options.preset, {**settings, "igsp": {**base.igsp, **self.igsp}})
+
+
+def read_listing(name: str) -> tuple[list[Row], tuple[int, ...], dict[str, Any]]:
+    """Rows, seeds and common settings of the listing `name`."""
+    listing = yaml.safe_load(LISTINGS.read_text(encoding="utf-8"))[name]
+    rows = []
+    for label, row in listing["rows"].items():
+        known = {key: row[key] for key in ("method", "igsp") if key in row}
+        rest = {key: value for key, value in row.items() if key not in known}
+        rows.append(Row(label, **known, settings=rest))
+    return rows, tuple(listing["seeds"]), dict(listing.get("settings", {}))
+
+
+def chosen_rows(rows: list[Row], names: str | None) -> list[Row]:
+    """The rows that `names`, separated by commas, name in full; all for None.
+
+    Raises:
+        ExperimentError: a name that is not a row.
+    """
+    if names is None:
+        return rows
+    by_name = {row.name: row for row in rows}
+    wanted = [part.strip() for part in names.split(";" if ";" in names else ",")]
+    for name in wanted:
+        if name not in by_name:
+            raise ExperimentError(f"unknown row {name!r} in --rows: choose from {'; '.join(by_name)}")
+    return [by_name[name] for name in wanted]
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """Every row with the first seed, then with the next."""
+    listed, seeds, common = read_listing(options.what)
+    rows = chosen_rows(listed, options.rows)
+    seeds = tuple(int(seed) for seed in options.seeds.split(",")) if options.seeds else seeds
+    configs = {row.name: row.config(options, common) for row in rows}
+    experiment, stop = prepare(next(iter(configs.values()))), StopRequest()
+    for seed in seeds:
+        for row in rows:
+            (method,) = chosen_methods((row.method,))
+            folder = Path(options.output) / f"{row.name.replace(' ', '_').replace(',', '')}-seed{seed}"
+            Sequence(experiment, method, configs[row.name], seed, folder, stop).run(resume=True)
+
+
+def main(arguments: Arguments[str] | None = None) -> int:
+    """Do what the command line asks for; returns the exit status (0, 2 for an error, 130 when interrupted)."""
+    options = parse(arguments)
+    try:
+        if options.what != "report":
+            run_all(options)
+        rows = read_rows([options.output] if options.what != "report" else options.places)
+        folder = Path(options.output or ".")
+        text = report(rows)
+        with writing(folder / "experts.md") as draft:
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(text, encoding="utf-8")
+        for label, runs in rows.items():
+            if runs[0]["facts"].get("tasks"):
+                figures.routing(runs[0], folder / f"routing-{label}.png")
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StoppedError:
+        print("stopped and saved; the same command goes on", file=sys.stderr)
+        return 130
+    print(text + f"\n{folder / 'experts.md'}")
+    return 0
+
+
+def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m reference.experts", description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="what", required=True)
+    for name, text in (
+        ("comparison", "iGSP, MoE-Adapters, one LoRA a task, one for all, one under protection"),
+        ("ablation", "iGSP with one choice changed at a time, on four tasks, scored on the validation split"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--preset", default="mini", help="preset whose settings are the base (default: mini)")
+        command.add_argument("--data-root", help="folder with one folder of images per task")
+        command.add_argument("--model", help="folder of an open_clip model, or <architecture>:<pretrained tag>")
+        command.add_argument("--reference-root", help="folder with captions.csv: also retrieval and modality gap")
+        command.add_argument("--rows", help="names of rows separated by commas (by ; where a name holds a comma)")
+        command.add_argument("--seeds", help="numbers separated by commas, instead of the listing's")
+        command.add_argument("--order", help="I or II")
+        command.add_argument("--split", help="test or validation, instead of the listing's")
+        command.add_argument("--output", required=True, help="folder of results and of the report")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of reference/config.py"
+        )
+    command = commands.add_parser("report", help="the tables and figures of finished runs")
+    command.add_argument("places", nargs="+", help="folders of finished runs, or their results.json")
+    command.add_argument("--output", default=".", help="folder for experts.md and figures (default: here)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
