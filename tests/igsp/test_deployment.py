@@ -81,7 +81,7 @@ def test_nothing_changes_and_training_goes_on() -> None:
 
 
 def test_blocks_and_bottlenecks_are_left_and_named() -> None:
-    model, opt, _ = trained(candidates=1, kind="bottleneck")
+    _model, opt, _ = trained(candidates=1, kind="bottleneck")
     assert opt.merge_experts("one").routed == {"fc": "bottleneck experts are not linear"}
     block = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)))
     opt = NullSpaceOptimizer(AdamW(block.parameters(), lr=1e-3), block, mode=IGSP(layers="0", rank=2, candidates=1))
@@ -94,7 +94,7 @@ def test_blocks_and_bottlenecks_are_left_and_named() -> None:
 
 
 def test_bad_input_is_one_clear_error() -> None:
-    model, opt, _ = trained(candidates=1)
+    _model, opt, _ = trained(candidates=1)
     with pytest.raises(OptionError, match=r"merge_experts\('two'\): no finished task has this name; known: 'one'"):
         opt.merge_experts("two")
     with pytest.raises(ConsolidationError, match="no batches"):
