@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import pruning, router
+from . import pruning, router, shared
 from .experts import PARTS, Expert, Silent, Stack, extended, fresh_directions, mix, shapes, spanned, stack
 from .options import IGSP
 from .prototypes import Prototype, nearest, prototype
@@ -38,6 +38,10 @@ class Scope:
     first_phase: bool = True
     collecting: bool = False
 
+    def warming(self, options: IGSP) -> bool:
+        """True while samples are spread by noise alone, before routers and penalty begin to act."""
+        return self.first_phase and self.steps < options.warm
+
 
 class TaskRouter(Silent):
     """Router and prototype of one finished task: `weight` `[E, d + 1]`, `experts` `[E]` numbers in the history."""
@@ -58,14 +62,16 @@ class ExpertLayer(Silent):
     """Experts, routers and bases beside one layer.
 
     Buffers: `history_*`, the frozen experts `[H, ...]`; `inputs` `[d, k]` and `outputs` `[o, l]`, orthonormal bases of
-    the rows of all historical `A` and of the columns of all historical `B`; `gates` `[d + 1, j]`, a basis of what a
-    shared router saw in finished tasks. Parameters: `fresh` experts and `router` `[E, d + 1]`, whose rows are the
-    historical `members` of the task at work, then the fresh ones.
+    the rows of all historical `A` and of the columns of all historical `B`; of finished tasks with a shared router
+    `gates` `[d + 1, j]`, a basis of what it saw, and `floor` `[]`, the least logit with which it chose an expert.
+    Parameters: `fresh` experts and `router` `[E, d + 1]`, whose rows are the historical `members` of the task at work,
+    then the fresh ones.
     """
 
     inputs: Tensor
     outputs: Tensor
     gates: Tensor
+    floor: Tensor
 
     def __init__(self, site: Site, options: IGSP, scope: Scope, number: int, device: torch.device) -> None:
         super().__init__()
@@ -77,6 +83,7 @@ class ExpertLayer(Silent):
         self.register_buffer("inputs", torch.zeros(site.inputs, 0, device=device))
         self.register_buffer("outputs", torch.zeros(site.outputs, 0, device=device))
         self.register_buffer("gates", torch.zeros(site.inputs + 1, 0, device=device))
+        self.register_buffer("floor", torch.zeros((), device=device))
         self.fresh = nn.ModuleList()
         self.finished = nn.ModuleList()
         self.members: list[int] = []
@@ -104,11 +111,22 @@ class ExpertLayer(Silent):
         self.members, self.candidates = list(range(self.size)), len(self.fresh)
         known = self._shared_rows()
         new = known.new_zeros(self.size + len(self.fresh) - len(known), known.shape[1])
-        if self.size and len(self.fresh):
-            shift = router.head_start(self.size, len(self.fresh), self.options.noise)
-            new[len(new) - len(self.fresh) :, -1] = shift / router.constant(self.widths[0], self.options.gate_scale)
+        constant = router.constant(self.widths[0], self.options.gate_scale)
+        if self.gates.shape[1]:
+            new[:] = shared.low_row(self.floor, known.shape[1], constant)
+        elif self.size and len(self.fresh):
+            new[len(new) - len(self.fresh) :, -1] = self._head_start() / constant
         self.adopt_router(torch.cat([known, new]))
         self.watch = Watch(self.options, self.router)
+
+    def _head_start(self) -> float:
+        return router.head_start(self.size, len(self.fresh), self.options.noise)
+
+    @torch.no_grad()
+    def end_warmup(self) -> None:
+        """Let candidates of a protected shared router begin level with the experts that the new task would choose."""
+        if self.gates.shape[1]:
+            self.router.copy_(shared.level(self.router, len(self.fresh), self.gates, self.watch.mean_input))
 
     def _shared_rows(self) -> Tensor:
         """Return the rows that a shared router keeps from earlier tasks, none for routers of one task."""
@@ -201,6 +219,8 @@ class ExpertLayer(Silent):
         known = torch.tensor(numbers, dtype=torch.int64, device=self.router.device)
         self.finished.append(TaskRouter(self.router, known, prototype(collected[:, :-1], outlier)))
         if self.options.router == "shared" and self.options.shared_energy:
+            lowest = shared.lowest(collected, self.router.detach(), self.options.top_k)
+            self.floor = torch.minimum(self.floor, lowest) if self.gates.shape[1] else lowest
             self.gates = spanned(self.gates, collected, self.options.shared_energy)
         for expert in self.fresh:
             assert isinstance(expert, Expert)
@@ -254,6 +274,10 @@ class ExpertLayer(Silent):
 
     def _current(self, inputs: Tensor) -> Choice:
         scores = router.logits(inputs, self.router)
+        if self.scope.warming(self.options) and self.training:  # noise alone decides
+            scores = torch.zeros_like(scores)
+            if self.size and len(self.fresh):
+                scores[:, len(self.members) :] = self._head_start()
         noisy = scores
         if self.scope.first_phase and self.training and self.options.noise:
             noisy = scores + router.noise(

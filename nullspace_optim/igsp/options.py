@@ -50,7 +50,7 @@ class IGSP:
 
     Phase 1, subspace identification
         * `warmup`: first steps, in which routers stay and noise alone spreads the samples, so that candidates have
-          learned something before they are judged; a fifth of `cap` if None.
+          learned something before they are judged; a tenth of `cap` if None.
         * `regularization`: ``"mass"`` (share of routing that goes to candidates), ``"geom"`` (share of a candidate's
           energy outside the historical output space), ``"both"``, ``"none"``; `strength` is its factor, and with
           `warm_down` it falls linearly to zero at `cap`. `price` of the `j`-th of `m` candidates in ``"mass"``:
@@ -160,7 +160,7 @@ class IGSP:
     @property
     def warm(self) -> int:
         """Steps of the warm-up."""
-        return self.cap // 5 if self.warmup is None else self.warmup
+        return self.cap // 10 if self.warmup is None else self.warmup
 
     @property
     def structure(self) -> dict[str, object]:

@@ -95,13 +95,8 @@ class IgspMode:
 
     def before_step(self, base: Optimizer) -> None:
         """Hold the backbone, and routers while candidates warm up: their gradients are hidden from `base`."""
-        warming = [layer.router for layer in self.experts.layers] if self.warming else []
+        warming = [layer.router for layer in self.experts.layers] if self.experts.scope.warming(self.options) else []
         self.host.protection.held = [*self.trainees.others(base), *warming]
-
-    @property
-    def warming(self) -> bool:
-        """True while samples are spread by noise alone, before routers and penalty begin to act."""
-        return self.experts.scope.first_phase and self.experts.scope.steps < self.options.warm
 
     def after_step(self, base: Optimizer) -> None:
         """Count a step of the experts' optimizer and change the phase where it is due."""
@@ -123,6 +118,9 @@ class IgspMode:
         """
         steps, layers = self.experts.scope.steps, self.experts.layers
         since = steps - self.options.warm
+        if steps == max(1, self.options.warm):
+            for layer in layers:
+                layer.end_warmup()
         if since >= 0 and since % self.options.window == 0:
             for layer in layers:
                 layer.watch.judge(layer.router, steps)
@@ -272,7 +270,7 @@ class IgspMode:
         """Return `strength x mean over layers of R`; zero in the warm-up and in phase 2."""
         options, scope = self.options, self.experts.scope
         parts: list[Tensor] = []
-        for layer in self.experts.layers if scope.first_phase and not self.warming else []:
+        for layer in self.experts.layers if scope.first_phase and not scope.warming(options) else []:
             if len(layer.fresh) and layer.watch.recent:
                 if options.regularization in ("mass", "both") and (layer.size or options.price == "graded"):
                     scores = logits(torch.cat(layer.watch.recent), layer.router)

@@ -21,7 +21,7 @@ from .prototypes import Prototype
 from .router import Convergence
 from .watch import Watch
 
-SUMS = ("flow", "origin", "window", "previous")
+SUMS = ("flow", "origin", "centre", "window", "previous")
 SOURCE = "the experts in this file or checkpoint"
 
 
@@ -61,7 +61,8 @@ def _describe(layer: ExpertLayer) -> dict[str, object]:
 
 
 def _tensors(layer: ExpertLayer) -> dict[str, Tensor]:
-    found = {"inputs": layer.inputs, "outputs": layer.outputs, "gates": layer.gates, "router": layer.router}
+    found = {"inputs": layer.inputs, "outputs": layer.outputs, "gates": layer.gates}
+    found.update(floor=layer.floor, router=layer.router)
     found.update({f"history/{part}": value for part, value in layer.history.items()})
     for number, expert in enumerate(layer.fresh):
         found.update({f"fresh/{number}/{name}": value for name, value in expert.named_parameters()})
@@ -144,7 +145,8 @@ def _prepared(layer: ExpertLayer, record: Any, number: int, extension: Extension
     for name in SUMS:
         present = f"{number}/watch/{name}" in extension.tensors
         rows = len(extension.tensors[f"{number}/watch/flow"])
-        shape = {"flow": (rows,), "origin": (rows, inputs + 1), "window": (rows + 1,), "previous": (rows,)}[name]
+        shape = {"flow": (rows,), "origin": (rows, inputs + 1), "centre": (inputs + 1,)}.get(name, (rows,))
+        shape = (rows + 1,) if name == "window" else shape
         setattr(watch, name, take(f"watch/{name}", *shape) if present else None)
     watch.convergence = Convergence.of(entry["convergence"])
     finished = []
@@ -166,6 +168,7 @@ def _prepared(layer: ExpertLayer, record: Any, number: int, extension: Extension
         "inputs": take("inputs", inputs, None),
         "outputs": take("outputs", outputs, None),
         "gates": take("gates", inputs + 1, None),
+        "floor": take("floor"),
         "fresh": nn.ModuleList(fresh),
         "finished": nn.ModuleList(finished),
         "members": members,

@@ -18,11 +18,13 @@ class Watch(Silent):
 
     Buffers, `[E]` each unless they are None: `flow`, the running mean of the gates (not normalised); `window`, sum of
     probabilities and number of samples `[E + 1]` since the window began; `previous`, mean probabilities of the window
-    before; `origin` `[E, d + 1]`, the router when the window began.
+    before; `origin` `[E, d + 1]`, the router when the window began; `centre` `[d + 1]`, the running mean of the gate
+    inputs (not normalised).
     """
 
     flow: Tensor
     origin: Tensor
+    centre: Tensor
     window: Tensor | None
     previous: Tensor | None
 
@@ -35,6 +37,7 @@ class Watch(Silent):
         self.last: Tensor | None = None
         self.register_buffer("flow", weight.detach().new_zeros(len(weight)))
         self.register_buffer("origin", weight.detach().clone())
+        self.register_buffer("centre", weight.detach().new_zeros(weight.shape[1]))
         self.register_buffer("window", None)
         self.register_buffer("previous", None)
 
@@ -44,7 +47,8 @@ class Watch(Silent):
         self.recent = [*self.recent[1 - KEPT_INPUTS :], inputs]
         gates = router.dense(Choice(choice.experts, choice.gates.detach()), scores.shape[1]).sum(dim=0)
         probabilities = torch.softmax(scores.detach(), dim=-1).sum(dim=0)
-        self.sums.append(torch.cat([gates, probabilities, gates.new_full((1,), float(len(inputs)))]))
+        count = gates.new_full((1,), float(len(inputs)))
+        self.sums.append(torch.cat([gates, probabilities, count, inputs.sum(dim=0)]))
         self.last = inputs
 
     @torch.no_grad()
@@ -55,9 +59,10 @@ class Watch(Silent):
             return
         total, size = torch.stack(self.sums).sum(dim=0), len(self.flow)
         self.sums = []
-        decay = self.options.flow_decay
-        self.flow = decay * self.flow + (1 - decay) * total[:size] / total[-1]
-        self.window = total[size:] if self.window is None else self.window + total[size:]
+        decay, count, seen = self.options.flow_decay, total[2 * size], total[size : 2 * size + 1]
+        self.flow = decay * self.flow + (1 - decay) * total[:size] / count
+        self.centre = decay * self.centre + (1 - decay) * total[2 * size + 1 :] / count
+        self.window = seen if self.window is None else self.window + seen
 
     @torch.no_grad()
     def judge(self, weight: Tensor, step: int) -> None:
@@ -82,6 +87,12 @@ class Watch(Silent):
     def shares(self) -> Tensor:
         """`pi` `[E]`: the running mean of the gates, with sum 1 (zeros before the first step)."""
         return self.flow / self.flow.sum().clamp_min(torch.finfo(self.flow.dtype).tiny)
+
+    @property
+    def mean_input(self) -> Tensor:
+        """The running mean of the gate inputs `[d + 1]`, whose last entry is the same for all samples."""
+        constant = router.constant(len(self.centre) - 1, self.options.gate_scale)
+        return self.centre * (constant / self.centre[-1].clamp_min(torch.finfo(self.centre.dtype).tiny))
 
     def settled(self) -> bool:
         """True if the layer need not be waited for: it has converged, or nothing reaches it."""

@@ -99,7 +99,7 @@ def test_candidates_and_history_start_alike_however_many_there_are() -> None:
         scores[:, history:] += shift
         best = float((scores.argmax(dim=1) >= history).float().mean())
         mean = scores[:, history:].amax(1).mean() - scores[:, :history].amax(1).mean()
-        assert abs(float(mean)) < 0.02 and 0.4 < best < 0.6, (history, candidates)
+        assert abs(float(mean)) < 0.03 and 0.4 < best < 0.6, (history, candidates)
     assert router.head_start(40, 4, 0.0) == 0.0
 
 

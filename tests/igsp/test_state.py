@@ -16,7 +16,7 @@ from nullspace_optim import IGSP, BasisFileError, NullSpaceOptimizer
 
 from .synthetic import QUICK, Layer, SyntheticTask, make, train
 
-MOMENTS = [("phase 1", 7), ("mid-window", 33), ("phase 2", 230)]
+MOMENTS = [("phase 1", 7), ("mid-window", 33), ("phase 2", 330)]
 
 
 def history(steps: int, **options: object) -> tuple[Layer, NullSpaceOptimizer, SyntheticTask]:
@@ -76,7 +76,7 @@ def test_a_file_and_the_base_state_resume_bitwise(moment: str, steps: int, tmp_p
 
 
 def test_a_file_deploys_all_tasks(tmp_path: Path) -> None:
-    model, opt, task = history(230, kind="bottleneck")
+    model, opt, task = history(330, kind="bottleneck")
     opt.consolidate(task.loader(), name="two", progress=False)
     opt.save(tmp_path / "f")
     twin, other = make(seed=3, kind="bottleneck")
@@ -89,7 +89,7 @@ def test_a_file_deploys_all_tasks(tmp_path: Path) -> None:
     assert other.verify(task.loader()).drift("two") == 0.0
 
 
-@pytest.mark.parametrize("steps", [7, 230])
+@pytest.mark.parametrize("steps", [7, 330])
 def test_copies_go_their_own_way(steps: int) -> None:
     model, opt, task = history(steps)
     twin, other = copy.deepcopy((model, opt))
