@@ -42,8 +42,9 @@ class IGSP:
         * `top_k`: experts a sample may use in one layer. `noise`: standard deviation of the noise on the logits in
           phase 1 (0.7 is the initial value of MoE-Adapters' learned one).
         * `gate`: what decides about a sample: the ``"mean"`` of its tokens or the ``"first"`` one (MoE-Adapters; with a
-          causal mask the first text token knows nothing of the text). `gate_scale`: ``"width"``, divided by `sqrt(d)`
-          (a step of Adam moves a logit by `sqrt(d)` times the rate), or ``"none"`` as in MoE-Adapters (`d` times).
+          causal mask the first text token knows nothing of the text). `gate_scale`: ``"none"`` as in MoE-Adapters (a
+          step of Adam moves a logit by about `d` times the rate), or ``"width"``, divided by `sqrt(d)`: slower routing,
+          in which candidates share the samples for long.
         * `router`: ``"per-task"``, and prototypes where no task is named; or one ``"shared"`` router for all tasks,
           whose logits stay what they were on the share `shared_energy` of what it saw in finished tasks (0: it drifts).
         * `outlier`: standard deviations beyond which a sample belongs to no prototype and runs the plain backbone.
@@ -83,7 +84,7 @@ class IGSP:
     top_k: int = 2
     noise: float = 0.7
     gate: Literal["mean", "first"] = "mean"
-    gate_scale: Literal["none", "width"] = "width"
+    gate_scale: Literal["none", "width"] = "none"
     router: Literal["per-task", "shared"] = "per-task"
     shared_energy: float = 0.99
     outlier: float = 3.0
