@@ -13,19 +13,19 @@ import argparse
 import sys
 from collections.abc import Mapping
 from collections.abc import Sequence as Arguments
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from reference import figures
-from reference.config import CONFIGS, Config, load_config, parse_overrides
+from reference.config import CONFIGS, Config, for_method, load_config, parse_overrides
 from reference.errors import ExperimentError
 from reference.experiment import prepare
 from reference.expert_report import read_rows, report
 from reference.methods import chosen_methods
-from reference.run import StopRequest
+from reference.run import StopRequest, add_settings
 from reference.sequence import Sequence, StoppedError
 from reference.tracking import writing
 
@@ -45,13 +45,13 @@ class Row:
         """The settings of this row: preset, listing, row, command line, the last one wins."""
         given = {
             name: getattr(options, name)
-            for name in ("data_root", "model", "reference_root", "output", "order", "split")
+            for name in ("data_root", "model", "reference_root", "tasks", "order", "split", "output")
             if getattr(options, name) is not None
         }
         given.update(parse_overrides(options.set))
         settings = {**common, **self.settings, **given, "methods": [self.method]}
-        base = load_config(options.preset, settings)
-        return load_config(options.preset, {**settings, "igsp": {**base.igsp, **self.igsp}})
+        base = for_method(load_config(options.preset, settings), self.method)
+        return replace(base, igsp={**base.igsp, **self.igsp})
 
 
 def read_listing(name: str) -> tuple[list[Row], tuple[int, ...], dict[str, Any]]:
@@ -129,18 +129,10 @@ def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
         ("ablation", "iGSP with one choice changed at a time, on four tasks, scored on the validation split"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("--preset", default="mini", help="preset whose settings are the base (default: mini)")
-        command.add_argument("--data-root", help="folder with one folder of images per task")
-        command.add_argument("--model", help="folder of an open_clip model, or <architecture>:<pretrained tag>")
-        command.add_argument("--reference-root", help="folder with captions.csv: also retrieval and modality gap")
+        add_settings(command)
+        command.set_defaults(preset="mini")
         command.add_argument("--rows", help="names of rows separated by commas (by ; where a name holds a comma)")
-        command.add_argument("--seeds", help="numbers separated by commas, instead of the listing's")
-        command.add_argument("--order", help="I or II")
-        command.add_argument("--split", help="test or validation, instead of the listing's")
         command.add_argument("--output", required=True, help="folder of results and of the report")
-        command.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting of reference/config.py"
-        )
     command = commands.add_parser("report", help="the tables and figures of finished runs")
     command.add_argument("places", nargs="+", help="folders of finished runs, or their results.json")
     command.add_argument("--output", default=".", help="folder for experts.md and figures (default: here)")

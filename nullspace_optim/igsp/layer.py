@@ -152,10 +152,10 @@ class ExpertLayer(Silent):
         """
         options, flow = self.options, self.watch.shares
         if not self.watch.seen:
-            return torch.zeros_like(flow, dtype=torch.bool)
-        if self.watch.convergence.at is None and options.on_cap == "keep":
-            return torch.ones_like(flow, dtype=torch.bool)
-        if options.coverage is not None:
+            kept = torch.zeros_like(flow, dtype=torch.bool)
+        elif self.watch.convergence.at is None and options.on_cap == "keep":
+            kept = torch.ones_like(flow, dtype=torch.bool)
+        elif options.coverage is not None:
             kept = pruning.keep_coverage(flow, options.coverage)
         else:
             kept = pruning.keep_above(flow, options.threshold, self.name, len(self.fresh))
@@ -213,15 +213,15 @@ class ExpertLayer(Silent):
     def finish(self, outlier: float) -> None:
         """End the task: freeze the fresh experts, extend the bases by their directions, keep the router."""
         collected = self.collect()
+        if len(collected) and len(self.router) and self.options.router == "shared" and self.options.shared_energy:
+            lowest = shared.lowest(collected, self.router.detach(), self.options.top_k)
+            self.floor = torch.minimum(self.floor, lowest) if self.gates.shape[1] else lowest
+            self.gates = spanned(self.gates, collected, self.options.shared_energy)
         if not len(collected):
             collected = self.router.new_zeros(1, self.widths[0] + 1)
         numbers = [*self.members, *range(self.size, self.size + len(self.fresh))]
         known = torch.tensor(numbers, dtype=torch.int64, device=self.router.device)
         self.finished.append(TaskRouter(self.router, known, prototype(collected[:, :-1], outlier)))
-        if self.options.router == "shared" and self.options.shared_energy:
-            lowest = shared.lowest(collected, self.router.detach(), self.options.top_k)
-            self.floor = torch.minimum(self.floor, lowest) if self.gates.shape[1] else lowest
-            self.gates = spanned(self.gates, collected, self.options.shared_energy)
         for expert in self.fresh:
             assert isinstance(expert, Expert)
             self.inputs = extended(self.inputs, expert.down)

@@ -241,9 +241,11 @@ class IgspMode:
             known = ", ".join(map(repr, tasks)) or "none"
             raise OptionError(f"merge_experts({task!r}): no finished task has this name; known: {known}")
         number, seen = tasks.index(task), {}
-        if loader is not None:
-            with untouched(model, loader), self._collecting(number):
-                observe(Pass(model, {}, loader, task, forward, progress=False))
+        try:
+            if loader is not None:
+                with untouched(model, loader), self._collecting(number):
+                    observe(Pass(model, {}, loader, task, forward, progress=False))
+        finally:
             seen = {layer.name: inputs for layer in layers if len(inputs := layer.collect())}
         return merge(layers, model, task, number, seen)
 

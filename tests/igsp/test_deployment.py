@@ -45,7 +45,7 @@ def test_routers_that_differ_by_a_constant_merge_without_samples() -> None:
     record = opt._core.mode.experts.layers[0].finished[0]
     assert len(record.experts) == 2
     record.weight[:, :-1] = 0.0
-    record.weight[:, -1] = torch.tensor([0.3, -0.2])
+    record.weight[:, -1] = torch.tensor([0.3, -0.2]) / 32**0.5  # the constant entry is sqrt(d)
     merged = opt.merge_experts("one")
     assert merged.gates["fc"] == pytest.approx(torch.softmax(torch.tensor([0.3, -0.2]), 0).tolist())
     with torch.no_grad(), opt.task("one"):
@@ -97,8 +97,16 @@ def test_bad_input_is_one_clear_error() -> None:
     _model, opt, _ = trained(candidates=1)
     with pytest.raises(OptionError, match=r"merge_experts\('two'\): no finished task has this name; known: 'one'"):
         opt.merge_experts("two")
+
+    def broken():  # type: ignore[no-untyped-def]
+        yield SyntheticTask(0).inputs(1)
+        raise RuntimeError("disk gone")
+
     with pytest.raises(ConsolidationError, match="no batches"):
         opt.merge_experts("one", [])
+    with pytest.raises(RuntimeError, match="disk gone"):
+        opt.merge_experts("one", broken())
+    assert not opt._core.mode.experts.layers[0].collected
     plain = Layer()
     with pytest.raises(OptionError, match=r"merge_experts\(\) needs a mode"):
         NullSpaceOptimizer(AdamW(plain.parameters(), lr=1e-4), plain).merge_experts("one")

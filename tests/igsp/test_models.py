@@ -72,6 +72,24 @@ def test_one_tower_alone_is_announced() -> None:
         opt.consolidate([images(9)], forward=lambda x: model.encode_image(x), progress=False)
 
 
+def test_a_shared_router_keeps_the_experts_of_a_tower_that_a_later_task_does_not_reach() -> None:
+    model = small_clip()
+    mode = IGSP(rank=2, candidates=2, cap=3, window=1, on_cap="prune", router="shared")
+    opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-2), model, mode=mode)
+    for step in range(4):
+        clip_step(model, opt, step)
+    opt.consolidate([images(9)], name="both", forward=clip_forward(model, TOKENS), progress=False)
+    with torch.no_grad(), opt.task(None):
+        before = model.encode_text(TOKENS)
+    for step in range(4):
+        model.encode_image(images(step)).square().mean().backward()
+        opt.step()
+    with pytest.warns(UserWarning, match="no training forward reached 2 layers"):
+        opt.consolidate([images(9)], name="one", forward=lambda x: model.encode_image(x), progress=False)
+    with torch.no_grad(), opt.task(None):
+        torch.testing.assert_close(model.encode_text(TOKENS), before)
+
+
 def test_experts_beside_linear_layers_by_name_inside_multi_head_attention_blocks() -> None:
     model = small_clip()
     mode = IGSP(layers="*resblocks.*.mlp.c_fc", rank=2, cap=3)

@@ -216,7 +216,7 @@ def test_a_threshold_that_would_remove_the_last_expert_is_refused_and_changes_no
 def test_consolidation_is_all_or_nothing() -> None:
     model, opt = make()
     task = SyntheticTask(0)
-    train(model, opt, task, 30)
+    train(model, opt, task, 45)
     x = task.inputs(3)
     with torch.no_grad():
         before = model(x)
@@ -237,7 +237,7 @@ def test_consolidation_is_all_or_nothing() -> None:
     assert all(p is q for p, q in zip(opt.param_groups[1]["params"], parameters)) and all(
         p in opt.state for p in parameters
     )
-    train(model, opt, task, 5, first=30)
+    train(model, opt, task, 5, first=45)
     opt.consolidate(task.loader(), name="one", progress=False)
     with pytest.raises(ConsolidationError, match="no step was taken"):
         opt.consolidate(task.loader(), name="two", progress=False)
