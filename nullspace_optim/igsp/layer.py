@@ -125,7 +125,7 @@ class ExpertLayer(Silent):
     @torch.no_grad()
     def end_warmup(self) -> None:
         """Let candidates of a protected shared router begin level with the experts that the new task would choose."""
-        if self.gates.shape[1]:
+        if self.gates.shape[1] and self.watch.seen:
             self.router.copy_(shared.level(self.router, len(self.fresh), self.gates, self.watch.mean_input))
 
     def _shared_rows(self) -> Tensor:
