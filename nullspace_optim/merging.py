@@ -4,6 +4,7 @@ Two bases `U` `[s, k]` and `V` `[s, l]` of one weight become `[U Q]`, where `Q` 
 span of `U`: with `R = V - U U^H V = Q S P^H`, the columns of `Q` with `S` above rounding. Whoever kept `W V = B` and
 `W U = A` also kept `W Q = (B - A U^H V) P S^-1`, so a merge needs no weights. Where `S` is small that quotient is
 inexact, and such directions are refused unless the weights are given; where `S` vanishes both files must agree.
+Directions that are kept by a share are merged by `conceptors.either`, which loosens none of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .basis import Basis, BasisStore, Fate, Side, Subspace
+from .basis import Basis, BasisStore, Extension, Fate, Side, Subspace
+from .conceptors import conceptor_of, directions_of, either
 from .errors import BasisFileError, OptionError
 from .guard import matrix_of
 from .linalg import polish, principal_angles
@@ -34,9 +36,9 @@ def renamed(store: BasisStore, rename: Callable[[str], str]) -> BasisStore:
     Raises:
         BasisFileError: two names become one.
     """
-    twin = BasisStore()
+    twin, of_parameter = BasisStore(), _renaming(store, rename)
     for name, basis in store.items():
-        new = rename(name)
+        new = of_parameter(name)
         if new in twin:
             raise BasisFileError(f"renaming makes two parameters {new!a} (one of them is {name!a}); change the pattern")
         bias = rename(basis.bias) if basis.bias is not None else None
@@ -46,7 +48,30 @@ def renamed(store: BasisStore, rename: Callable[[str], str]) -> BasisStore:
         raise BasisFileError("renaming makes two buffers one; change the pattern")
     twin.tasks = [_with_names(task, rename) for task in store.tasks]
     twin.probes = dict(store.probes)
+    twin.extension = None if store.extension is None else _renamed_mode(store.extension, rename)
     return twin
+
+
+def _renaming(store: BasisStore, rename: Callable[[str], str]) -> Callable[[str], str]:
+    """Return `rename` for the names of parameters: experts of a mode stand below their layer, written with ``/``."""
+    prefix = f"{store.extension.record.get('mode')}." if store.extension is not None else None
+
+    def of_parameter(name: str) -> str:
+        if prefix is None or not name.startswith(prefix):
+            return rename(name)
+        layer, dot, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{rename(layer.replace('/', '.')).replace('.', '/')}{dot}{rest}"
+
+    return of_parameter
+
+
+def _renamed_mode(extension: Extension, rename: Callable[[str], str]) -> Extension:
+    """Return what a mode stores with its layers renamed."""
+    layers: Any = extension.record.get("layers")
+    if not isinstance(layers, list) or not all(isinstance(layer, dict) and "name" in layer for layer in layers):
+        return extension
+    record = {**extension.record, "layers": [{**layer, "name": rename(str(layer["name"]))} for layer in layers]}
+    return Extension(record, extension.tensors)
 
 
 def _with_names(task: Mapping[str, object], rename: Callable[[str], str]) -> dict[str, object]:
@@ -75,6 +100,11 @@ def merged(first: BasisStore, second: BasisStore, label: str, weight: Weight | N
         BasisFileError: the files keep different values of the same thing, so that no weights satisfy both, or
             directions are too close to be merged without the weights.
     """
+    if first.extension is not None or second.extension is not None:
+        raise BasisFileError(
+            "experts of a mode cannot be merged: routers number the experts of one history; load the first file and "
+            "train and consolidate the second task with it"
+        )
     second = _distinct(first, second, label)
     twin = first.copy()
     for name, basis in second.items():
@@ -181,20 +211,22 @@ def _united(name: str, first: Subspace | None, second: Subspace | None) -> Subsp
         return dataclasses.replace(one)
     if first.side == "rows":
         return _united_rows(name, first, second)
-    if any(part.scale is not None for part in (first, second)):
-        raise BasisFileError(
-            f"{name!a} has directions that are kept by a share (SGP, CODE-CL), whose anchors follow the weights; such "
-            "bases cannot be merged: consolidate the second task on the model of the first"
-        )
     parts = [
         _grown(name, first.side, *(_group(subspace, group) for subspace in (first, second)))
         for group in range(len(first.ranks))
     ]
+    shares: list[Tensor] | None = None
+    if first.scale is not None or second.scale is not None:
+        softly = [_softened(part, first, second, group) for group, part in enumerate(parts)]
+        parts, shares = [part for part, _ in softly], [share for _, share in softly]
     ranks = tuple(basis.shape[1] for basis, _ in parts)
     stack = first.basis.new_zeros(len(parts), first.size, max(ranks, default=0))
     anchors = first.anchor.new_zeros(len(parts), _columns(first).shape[1], max(ranks, default=0))
+    scale = None if shares is None else first.basis.new_zeros(len(parts), max(ranks, default=0)).real.contiguous()
     for group, (basis, kept) in enumerate(parts):
         stack[group, :, : ranks[group]], anchors[group, :, : ranks[group]] = basis, kept
+        if scale is not None and shares is not None:
+            scale[group, : ranks[group]] = shares[group]
     summed = None
     if first.covariance is not None and second.covariance is not None:
         summed = first.covariance + second.covariance
@@ -204,8 +236,23 @@ def _united(name: str, first: Subspace | None, second: Subspace | None) -> Subsp
         anchor=anchors if first.side == "right" else anchors.mH.contiguous(),
         ranks=ranks,
         covariance=summed,
+        scale=scale,
         members=None,
     )
+
+
+def _softened(
+    part: tuple[Tensor, Tensor], first: Subspace, second: Subspace, group: int
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return the directions of both in which they are kept by a share, with anchor columns, and these shares `[k]`."""
+    basis, kept = part
+    conceptors = []
+    for subspace in (first, second):
+        rank = subspace.ranks[group]
+        share = None if subspace.scale is None else subspace.scale[group, :rank]
+        conceptors.append(conceptor_of(subspace.basis[group, :, :rank].to(basis), share, basis))
+    vectors, shares = directions_of(either(*conceptors))
+    return (polish(basis @ vectors, dtype=basis.dtype), kept @ vectors), shares
 
 
 def _columns(subspace: Subspace) -> Tensor:
@@ -257,7 +304,7 @@ def _united_rows(name: str, first: Subspace, second: Subspace) -> Subspace:
 
 
 def cast(store: BasisStore, dtype: torch.dtype) -> BasisStore:
-    """Return `store` with anchors in `dtype`, float32 or float64.
+    """Return `store` with real anchors and kept values in `dtype`, float32 or float64.
 
     Raises:
         OptionError: a half-precision type. Rounded to bfloat16, the columns of a basis are no longer orthonormal, and
@@ -271,13 +318,16 @@ def cast(store: BasisStore, dtype: torch.dtype) -> BasisStore:
     twin = store.copy()
     for name, basis in store.items():
         sides = {
-            side: dataclasses.replace(part, anchor=part.anchor.to(torch.promote_types(dtype, torch.float32)))
-            if not part.anchor.is_complex()
-            else part
-            for side, part in basis.subspaces.items()
+            side: dataclasses.replace(part, anchor=_in(dtype, part.anchor)) for side, part in basis.subspaces.items()
         }
-        twin.put(dataclasses.replace(basis, name=name, subspaces=sides))
+        kept = None if basis.kept is None else _in(dtype, basis.kept)
+        twin.put(dataclasses.replace(basis, name=name, subspaces=sides, kept=kept))
     return twin
+
+
+def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """Return a real `tensor` in `dtype`; whole numbers, and complex64, the one complex type of a file, as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _tilt(store: BasisStore, dtype: torch.dtype) -> str:

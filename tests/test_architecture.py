@@ -41,7 +41,7 @@ LAYERS: list[list[str | tuple[str, ...]]] = [
         "fates",
         "agreement",
         "remarks",
-        "merging",
+        ("merging", "conceptors"),
         "thinning",
         ("plan", "outline", "survey", "architectures", "adapters"),
     ],

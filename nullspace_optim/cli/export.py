@@ -29,6 +29,7 @@ python -m nullspace_optim export merged.safetensors vision.safetensors text.safe
 python -m nullspace_optim export merged.safetensors task-a.safetensors task-b.safetensors --weights model.safetensors
 python -m nullspace_optim export renamed.safetensors bases.safetensors --rename '^visual[.]' vision_tower.
 python -m nullspace_optim export vision.safetensors bases.safetensors --only '^visual[.]'
+python -m nullspace_optim export double.safetensors bases.safetensors --dtype float64
 """
 
 
@@ -40,8 +41,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         run,
         summary="merge, rename, cut down or cast basis files into a new one",
         description="Write a basis file that keeps whatever the given files keep. Files that keep different values of\n"
-        "the same directions come from different weights and are refused, and so is a cast to bfloat16 or float16:\n"
-        "rounded bases no longer keep what they were made to keep.",
+        "the same directions come from different weights and are refused. Directions that are kept by a share (SGP,\n"
+        "CODE-CL, OWM) are merged so that none is kept less. Experts of iGSP can be renamed, not merged. A cast to\n"
+        "bfloat16 or float16 is refused: rounded bases no longer keep what they were made to keep.",
         examples=EXAMPLES,
     )
     parser.add_argument("target", metavar="OUT", type=Path, help="the file to write; it must not be one of the others")
@@ -53,7 +55,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="the weights that all files were made with (safetensors): merged anchors are taken from them",
     )
     parser.add_argument(
-        "--dtype", choices=sorted(DTYPES), help="cast anchors; bfloat16 and float16 are refused, with the reason"
+        "--dtype",
+        choices=sorted(DTYPES),
+        help="cast anchors and kept values; half precision is refused, with the reason",
     )
     add_names(parser, "the files' parameters")
 
@@ -75,12 +79,15 @@ def run(options: argparse.Namespace) -> int:
     store = stores[0]
     for file, other in zip(options.files[1:], stores[1:]):
         store = merged(store, other, file.stem, weights.__getitem__ if weights else None)
-    if not store:
+    if not store and store.extension is None:
         raise BasisFileError(f"nothing to export: no parameter matches --only {options.only!a}")
     if options.dtype is not None:
         store = cast(store, DTYPES[options.dtype])
     save(store, options.target)
     tasks = ", ".join(plain(task.get("name", "unnamed")) for task in store.tasks) or "none"
+    parts = (part for one in stores for basis in one.values() for part in basis.subspaces.values())
+    if len(stores) > 1 and any(part.members is not None for part in parts):
+        print("note: which directions belong to which task (TRGP) is not kept by a merge, where tasks share directions")
     print(f"{plain(options.target)}: {len(store)} parameters, {size(options.target.stat().st_size)}; tasks: {tasks}")
     return 0
 
