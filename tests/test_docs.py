@@ -43,6 +43,13 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(
             exec(compile(block, f"{name}.md, block {number}", "exec"), scope)
 
 
+@pytest.mark.parametrize("page", sorted((DOCS / "stacks").glob("*.md")), ids=lambda page: page.stem)
+def test_the_one_example_of_a_stack_is_run_by_a_test(page: Path) -> None:
+    tests = [path.read_text(encoding="utf-8") for path in (DOCS.parent / "tests" / "integrations").glob("test_*.py")]
+    assert len(list(blocks(page, "python"))) == 1
+    assert any(f'"{page.name}"' in text and "exec(compile(example(" in text for text in tests)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
 def test_commands_on_a_page_parse(page: Path) -> None:
     for block in blocks(page, "bash"):

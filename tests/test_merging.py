@@ -18,7 +18,7 @@ from nullspace_optim.cli import main
 from nullspace_optim.conceptors import conceptor_of, directions_of, either
 from nullspace_optim.linalg import orthogonality_error
 from nullspace_optim.merging import merged
-from nullspace_optim.persistence import load, save
+from nullspace_optim.persistence import load
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZE = 7

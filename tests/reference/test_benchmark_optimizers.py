@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
-from reference.benchmarks.catalogue import Candidate, candidates
+from reference.benchmarks.catalogue import LIBRARIES, Candidate, candidates
 from reference.benchmarks.optimizers import main, measure
 
 FINE = ("holds", "refused", "does not run", "idle")
@@ -104,3 +106,17 @@ def test_the_published_page_shows_no_defect() -> None:
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) > 150
     assert all(row.split(" | ")[1] in FINE for row in rows)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_published_page_lists_every_optimizer_of_the_versions_it_names(library: str) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    section = re.search(rf"^### {library} (\S+):.*?(?=^### |\Z)", text, re.M | re.S)
+    assert section is not None, f"the page has no section about {library}"
+    pytest.importorskip(library)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = {candidate.name for candidate in candidates([library])}
+    if version(library.replace("_", "-")).split("+")[0] != section.group(1):
+        pytest.skip(f"another {library} is installed: python -m reference.benchmarks.optimizers makes the page anew")
+    assert set(re.findall(r"^\| `(\w+)`", section.group(0), re.M)) == found
