@@ -114,7 +114,7 @@ class Pass:
     """The cost of one consolidation; it does not depend on the rank.
 
     FLOPs of the forward passes (of all samples, and three times of the few that are remembered by digest), of the
-    second moments (as full products; a symmetric update on a CPU does half) and of the eigenvectors; `moments` are the
+    second moments (as whole products; a CPU does 9/16 of wide ones) and of the eigenvectors; `moments` are the
     bytes of all second moments, held by every device until the pass ends; `largest` is the largest eigenproblem.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def test_a_joint_bias_is_one_more_input_and_agrees_with_its_measured_run(k: int)
 
 
 def test_a_consolidation_agrees_with_the_count_of_a_real_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """BLAS `syrk` is invisible to the counter, so the products that it halves are taken; eigenvectors count nothing."""
-    monkeypatch.setattr(SecondMoment, "_uses_syrk", lambda self, groups: False)
+    """Whole products, which a CPU cuts down to the lower triangle; no counter sees how eigenvectors are found."""
+    monkeypatch.setattr(SecondMoment, "_one_by_one", lambda self, groups: False)
     model = Net()
     optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model, policy=FixedRank(4), rows="all")
     with counted() as mode:
@@ -118,6 +119,14 @@ def test_models_that_take_no_adapters_are_one_clear_error(tmp_path: Path) -> Non
         with_prompt(build("test_vit", batch=1), 4, declare_tokens)
     with pytest.raises(OptionError, match="prompt of 0 tokens"):
         with_prompt(architecture, 0, declare_tokens)
+
+
+def test_a_missing_peft_gives_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(OptionError, match="pip install peft"):
+        with_lora(Architecture("net", model, model, "", {}), 4)
 
 
 @pytest.mark.parametrize("kind", ["lora", "bottleneck"])

@@ -141,7 +141,7 @@ def _consolidation(found: Survey, conditions: Conditions) -> list[str]:
     cost = consolidation(found, conditions)
     lines = [
         f"one consolidation of {cost.samples} samples: forward {operations(cost.forward_flops)}, second moments "
-        f"{operations(cost.moment_flops)} (half of it with a symmetric update), eigenvectors "
+        f"{operations(cost.moment_flops)} (9/16 of it on a CPU), eigenvectors "
         f"{operations(cost.eigh_flops)} ({cost.eigenproblems} problems, the largest {cost.largest} wide)",
         f"second moments held until its end, on every device: {size(cost.moments)}",
     ]

@@ -82,7 +82,7 @@ def every_policy_equals_one_process(folder: Path) -> None:
         optimizer = wrap(model, policy=policy, bias="joint")
         optimizer.consolidate(share(rows(1), dist.get_rank()), progress=False)
         optimizer.consolidate(share(rows(2), dist.get_rank()), progress=False)
-        compare(results(optimizer, {}), torch.load(folder / f"policy-{name}.pt"), 1e-4)
+        compare(results(optimizer, {}), torch.load(folder / f"policy-{name}.pt"), what=name)
 
 
 def soft_and_two_sided_policies_equal_one_process(folder: Path) -> None:

@@ -384,12 +384,13 @@ def a_plan_agrees_with_what_each_rank_holds(folder: Path) -> None:
         found = survey(meta, lambda meta=meta, batch=batch: meta(batch), batch=len(batch))
         used = {name: b.subspaces["rows"].rank for name, b in optimizer.bases.items() if "rows" in b.subspaces}
         planned = predict(found, by_rank(k), Conditions(devices=2, rows_used=used)).per_device
-        guards = optimizer._core.protection.guards.values()
-        made = [t for guard in guards for part in (guard.residuals, guard.complements) for t in part.values()]
+        protection = optimizer._core.protection
+        guards = protection.guards.values()
+        complements = [t for guard in guards for t in guard.complements.values()]
         held = {
             "stored": stored_bytes(optimizer._core.store),
             "copies": sum(t.nbytes for guard in guards for t in guard.previous),
-            "workspaces": sum(t.nbytes for t in made),
+            "workspaces": protection.workspace.nbytes + sum(t.nbytes for t in complements),
         }
         largest = {key: max(other[key] for other in everyone(held)) for key in held}
         expected = {
