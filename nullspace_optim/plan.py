@@ -55,6 +55,8 @@ class Conditions:
         for name in ("devices", "samples"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)}: expected a whole number in [1, inf)")
+        if isinstance(self.rows_used, int) and self.rows_used < 1:
+            raise OptionError(f"rows_used={self.rows_used}: expected a whole number in [1, inf)")
         for name, allowed in (("precision", ("exact", "fast")), ("project", ("update", "gradient", "both"))):
             if getattr(self, name) not in allowed:
                 raise OptionError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, allowed))}")

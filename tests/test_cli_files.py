@@ -120,6 +120,16 @@ def test_tolerance_decides(run: Run, tmp_path: Path) -> None:
     assert main(["verify", str(run.second), str(slightly), "--tolerance", "0.1"]) == 0
 
 
+def test_a_tolerance_out_of_range_and_nothing_to_compare_are_no_results(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wrong in ("-1", "nan"):
+        assert "expected a number in [0, inf)" in refused(
+            capsys, "verify", run.second, run.weights, "--tolerance", wrong
+        )
+    assert "nothing to compare" in refused(capsys, "diff", run.first, run.second, "--only", "zzz")
+
+
 def test_half_precision_weights_are_judged_by_their_rounding(run: Run, tmp_path: Path) -> None:
     weights = safetensors.torch.load_file(run.weights)
     halves = {

@@ -184,6 +184,8 @@ def test_more_experts_than_candidates_are_refused() -> None:
         (["--sketch", "8,9", "--policy", "SGP"], "needs whole second moments"),
         (["--mode", "IGSP(rank=0)"], "rank=0"),
         (["--mode", "magic"], "one of IGSP"),
+        (["--mode", "IGSP(rank=5000)"], "IGSP(rank=5000): larger than the layer"),
+        (["--vocabulary", "-5"], "rows_used=-5"),
         (["--mode", "igsp", "--tasks", "0"], "at least one task"),
         (["--mode", "IGSP(layers='no.such')"], "matches no layer"),
     ],

@@ -57,6 +57,8 @@ def run(options: argparse.Namespace) -> int:
     rename, only = renamer(options.rename), expression(options.only or "", "--only")
     first = renamed(first, rename)
     found = [one for one in compare_stores(first, second, options.tolerance) if only.search(one.name)]
+    if options.only and not found:
+        raise OptionError(f"nothing to compare: no parameter matches --only {options.only!a}")
     rows = [row for one in found for row in _rows(one)]
     if rows:
         print(table(HEADER, rows) + "\n")

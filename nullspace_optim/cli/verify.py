@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..basis import Basis, BasisStore
 from ..diagnostics import moved_buffers
-from ..errors import BasisFileError, ShapeError
+from ..errors import BasisFileError, OptionError, ShapeError
 from ..guard import Guard
 from ..persistence import load
 from ..protection import ROUNDED
@@ -75,6 +75,8 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run(options: argparse.Namespace) -> int:
     """Print the drift of every parameter; 1 if one is beyond the tolerance."""
+    if options.tolerance is not None and not options.tolerance >= 0:
+        raise OptionError(f"--tolerance {options.tolerance}: expected a number in [0, inf)")
     store = load(options.file)
     weights = Weights(options.weights, renamer(options.rename))
     lines = measure(_chosen(store, options.only), weights, options.tolerance)

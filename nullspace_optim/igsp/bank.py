@@ -11,7 +11,7 @@ from ..errors import OptionError
 from .experts import Silent
 from .layer import ExpertLayer, Scope
 from .options import IGSP
-from .sites import find_sites
+from .sites import find_sites, refuse_narrow
 
 CHILD = "igsp"
 
@@ -58,12 +58,7 @@ def installed(model: nn.Module, options: IGSP) -> Bank:
             "put them there, or take an unchanged copy of the model"
         )
     sites, scope = find_sites(model, options.patterns), Scope()
-    for site in sites:
-        if options.width > min(site.inputs, site.outputs):
-            raise OptionError(
-                f"IGSP(rank={options.width}): larger than the layer '{site.name}' ({site.inputs} inputs, "
-                f"{site.outputs} outputs); choose a smaller rank or other layers"
-            )
+    refuse_narrow(sites, options.width)
     layers = [ExpertLayer(site, options, scope, number, _device(site.module)) for number, site in enumerate(sites)]
     bank = Bank(layers, scope)
     for site, layer in zip(sites, layers):

@@ -18,7 +18,7 @@ from ..errors import OptionError
 from .constraints import PARTS
 from .experts import shapes
 from .options import IGSP
-from .sites import Site, find_sites
+from .sites import Site, find_sites, refuse_narrow
 
 FLOAT, INDEX = 4, 8
 
@@ -64,9 +64,10 @@ def places_of(model: nn.Module, run: Callable[[], Any], options: IGSP) -> list[P
     """Return where `options` puts experts beside the layers of `model`; `run()` is its forward pass on a batch.
 
     Raises:
-        OptionError: no layer matches, or one has no linear layer inside.
+        OptionError: no layer matches, one has no linear layer inside, or experts are too wide for one.
     """
     sites, seen, handles = find_sites(model, options.patterns), dict[str, tuple[int, int]](), []
+    refuse_narrow(sites, options.width)
     for site in sites:
         handles.append(site.module.register_forward_hook(_noting(site, seen), with_kwargs=True))
     try:

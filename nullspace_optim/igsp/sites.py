@@ -47,6 +47,20 @@ def find_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
     return [_site(name, module, model) for name, module in found.items()]
 
 
+def refuse_narrow(sites: Iterable[Site], rank: int) -> None:
+    """Refuse experts of a `rank` that does not fit beside one of `sites`.
+
+    Raises:
+        OptionError: names the first such layer.
+    """
+    for site in sites:
+        if rank > min(site.inputs, site.outputs):
+            raise OptionError(
+                f"IGSP(rank={rank}): larger than the layer '{site.name}' ({site.inputs} inputs, "
+                f"{site.outputs} outputs); choose a smaller rank or other layers"
+            )
+
+
 def _site(name: str, module: nn.Module, model: nn.Module) -> Site:
     inner = [part for part in module.modules() if isinstance(part, nn.Linear)]
     if not inner:
