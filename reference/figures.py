@@ -97,6 +97,6 @@ def routing(results: Results, path: Path | IO[bytes]) -> None:
     figure.supxlabel("step (dotted: end of phase 1)", fontsize=9)
     figure.supylabel("share of routing", fontsize=9)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
