@@ -48,7 +48,9 @@ def run_all(options: argparse.Namespace, folder: Path) -> None:
 def shortened(protocol: Protocol, options: argparse.Namespace) -> Protocol:
     """The protocol with the options that depart from the published one."""
     given = {
-        name: getattr(options, name) for name in ("tasks", "epochs", "samples") if getattr(options, name) is not None
+        name: getattr(options, name)
+        for name in ("tasks", "epochs", "samples", "precision")
+        if getattr(options, name) is not None
     }
     return replace(protocol, **given)
 
@@ -68,7 +70,9 @@ def seeds(text: str) -> list[int]:
 def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m reference.tables", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("table", choices=sorted(PROTOCOLS), help="permuted MNIST or 10-split CIFAR-100")
+    parser.add_argument(
+        "table", choices=sorted(PROTOCOLS), help="permuted MNIST, or 10-split CIFAR-100 with one of two networks"
+    )
     parser.add_argument("--data-root", default=".", help="folder that holds mnist/ or cifar100/ (torchvision's too)")
     parser.add_argument("--methods", default="gpm", help=f"names separated by commas: {', '.join(METHODS)}")
     parser.add_argument("--seeds", default="1,2,3,4,5", help="numbers separated by commas")
@@ -78,6 +82,7 @@ def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="another learning rate than the method's")
     parser.add_argument("--tasks", type=int, help="only the first tasks")
     parser.add_argument("--epochs", type=int, help="at most so many epochs a task")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of training; bfloat16: autocast")
     parser.add_argument("--samples", type=int, help="images whose inputs are protected after each task")
     return parser.parse_args(arguments)
 

@@ -5,17 +5,17 @@ A method is one entry of `METHODS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from nullspace_optim import CODECL, SGP, TRGP, Energy, NullSpaceOptimizer, Policy, Spectrum
+from nullspace_optim import CODECL, SGP, TRGP, EigenvalueRatio, Energy, NullSpaceOptimizer, Policy, Spectrum
 from reference.errors import ExperimentError
 from reference.tables.protocols import Protocol
-from reference.tables.sessions import Session, SharedConceptors, TrustRegions
+from reference.tables.sessions import KeptNorms, Session, SharedConceptors, TrustRegions
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,21 @@ class ByLayer(Policy):
 class Method:
     """How one row of a table is trained.
 
-    `rate` None takes the protocol's. `policy` None trains without protection. `session` is what happens around a task.
+    `rate` None takes the protocol's. `policy` None trains without protection; `options` are further ones of
+    `NullSpaceOptimizer`. `session` is what happens around a task. `parts` are the optimizer's groups and `rates` the
+    learning rate of each at the start of a task; None: one group at `rate`.
     """
 
     name: str
     title: str
-    base: Literal["sgd", "adamw"] = "sgd"
+    base: Literal["sgd", "adam", "adamw"] = "sgd"
     rate: float | None = None
     policy: Callable[[Protocol], Policy] | None = None
     project: Literal["update", "gradient", "both"] = "gradient"
     session: Callable[[NullSpaceOptimizer, nn.Module, Protocol], Session] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    parts: Callable[[nn.Module], list[dict[str, Any]]] | None = None
+    rates: Callable[[Optimizer, int], list[float]] | None = None
 
     def __post_init__(self) -> None:
         if self.rate is not None and not self.rate > 0:
@@ -69,12 +74,22 @@ class Method:
     def optimizer(self, model: nn.Module, protocol: Protocol) -> Optimizer:
         """The optimizer of the whole sequence."""
         rate = self.rate_in(protocol)
-        base = (
-            SGD(model.parameters(), lr=rate) if self.base == "sgd" else AdamW(model.parameters(), lr=rate, fused=True)
-        )
+        groups = list(model.parameters()) if self.parts is None else self.parts(model)
+        base: Optimizer
+        if self.base == "sgd":
+            base = SGD(groups, lr=rate)
+        else:
+            base = (Adam if self.base == "adam" else AdamW)(groups, lr=rate, fused=True)
         if self.policy is None:
             return base
-        return NullSpaceOptimizer(base, model, policy=self.policy(protocol), project=self.project)
+        return NullSpaceOptimizer(base, model, policy=self.policy(protocol), project=self.project, **self.options)
+
+    def set_rates(self, optimizer: Optimizer, protocol: Protocol, task: int) -> None:
+        """Give every group of `optimizer` its learning rate at the start of `task` (from 0)."""
+        count = len(optimizer.param_groups)
+        rates = [self.rate_in(protocol)] * count if self.rates is None else self.rates(optimizer, task)
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate
 
     def rate_in(self, protocol: Protocol) -> float:
         """The learning rate at the start of each task."""
@@ -117,6 +132,49 @@ def shared(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) 
     return SharedConceptors(optimizer, model)
 
 
+def nscl(protocol: Protocol) -> Policy:
+    """Adam-NSCL's rule on 10-split CIFAR-100: what is within ten times the smallest eigenvalue is free."""
+    return EigenvalueRatio(10.0)
+
+
+def nscl_parts(model: nn.Module) -> list[dict[str, Any]]:
+    """A group for each convolution, then one for normalisation, with L2 decay 5e-5; one for the heads, without."""
+    parts: list[dict[str, Any]] = []
+    norms, heads = [], []
+    for name, parameter in model.named_parameters():
+        if name.startswith("heads."):
+            heads.append(parameter)
+        elif parameter.ndim == 1:
+            norms.append(parameter)
+        else:
+            parts.append({"params": [parameter], "weight_decay": 5e-5})
+    return [*parts, {"params": norms, "weight_decay": 5e-5}, {"params": heads, "weight_decay": 0.0}]
+
+
+def nscl_rates(optimizer: Optimizer, task: int) -> list[float]:
+    """Convolutions 1e-4, from the second task on 5e-5 over the norm of their projector; norms 5e-4, heads 1e-3.
+
+    The released code divides each projector by its Frobenius norm, the root of the number of free directions: that is
+    a learning rate of its own for every matrix.
+    """
+    assert isinstance(optimizer, NullSpaceOptimizer)
+    free = {
+        id(optimizer.model.get_parameter(name)): sum(
+            space.size - rank for space in basis.subspaces.values() for rank in space.ranks
+        )
+        for name, basis in optimizer.bases.items()
+    }
+    weights = [group["params"][0] for group in optimizer.param_groups[:-2]]
+    first = [1e-4] * len(weights)
+    later = [5e-5 / max(1, free.get(id(weight), 1)) ** 0.5 for weight in weights]
+    return [*(later if task else first), 5e-4, 1e-3]
+
+
+def kept_norms(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) -> Session:
+    """EWC on normalisation layers."""
+    return KeptNorms(optimizer, model)
+
+
 # AdamW's rates: the better of 3e-4 and 1e-3 on the validation part; see docs/published-tables.md.
 METHODS = {
     method.name: method
@@ -130,6 +188,17 @@ METHODS = {
         Method("adamw", "AdamW, no protection", base="adamw", rate=1e-3),
         Method("adamw-gradient", "AdamW, gradient projected before it", base="adamw", rate=3e-4, policy=gpm),
         Method("adamw-update", "AdamW, ours", base="adamw", rate=1e-3, policy=gpm, project="update"),
+        Method(
+            "adam-nscl",
+            "Adam-NSCL",
+            base="adam",
+            policy=nscl,
+            project="update",
+            session=kept_norms,
+            options={"norm_stats": "train", "uncovered": "train", "rows": "all"},
+            parts=nscl_parts,
+            rates=nscl_rates,
+        ),
         Method("adamw-both", "AdamW, ours, gradient as well", base="adamw", rate=3e-4, policy=gpm, project="both"),
     )
 }

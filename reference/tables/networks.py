@@ -1,8 +1,9 @@
-"""The two networks of the published tables, without biases, exactly as GPM (Saha et al. 2021) trained them."""
+"""The networks of the published tables: GPM's two (Saha et al. 2021), without biases, and Adam-NSCL's ResNet-18."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 class PermutedMLP(nn.Module):
@@ -60,3 +61,50 @@ class SplitAlexNet(nn.Module):
         for layer in self.layers:
             features = layer(features)
         return self.heads[task](features)  # type: ignore[no-any-return]
+
+
+class PreActivationBlock(nn.Module):
+    """Two 3x3 convolutions, each behind batch normalisation and ReLU, beside a shortcut (He et al. 2016)."""
+
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(before)
+        self.conv1 = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1, bias=False)
+        changes = stride != 1 or before != after
+        self.shortcut = nn.Conv2d(before, after, 1, stride, bias=False) if changes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features `[n, after, h / stride, w / stride]` of `[n, before, h, w]`."""
+        active = self.norm1(x).relu()
+        beside = x if self.shortcut is None else self.shortcut(active)
+        inner = self.conv2(self.norm2(self.conv1(active)).relu())
+        return inner + beside  # type: ignore[no-any-return]
+
+
+class SplitResNet18(nn.Module):
+    """The pre-activation ResNet-18 of Adam-NSCL for images of 32 x 32: 64 to 512 channels, one head a task.
+
+    Normalisation has running statistics, which go on moving from task to task.
+    """
+
+    def __init__(self, tasks: int = 10) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        widths, strides = (64, 64, 128, 256, 512), (1, 2, 2, 2)
+        self.blocks = nn.Sequential(
+            *(
+                PreActivationBlock(widths[stage + (place > 0)], widths[stage + 1], stride if place == 0 else 1)
+                for stage, stride in enumerate(strides)
+                for place in range(2)
+            )
+        )
+        self.norm = nn.BatchNorm2d(512)
+        self.heads = nn.ModuleList(nn.Linear(512, 10) for _ in range(tasks))
+
+    def forward(self, images: Tensor, task: int = 0) -> Tensor:
+        """Logits `[n, 10]` of images `[n, 3, 32, 32]` by the head of `task`."""
+        features = self.norm(self.blocks(self.first(images))).relu()
+        pooled = functional.adaptive_avg_pool2d(features, 1).flatten(1)
+        return self.heads[task](pooled)  # type: ignore[no-any-return]

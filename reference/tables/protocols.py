@@ -1,17 +1,17 @@
-"""How each published table was trained: the settings of GPM's two scripts, which its followers took over."""
+"""How each published table was trained: the settings of GPM's two scripts, which others took over, and Adam-NSCL's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from reference.errors import ExperimentError
 from reference.tables.data import Benchmark, Labelled, PermutedMNIST, SplitCIFAR100, read_cifar100, read_mnist
-from reference.tables.networks import PermutedMLP, SplitAlexNet
+from reference.tables.networks import PermutedMLP, SplitAlexNet, SplitResNet18
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class Protocol:
         rate: learning rate of SGD without momentum and decay.
         patience: None for a constant rate; else the rate is halved after so many epochs without a better validation
             loss, training ends at `epochs` or below `least_rate`, and the best epoch's weights are restored.
+        milestones: shares of `epochs` after which the rate is halved.
+        augment: train on random crops (4 pixels of padding) and mirror images.
+        precision: of forward and backward passes in training; bfloat16 is autocast.
         samples: random training images whose inputs are protected after each task.
         thresholds: share of energy to keep by layer; `growth` is added for each task before.
     """
@@ -43,6 +46,9 @@ class Protocol:
     growth: float = 0.0
     patience: int | None = None
     least_rate: float = 0.0
+    milestones: tuple[float, ...] = ()
+    augment: bool = False
+    precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         for name in ("tasks", "epochs", "batch", "test_batch", "samples"):
@@ -52,9 +58,15 @@ class Protocol:
             raise ExperimentError(f"tasks={self.tasks}: {self.name} has ten tasks")
 
     def settings(self) -> dict[str, Any]:
-        """What a results file records of it."""
-        left_out = ("read", "benchmark", "network")
+        """What a results file records of it; of the last three only what is not the default."""
+        defaults = {"milestones": (), "augment": False, "precision": "float32"}
+        left_out = {"read", "benchmark", "network", *(k for k, v in defaults.items() if getattr(self, k) == v)}
         return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(self).items() if k not in left_out}
+
+    @property
+    def halvings(self) -> set[int]:
+        """Numbers of the epochs before which the rate is halved."""
+        return {round(share * self.epochs) for share in self.milestones}
 
 
 PROTOCOLS = {
@@ -88,6 +100,21 @@ PROTOCOLS = {
             growth=0.003,
             patience=6,
             least_rate=1e-5,
+        ),
+        Protocol(
+            "cifar100-resnet",
+            read_cifar100,
+            SplitCIFAR100,
+            SplitResNet18,
+            tasks=10,
+            epochs=80,
+            batch=32,
+            test_batch=64,
+            rate=1e-4,
+            samples=4750,
+            thresholds={},
+            milestones=(0.375, 0.75),
+            augment=True,
         ),
     )
 }

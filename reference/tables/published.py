@@ -32,6 +32,7 @@ FIGURES: dict[str, dict[str, Published]] = {
         "sgp": Published(76.05, 0.43, -0.01, "from memory, unverified"),
         "code-cl": Published(77.21, 0.32, -1.1, "from memory, unverified"),
     },
+    "cifar100-resnet": {"adam-nscl": Published(73.76, None, -1.6, "logs of its authors")},
 }
 
 

@@ -50,7 +50,10 @@ def report(runs: Iterable[dict[str, Any]], table: str) -> str:
 def as_published(run: dict[str, Any]) -> bool:
     """Whether a run kept the table's protocol (methods may have their own rate) and was scored on the test part."""
     wanted = json.loads(json.dumps(PROTOCOLS[run["table"]].settings()))
-    same = all(run["settings"].get(key) == value for key, value in wanted.items() if key != "rate")
+    own = {"rate", "base", "project", "policy"}  # of the method
+    same = {k: v for k, v in run["settings"].items() if k not in own} == {
+        k: v for k, v in wanted.items() if k != "rate"
+    }
     return same and run["evaluated_on"] == "test"
 
 

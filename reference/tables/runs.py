@@ -100,12 +100,13 @@ class Run:
         started = time.perf_counter()
         data, validation = self.tasks.part(task, "train"), self.tasks.part(task, "validation")
         self.optimizer.state.clear()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.method.rate_in(self.protocol)
+        self.method.set_rates(self.optimizer, self.protocol, task)
         samples = data[0][np.random.RandomState([self.seed, task]).permutation(len(data[1]))[: self.protocol.samples]]
         first = order_of(self.seed, task, 0, len(data[1]))[: self.protocol.batch]
         self.session.begin(task, (data[0][first], data[1][first]), samples)
-        losses = train(self.model, self.optimizer, data, validation, self.protocol, task, self.seed)
+        losses = train(
+            self.model, self.optimizer, data, validation, self.protocol, task, self.seed, self.session.penalty
+        )
         self.session.end()
         self._protect(task, samples)
         row = [self._score(i) for i in range(task + 1)]
@@ -164,6 +165,7 @@ class Run:
             "state": json.dumps(self.state),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "session": self.session.state(),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_suffix(".pt.tmp")
@@ -178,7 +180,7 @@ class Run:
         self._checked(json.loads(content["identity"]), self._checkpoint)
         self.state = json.loads(content["state"])
         self.optimizer.load_state_dict(content["optimizer"])
-        self.session.restore(content["model"])
+        self.session.restore(content["model"], content["session"])
         self.model.load_state_dict(content["model"])
 
     def _checked(self, saved: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -187,10 +189,10 @@ class Run:
         found = {key: saved.get(key) for key in wanted}
         flat = ({**rest.pop("settings"), **rest} for rest in ({**found}, {**wanted}))
         old, new = flat
-        for key in new:
-            if old.get(key) != new[key]:
+        for key in {*new, *(old.keys() & vars(self.protocol).keys())}:
+            if old.get(key) != new.get(key):
                 raise ExperimentError(
-                    f"{path} was made with {key}={old.get(key)!r}, this run has {new[key]!r}; "
+                    f"{path} was made with {key}={old.get(key)!r}, this run has {new.get(key)!r}; "
                     "choose another --output or remove that file"
                 )
         return saved

@@ -1,4 +1,4 @@
-"""What a method does around a task besides training: forward scaling of related tasks (TRGP, CODE-CL).
+"""What a method does around a task besides training: forward scaling (TRGP, CODE-CL), a penalty (Adam-NSCL).
 
 A session is begun before each task, ended after its training and asked for the context in which a task is scored.
 """
@@ -30,8 +30,77 @@ class Session:
         """The context in which `task` is scored."""
         return nullcontext()
 
-    def restore(self, weights: Mapping[str, Tensor]) -> None:
-        """Prepare the model to load `weights`; the optimizer's bases are loaded already."""
+    def penalty(self) -> Tensor | float:
+        """What is added to the loss of a batch."""
+        return 0.0
+
+    def state(self) -> dict[str, Tensor]:
+        """What a run that was stopped needs besides model and optimizer."""
+        return {}
+
+    def restore(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+        """Take up `saved` and prepare the model to load `weights`; the optimizer's bases are loaded already."""
+
+
+class KeptNorms(Session):
+    """Adam-NSCL: scales and shifts of normalisation layers are held by EWC's penalty instead of a projection.
+
+    `weight * sum_t F_t (p - p_t)^2`; `F_t` is the mean over batches of 32 of the task's images of 32 times the squared
+    gradient of the mean loss against the predicted classes, in evaluation mode, as in the released code.
+    """
+
+    weight, batch = 100.0, 32
+
+    def __init__(self, optimizer: NullSpaceOptimizer, model: nn.Module) -> None:
+        self.model = model
+        self.norms = {
+            f"{name}.{kind}": parameter
+            for name, module in model.named_modules()
+            if isinstance(module, nn.BatchNorm2d)
+            for kind, parameter in module.named_parameters()
+        }
+        self.terms: list[dict[str, tuple[Tensor, Tensor]]] = []
+
+    def begin(self, task: int, first: Labelled, samples: Tensor) -> None:
+        """Remember the images whose importance is taken after training."""
+        self.task, self.samples = task, samples
+
+    def penalty(self) -> Tensor | float:
+        """The penalty of all finished tasks."""
+        return sum(
+            (self.weight * (importance * (self.norms[name] - centre).square()).sum())
+            for term in self.terms
+            for name, (importance, centre) in term.items()
+        )
+
+    def end(self) -> None:
+        """Add the term of the finished task."""
+        self.model.eval()
+        importance = {name: torch.zeros_like(parameter) for name, parameter in self.norms.items()}
+        batches = self.samples.split(self.batch)
+        for images in batches:
+            logits = self.model(images, self.task)
+            loss = functional.cross_entropy(logits, logits.argmax(1))
+            for share, gradient in zip(importance.values(), torch.autograd.grad(loss, list(self.norms.values()))):
+                share += gradient.square() * len(images) / len(batches)
+        self.terms.append({name: (share, self.norms[name].detach().clone()) for name, share in importance.items()})
+
+    def state(self) -> dict[str, Tensor]:
+        """Importance and centre of every term."""
+        return {
+            f"{task}:{kind}:{name}": tensor
+            for task, term in enumerate(self.terms)
+            for name, pair in term.items()
+            for kind, tensor in zip(("importance", "centre"), pair)
+        }
+
+    def restore(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+        """Take up the terms."""
+        count = len({key.split(":")[0] for key in saved})
+        self.terms = [
+            {name: (saved[f"{task}:importance:{name}"], saved[f"{task}:centre:{name}"]) for name in self.norms}
+            for task in range(count)
+        ]
 
 
 class Scaling(Session):
@@ -63,7 +132,7 @@ class Scaling(Session):
         """The weights as `task` mixes them."""
         return nullcontext() if self.scaling is None else self.scaling.task(_name(task))
 
-    def restore(self, weights: Mapping[str, Tensor]) -> None:
+    def restore(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
         """Make room for the mixing matrices of a saved model that has them."""
         if any(".parametrizations." in name for name in weights):
             self.scaling = ForwardScaling(self.optimizer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,8 +29,11 @@ def train(
     protocol: Protocol,
     task: int,
     seed: int,
+    penalty: Callable[[], Tensor | float] = lambda: 0.0,
 ) -> list[float]:
     """Train on one task as `protocol` says; return the mean training loss of each epoch.
+
+    `penalty()` is added to the cross entropy of every batch.
 
     Raises:
         ExperimentError: the loss is not finite.
@@ -39,7 +43,10 @@ def train(
     losses = []
     for epoch in range(protocol.epochs):
         order = order_of(seed, task, epoch, len(data[1]))
-        losses.append(train_epoch(model, optimizer, data, order, protocol.batch, task))
+        if epoch in protocol.halvings:
+            for group in optimizer.param_groups:
+                group["lr"] /= 2
+        losses.append(train_epoch(model, optimizer, data, order, protocol, task, penalty))
         if not math.isfinite(losses[-1]):
             raise ExperimentError(f"task {task + 1}, epoch {epoch + 1}: the training loss is not finite; lower --rate")
         if protocol.patience and plan.exhausted(model, loss_on(model, validation, protocol.test_batch, task)):
@@ -53,18 +60,41 @@ def order_of(seed: int, task: int, epoch: int, count: int) -> Tensor:
     return torch.from_numpy(np.random.RandomState([seed, task, epoch]).permutation(count))
 
 
-def train_epoch(model: nn.Module, optimizer: Optimizer, data: Labelled, order: Tensor, batch: int, task: int) -> float:
+def train_epoch(
+    model: nn.Module,
+    optimizer: Optimizer,
+    data: Labelled,
+    order: Tensor,
+    protocol: Protocol,
+    task: int,
+    penalty: Callable[[], Tensor | float],
+) -> float:
     """One pass over `data` in `order` `[n]`; return the mean loss of its batches."""
     model.train()
-    images, labels = (part[order].split(batch) for part in data)
+    images, labels = (part[order].split(protocol.batch) for part in data)
     total = torch.zeros(())
     for some, their_labels in zip(images, labels):
         optimizer.zero_grad()
-        loss = functional.cross_entropy(model(some, task), their_labels)
+        seen = augmented(some) if protocol.augment else some
+        with torch.autocast("cpu", enabled=protocol.precision == "bfloat16"):
+            logits = model(seen, task)
+        loss = functional.cross_entropy(logits.float(), their_labels) + penalty()
         loss.backward()
         optimizer.step()
         total += loss.detach()
     return float(total) / len(images)
+
+
+def augmented(images: Tensor, padding: int = 4) -> Tensor:
+    """A random crop of each image `[n, c, h, w]` after padding with zeros, mirrored half of the time."""
+    n, _, height, width = images.shape
+    padded = functional.pad(images, (padding,) * 4)
+    down, right = torch.randint(2 * padding + 1, (2, n, 1))
+    rows, columns = down + torch.arange(height), right + torch.arange(width)
+    mirrored = torch.rand(n, 1) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    cropped = padded.permute(0, 2, 3, 1)[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return cropped.permute(0, 3, 1, 2).contiguous()
 
 
 class Patience:

@@ -14,7 +14,7 @@ from sklearn.utils import shuffle
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nullspace_optim import Energy, NullSpaceOptimizer, Spectrum
+from nullspace_optim import Energy, NullSpaceOptimizer, NullSpaceWarning, Spectrum
 from reference.errors import ExperimentError
 from reference.tables import methods, runs
 from reference.tables.__main__ import main
@@ -27,12 +27,13 @@ from reference.tables.data import (
     read_mnist,
 )
 from reference.tables.methods import METHODS, chosen_methods
-from reference.tables.networks import PermutedMLP, SplitAlexNet
+from reference.tables.networks import PermutedMLP, PreActivationBlock, SplitAlexNet, SplitResNet18
 from reference.tables.protocols import PROTOCOLS, Protocol
 from reference.tables.published import Published, verdict
 from reference.tables.report import as_published, read_runs, report
 from reference.tables.runs import Run
-from reference.tables.training import Patience, train
+from reference.tables.sessions import KeptNorms
+from reference.tables.training import Patience, augmented, train
 
 Images = dict[str, tuple[Tensor, Tensor]]
 
@@ -130,6 +131,162 @@ def test_networks_have_the_published_sizes_and_no_biases() -> None:
     images = torch.randn(4, 3, 32, 32)
     assert not torch.equal(alexnet.eval()(images, 0), alexnet(images, 1))
     assert not torch.allclose(alexnet(images, 0)[:2], alexnet(images[:2], 0))  # the statistics are the batch's own
+
+
+def test_the_resnet_has_the_published_sizes_and_running_statistics() -> None:
+    model = SplitResNet18()
+    shapes = [tuple(p.shape) for p in model.parameters() if p.ndim == 4]
+    assert len(shapes) == 20 and shapes[0] == (64, 3, 3, 3) and shapes[-1] == (512, 512, 3, 3)
+    assert [s for s in shapes if s[2:] == (1, 1)] == [(128, 64, 1, 1), (256, 128, 1, 1), (512, 256, 1, 1)]
+    body = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("heads"))
+    assert body == 11_159_232 + 2 * 3_904  # convolutions, norms
+    assert model.norm.running_mean is not None
+    seen = []
+    hook = model.norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    assert model(torch.randn(2, 3, 32, 32), 4).shape == (2, 10) and seen == [(2, 512, 4, 4)]
+    hook.remove()
+
+
+def test_augmentation_is_a_crop_of_the_padded_image_sometimes_mirrored() -> None:
+    images = torch.rand(40, 2, 6, 6) + 1
+    torch.manual_seed(3)
+    made = augmented(images, padding=2)
+    kinds = set()
+    for image, result in zip(images, made):
+        padded = functional.pad(image, (2, 2, 2, 2))
+        windows = {(i, j): padded[:, i : i + 6, j : j + 6] for i in range(5) for j in range(5)}
+        found = [(False, *at) for at, window in windows.items() if torch.equal(window, result)]
+        found += [(True, *at) for at, window in windows.items() if torch.equal(window.flip(2), result)]
+        assert len(found) == 1
+        kinds |= set(found)
+    assert len(kinds) > 20 and {mirror for mirror, _, _ in kinds} == {False, True}
+    assert {down for _, down, _ in kinds} == {right for _, _, right in kinds} == set(range(5))
+
+
+def test_rates_are_halved_after_shares_of_the_epochs(digits: Images) -> None:
+    assert PROTOCOLS["cifar100-resnet"].halvings == {30, 60} and not PROTOCOLS["pmnist"].halvings
+    protocol, rates = small(digits, epochs=4, milestones=(0.5, 0.75)), []
+    tasks, model = PermutedMNIST(digits, seed=1), PermutedMLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.08)
+
+    def penalty() -> float:
+        rates.append(optimizer.param_groups[0]["lr"])
+        return 0.0
+
+    train(model, optimizer, tasks.part(0, "train"), tasks.part(0, "validation"), protocol, 0, 1, penalty)
+    assert list(dict.fromkeys(rates)) == [0.08, 0.04, 0.02]
+    assert rates.count(0.08) == len(rates) / 2
+
+
+class SmallResNet(nn.Module):
+    """A convolution, a block and two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.blocks = nn.Sequential(PreActivationBlock(4, 6, 2))
+        self.norm = nn.BatchNorm2d(6)
+        self.heads = nn.ModuleList(nn.Linear(6, 10) for _ in range(3))
+
+    def forward(self, images: Tensor, task: int = 0) -> Tensor:
+        return self.heads[task](self.norm(self.blocks(self.first(images))).relu().mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def colours() -> Images:
+    labels = torch.arange(30).repeat(8)
+    pixels = torch.randint(0, 120, (240, 3, 32, 32), dtype=torch.uint8)
+    pixels[torch.arange(240), labels % 3, labels % 10] += 120
+    return {"train": (pixels, labels), "test": (pixels[:60], labels[:60])}
+
+
+def nscl_protocol(images: Images, **settings: object) -> Protocol:
+    changed = {"network": SmallResNet, "tasks": 3, "epochs": 2, "batch": 8, "samples": 40, **settings}
+    return replace(PROTOCOLS["cifar100-resnet"], read=lambda root: images, **changed)  # type: ignore[arg-type]
+
+
+def test_the_penalty_on_norms_is_ewcs_formula() -> None:
+    torch.manual_seed(0)
+    model = SmallResNet()
+    session = KeptNorms(NullSpaceOptimizer(torch.optim.Adam(model.parameters()), model), model)
+    assert session.penalty() == 0 and len(session.norms) == 6
+    expected = torch.zeros((), dtype=torch.float64)
+    terms = []
+    for task in range(2):
+        samples = torch.randn(70, 3, 8, 8)
+        session.begin(task, (samples, samples), samples)
+        session.end()
+        model.eval()
+        fisher = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in session.norms.items()}
+        for batch in (samples[:32], samples[32:64], samples[64:]):
+            model.zero_grad()
+            logits = model(batch, task)
+            functional.nll_loss(logits.log_softmax(1), logits.max(1).indices).backward()
+            for name, parameter in session.norms.items():
+                fisher[name] += len(batch) * parameter.grad.double() ** 2 / 3  # type: ignore[union-attr]
+        terms.append((fisher, {name: p.detach().clone().double() for name, p in session.norms.items()}))
+        with torch.no_grad():
+            for parameter in session.norms.values():
+                parameter += 0.1 * torch.randn_like(parameter)
+    for fisher, centre in terms:
+        for name, parameter in session.norms.items():
+            expected += 100 * (fisher[name] * (parameter.detach().double() - centre[name]) ** 2).sum()
+    assert float(expected) > 0 and float(torch.as_tensor(session.penalty()).detach()) == pytest.approx(
+        float(expected), rel=1e-4
+    )
+
+
+def test_adam_nscl_steps_as_published(colours: Images) -> None:
+    """Three steps of the second task against Adam with L2 decay and `P / ||P||_F` behind it, in float64."""
+    protocol, row = nscl_protocol(colours), METHODS["adam-nscl"]
+    torch.manual_seed(1)
+    model = SmallResNet()
+    optimizer = row.optimizer(model, protocol)
+    assert isinstance(optimizer, NullSpaceOptimizer)
+    weight = model.blocks[0].conv2.weight
+    with torch.no_grad():  # inputs of lower rank, so that some directions are free
+        model.blocks[0].norm2.weight[:3], model.blocks[0].norm2.bias[:3] = 0, 0
+    tasks = SplitCIFAR100(colours, seed=1)
+    images, labels = tasks.part(0, "train")
+    with pytest.warns(NullSpaceWarning, match="cannot be protected are trained"):
+        optimizer.consolidate([images], forward=lambda x: model.eval()(x, 0), progress=False)
+    row.set_rates(optimizer, protocol, 1)
+    basis = optimizer.bases["blocks.0.conv2.weight"].U.double()
+    projector = torch.eye(54, dtype=torch.float64) - basis @ basis.T
+    assert 27 <= projector.trace().round() < 54
+    group = next(g for g in optimizer.param_groups if g["params"][0] is weight)
+    assert group["lr"] == pytest.approx(5e-5 / float(projector.norm()), rel=1e-6)
+    expected, first, second = weight.detach().double().flatten(1), 0.0, 0.0
+    norm_before = model.norm.weight.detach().clone()
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(images, 1), labels).backward()
+        gradient = weight.grad.double().flatten(1) + 5e-5 * weight.detach().double().flatten(1)  # type: ignore[union-attr]
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        direction = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        expected = expected - 5e-5 * direction @ projector / projector.norm()
+        optimizer.step()
+    assert torch.allclose(weight.detach().double().flatten(1), expected, atol=2e-7)
+    assert not torch.equal(model.norm.weight, norm_before)  # held by the penalty alone
+    assert optimizer.verify().worst < 1e-5
+
+
+def test_adam_nscl_goes_on_to_the_same_numbers(
+    colours: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol, row = nscl_protocol(colours), METHODS["adam-nscl"]
+    whole = Run(protocol, row, 1, colours, tmp_path / "whole").finish()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "train", lambda *a: train(*a) if a[5] < 2 else _killed(*a))
+        Run(protocol, row, 1, colours, tmp_path / "parts").finish()
+    resumed = Run(protocol, row, 1, colours, tmp_path / "parts").finish()
+    for key in ("accuracy", "losses", "ranks"):
+        assert resumed[key] == whole[key], key
+    half = Run(replace(protocol, precision="bfloat16"), row, 1, colours, tmp_path / "half").finish()
+    assert half["settings"]["precision"] == "bfloat16" and half["losses"] != whole["losses"]
+    assert half["losses"][0][0] == pytest.approx(whole["losses"][0][0], abs=0.05)
+    with pytest.raises(ExperimentError, match="made with precision='bfloat16', this run has None"):
+        Run(protocol, row, 1, colours, tmp_path / "half").finish()
 
 
 def test_patience_halves_the_rate_ends_and_restores_the_best_weights() -> None:
@@ -332,6 +489,7 @@ def test_the_report_gives_mean_and_deviation_over_seeds() -> None:
     assert line.startswith("| GPM (`gpm`) | 1, 2 | 93.90 ± 0.14 | -3.00 ± 0.00 | 0.200 / 0.400 | 10 |")
     assert line.endswith("-0.01: reproduced |")
     short = [{**run, "settings": {**settings, "epochs": 1}} for run in finished]
+    assert not as_published({**finished[0], "settings": {**settings, "precision": "bfloat16"}})
     assert report(short, "pmnist").endswith("| not the published settings |")
     with pytest.raises(ExperimentError, match="different settings"):
         report([finished[0], short[1]], "pmnist")
