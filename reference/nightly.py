@@ -57,9 +57,10 @@ def in_fresh_environment(*packages: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory(prefix="nullspace-nightly-") as folder:
         venv.create(folder, with_pip=True)
         python = str(Path(folder) / ("Scripts" if os.name == "nt" else "bin") / "python")
-        install = [python, "-m", "pip", "install", "-q", *packages, "-e", f"{ROOT}[reference,dev]"]
-        if code := subprocess.run(install, cwd=ROOT).returncode:
-            return {"installation": code}
+        pip = [python, "-m", "pip", "install", "-q"]
+        for what in (["--upgrade", "pip"], [*packages, "-e", f"{ROOT}[reference,dev]"]):  # an old pip searches for ever
+            if code := subprocess.run([*pip, *what], cwd=ROOT).returncode:
+                return {"installation": code}
         return tests(python)
 
 
