@@ -20,13 +20,13 @@ from typing import Any
 import yaml
 
 from reference import figures
+from reference.command import StopRequest, add_settings, carried_out
 from reference.config import CONFIGS, Config, for_method, load_config, parse_overrides
 from reference.errors import ExperimentError
 from reference.experiment import prepare
 from reference.expert_report import read_rows, report
 from reference.methods import chosen_methods
-from reference.run import StopRequest, add_settings
-from reference.sequence import Sequence, StoppedError
+from reference.sequence import Sequence
 from reference.tracking import writing
 
 LISTINGS = CONFIGS / "experts.yaml"
@@ -98,26 +98,23 @@ def run_all(options: argparse.Namespace) -> None:
 def main(arguments: Arguments[str] | None = None) -> int:
     """Do what the command line asks for; returns the exit status (0, 2 for an error, 130 when interrupted)."""
     options = parse(arguments)
-    try:
-        if options.what != "report":
-            run_all(options)
-        rows = read_rows([options.output] if options.what != "report" else options.places)
-        folder = Path(options.output or ".")
-        text = report(rows)
-        with writing(folder / "experts.md") as draft:
-            draft.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(text, encoding="utf-8")
-        for label, runs in rows.items():
-            if runs[0]["facts"].get("tasks"):
-                figures.routing(runs[0], folder / f"routing-{label}.png")
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except StoppedError:
-        print("stopped and saved; the same command goes on", file=sys.stderr)
-        return 130
+    return carried_out(lambda: run(options), lambda: "the same command goes on")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run what is missing, then write and print the tables and draw the routing."""
+    if options.what != "report":
+        run_all(options)
+    rows = read_rows([options.output] if options.what != "report" else options.places)
+    folder = Path(options.output or ".")
+    text = report(rows)
+    with writing(folder / "experts.md") as draft:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+    for label, runs in rows.items():
+        if runs[0]["facts"].get("tasks"):
+            figures.routing(runs[0], folder / f"routing-{label}.png")
     print(text + f"\n{folder / 'experts.md'}")
-    return 0
 
 
 def parse(arguments: Arguments[str] | None) -> argparse.Namespace:

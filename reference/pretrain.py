@@ -37,13 +37,14 @@ from tqdm import tqdm
 
 from nullspace_optim import alignment_loss
 from reference.clip import Clip, assemble
+from reference.command import StopRequest, carried_out
 from reference.compact import save_compact
 from reference.config import Config
 from reference.data import load_reference_pool, load_tasks
 from reference.engine import Schedule, attention, crop, evaluate, precision, seeded, set_rate
 from reference.errors import ExperimentError
 from reference.retrieval import image_features
-from reference.run import StopRequest
+from reference.sequence import StoppedError
 from reference.tasks import Task
 from reference.tracking import machine, write_json, writing
 
@@ -266,32 +267,35 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Gather, train, save and measure; returns the exit status (0, 2 for an error, 130 when interrupted)."""
     options = parse(arguments)
+    return carried_out(lambda: pretrain(options), lambda: "the same command goes on")
+
+
+def pretrain(options: argparse.Namespace) -> None:
+    """Gather, train, save and measure, or go on with what was begun.
+
+    Raises:
+        StoppedError: on Ctrl-C; everything is saved.
+    """
     started = time.perf_counter()
-    try:
-        shape(options)
-        places = {"data_root": options.tasks_root, "model": "none"}
-        tasks = load_tasks(Config("mini", options.output, **places), options.size)
-        pools = [
-            load_reference_pool(
-                Config("mini", options.output, reference_root=root, reference_images=10**9, **places), options.size
-            )
-            for root in options.captions
-        ]
-        leave_out = [name for name in options.leave_out.split(",") if name]
-        gathered = gather(tasks, [(pool.images, pool.captions) for pool in pools], leave_out)
-        run = Pretraining(gathered, options, StopRequest())
-        if not run.train():
-            print("stopped and saved; the same command goes on", file=sys.stderr)
-            return 130
-        folder = Path(options.output)
-        size = save_compact(run.clip.model, run.shape, run.rows, folder)
-        write_json(folder / "pretraining.json", report(run, tasks, size, time.perf_counter() - started))
-        run.path.unlink(missing_ok=True)
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    shape(options)
+    places = {"data_root": options.tasks_root, "model": "none"}
+    tasks = load_tasks(Config("mini", options.output, **places), options.size)
+    pools = [
+        load_reference_pool(
+            Config("mini", options.output, reference_root=root, reference_images=10**9, **places), options.size
+        )
+        for root in options.captions
+    ]
+    leave_out = [name for name in options.leave_out.split(",") if name]
+    gathered = gather(tasks, [(pool.images, pool.captions) for pool in pools], leave_out)
+    run = Pretraining(gathered, options, StopRequest())
+    if not run.train():
+        raise StoppedError
+    folder = Path(options.output)
+    size = save_compact(run.clip.model, run.shape, run.rows, folder)
+    write_json(folder / "pretraining.json", report(run, tasks, size, time.perf_counter() - started))
+    run.path.unlink(missing_ok=True)
     print((folder / "pretraining.json").read_text(encoding="utf-8"))
-    return 0
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ from tqdm import tqdm
 from reference.ablation.grids import DEFAULTS, OURS, Values, cells
 from reference.ablation.runs import Place, figures_of, settings_of
 from reference.ablation.summary import chosen, figure, markdown, read_cells
+from reference.command import StopRequest, add_settings, carried_out, read_config
 from reference.errors import ExperimentError
 from reference.experiment import Experiment, prepare
-from reference.run import StopRequest, add_settings, read_config
-from reference.sequence import StoppedError
 from reference.tracking import writing
 
 JUDGED_BY = ("average", "last", "transfer", "diagonal_gain")
@@ -36,23 +35,20 @@ JUDGED_BY = ("average", "last", "transfer", "diagonal_gain")
 def main(arguments: Arguments[str] | None = None) -> int:
     """Do what the command line asks for; returns the exit status (0, 2 for an error, 130 when interrupted)."""
     options = parse(arguments)
+    return carried_out(lambda: run(options), lambda: "the same command goes on")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run what is missing of the grid, then write and print its table, figure and choice."""
     folder = Path(options.output)
-    try:
-        if not options.report:
-            run_grid(options, folder)
-        rows = read_cells(folder, options.grid)
-        with writing(folder / f"{options.grid}.md") as draft:
-            draft.write_text(markdown(rows), encoding="utf-8")
-        figure(rows, folder / f"{options.grid}.png")
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except StoppedError:
-        print("stopped and saved; the same command goes on", file=sys.stderr)
-        return 130
+    if not options.report:
+        run_grid(options, folder)
+    rows = read_cells(folder, options.grid)
+    with writing(folder / f"{options.grid}.md") as draft:
+        draft.write_text(markdown(rows), encoding="utf-8")
+    figure(rows, folder / f"{options.grid}.png")
     print(markdown(rows))
     print(f"best by {options.by} (for a preset's of_method):\n{chosen(rows, options.by)}\n{folder / options.grid}.png")
-    return 0
 
 
 def run_grid(options: argparse.Namespace, folder: Path) -> None:

@@ -99,10 +99,10 @@ def test_a_stopped_grid_goes_on_in_the_middle_of_a_cell(tmp_path: Path, monkeypa
     values = ("energy=0.95", "rate=", "layers=", "sgp_alpha=", "prune_bound=", "finetune=")
     assert run("dial", tmp_path / "straight", *values) == 0
     asked = iter(range(1000))
-    monkeypatch.setattr("reference.run.StopRequest.__call__", lambda self: next(asked) >= 6)
+    monkeypatch.setattr("reference.command.StopRequest.__call__", lambda self: next(asked) >= 6)
     assert run("dial", tmp_path / "two", *values) == 130
     assert len(files(tmp_path / "two")) == 1
-    monkeypatch.setattr("reference.run.StopRequest.__call__", lambda self: False)
+    monkeypatch.setattr("reference.command.StopRequest.__call__", lambda self: False)
     assert run("dial", tmp_path / "two", *values) == 0
     one, two = files(tmp_path / "straight"), files(tmp_path / "two")
     assert {name: cell["accuracy"] for name, cell in one.items()} == {n: cell["accuracy"] for n, cell in two.items()}

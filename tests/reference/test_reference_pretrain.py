@@ -98,9 +98,9 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(
 ) -> None:
     assert run(places, tmp_path / "straight") == 0
     asked = iter(range(100))
-    monkeypatch.setattr("reference.run.StopRequest.__call__", lambda self: next(asked) >= 2)
+    monkeypatch.setattr("reference.command.StopRequest.__call__", lambda self: next(asked) >= 2)
     assert run(places, tmp_path / "two") == 130
-    monkeypatch.setattr("reference.run.StopRequest.__call__", lambda self: False)
+    monkeypatch.setattr("reference.command.StopRequest.__call__", lambda self: False)
     assert run(places, tmp_path / "two", "--rate", "0.1") == 2
     assert "was made with other options" in capsys.readouterr().err
     assert run(places, tmp_path / "two") == 0

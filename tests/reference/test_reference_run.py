@@ -79,7 +79,7 @@ def test_the_command_draws_tables_and_figures(tmp_path: Path, capsys: pytest.Cap
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("reference.run.StopRequest.__call__", lambda self: True)
+    monkeypatch.setattr("reference.command.StopRequest.__call__", lambda self: True)
     before = signal.getsignal(signal.SIGINT)
     pairs = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items() if key != "methods"]
     assert main(["--methods", "finetune", "--output", str(tmp_path), *pairs]) == 130
