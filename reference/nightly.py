@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDS = ("oldest", "newest")
-OLDEST_TORCHVISION = "torchvision==0.21.0"  # the one that belongs to torch 2.6
+# The one that belongs to torch 2.6, and the last of the test tools that run with it.
+OLDEST_COMPANIONS = ("torchvision==0.21.0", "torchao==0.10.0", "peft==0.15.1", "transformers==4.51.0")
 PYTEST = ("-m", "pytest", "-q", "--timeout", "7200", "-p", "no:cacheprovider")
 RUNS = {
     "short tests": (),
@@ -49,7 +50,7 @@ def requirements(end: str) -> tuple[str, ...]:
         return ("torch", "torchvision")
     listed = re.search(r"^dependencies = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M | re.S)
     bounds = re.findall(r'"([\w.-]+)>=([\d.]+)"', listed[1]) if listed else []
-    return (*(f"{name}=={version}" for name, version in bounds), OLDEST_TORCHVISION)
+    return (*(f"{name}=={version}" for name, version in bounds), *OLDEST_COMPANIONS)
 
 
 def in_fresh_environment(*packages: str) -> dict[str, int]:

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.io
+import yaml
 from PIL import Image
-from torchvision.datasets import CIFAR100, MNIST, Flowers102
+from torchvision.datasets import CIFAR100, MNIST
 
 from reference import sources
 
@@ -130,13 +131,14 @@ def sun397(root: Path) -> None:
             image(base / "a" / label / f"sun_{n}.jpg")
 
 
+FLOWERS = tuple(yaml.safe_load(sources.CLASSES.read_text(encoding="utf-8"))["flowers102"].values())
 LAYOUTS: dict[str, tuple[Callable[[Path], None], tuple[int, int, int], tuple[str, ...]]] = {
     "aircraft": (aircraft, (2, 3, 2), ("707-320", "A300")),
     "caltech101": (caltech101, (2, 8, 2), ("Faces easy", "accordion")),
     "cifar100": (cifar100, (2, 3, 2), ("apple", "aquarium fish")),
     "dtd": (dtd, (2, 3, 2), ("banded", "dotted")),
     "eurosat": (eurosat, (2, 8, 2), ("annual crop land", "lake or sea")),
-    "flowers102": (flowers102, (102, 3, 2), tuple(Flowers102.classes)),
+    "flowers102": (flowers102, (102, 3, 2), FLOWERS),
     "food101": (food101, (2, 3, 2), ("apple pie", "baby back ribs")),
     "mnist": (mnist, (10, 3, 2), tuple(MNIST.classes)),
     "oxford_pets": (oxford_pets, (2, 3, 2), ("Abyssinian", "Bengal")),

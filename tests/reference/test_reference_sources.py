@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import LAYOUTS, dtd, eurosat, expect_them, stanford_cars, sun397, text
+from layouts import FLOWERS, LAYOUTS, dtd, eurosat, expect_them, stanford_cars, sun397, text
+from torchvision.datasets import Flowers102
 
 from reference import data, sources
 from reference.config import Config
@@ -21,6 +22,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_benchmark_is_the_eleven_tasks_with_1201_classes() -> None:
     assert list(LAYOUTS) == list(ORDERS["I"]) == list(sources.SOURCES)
+
+
+@pytest.mark.skipif(not hasattr(Flowers102, "classes"), reason="torchvision has the names of the flowers from 0.22 on")
+def test_the_flowers_have_torchvisions_names() -> None:
+    assert list(Flowers102.classes) == list(FLOWERS)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
