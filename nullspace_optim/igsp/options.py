@@ -60,7 +60,8 @@ class IGSP:
           `pruning.keep_above`); or `coverage`: the smallest set of experts with so much routing is kept instead.
           `flow_decay`: of the running mean of the routing.
         * Convergence, in windows of `window` steps: Jaccard index of top-k sets at least `agreement` and
-          KL divergence of mean probabilities below `divergence`, `patience` windows in a row. After `cap` steps (20 %
+          KL divergence of mean probabilities below `divergence` plus what two windows of other samples differ by
+          anyway, `(E - 1) / n` (see `router.chance_divergence`), `patience` windows in a row. After `cap` steps (20 %
           of MTIL's 1,000) phase 1 ends anyhow; a layer that has not converged then keeps all experts (`on_cap="keep"`).
 
     Phase 2, orthogonal subspace fine-tuning

@@ -94,6 +94,15 @@ def divergence(now: Tensor, then: Tensor) -> Tensor:
     return (p * (p / q).log()).sum()
 
 
+def chance_divergence(experts: int, samples: float) -> float:
+    """Return `(E - 1) / n`: how far the use of `experts` in two windows of `samples` differs by chance alone, in nats.
+
+    That is the expected Kullback-Leibler divergence of two multinomial samples, to first order; softer probabilities
+    differ less.
+    """
+    return (experts - 1) / samples
+
+
 @dataclass
 class Convergence:
     """Whether one layer's router has settled: `at` is the step, None before.

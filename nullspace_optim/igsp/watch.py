@@ -75,7 +75,8 @@ class Watch(Silent):
             scores = (router.logits(self.last, weight), router.logits(self.last, self.origin))
             jaccard = float(router.agreement(*scores, options.top_k))
             kl = float(router.divergence(now, self.previous))
-            self.convergence.judge(step, jaccard, kl, options.agreement, options.divergence, options.patience)
+            most = options.divergence + router.chance_divergence(len(now), float(self.window[-1]))
+            self.convergence.judge(step, jaccard, kl, options.agreement, most, options.patience)
         self.previous, self.window, self.origin = now, None, weight.detach().clone()
 
     @property

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from nullspace_optim import PruningError
+from nullspace_optim import IGSP, PruningError
 from nullspace_optim.igsp import prototypes, pruning, regularizer, router
 from nullspace_optim.igsp.experts import Expert, extended, fresh_directions, merged_weight, mix, spanned, stack
+from nullspace_optim.igsp.watch import Watch
 from nullspace_optim.linalg import orthogonality_error
 
 
@@ -162,6 +163,38 @@ def test_divergence_is_kullback_leibler() -> None:
     expected = 0.5 * torch.log(torch.tensor(2.0)) - 0.25 * torch.log(torch.tensor(2.0))
     assert float(router.divergence(p, q)) == pytest.approx(float(expected), rel=1e-4)
     assert float(router.divergence(p, p)) == 0.0
+
+
+@pytest.mark.parametrize(("experts", "samples"), [(3, 60), (5, 200), (8, 1000)])
+def test_chance_divergence_is_that_of_two_samples_of_one_router(experts: int, samples: int) -> None:
+    torch.manual_seed(experts)
+    use = torch.softmax(torch.randn(experts, dtype=torch.float64), dim=0)
+    drawn = torch.multinomial(use.expand(4000, -1), samples, replacement=True)
+    counts = torch.nn.functional.one_hot(drawn, experts).sum(dim=1) / samples
+    found = torch.stack([router.divergence(now, then) for now, then in zip(counts[::2], counts[1::2])])
+    assert float(found.mean()) == pytest.approx(router.chance_divergence(experts, samples), rel=0.25)
+
+
+def test_a_router_that_stands_still_has_converged_and_one_that_drifts_has_not() -> None:
+    """Windows of 3 steps of 16 other samples each; four experts, decisions nearly one-hot."""
+    torch.manual_seed(0)
+    weight = 8 * torch.nn.functional.normalize(torch.randn(4, 9), dim=1)
+    for drift, settled in ((0.0, True), (6.0, False)):
+        watch, moved = Watch(IGSP(window=3), weight), weight.clone()
+        for step in range(1, 31):
+            inputs = torch.randn(16, 9)
+            scores = inputs @ moved.T
+            watch.take(inputs, scores, router.top_k(scores, 2))
+            watch.absorb()
+            moved += drift * torch.randn(4, 9)
+            if step % 3 == 0:
+                watch.judge(moved, step)
+        assert watch.settled() is settled
+        if settled:
+            strict = router.Convergence()
+            for step, jaccard, kl in watch.convergence.curve:
+                strict.judge(step, jaccard, kl, 0.95, 1e-3, 2)
+            assert strict.at is None  # without what chance does it would never have passed
 
 
 def test_convergence_needs_agreeing_windows_in_a_row() -> None:
