@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ENDS = ("oldest", "newest")
 # The one that belongs to torch 2.6, and the last of the test tools that run with it.
-OLDEST_COMPANIONS = ("torchvision==0.21.0", "torchao==0.10.0", "peft==0.15.1", "transformers==4.51.0")
+OLDEST_COMPANIONS = ("torchvision==0.21.0", "torchao==0.10.0", "peft==0.18.1", "transformers==4.51.0")
 PYTEST = ("-m", "pytest", "-q", "--timeout", "7200", "-p", "no:cacheprovider")
 RUNS = {
     "short tests": (),

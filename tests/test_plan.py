@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,8 @@ def test_a_language_model_with_tied_weights_agrees_with_its_measured_run(tmp_pat
 
 
 def test_a_grouped_query_model_agrees_with_its_measured_run(tmp_path: Path) -> None:
+    if int(version("transformers").split(".")[0]) < 5:
+        pytest.skip("its rotary embedding enters autocast on the meta device, which torch refuses")
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         hidden_size=48,

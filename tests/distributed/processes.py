@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+# FSDP2 on CPUs: its streams are events' homes from torch 2.7 on.
+SHARDS_ON_CPU = hasattr(torch.cpu.current_stream(), "record_event")
+SHARDS_NEEDED = "this torch cannot run FSDP2 on a CPU"
 Scenario = Callable[[Path], None]
 RANKS = 2
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import SHARDS_NEEDED, SHARDS_ON_CPU
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "several-processes.md"
@@ -17,7 +18,9 @@ PAGE = ROOT / "docs" / "several-processes.md"
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "engine", ["ddp", pytest.param("fsdp2", marks=pytest.mark.skipif(not SHARDS_ON_CPU, reason=SHARDS_NEEDED))]
+)
 def test_the_launch_script_runs(engine: str, tmp_path: Path) -> None:
     script = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)[0]
     (tmp_path / "train.py").write_text(script, encoding="utf-8")

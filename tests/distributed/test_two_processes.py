@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from models import Everything, Plain, compare, momentum, results, rows, seeded, tokens, train, two_tasks, wrap
-from processes import run_scenarios
+from processes import SHARDS_NEEDED, SHARDS_ON_CPU, run_scenarios
 
 from nullspace_optim import VPTNSP, FixedRank
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-SCENARIOS = [*ddp_scenarios.SCENARIOS, *fsdp_scenarios.SCENARIOS]
+SHARDED = fsdp_scenarios.SCENARIOS
+SCENARIOS = [*ddp_scenarios.SCENARIOS, *(SHARDED if SHARDS_ON_CPU else ())]
+needs_shards = pytest.mark.skipif(not SHARDS_ON_CPU, reason=SHARDS_NEEDED)
 
 
 @pytest.fixture(scope="module")
@@ -77,12 +79,18 @@ def one_process_saves(folder: Path) -> None:
 
 
 @pytest.mark.fault(103, 104, 105, 106, 107, 108, 109, 110)
-@pytest.mark.parametrize("name", [scenario.__name__ for scenario in SCENARIOS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(scenario.__name__ for scenario in ddp_scenarios.SCENARIOS),
+        *(pytest.param(scenario.__name__, marks=needs_shards) for scenario in SHARDED),
+    ],
+)
 def test_two_processes(name: str, outcomes: dict[str, str]) -> None:
     assert outcomes[name] == "passed", outcomes[name]
 
 
-@pytest.mark.parametrize("name", ["by-two", "by-replicas"])
+@pytest.mark.parametrize("name", [pytest.param("by-two", marks=needs_shards), "by-replicas"])
 def test_one_process_goes_on_where_two_stopped(name: str, outcomes: dict[str, str]) -> None:
     folder = Path(outcomes["folder"])
     if not (folder / f"{name}.pt").exists():

@@ -17,10 +17,18 @@ from nullspace_optim import NullSpaceOptimizer, NumericalRank, OptionError, unwr
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+from accelerate.state import AcceleratorState  # noqa: E402
+
 from nullspace_optim.integrations.transformers import ConsolidateCallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LENGTH = 4
+
+
+@pytest.fixture(autouse=True)
+def fresh_state() -> None:
+    """Accelerate remembers the precision of the process's first Trainer, bfloat16 of one test in the next."""
+    AcceleratorState._reset_state(True)
 
 
 class Sentences(Dataset[Any]):

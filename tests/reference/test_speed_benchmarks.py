@@ -88,6 +88,7 @@ def test_a_peak_is_that_of_the_process_itself() -> None:
     assert peers.resident_peak() - before >= 0.9 * block.nbytes or before >= 2 * block.nbytes
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="products convert operands from torch 2.9 on")
 def test_every_variant_gives_the_same_result() -> None:
     only = ",".join(name for name in variants.VARIANTS if name != "compiled")
     (table,) = variants.main(["--width", "64", "--repeats", "1", "--only", only]).tables
