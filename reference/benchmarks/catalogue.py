@@ -90,6 +90,7 @@ _SMALL = {"lr": 1e-3}
 _HEAVY = {"lr": 1e-3, "momentum": 0.9}
 _STEADY = {"lr": 0.1, "max_iter": 2}  # with its defaults it is done before the consolidation
 _ADAPT = Recipe({"growth_rate": 1.02}, note="growth_rate=1.02: its default lets the weights grow a hundredfold here")
+RUNS_AWAY = 'after some 200 steps its estimate of the step runs away and training diverges; with project="both" it holds (500 steps)'
 RECIPES: dict[tuple[str, str], Recipe] = {
     ("torch", "LBFGS"): Recipe(_STEADY, how="closure"),
     ("torch", "SparseAdam"): Recipe(note="wants sparse gradients: see tests/contract"),
@@ -113,6 +114,7 @@ RECIPES: dict[tuple[str, str], Recipe] = {
     **{("pytorch_optimizer", n): _ADAPT for n in ("DAdaptAdam", "DAdaptAdan")},
     **{("pytorch_optimizer", n): Recipe(how="second order") for n in ("AdaHessian", "SophiaH")},
     **{(library, "Kron"): Recipe(width=16) for library in ("pytorch_optimizer", "timm")},
+    ("pytorch_optimizer", "DAdaptLion"): Recipe(note=RUNS_AWAY),
     ("pytorch_optimizer", "AliG"): Recipe(how="loss"),
     ("pytorch_optimizer", "BSAM"): Recipe({"num_data": 32}, how="closure"),
     ("pytorch_optimizer", "LBFGS"): Recipe(_STEADY, how="closure"),

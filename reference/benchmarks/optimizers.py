@@ -33,6 +33,7 @@ from reference.benchmarks.catalogue import LIBRARIES, Candidate, candidates
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 
 LIMIT = 1e-5
+FARTHEST = 100.0  # times the loss at the start: more is divergence
 WARM, NEW_ROWS = 2, 32
 
 
@@ -159,7 +160,8 @@ def _protected(candidate: Candidate, steps: int) -> Result:
     losses = (start, run.loss().item())
     moved = any(not torch.equal(p, before[name]) for name, p in run.model.named_parameters())
     held = drift <= LIMIT and all(torch.equal(run.model.get_parameter(n), kept) for n, kept in frozen.items())
-    verdict = "leaks" if not held else "does not learn" if not moved else "holds"
+    diverged = not losses[1] <= FARTHEST * start
+    verdict = "diverges" if diverged else "leaks" if not held else "does not learn" if not moved else "holds"
     if verdict == "holds" and resume.startswith("fails"):
         verdict = "fails"
     return Result(candidate, verdict, candidate.note, drift=drift, losses=losses, resume=resume)
@@ -281,6 +283,7 @@ def page(outcome: Outcome) -> str:
 
 * **holds**: drift at most {LIMIT:.0e} (float32), frozen parameters bit for bit, and the free directions were trained.
 * **refused**: `NullSpaceOptimizer(base)` raises an error that says why.
+* **diverges**: the loss ends a hundredfold above its start or is not finite; nothing is claimed of drifts.
 * **does not run**: fails alone, without this library, with the remark; nothing is claimed.
 * **idle**: alone, it moves none of these weights.
 

