@@ -90,7 +90,10 @@ _SMALL = {"lr": 1e-3}
 _HEAVY = {"lr": 1e-3, "momentum": 0.9}
 _STEADY = {"lr": 0.1, "max_iter": 2}  # with its defaults it is done before the consolidation
 _ADAPT = Recipe({"growth_rate": 1.02}, note="growth_rate=1.02: its default lets the weights grow a hundredfold here")
-RUNS_AWAY = 'after some 200 steps its estimate of the step runs away and training diverges; with project="both" it holds (500 steps)'
+RUNS_AWAY = (
+    "after some 200 steps its estimate of the step runs away and training diverges; "
+    'with project="both" it holds (500 steps)'
+)
 RECIPES: dict[tuple[str, str], Recipe] = {
     ("torch", "LBFGS"): Recipe(_STEADY, how="closure"),
     ("torch", "SparseAdam"): Recipe(note="wants sparse gradients: see tests/contract"),
