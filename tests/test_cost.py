@@ -36,10 +36,18 @@ def step(optimizer: NullSpaceOptimizer) -> None:
     optimizer.step()
 
 
+def defined(tensor: Tensor) -> bool:
+    """False for the empty shells that torch 2.6 keeps of tensors that were never there."""
+    try:
+        return tensor.is_leaf is not None
+    except RuntimeError:
+        return False
+
+
 def live() -> dict[int, int]:
     """Bytes of every storage that a tensor of this process holds, by address."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter) and defined(thing)]
     found = {}
     for tensor in tensors + [t.grad for t in tensors if t.is_leaf and t.grad is not None]:
         found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
