@@ -196,7 +196,7 @@ class Sequence:
     def _look_at_pool(self) -> None:
         """Retrieval and modality gap on the reference pool, if there is one."""
         if self.experiment.pool is not None:
-            with self._timed("evaluation"):
+            with self._timed("evaluation"), self.method.without_task():
                 self.progress.pool.append(pool_figures(self.clip, self.experiment.pool, self.config))
 
     def _results(self) -> dict[str, Any]:

@@ -105,6 +105,10 @@ class Method:
         """The state in which the model is while `task` is scored in the way `evaluation`."""
         return nullcontext()
 
+    def without_task(self) -> AbstractContextManager[object]:
+        """The state in which the model looks at inputs of no task, such as the pool."""
+        return nullcontext()
+
     def trained_parameters(self) -> int:
         """How many numbers the optimizer may change in the task at work."""
         groups = self.optimizer.param_groups

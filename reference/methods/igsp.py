@@ -65,7 +65,11 @@ class ExpertsOfTasks(Method):
 
     def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
         """Route for `task`, or for no task in particular."""
-        return self.optimizer.task(task.name if evaluation == TASK_KNOWN else None)
+        return self.optimizer.task(task.name) if evaluation == TASK_KNOWN else self.without_task()
+
+    def without_task(self) -> AbstractContextManager[object]:
+        """Route each input by itself."""
+        return self.optimizer.task(None)
 
     def facts(self) -> dict[str, Any]:
         """Trainable parameters by phase, what is stored in the end, convergence and fate of experts per layer."""

@@ -58,8 +58,12 @@ class AdaptersOfTasks(Method):
     def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
         """What belongs to `task`, or to the nearest task of each input."""
         if evaluation == TASK_UNKNOWN:
-            return self.selector.guessing()
+            return self.without_task()
         return self.selector.using(self.names.index(task.name) if task.name in self.names else PLAIN)
+
+    def without_task(self) -> AbstractContextManager[object]:
+        """What belongs to the nearest task of each input, or to none."""
+        return self.selector.guessing()
 
     @property
     def selector_size(self) -> int:

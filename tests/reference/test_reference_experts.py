@@ -58,6 +58,24 @@ def test_resume_is_bitwise(name: str, calls: int, config: Config, experiment: Ex
 
 
 @pytest.mark.parametrize("name", FAMILY)
+def test_the_pool_is_seen_alike_by_a_run_taken_up_after_its_last_task(
+    name: str, config: Config, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool is of no task: its figures must not depend on which one was trained last in this process."""
+    expected = Sequence(experiment, METHODS[name], config, 0, tmp_path / "straight").run()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Sequence, "_results", _interrupted)
+        Sequence(experiment, METHODS[name], config, 0, tmp_path / "two").run()
+    resumed = Sequence(experiment, METHODS[name], config, 0, tmp_path / "two").run(resume=True)
+    assert expected["pool"].keys() == {"before", "after"}
+    assert resumed["pool"] == expected["pool"]
+
+
+def _interrupted(self: Sequence) -> dict[str, Any]:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", FAMILY)
 def test_the_backbone_stays_and_the_counts_are_reported(
     name: str, config: Config, experiment: Experiment, tmp_path: Path
 ) -> None:
