@@ -21,9 +21,8 @@ pretrained model, so Transfer is its accuracy by construction: judge by the colu
 and each prompt finds its task by itself. Parameters in thousands. Trainable: of one task; phase 1 and phase 2 are means
 over tasks, "mean" weights both with their steps, `(N1 p1 + N2 p2) / (N1 + N2)`, and averages over tasks (methods of one
 phase: what trains in a task, averaged over tasks). Final extra: all parameters beside the backbone after the last task,
-without and with routers, prototypes or selectors. Kept, pruned, reused: experts, summed over layers and tasks; settled:
-mean step at which a router converged, where it did. Time of one run; memory is the peak of the process, which includes
-earlier rows if one process ran several."""
+without and with routers, prototypes or selectors (`gnsp-exact` changes the model itself and stores none). Kept, pruned, reused: experts, summed over layers and tasks; settled:
+mean step at which a router converged, where it did. Time and peak memory of one run."""
 CLAIMED = """\
 Savings of `igsp` in percent: `100 (1 - igsp / other)`; the denominator is the same figure of the other method in this
 table: its mean trainable parameters of a task, its final extra parameters with routers and selectors. The abstract of
@@ -34,13 +33,17 @@ against its counterparts, without naming the denominators."""
 def read_rows(places: Sequence[str]) -> dict[str, list[Results]]:
     """The runs below `places` by the name of their folder, without ``-seed<n>``, in order of appearance.
 
+    A method that changes the model itself trains what its results say and stores nothing beside it.
+
     Raises:
         ExperimentError: nothing is there, a file is not a result, or the runs are over different tasks.
     """
     rows: dict[str, list[Results]] = {}
     for file, run in zip(files_below(places), load_runs(places)):
-        if "trainable_mean" in run.get("facts", {}):
-            rows.setdefault(file.parent.name.rsplit("-seed", 1)[0], []).append(run)
+        whole = {"trainable_mean": float(np.mean(run["trained_parameters"] or [0]))}
+        whole.update(final_without_routers=0, final_with_routers=0)
+        run = {**run, "facts": {**whole, **run.get("facts", {})}}
+        rows.setdefault(file.parent.name.rsplit("-seed", 1)[0], []).append(run)
     return rows
 
 
@@ -112,7 +115,7 @@ def claims_table(ours: Sequence[Results], others: Rows) -> list[list[str]]:
         row = [label]
         for key, claim in CLAIMS.items():
             mine, theirs = (float(np.mean([run["facts"][key] for run in group])) for group in (ours, runs))
-            row += [f"{100 * (1 - mine / theirs):.1f}", f"{claim}"]
+            row += [f"{100 * (1 - mine / theirs):.1f}" if theirs else "stores none", f"{claim}"]
         table.append(row)
     return table
 

@@ -1,4 +1,4 @@
-"""iGSP against other small modules, and iGSP with one choice changed at a time: rows of `configs/experts.yaml`.
+"""iGSP against other methods, and iGSP with one choice changed at a time: rows of `configs/experts.yaml`.
 
 python -m reference.experts comparison --data-root DIR --model DIR --output DIR
 python -m reference.experts ablation   --data-root DIR --model DIR --output DIR
@@ -87,7 +87,8 @@ def run_all(options: argparse.Namespace) -> None:
     rows = chosen_rows(listed, options.rows)
     seeds = tuple(int(seed) for seed in options.seeds.split(",")) if options.seeds else seeds
     configs = {row.name: row.config(options, common) for row in rows}
-    experiment, stop = prepare(next(iter(configs.values()))), StopRequest()
+    first = next(iter(configs.values()))
+    experiment, stop = prepare(replace(first, methods=tuple({row.method for row in rows}))), StopRequest()
     for seed in seeds:
         for row in rows:
             (method,) = chosen_methods((row.method,))
@@ -122,7 +123,7 @@ def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m reference.experts", description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="what", required=True)
     for name, text in (
-        ("comparison", "iGSP, MoE-Adapters, one LoRA a task, one for all, one under protection"),
+        ("comparison", "iGSP, MoE-Adapters, one LoRA a task, one for all, one under protection, GNSP exact"),
         ("ablation", "iGSP with one choice changed at a time, on four tasks, scored on the validation split"),
     ):
         command = commands.add_parser(name, help=text, description=text)

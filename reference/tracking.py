@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +69,34 @@ def machine() -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, float | None]:
-    """Peak memory in MiB: of the process since it started, and of the GPU since the run started."""
+    """Peak memory in MiB of the process and of the GPU since the run started.
+
+    Outside Linux the process is counted since it started, on Windows not at all.
+    """
     gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
+    return {"process_mib": _peak_of_process(), "gpu_mib": gpu}
+
+
+def _peak_of_process() -> float | None:
     if sys.platform == "win32":
-        return {"process_mib": None, "gpu_mib": gpu}
+        return None
     import resource
 
+    status = Path("/proc/self/status")
+    if status.exists():
+        peaks = [
+            line.split()[1] for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:")
+        ]
+        if peaks:
+            return round(int(peaks[0]) / 2**10, 1)
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-    return {"process_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1), "gpu_mib": gpu}
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
 
 
 def reset_peak_memory() -> None:
-    """Begin to count the GPU's peak memory anew; that of the process cannot be."""
+    """Begin to count peak memory anew where the system can: of the GPU, and on Linux of the process."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 

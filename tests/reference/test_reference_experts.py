@@ -212,3 +212,13 @@ def test_moe_equals_its_experts_one_at_a_time_and_freezes_the_most_used() -> Non
     assert module.frozen.tolist() == [False, True, False, True, False]
     assert [p.requires_grad for p in module.down] == [True, False, True, False, True]
     assert [p.requires_grad for p in module.router] == [False, True]
+
+
+def test_a_method_that_changes_the_model_stands_in_the_tables(tmp_path: Path) -> None:
+    pool = ("--set", "reference_images=16")
+    assert driver("comparison", tmp_path, "--rows", "igsp,gnsp-exact", "--seeds", "0", *pool) == 0
+    text = (tmp_path / "experts.md").read_text()
+    exact = json.loads((tmp_path / "gnsp-exact-seed0/results.json").read_text())
+    mean = sum(exact["trained_parameters"]) / 2 / 1e3
+    assert f"| gnsp-exact | - | - | {mean:.1f} | 0.0 | 0.0 |" in text
+    assert "| stores none | 86.9 |" in text
