@@ -21,8 +21,9 @@ pretrained model, so Transfer is its accuracy by construction: judge by the colu
 and each prompt finds its task by itself. Parameters in thousands. Trainable: of one task; phase 1 and phase 2 are means
 over tasks, "mean" weights both with their steps, `(N1 p1 + N2 p2) / (N1 + N2)`, and averages over tasks (methods of one
 phase: what trains in a task, averaged over tasks). Final extra: all parameters beside the backbone after the last task,
-without and with routers, prototypes or selectors (`gnsp-exact` changes the model itself and stores none). Kept, pruned, reused: experts, summed over layers and tasks; settled:
-mean step at which a router converged, where it did. Time and peak memory of one run."""
+without and with routers, prototypes or selectors (`gnsp-exact` changes the model itself and stores none). Kept, pruned,
+reused: experts, summed over layers and tasks; settled: mean step at which a router converged, where it did. Time and
+peak memory of one run."""
 CLAIMED = """\
 Savings of `igsp` in percent: `100 (1 - igsp / other)`; the denominator is the same figure of the other method in this
 table: its mean trainable parameters of a task, its final extra parameters with routers and selectors. The abstract of
