@@ -82,7 +82,21 @@ class Method:
             base = (Adam if self.base == "adam" else AdamW)(groups, lr=rate, fused=True)
         if self.policy is None:
             return base
-        return NullSpaceOptimizer(base, model, policy=self.policy(protocol), project=self.project, **self.options)
+        products = "fast" if self.corrects_instead(protocol) else "exact"
+        options = {"project": self.project_in(protocol), "precision": products, **self.options}
+        return NullSpaceOptimizer(base, model, policy=self.policy(protocol), **options)
+
+    def corrects_instead(self, protocol: Protocol) -> bool:
+        """Whether the weights are corrected where the published rule projects the gradient.
+
+        A step of plain SGD is a multiple of the gradient, so both come to the same; a run in bfloat16 takes the
+        correction, whose low-precision products lose no exactness.
+        """
+        return protocol.precision == "bfloat16" and self.base == "sgd" and self.policy is not None
+
+    def project_in(self, protocol: Protocol) -> str | None:
+        """What is projected, None without protection."""
+        return None if self.policy is None else "update" if self.corrects_instead(protocol) else self.project
 
     def set_rates(self, optimizer: Optimizer, protocol: Protocol, task: int) -> None:
         """Give every group of `optimizer` its learning rate at the start of `task` (from 0)."""

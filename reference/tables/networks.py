@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,6 +22,22 @@ class PermutedMLP(nn.Module):
         return self.fc1(hidden)  # type: ignore[no-any-return]
 
 
+class Dropout(nn.Dropout):
+    """`nn.Dropout` with cheaper random numbers: 16 bits decide about each value, so `p` is kept to within 1 / 131072.
+
+    On a CPU `nn.Dropout` draws a number of its own for every value, two fifths of a training step of `SplitAlexNet`.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` of any shape, dense, with the share `p` set to zero and the rest divided by `1 - p`, while training."""
+        if not self.training or self.p == 0:
+            return x
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
+        kept = words.view(torch.int16)[: x.numel()] >= round(self.p * 2**16) - 2**15
+        factor = kept.to(x.dtype).mul_(1 / (1 - self.p))
+        return x * factor.as_strided(x.size(), x.stride())
+
+
 class SplitAlexNet(nn.Module):
     """Three convolutions (64 of 4x4, 128 of 3x3, 256 of 2x2), two layers of 2048, one head of ten classes a task.
 
@@ -37,7 +54,7 @@ class SplitAlexNet(nn.Module):
                 nn.Conv2d(sizes[i], sizes[i + 1], kernels[i], bias=False),
                 nn.BatchNorm2d(sizes[i + 1], track_running_stats=False),
                 nn.ReLU(),
-                nn.Dropout((0.2, 0.2, 0.5)[i]),
+                Dropout((0.2, 0.2, 0.5)[i]),
                 nn.MaxPool2d(2),
             )
             for i in range(3)
@@ -47,7 +64,7 @@ class SplitAlexNet(nn.Module):
                 nn.Linear(size, 2048, bias=False),
                 nn.BatchNorm1d(2048, track_running_stats=False),
                 nn.ReLU(),
-                nn.Dropout(0.5),
+                Dropout(0.5),
             )
             for size in (1024, 2048)
         )
@@ -55,6 +72,7 @@ class SplitAlexNet(nn.Module):
 
     def forward(self, images: Tensor, task: int = 0) -> Tensor:
         """Logits `[n, 10]` of images `[n, 3, 32, 32]` by the head of `task`."""
+        images = images.contiguous(memory_format=torch.channels_last)  # what convolutions on a CPU are fastest with
         for block in self.convolutions:
             images = block(images)
         features = images.flatten(1)

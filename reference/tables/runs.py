@@ -75,7 +75,7 @@ class Run:
                 **self.protocol.settings(),
                 "rate": self.method.rate_in(self.protocol),
                 "base": self.method.base,
-                "project": self.method.project if self.method.policy else None,
+                "project": self.method.project_in(self.protocol),
             },
         }
 

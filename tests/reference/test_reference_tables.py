@@ -27,7 +27,7 @@ from reference.tables.data import (
     read_mnist,
 )
 from reference.tables.methods import METHODS, chosen_methods
-from reference.tables.networks import PermutedMLP, PreActivationBlock, SplitAlexNet, SplitResNet18
+from reference.tables.networks import Dropout, PermutedMLP, PreActivationBlock, SplitAlexNet, SplitResNet18
 from reference.tables.protocols import PROTOCOLS, Protocol
 from reference.tables.published import Published, verdict
 from reference.tables.report import as_published, read_runs, report
@@ -131,6 +131,32 @@ def test_networks_have_the_published_sizes_and_no_biases() -> None:
     images = torch.randn(4, 3, 32, 32)
     assert not torch.equal(alexnet.eval()(images, 0), alexnet(images, 1))
     assert not torch.allclose(alexnet(images, 0)[:2], alexnet(images[:2], 0))  # the statistics are the batch's own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_dropout_drops_each_value_by_itself_and_keeps_the_mean(p: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module, shape = Dropout(p), (40, 8, 9, 7)
+    x = torch.ones(shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    first, second = module(x), module(x)
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    values = set(first.detach().float().unique().tolist())
+    assert values == {0.0, torch.tensor(1 / (1 - p), dtype=dtype).item()}
+    dropped = [(out == 0).float() for out in (first, second)]
+    sd = (p * (1 - p)) ** 0.5
+    for axis in range(4):  # no row, column, channel or image is dropped more often than chance allows
+        share = dropped[0].mean(dim=[i for i in range(4) if i != axis])
+        assert (share - p).abs().max() < 5 * sd / (first.numel() / shape[axis]) ** 0.5
+    assert abs(dropped[0].mean() - p) < 4 * sd / first.numel() ** 0.5
+    together = (dropped[0] * dropped[1]).mean()
+    neighbours = (dropped[0].flatten()[1:] * dropped[0].flatten()[:-1]).mean()
+    assert abs(together - p**2) < 0.01 and abs(neighbours - p**2) < 0.01
+    (gradient,) = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(gradient, first.detach())
+    torch.manual_seed(0)
+    assert torch.equal(module(x), first)
+    assert torch.equal(module.eval()(x), x)
 
 
 def test_the_resnet_has_the_published_sizes_and_running_statistics() -> None:
@@ -287,6 +313,31 @@ def test_adam_nscl_goes_on_to_the_same_numbers(
     assert half["losses"][0][0] == pytest.approx(whole["losses"][0][0], abs=0.05)
     with pytest.raises(ExperimentError, match="made with precision='bfloat16', this run has None"):
         Run(protocol, row, 1, colours, tmp_path / "half").finish()
+
+
+@pytest.mark.parametrize("name", ["gpm", "sgp", "code-cl-plain"])
+def test_runs_in_bfloat16_correct_weights_and_come_to_the_same(name: str, digits: Images) -> None:
+    exact = small(digits)
+    tasks, row = PermutedMNIST(digits, seed=1), METHODS[name]
+    made = []
+    for protocol in (exact, replace(exact, precision="bfloat16")):
+        torch.manual_seed(1)
+        model = PermutedMLP()
+        optimizer = row.optimizer(model, protocol)
+        assert isinstance(optimizer, NullSpaceOptimizer)
+        for task in range(2):
+            images, labels = (part[:200] for part in tasks.part(task, "train"))
+            for first in range(0, 200, 10):
+                optimizer.zero_grad()
+                functional.cross_entropy(model(images[first : first + 10]), labels[first : first + 10]).backward()
+                optimizer.step()
+            optimizer.consolidate([images[:30]], progress=False)
+        made.append((row.project_in(protocol), optimizer.bases, model))
+    (before, bases, one), (after, _, two) = made
+    assert (before, after) == ("gradient", "update") and all(basis.rank for basis in bases.values())
+    fresh = PermutedMLP()
+    for w, other, start in zip(one.parameters(), two.parameters(), fresh.parameters()):
+        assert torch.allclose(w, other, atol=1e-5) and not torch.allclose(w, start, atol=3e-3)
 
 
 def test_patience_halves_the_rate_ends_and_restores_the_best_weights() -> None:
