@@ -6,7 +6,7 @@ the absence of a mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,8 +63,8 @@ class Mode(Protocol):
     @state.setter
     def state(self, state: Extension) -> None: ...
 
-    def task(self, name: str | None) -> AbstractContextManager[None]:
-        """Run the model for one finished task, or for none in particular."""
+    def task(self, name: str | Sequence[str | None] | None) -> AbstractContextManager[None]:
+        """Run the model for one finished task, for the task of each sample, or for none in particular."""
 
     def status(self) -> Any:
         """Tell what the mode is doing and why."""

@@ -187,14 +187,15 @@ class NullSpaceOptimizer(OptimizerContract):
             warnings.warn(text, NullSpaceWarning, stacklevel=3)
         return report
 
-    def task(self, name: str | None) -> AbstractContextManager[None]:
+    def task(self, name: str | Sequence[str | None] | None) -> AbstractContextManager[None]:
         """Run the model as it is for the finished task `name` inside this context, in modes with routers.
 
-        A task that has no router runs the plain backbone. None: no task is named, every sample is routed by the shared
-        router or by its nearest prototype.
+        A task that has no router runs the plain backbone. A sequence names the task of each sample of a batch, as a
+        classifier of your own finds it, None for the plain backbone. None alone: no task is named, every sample is
+        routed by the shared router, or layer by layer by its nearest prototype.
 
         Raises:
-            OptionError: the optimizer has no mode.
+            OptionError: the optimizer has no mode; in a forward pass: not one name a sample.
         """
         return self._mode("task").task(name)
 

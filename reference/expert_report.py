@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from reference import metrics
-from reference.methods.igsp import TASK_UNKNOWN
+from reference.methods.igsp import BY_LAYER, TASK_UNKNOWN
 from reference.page import files_below, load_runs, spread
 
 Results = dict[str, Any]
@@ -18,12 +18,13 @@ CLAIMS = {"trainable_mean": 42.7, "final_with_routers": 86.9}
 NOTES = """\
 Accuracy in percent, mean ± standard deviation over seeds. With a task's name, tasks that have not been trained run the
 pretrained model, so Transfer is its accuracy by construction: judge by the columns without a name, where each image
-and each prompt finds its task by itself. Parameters in thousands. Trainable: of one task; phase 1 and phase 2 are means
-over tasks, "mean" weights both with their steps, `(N1 p1 + N2 p2) / (N1 + N2)`, and averages over tasks (methods of one
-phase: what trains in a task, averaged over tasks). Final extra: all parameters beside the backbone after the last task,
-without and with routers, prototypes or selectors (`gnsp-exact` changes the model itself and stores none). Kept, pruned,
-reused: experts, summed over layers and tasks; settled: mean step at which a router converged, where it did. Time and
-peak memory of one run."""
+and each prompt is given to the nearest finished task, or to none, by the features of the frozen backbone ("by layer":
+by the prototypes of iGSP's layers, each of which decides alone). Parameters in thousands. Trainable: of one task;
+phase 1 and phase 2 are means over tasks, "mean" weights both with their steps, `(N1 p1 + N2 p2) / (N1 + N2)`, and
+averages over tasks (methods of one phase: what trains in a task, averaged over tasks). Final extra: all parameters
+beside the backbone after the last task, without and with routers, prototypes or selectors (`gnsp-exact` changes the
+model itself and stores none). Kept, pruned, reused: experts, summed over layers and tasks; settled: mean step at which
+a router converged, where it did. Time and peak memory of one run."""
 CLAIMED = """\
 Savings of `igsp` in percent: `100 (1 - igsp / other)`; the denominator is the same figure of the other method in this
 table: its mean trainable parameters of a task, its final extra parameters with routers and selectors. The abstract of
@@ -60,22 +61,29 @@ def report(rows: Rows) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def unnamed(run: Results) -> dict[str, float | None]:
-    """Transfer, Average and Last without a task's name; those with it where the method makes no difference."""
-    other = run["scored_otherwise"].get(TASK_UNKNOWN)
+def scored(run: Results, way: str) -> dict[str, float | None] | None:
+    """Transfer, Average and Last in the way of scoring that begins with `way`; None where there is no such way."""
+    others = run["scored_otherwise"]
+    other = next((others[name] for name in others if name.startswith(way)), None)
     if other is None:
-        return {name: run[name] for name in FIGURES}
+        return None
     found = metrics.summary(np.array(other["accuracy"], dtype=float), run["pretrained"])
     return {name: found[name].value for name in FIGURES}
+
+
+def unnamed(run: Results) -> dict[str, float | None]:
+    """Transfer, Average and Last without a task's name; those with it where the method makes no difference."""
+    return scored(run, TASK_UNKNOWN) or {name: run[name] for name in FIGURES}
 
 
 def accuracy_table(rows: Rows) -> list[list[str]]:
     """Heading and one row each: accuracy with and without the task's name, time, memory."""
     heads = [f"{name.capitalize()}{where}" for where in ("", ", no name") for name in FIGURES]
-    table = [["", "seeds", *heads, "learned", "seconds", "memory [MiB]"]]
+    table = [["", "seeds", *heads, "Last, by layer", "learned", "seconds", "memory [MiB]"]]
     for label, runs in rows.items():
         cells = [spread([run[name] for run in runs]) for name in FIGURES]
         cells += [spread([unnamed(run)[name] for run in runs]) for name in FIGURES]
+        cells.append(spread([(scored(run, BY_LAYER) or {"last": None})["last"] for run in runs]))
         cells += [spread([run["diagonal_gain"] for run in runs]), spread([run["seconds"] for run in runs], 0)]
         memory = [run["peak_memory"]["gpu_mib"] or run["peak_memory"]["process_mib"] for run in runs]
         table.append([label, str(len(runs)), *cells, spread(memory, 0)])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import OptionError
 from . import pruning, router, shared
 from .experts import PARTS, Expert, Silent, Stack, extended, fresh_directions, mix, shapes, spanned, stack
 from .options import IGSP
@@ -21,19 +22,21 @@ from .router import Choice
 from .sites import Site
 from .watch import Watch
 
-CURRENT, AGNOSTIC, PLAIN = -1, -2, -3
+CURRENT, AGNOSTIC, PLAIN, GIVEN = -1, -2, -3, -4
 
 
 @dataclass
 class Scope:
     """What all layers share: names of the finished tasks, which routing is asked for, and the step that seeds noise.
 
-    `chosen` is the number of a finished task, CURRENT, AGNOSTIC or PLAIN; None leaves it to the situation: CURRENT in
-    training, and in evaluation once the task at work has taken a step, otherwise the task finished last.
+    `chosen` is the number of a finished task, CURRENT, AGNOSTIC, PLAIN or GIVEN; None leaves it to the situation:
+    CURRENT in training, and in evaluation once the task at work has taken a step, otherwise the task finished last.
+    GIVEN takes the number of each sample's task from `of_samples`, -1 for none.
     """
 
     tasks: list[str] = field(default_factory=list)
     chosen: int | None = None
+    of_samples: tuple[int, ...] = ()
     steps: int = 0
     first_phase: bool = True
     collecting: bool = False
@@ -260,10 +263,24 @@ class ExpertLayer(Silent):
         if chosen == CURRENT:
             return self.current_experts(), self._current(inputs)
         if self.options.router == "shared":
-            return self._shared(inputs, chosen)
-        if chosen == AGNOSTIC:
-            return self.history, self._by_prototype(inputs)
+            return self._shared(inputs, self._given(inputs) if chosen == GIVEN else None)
+        if chosen in (AGNOSTIC, GIVEN):
+            return self.history, self._of_samples(inputs, self._given(inputs) if chosen == GIVEN else None)
         return self.history, self._of_task(inputs, chosen)
+
+    def _given(self, inputs: Tensor) -> Tensor:
+        """Return the number of each sample's task as it was named, -1 for none: `[n]`, int64.
+
+        Raises:
+            OptionError: another number of samples than of names.
+        """
+        names = self.scope.of_samples
+        if len(names) != len(inputs):
+            raise OptionError(
+                f"task([...]) names the tasks of {len(names)} samples, but layer '{self.name}' sees {len(inputs)}; "
+                "give one name a sample, and images and prompts in contexts of their own"
+            )
+        return torch.tensor(names, device=inputs.device)
 
     def current_experts(self) -> Stack:
         """Return the experts of the task at work: its members of the history, then the fresh ones."""
@@ -293,13 +310,17 @@ class ExpertLayer(Silent):
         choice = router.top_k(router.logits(inputs, record.weight), self.options.top_k)
         return Choice(record.experts[choice.experts], choice.gates)
 
-    def _by_prototype(self, inputs: Tensor) -> Choice | None:
-        """Route each sample with the router of the task whose prototype it resembles, with gates 0 if there is none."""
+    def _of_samples(self, inputs: Tensor, tasks: Tensor | None) -> Choice | None:
+        """Route each sample with the router of its task in `tasks` `[n]`, with gates 0 where that is -1.
+
+        None: the task whose prototype the sample resembles, if there is one.
+        """
         records = [record for record in self.finished if isinstance(record, TaskRouter)]
         if not records:
             return None
-        stacked = Prototype(*(torch.stack([getattr(record, name) for record in records]) for name in Prototype._fields))
-        tasks = nearest(inputs[:, :-1], *stacked)
+        if tasks is None:
+            parts = (torch.stack([getattr(record, name) for record in records]) for name in Prototype._fields)
+            tasks = nearest(inputs[:, :-1], *parts)
         experts = inputs.new_zeros(len(inputs), self.options.top_k, dtype=torch.int64)
         gates = inputs.new_zeros(len(inputs), self.options.top_k)
         for number in range(len(records)):
@@ -310,10 +331,14 @@ class ExpertLayer(Silent):
             gates[:, :width] = torch.where(mine, choice.gates, gates[:, :width])
         return Choice(experts, gates)
 
-    def _shared(self, inputs: Tensor, chosen: int) -> tuple[Stack, Choice | None]:
-        """Route by the one router of all tasks, as it is now; a task without a router runs the plain backbone."""
+    def _shared(self, inputs: Tensor, tasks: Tensor | None) -> tuple[Stack, Choice | None]:
+        """Route by the one router of all tasks, as it is now; samples whose task is -1 in `tasks` `[n]` get gates 0."""
+        experts, choice = self.history, None
         if self.scope.steps:
-            return self.current_experts(), router.top_k(router.logits(inputs, self.router), self.options.top_k)
-        if not len(self.finished):
-            return self.history, None
-        return self.history, self._of_task(inputs, len(self.finished) - 1)
+            experts = self.current_experts()
+            choice = router.top_k(router.logits(inputs, self.router), self.options.top_k)
+        elif len(self.finished):
+            choice = self._of_task(inputs, len(self.finished) - 1)
+        if choice is not None and tasks is not None:
+            choice = Choice(choice.experts, choice.gates * (tasks >= 0).unsqueeze(1))
+        return experts, choice

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ from .bank import CHILD, Bank, installed
 from .completion import finished_report, recorded_task
 from .constraints import constrained
 from .deployment import Merged, merge
-from .layer import AGNOSTIC, CURRENT, PLAIN
+from .layer import AGNOSTIC, CURRENT, GIVEN, PLAIN
 from .options import IGSP
 from .regularizer import geom, mass, prices
 from .report import ExpertReport, Status, Trainable
@@ -217,17 +217,21 @@ class IgspMode:
         self.trainees.refresh(self.experts)
 
     @contextmanager
-    def task(self, name: str | None) -> Iterator[None]:
-        """Route for one finished task; None routes every sample by itself."""
-        if not (name is None or isinstance(name, str)):
-            raise OptionError(f"task({name!r}): expected the name of a task, or None")
+    def task(self, name: str | Sequence[str | None] | None) -> Iterator[None]:
+        """Route for one finished task, or for the task of each sample; None routes every sample by itself."""
         scope = self.experts.scope
-        known = scope.tasks.index(name) if name in scope.tasks else PLAIN
-        before, scope.chosen = scope.chosen, AGNOSTIC if name is None else known
+        numbers = {task: number for number, task in enumerate(scope.tasks)}
+        before = scope.chosen, scope.of_samples
+        if name is None or isinstance(name, str):
+            scope.chosen = AGNOSTIC if name is None else numbers.get(name, PLAIN)
+        elif isinstance(name, Sequence) and all(one is None or isinstance(one, str) for one in name):
+            scope.chosen, scope.of_samples = GIVEN, tuple(-1 if one is None else numbers.get(one, -1) for one in name)
+        else:
+            raise OptionError(f"task({name!r}): expected the name of a task, one name (or None) a sample, or None")
         try:
             yield
         finally:
-            scope.chosen = before
+            scope.chosen, scope.of_samples = before
 
     def merge(self, task: str, loader: Any = None, forward: Any = None) -> Merged:
         """Return the weights of a finished task with its experts merged, where its routing allows it.

@@ -151,6 +151,11 @@ class Selector:
 
         return run
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers it keeps."""
+        return sum(mean.numel() + 1 for centres in self.centres.values() for mean in centres.means)
+
     def state(self) -> dict[str, Any]:
         """What is known of finished tasks."""
         return {tower: centres.plain() for tower, centres in self.centres.items()}

@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from nullspace_optim import IGSP, ExpertReport, NullSpaceOptimizer, OptionError, clip_forward
+from reference.clip import Clip
 from reference.engine import Batch, Batches
 from reference.errors import ExperimentError
+from reference.methods.adapters import PLAIN, Routing, Selector
 from reference.methods.base import Method, Setting
 from reference.tasks import Task
 
-TASK_KNOWN, TASK_UNKNOWN = "task known", "task unknown"
+TASK_KNOWN, TASK_UNKNOWN, BY_LAYER = "task known", "task unknown", "each layer by itself"
 EVERY = 5  # steps between two points of the routing curves
+
+
+class NamedTasks(Selector):
+    """The selector of the adapter methods, which names the task of each sample to the optimizer."""
+
+    def __init__(self, clip: Clip, optimizer: NullSpaceOptimizer) -> None:
+        super().__init__(clip, Routing())
+        self.optimizer = optimizer
+        self.names: list[str] = []
+
+    @contextmanager
+    def using(self, task: int | Tensor) -> Iterator[None]:
+        """Route for `task` inside this context, a number or one a sample."""
+        named = {PLAIN: None, **dict(enumerate(self.names))}
+        given = [named[number] for number in task.tolist()] if isinstance(task, Tensor) else named[task] or ""
+        with self.optimizer.task(given):
+            yield
 
 
 class ExpertsOfTasks(Method):
     """iGSP with the options `igsp` of the settings.
 
     With the task's name, tasks that have no router yet run the plain backbone, so Transfer is the pretrained accuracy
-    by construction; "task unknown" routes each image and each prompt by itself.
+    by construction. "task unknown" gives each image and each prompt to the nearest task by the backbone's features, as
+    for the other adapter methods; "each layer by itself" leaves that to the prototypes of iGSP's layers.
     """
 
     name = "igsp"
-    evaluations = (TASK_KNOWN, TASK_UNKNOWN)
+    evaluations = (TASK_KNOWN, TASK_UNKNOWN, BY_LAYER)
     optimizer: NullSpaceOptimizer
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
+        self.selector = NamedTasks(self.clip, self.optimizer)
         self.tasks: list[dict[str, Any]] = []
         self.curve: list[tuple[int, dict[str, tuple[float, ...]]]] = []
 
@@ -61,15 +84,19 @@ class ExpertsOfTasks(Method):
         assert isinstance(report, ExpertReport)
         self.tasks.append({**described(report, self.curve), "phase_2_drift": orthogonal.worst})
         self.curve = []
+        self.selector.learn(Batches(self.clip, drawn), self.clip.tokens(task.prompts()))
+        self.selector.names.append(task.name)
         return {"report": str(report), "images": len(drawn)}
 
     def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
         """Route for `task`, or for no task in particular."""
-        return self.optimizer.task(task.name) if evaluation == TASK_KNOWN else self.without_task()
+        if evaluation == TASK_UNKNOWN:
+            return self.without_task()
+        return self.optimizer.task(task.name if evaluation == TASK_KNOWN else None)
 
     def without_task(self) -> AbstractContextManager[object]:
-        """Route each input by itself."""
-        return self.optimizer.task(None)
+        """Route each input for the nearest task, or for none."""
+        return self.selector.guessing()
 
     def facts(self) -> dict[str, Any]:
         """Trainable parameters by phase, what is stored in the end, convergence and fate of experts per layer."""
@@ -82,18 +109,21 @@ class ExpertsOfTasks(Method):
             "trainable_phase_1": [task["trainable_phase_1"] for task in self.tasks],
             "trainable_phase_2": [task["trainable_phase_2"] for task in self.tasks],
             "final_without_routers": last["experts"],
-            "final_with_routers": last["experts"] + last["routers"],
+            "final_with_routers": last["experts"] + last["routers"] + self.selector.parameters,
             "tasks": self.tasks,
         }
 
     def state(self) -> dict[str, Any]:
         """The model, the optimizer with all experts, and what is known of finished tasks."""
-        return {**super().state(), "tasks": self.tasks, "curve": self.curve}
+        known = {"selector": self.selector.state(), "names": list(self.selector.names)}
+        return {**super().state(), **known, "tasks": self.tasks, "curve": self.curve}
 
     def load_state(self, state: dict[str, Any], number: int) -> None:
         """Take it up again."""
         super().load_state(state, number)
         self.tasks, self.curve = list(state["tasks"]), list(state["curve"])
+        self.selector.load_state(state["selector"])
+        self.selector.names = list(state["names"])
 
 
 def described(report: ExpertReport, curve: list[tuple[int, dict[str, tuple[float, ...]]]]) -> dict[str, Any]:

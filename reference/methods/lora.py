@@ -100,5 +100,5 @@ class LoraPerTask(AdaptersOfTasks):
         return {
             "trainable_mean": per_task,
             "final_without_routers": count,
-            "final_with_routers": count + self.selector_size,
+            "final_with_routers": count + self.selector.parameters,
         }

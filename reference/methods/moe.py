@@ -137,7 +137,7 @@ class MoeAdapters(AdaptersOfTasks):
             "trainable_mean": sum(self.trained) / max(1, len(self.trained)),
             "trainable": list(self.trained),
             "final_without_routers": count - routers,
-            "final_with_routers": count + self.selector_size,
+            "final_with_routers": count + self.selector.parameters,
             "frozen_experts": [int(block.frozen.sum()) for block in self.blocks],
         }
 

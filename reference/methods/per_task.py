@@ -65,11 +65,6 @@ class AdaptersOfTasks(Method):
         """What belongs to the nearest task of each input, or to none."""
         return self.selector.guessing()
 
-    @property
-    def selector_size(self) -> int:
-        """Parameters with which the task of an input is found."""
-        return sum(mean.numel() + 1 for centres in self.selector.centres.values() for mean in centres.means)
-
     def state(self) -> dict[str, Any]:
         """The model, the optimizer, and what is known of finished tasks."""
         return {**super().state(), "selector": self.selector.state(), "names": list(self.names)}

@@ -392,3 +392,33 @@ def test_status_task_and_regularization_need_a_mode() -> None:
     for call in (opt.status, opt.regularization, lambda: opt.task("x")):
         with pytest.raises(OptionError, match="needs a mode"):
             call()
+
+
+@pytest.mark.parametrize("kind", ["per-task", "shared"])
+def test_each_sample_is_routed_for_the_task_that_is_named_for_it(kind: str) -> None:
+    model, opt = make(router=kind)
+    x = torch.cat([SyntheticTask(0).inputs(7)[:3], SyntheticTask(2).inputs(7)[:3]])
+    names = ["one", None, "two", "two", "never trained", "one"]
+    with torch.no_grad(), opt.task(names):
+        assert torch.equal(model(x), nn.functional.linear(x, model.fc.weight, model.fc.bias)), "no task is finished yet"
+    for place, name in ((0, "one"), (2, "two")):
+        train(model, opt, SyntheticTask(place), 60)
+        opt.consolidate(SyntheticTask(place).loader(), name=name, progress=False)
+    expected = []
+    for name, row in zip(names, x):
+        with torch.no_grad(), opt.task(name or "plain"):
+            expected.append(model(row[None]))
+    with torch.no_grad(), opt.task(names):
+        found = model(x)
+        with opt.task("one"):
+            inner = model(x)
+        again = model(x)
+    torch.testing.assert_close(found, torch.cat(expected))
+    assert torch.equal(found, again) and not torch.equal(found, inner)
+    plain = nn.functional.linear(x, model.fc.weight, model.fc.bias)
+    assert torch.equal(found[[1, 4]], plain[[1, 4]]) and not torch.equal(found[0], plain[0])
+    with torch.no_grad(), opt.task(names[:2]), pytest.raises(OptionError, match="2 samples, but layer 'fc' sees 6"):
+        model(x)
+    for wrong in (3, ["one", 2], {"one"}):
+        with pytest.raises(OptionError, match="expected the name of a task, one name"), opt.task(wrong):
+            pass
