@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from nullspace_optim import IGSP
+from reference.bootstrap import compare
 from reference.config import Config, load_config
 from reference.errors import ExperimentError
 from reference.experiment import Experiment, prepare
+from reference.expert_report import unnamed
 from reference.experts import main, read_listing
 from reference.methods import METHODS, Setting
 from reference.methods.adapters import PLAIN, Centres, Routing
@@ -130,7 +133,20 @@ def test_one_command_makes_the_comparison_and_goes_on_after_a_stop(
     ours, other = (json.loads((tmp_path / f"{m}-seed0/results.json").read_text()) for m in ("igsp", "lora-per-task"))
     mine = [json.loads((tmp_path / f"igsp-seed{n}/results.json").read_text())["facts"] for n in (0, 1)]
     saved = 100 * (1 - sum(f["final_with_routers"] for f in mine) / 2 / other["facts"]["final_with_routers"])
-    assert "| lora-per-task | " in text and f"| {saved:.1f} | 86.9 |" in text
+    assert "| lora-per-task | " in text and f"| {saved:.1f} | 86.9 | " in text
+    unknown = ours["scored_otherwise"]["task unknown, first templates"]
+    assert unnamed(ours)["last"] == pytest.approx(sum(unknown["accuracy"][-1]) / 2)
+    assert (
+        unnamed(ours)["right"] == unknown["right"] and unnamed({**ours, "scored_otherwise": {}})["last"] == ours["last"]
+    )
+    of = {
+        m: [json.loads((tmp_path / f"{m}-seed{n}/results.json").read_text()) for n in (0, 1)]
+        for m in METHODS
+        if (tmp_path / f"{m}-seed0").exists()
+    }
+    pair = [[unnamed(run) for run in of[m]] for m in ("igsp", "lora-per-task")]
+    gap = np.mean([a["last"] - b["last"] for a, b in zip(*pair)])
+    assert f"| {compare(*pair, 'average')} | {gap:+.1f} [" in text
     assert (tmp_path / "routing-igsp.png").stat().st_size > 5000
     points = ours["facts"]["tasks"][0]["layers"][0]["routing"]
     assert ours["facts"]["tasks"][0]["routing_steps"] == [5] and sum(points[0]) == pytest.approx(1.0, abs=2e-3)
@@ -221,4 +237,4 @@ def test_a_method_that_changes_the_model_stands_in_the_tables(tmp_path: Path) ->
     exact = json.loads((tmp_path / "gnsp-exact-seed0/results.json").read_text())
     mean = sum(exact["trained_parameters"]) / 2 / 1e3
     assert f"| gnsp-exact | - | - | {mean:.1f} | 0.0 | 0.0 |" in text
-    assert "| stores none | 86.9 |" in text
+    assert "| stores none | 86.9 | " in text
