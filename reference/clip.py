@@ -75,7 +75,7 @@ def give_attention_its_layout(model: nn.Module) -> None:
 
 
 def _tokens_first(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not args[0] is args[1] is args[2]:
+    if len(args) < 3 or not args[0] is args[1] is args[2]:  # given by keyword, or attention to something else
         return args
     return (*[args[0].transpose(0, 1).contiguous().transpose(0, 1)] * 3, *args[3:])
 

@@ -36,3 +36,4 @@ def test_cross_attention_is_left_alone() -> None:
     expected = block(queries, keys, keys)[0]
     give_attention_its_layout(block)
     assert torch.equal(block(queries, keys, keys)[0], expected)
+    assert torch.equal(block(query=queries, key=keys, value=keys)[0], expected)
