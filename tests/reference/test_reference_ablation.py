@@ -133,6 +133,14 @@ def test_rivals_get_their_settings_from_validation_images(tmp_path: Path, capsys
     assert "matched-plasticity" in capsys.readouterr().out
 
 
+def test_values_that_are_added_later_stand_in_order(tmp_path: Path) -> None:
+    others = ("rate=", "layers=", "sgp_alpha=", "prune_bound=", "finetune=1")
+    for values in ("0.85,0.9", "0.99"):
+        assert run("dial", tmp_path, f"energy={values}", *others) == 0
+    rows = [row[0]["factors"]["to"] for row in read_cells(tmp_path, "dial")]
+    assert rows == ["-", "0.85", "0.9", "0.99", "1"]
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
