@@ -40,15 +40,16 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X")
 def read_cells(folder: Path, grid: str) -> list[Row]:
     """The cells of `grid` that are finished below `folder`, each with all its seeds.
 
-    They come in the order of the grid, and values of one factor ascending, also those that were added later.
+    They come in the order of the grid; where the second factor is a number, its values ascend, also those that were
+    added later.
 
     Raises:
         ExperimentError: there are none, or they were not made on the same tasks and split.
     """
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
     found = sorted((run for run in found if run["grid"] == grid), key=lambda run: run["number"])
-    first = {changed: number for run in reversed(found) for changed, number in [(_varied(run)[0], run["number"])]}
-    found.sort(key=lambda run: (first[_varied(run)[0]], _number(_varied(run)[1], run["number"])))
+    changes = list(dict.fromkeys(_varied(run)[0] for run in found))
+    found.sort(key=lambda run: (changes.index(_varied(run)[0]), _number(_varied(run)[1], run["number"])))
     if not found:
         raise ExperimentError(f"no finished cell of {grid} below {folder}; run the grid first")
     if len({(tuple(run["tasks"]), run["split"]) for run in found}) > 1:
