@@ -13,14 +13,21 @@ from reference.methods.igsp import ExpertsOfTasks
 from reference.methods.lora import LoraPerTask, LoraShared, LoraSharedNullSpace
 from reference.methods.moe import MoeAdapters
 from reference.methods.plain import FineTune, FineTunePerTask, Joint, MatchedPlasticity, WiseFT, ZeroShot
-from reference.methods.projection import Gradient, GradientReference, NullSpace, NullSpaceReference, RandomBasis
+from reference.methods.projection import (
+    Gradient,
+    GradientReference,
+    NullSpace,
+    NullSpaceLosses,
+    NullSpaceReference,
+    RandomBasis,
+)
 from reference.methods.rehearsal import EWC, Replay
 
 FAMILIES: tuple[tuple[type[Method], ...], ...] = (
     (ZeroShot, FineTune, FineTunePerTask, WiseFT, MatchedPlasticity, Joint),
     (LwF, ZSCL),
     (Gnsp, GnspExact, LossesOnly, ProjectionOnly),
-    (Gradient, GradientReference, NullSpace, NullSpaceReference, RandomBasis),
+    (Gradient, GradientReference, NullSpace, NullSpaceReference, NullSpaceLosses, RandomBasis),
     (Replay, EWC),
     (ExpertsOfTasks, MoeAdapters, LoraPerTask, LoraShared, LoraSharedNullSpace),
 )

@@ -102,6 +102,16 @@ class NullSpaceReference(NullSpace):
     needs_reference = True
 
 
+class NullSpaceLosses(NullSpaceReference):
+    """Ours with the pool, and GNSP's two losses on it: they hold what the kept directions leave open."""
+
+    name = "nullspace-losses"
+
+    def guide(self) -> GuidedLoss:
+        """The losses, whatever the settings say."""
+        return GuidedLoss(self.setting, ReferenceBatches(self.setting))
+
+
 class Gradient(NullSpace):
     """As published by the gradient-projection family (GPM, GNSP): the gradient is projected, then AdamW steps."""
 

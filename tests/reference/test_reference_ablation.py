@@ -214,7 +214,7 @@ def test_bytes_of_the_results_are_those_of_the_report(experiment: Experiment) ->
 
 def test_losses_on_the_pool_are_gnsps_beside_our_methods(experiment: Experiment) -> None:
     task, found = experiment.tasks[0], {}
-    for name, losses in (("nullspace", False), ("nullspace", True), ("gnsp", False)):
+    for name, losses in (("nullspace", False), ("nullspace", True), ("nullspace-losses", False), ("gnsp", False)):
         config = load_config("demo", {**SMALL, "pool_losses": losses, "output": "o"})
         clip = experiment.pretrained(0).copy()
         made = METHODS[name](Setting(clip, config, experiment.tasks, experiment.pool, 0))
@@ -222,4 +222,5 @@ def test_losses_on_the_pool_are_gnsps_beside_our_methods(experiment: Experiment)
         batch = Batch(images, labels, clip.tokens(task.prompts()), 0, 0, torch.arange(8))
         found[name, losses] = float(made.loss(batch).detach())
     assert found["nullspace", True] == pytest.approx(found["gnsp", False], rel=1e-6)
+    assert found["nullspace-losses", False] == found["nullspace", True]
     assert found["nullspace", True] > found["nullspace", False] + 0.1
