@@ -52,7 +52,8 @@ class Method:
     """How one row of a table is trained.
 
     `rate` None takes the protocol's. `policy` None trains without protection; `options` are further ones of
-    `NullSpaceOptimizer`. `session` is what happens around a task. `parts` are the optimizer's groups and `rates` the
+    `NullSpaceOptimizer`; `changes` are settings of the protocol that are the method's own. `session` is what happens
+    around a task. `parts` are the optimizer's groups and `rates` the
     learning rate of each at the start of a task; None: one group at `rate`.
     """
 
@@ -66,6 +67,7 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     parts: Callable[[nn.Module], list[dict[str, Any]]] | None = None
     rates: Callable[[Optimizer, int], list[float]] | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rate is not None and not self.rate > 0:

@@ -26,6 +26,7 @@ class Protocol:
         patience: None for a constant rate; else the rate is halved after so many epochs without a better validation
             loss, training ends at `epochs` or below `least_rate`, and the best epoch's weights are restored.
         milestones: shares of `epochs` after which the rate is halved.
+        cosine: the rate falls along half a cosine over the steps of a task, to zero.
         augment: train on random crops (4 pixels of padding) and mirror images.
         precision: of forward and backward passes in training; bfloat16 is autocast.
         samples: random training images whose inputs are protected after each task.
@@ -47,6 +48,7 @@ class Protocol:
     patience: int | None = None
     least_rate: float = 0.0
     milestones: tuple[float, ...] = ()
+    cosine: bool = False
     augment: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
 
@@ -58,8 +60,8 @@ class Protocol:
             raise ExperimentError(f"tasks={self.tasks}: {self.name} has ten tasks")
 
     def settings(self) -> dict[str, Any]:
-        """What a results file records of it; of the last three only what is not the default."""
-        defaults = {"milestones": (), "augment": False, "precision": "float32"}
+        """What a results file records of it; of the last four only what is not the default."""
+        defaults = {"milestones": (), "cosine": False, "augment": False, "precision": "float32"}
         left_out = {"read", "benchmark", "network", *(k for k, v in defaults.items() if getattr(self, k) == v)}
         return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(self).items() if k not in left_out}
 

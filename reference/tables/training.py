@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from reference.errors import ExperimentError
 from reference.tables.data import Labelled
@@ -40,13 +41,15 @@ def train(
     """
     torch.manual_seed(1000 * seed + task)  # dropout
     plan = Patience(protocol, optimizer)
+    steps = protocol.epochs * math.ceil(len(data[1]) / protocol.batch)
+    falling = CosineAnnealingLR(optimizer, steps) if protocol.cosine else None
     losses = []
     for epoch in range(protocol.epochs):
         order = order_of(seed, task, epoch, len(data[1]))
         if epoch in protocol.halvings:
             for group in optimizer.param_groups:
                 group["lr"] /= 2
-        losses.append(train_epoch(model, optimizer, data, order, protocol, task, penalty))
+        losses.append(train_epoch(model, optimizer, data, order, protocol, task, penalty, falling))
         if not math.isfinite(losses[-1]):
             raise ExperimentError(f"task {task + 1}, epoch {epoch + 1}: the training loss is not finite; lower --rate")
         if protocol.patience and plan.exhausted(model, loss_on(model, validation, protocol.test_batch, task)):
@@ -68,8 +71,9 @@ def train_epoch(
     protocol: Protocol,
     task: int,
     penalty: Callable[[], Tensor | float],
+    falling: LRScheduler | None = None,
 ) -> float:
-    """One pass over `data` in `order` `[n]`; return the mean loss of its batches."""
+    """One pass over `data` in `order` `[n]`, `falling` a step after each batch; return the mean loss of the batches."""
     model.train()
     images, labels = (part[order].split(protocol.batch) for part in data)
     total = torch.zeros(())
@@ -81,6 +85,8 @@ def train_epoch(
         loss = functional.cross_entropy(logits.float(), their_labels) + penalty()
         loss.backward()
         optimizer.step()
+        if falling is not None:
+            falling.step()
         total += loss.detach()
     return float(total) / len(images)
 

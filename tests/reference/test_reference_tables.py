@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,6 +208,34 @@ def test_rates_are_halved_after_shares_of_the_epochs(digits: Images) -> None:
     train(model, optimizer, tasks.part(0, "train"), tasks.part(0, "validation"), protocol, 0, 1, penalty)
     assert list(dict.fromkeys(rates)) == [0.08, 0.04, 0.02]
     assert rates.count(0.08) == len(rates) / 2
+
+
+def test_the_rate_falls_along_a_cosine_anew_in_every_task(digits: Images) -> None:
+    protocol = small(digits, epochs=2, cosine=True)
+    tasks, model = PermutedMNIST(digits, seed=1), PermutedMLP()
+    optimizer = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), lr=0.08), model)
+    for task in range(2):
+        rates: list[float] = []
+
+        def penalty(rates: list[float] = rates) -> float:
+            rates.append(optimizer.param_groups[0]["lr"])
+            return 0.0
+
+        METHODS["gpm"].set_rates(optimizer, replace(protocol, rate=0.08), task)
+        data = tasks.part(task, "train")
+        train(model, optimizer, data, tasks.part(task, "validation"), protocol, task, 1, penalty)
+        steps = 2 * math.ceil(len(data[1]) / protocol.batch)
+        assert rates == pytest.approx([0.04 * (1 + math.cos(math.pi * n / steps)) for n in range(steps)])
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_method_may_change_the_protocol_and_its_results_say_so(digits: Images, tmp_path: Path) -> None:
+    own = replace(METHODS["gpm"], name="own", changes={"batch": 20, "cosine": True})
+    results = Run(small(digits), own, 1, digits, tmp_path).finish()
+    assert results["settings"]["batch"] == 20 and results["settings"]["cosine"] is True
+    assert not as_published(results)
+    with pytest.raises(ExperimentError, match="made with batch=20, this run has"):
+        Run(small(digits), replace(own, changes={"cosine": True}), 1, digits, tmp_path).finish()
 
 
 class SmallResNet(nn.Module):
