@@ -11,12 +11,15 @@ import sys
 from collections.abc import Sequence as Arguments
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from reference.errors import ExperimentError
 from reference.tables.methods import METHODS, chosen_methods
 from reference.tables.protocols import PROTOCOLS, Protocol
 from reference.tables.report import read_runs, report
 from reference.tables.runs import Run
+
+Number = TypeVar("Number", int, float)
 
 
 def main(arguments: Arguments[str] | None = None) -> int:
@@ -35,36 +38,46 @@ def main(arguments: Arguments[str] | None = None) -> int:
 
 def run_all(options: argparse.Namespace, folder: Path) -> None:
     """Every method with every seed; finished runs are not repeated, begun ones are taken up."""
-    protocol = shortened(PROTOCOLS[options.table], options)
+    published = PROTOCOLS[options.table]
+    given = departures(options, published)
     changed = {} if options.rate is None else {"rate": options.rate}
     methods = [replace(method, **changed) for method in chosen_methods(options.methods)]
-    numbers = seeds(options.seeds)
-    images = protocol.read(Path(options.data_root))
-    for seed in numbers:
-        for method in methods:
+    protocols = [replace(method.on(published), **given) for method in methods]
+    drawn = numbers(options.seeds, "--seeds", int)
+    images = published.read(Path(options.data_root))
+    for seed in drawn:
+        for method, protocol in zip(methods, protocols):
             Run(protocol, method, seed, images, folder, options.split).finish()
 
 
-def shortened(protocol: Protocol, options: argparse.Namespace) -> Protocol:
-    """The protocol with the options that depart from the published one."""
-    given = {
-        name: getattr(options, name)
-        for name in ("tasks", "epochs", "samples", "precision")
-        if getattr(options, name) is not None
-    }
-    return replace(protocol, **given)
+def departures(options: argparse.Namespace, protocol: Protocol) -> dict[str, Any]:
+    """Settings that the command line gives in place of the table's and the method's.
+
+    Raises:
+        ExperimentError: another number of thresholds than the network has layers with one.
+    """
+    names = ("tasks", "epochs", "batch", "samples", "precision")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.thresholds is not None:
+        shares = numbers(options.thresholds, "--thresholds", float)
+        if len(shares) != len(protocol.thresholds):
+            layers = ", ".join(name or "all layers" for name in protocol.thresholds) or "none"
+            raise ExperimentError(f"--thresholds {options.thresholds}: {options.table} has one each for: {layers}")
+        given["thresholds"] = dict(zip(protocol.thresholds, shares))
+    return given
 
 
-def seeds(text: str) -> list[int]:
-    """Seeds from numbers separated by commas.
+def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
+    """Numbers separated by commas.
 
     Raises:
         ExperimentError: something else is found.
     """
     try:
-        return [int(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise ExperimentError(f"--seeds {text}: expected whole numbers separated by commas, such as 1,2,3") from error
+        example = "1,2,3" if kind is int else "0.95,0.99,0.99"
+        raise ExperimentError(f"{option} {text}: expected numbers separated by commas, such as {example}") from error
 
 
 def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
@@ -82,6 +95,8 @@ def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="another learning rate than the method's")
     parser.add_argument("--tasks", type=int, help="only the first tasks")
     parser.add_argument("--epochs", type=int, help="at most so many epochs a task")
+    parser.add_argument("--batch", type=int, help="images in a step")
+    parser.add_argument("--thresholds", help="share of energy kept in each layer, separated by commas")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="of training; bfloat16: autocast")
     parser.add_argument("--samples", type=int, help="images whose inputs are protected after each task")
     return parser.parse_args(arguments)

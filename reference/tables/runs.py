@@ -10,7 +10,6 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,8 +52,7 @@ class Run:
         folder: Path,
         part: Literal["test", "validation"] = "test",
     ) -> None:
-        self.protocol = protocol = replace(protocol, **method.changes)
-        self.method, self.seed, self.part = method, seed, part
+        self.protocol, self.method, self.seed, self.part = protocol, method, seed, part
         self.tasks = protocol.benchmark(images, seed)
         self.path = folder / f"{method.name}-seed{seed}.json"
         torch.manual_seed(seed)

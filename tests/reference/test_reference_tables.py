@@ -230,12 +230,14 @@ def test_the_rate_falls_along_a_cosine_anew_in_every_task(digits: Images) -> Non
 
 
 def test_a_method_may_change_the_protocol_and_its_results_say_so(digits: Images, tmp_path: Path) -> None:
-    own = replace(METHODS["gpm"], name="own", changes={"batch": 20, "cosine": True})
-    results = Run(small(digits), own, 1, digits, tmp_path).finish()
+    own = replace(METHODS["gpm"], name="own", changes={"pmnist": {"batch": 20, "cosine": True}})
+    results = Run(own.on(small(digits)), own, 1, digits, tmp_path).finish()
     assert results["settings"]["batch"] == 20 and results["settings"]["cosine"] is True
     assert not as_published(results)
     with pytest.raises(ExperimentError, match="made with batch=20, this run has"):
-        Run(small(digits), replace(own, changes={"cosine": True}), 1, digits, tmp_path).finish()
+        Run(small(digits, cosine=True), own, 1, digits, tmp_path).finish()
+    with pytest.raises(ExperimentError, match="own: has settings for pmnist only"):
+        own.on(PROTOCOLS["cifar100"])
 
 
 class SmallResNet(nn.Module):
@@ -533,7 +535,8 @@ def test_the_command_runs_what_is_missing_and_prints_the_table(
     ("words", "message"),
     [
         (["--methods", "gmp"], "unknown method 'gmp'; choose from sgd, gpm"),
-        (["--seeds", "one"], "--seeds one: expected whole numbers"),
+        (["--seeds", "one"], "--seeds one: expected numbers"),
+        (["--thresholds", "0.9,0.9"], "--thresholds 0.9,0.9: pmnist has one each for: lin1, lin2, fc1"),
         (["--epochs", "0"], "epochs=0 must be at least 1"),
         (["--tasks", "11"], "ten tasks"),
         (["--rate", "-1"], "rate=-1.0 of gpm must be positive"),
