@@ -57,6 +57,7 @@ def forgetting_curves(runs: Sequence[Results], path: Path | IO[bytes]) -> None:
         axes.set_ylim(0, 102)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.grid(axis="y", linewidth=0.4, alpha=0.6)
+        axes.tick_params(labelbottom=number + columns >= len(tasks))
     for axes in list(grid.flat)[len(tasks) :]:
         axes.axis("off")
     figure.supxlabel("tasks trained (dotted: the task itself)", fontsize=9)
