@@ -54,7 +54,7 @@ def departures(options: argparse.Namespace, protocol: Protocol) -> dict[str, Any
     """Settings that the command line gives in place of the table's and the method's.
 
     Raises:
-        ExperimentError: another number of thresholds than the network has layers with one.
+        ExperimentError: another number of thresholds than the network has layers with one, or one that is no share.
     """
     names = ("tasks", "epochs", "batch", "samples", "precision")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
@@ -63,6 +63,10 @@ def departures(options: argparse.Namespace, protocol: Protocol) -> dict[str, Any
         if len(shares) != len(protocol.thresholds):
             layers = ", ".join(name or "all layers" for name in protocol.thresholds) or "none"
             raise ExperimentError(f"--thresholds {options.thresholds}: {options.table} has one each for: {layers}")
+        if not all(0 < share <= 1 for share in shares):
+            raise ExperimentError(
+                f"--thresholds {options.thresholds}: each is a share of energy, above 0 and at most 1"
+            )
         given["thresholds"] = dict(zip(protocol.thresholds, shares))
     return given
 

@@ -53,8 +53,8 @@ class Method:
 
     `rate` None takes the protocol's. `policy` None trains without protection; `options` are further ones of
     `NullSpaceOptimizer`; `changes` are, by table, settings of the protocol that are the method's own. `session` is what
-    happens around a task. `parts` are the optimizer's groups and `rates` the
-    learning rate of each at the start of a task; None: one group at `rate`.
+    happens around a task. `parts` are the optimizer's groups and `rates` the learning rate of each at the start of a
+    task; None: one group at `rate`.
     """
 
     name: str

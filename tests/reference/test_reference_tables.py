@@ -537,6 +537,8 @@ def test_the_command_runs_what_is_missing_and_prints_the_table(
         (["--methods", "gmp"], "unknown method 'gmp'; choose from sgd, gpm"),
         (["--seeds", "one"], "--seeds one: expected numbers"),
         (["--thresholds", "0.9,0.9"], "--thresholds 0.9,0.9: pmnist has one each for: lin1, lin2, fc1"),
+        (["--thresholds", "0.9,1.5,0.9"], "each is a share of energy"),
+        (["--methods", "sgd-tuned", "--epochs", "0"], "epochs=0 must be at least 1"),
         (["--epochs", "0"], "epochs=0 must be at least 1"),
         (["--tasks", "11"], "ten tasks"),
         (["--rate", "-1"], "rate=-1.0 of gpm must be positive"),
