@@ -80,8 +80,8 @@ def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        example = "1,2,3" if kind is int else "0.95,0.99,0.99"
-        raise ExperimentError(f"{option} {text}: expected numbers separated by commas, such as {example}") from error
+        wanted, example = ("whole numbers", "1,2,3") if kind is int else ("numbers", "0.95,0.99,0.99")
+        raise ExperimentError(f"{option} {text}: expected {wanted} separated by commas, such as {example}") from error
 
 
 def parse(arguments: Arguments[str] | None) -> argparse.Namespace:

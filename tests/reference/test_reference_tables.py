@@ -535,7 +535,8 @@ def test_the_command_runs_what_is_missing_and_prints_the_table(
     ("words", "message"),
     [
         (["--methods", "gmp"], "unknown method 'gmp'; choose from sgd, gpm"),
-        (["--seeds", "one"], "--seeds one: expected numbers"),
+        (["--seeds", "one"], "--seeds one: expected whole numbers"),
+        (["--thresholds", "a,b,c"], "--thresholds a,b,c: expected numbers separated by commas, such as 0.95"),
         (["--thresholds", "0.9,0.9"], "--thresholds 0.9,0.9: pmnist has one each for: lin1, lin2, fc1"),
         (["--thresholds", "0.9,1.5,0.9"], "each is a share of energy"),
         (["--methods", "sgd-tuned", "--epochs", "0"], "epochs=0 must be at least 1"),
