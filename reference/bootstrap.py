@@ -8,6 +8,7 @@ classified rightly (`right` in `results.json`). Efron and Tibshirani, 1993, ch. 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,13 +59,17 @@ def resampled(run: dict[str, Any], replicates: int = REPLICATES, seed: int = 0) 
     tasks = len(run["tasks"])
     cells = np.full((tasks, tasks, replicates), np.nan)
     for i in range(tasks):
-        column = [unpacked(row[i]).numpy() if row[i] else None for row in run["right"][1:]]
-        count = next(len(part) for part in column if part is not None)
-        draws = np.random.default_rng([seed, i]).multinomial(count, np.full(count, 1 / count), size=replicates)
-        for j, part in enumerate(column):
-            if part is not None:
-                cells[j, i] = 100.0 * (draws @ part) / count
+        scored = [j for j, row in enumerate(run["right"][1:]) if row[i]]
+        right = np.stack([unpacked(run["right"][1 + j][i]).numpy() for j in scored]).astype(float)
+        count = right.shape[1]
+        cells[scored, i] = 100.0 * (right @ _draws(seed, i, count, replicates).T) / count
     return cells
+
+
+@lru_cache(maxsize=32)
+def _draws(seed: int, task: int, count: int, replicates: int) -> NDArray[np.int64]:
+    """How often each of `count` test images is drawn, `[replicates, count]`; kept, as it is the same for every run."""
+    return np.random.default_rng([seed, task]).multinomial(count, np.full(count, 1 / count), size=replicates)
 
 
 def compare(

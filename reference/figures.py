@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +15,8 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 Results = dict[str, Any]
+
+STYLES = [{"color": f"C{n}", "linestyle": line} for line in ("-", "--", ":") for n in range(10)]
 
 
 def heatmap(results: Results, path: Path | IO[bytes]) -> None:
@@ -39,22 +42,24 @@ def forgetting_curves(runs: Sequence[Results], path: Path | IO[bytes]) -> None:
     tasks = runs[0]["tasks"]
     columns = min(4, len(tasks))
     rows = -(-len(tasks) // columns)
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    per_row = max(1, round(1.5 * columns))
+    legend_rows = -(-len(methods) // per_row)
     figure, grid = plt.subplots(
         rows,
         columns,
-        figsize=(3.1 * columns, 2.4 * rows + 0.5),
+        figsize=(3.1 * columns, 2.4 * rows + 0.5 + 0.2 * legend_rows),
         sharex=True,
-        sharey=True,
         squeeze=False,
         layout="constrained",
     )
     for number, (axes, task) in enumerate(zip(grid.flat, tasks)):
-        for method in dict.fromkeys(run["method"] for run in runs):
+        for method, style in zip(methods, cycle(STYLES)):
             matrices = [np.array([r["pretrained"], *r["accuracy"]], dtype=float) for r in runs if r["method"] == method]
-            axes.plot(np.mean(matrices, axis=0)[:, number], marker=".", label=method)
+            axes.plot(np.mean(matrices, axis=0)[:, number], marker=".", label=method, **style)
         axes.axvline(number + 1, color="grey", linestyle=":", linewidth=1)
         axes.set_title(task, fontsize=9)
-        axes.set_ylim(0, 102)
+        axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.grid(axis="y", linewidth=0.4, alpha=0.6)
         axes.tick_params(labelbottom=number + columns >= len(tasks))
@@ -63,7 +68,7 @@ def forgetting_curves(runs: Sequence[Results], path: Path | IO[bytes]) -> None:
     figure.supxlabel("tasks trained (dotted: the task itself)", fontsize=9)
     figure.supylabel("accuracy [%]", fontsize=9)
     handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(per_row, len(labels)), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

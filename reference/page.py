@@ -1,4 +1,4 @@
-"""Finished runs as one self-contained HTML page and one Markdown table."""
+"""Finished runs as one self-contained HTML page and as Markdown tables."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import numpy as np
 from reference import figures
 from reference.bootstrap import compare
 from reference.errors import ExperimentError
+from reference.methods import METHODS
 
 Results = dict[str, Any]
 
-COLUMNS: dict[str, Callable[[Results], float | None]] = {
+ACCURACY: dict[str, Callable[[Results], float | None]] = {
     "Transfer": lambda run: run["transfer"],
     "Transfer, known tasks": lambda run: run.get("transfer_known"),
     "Average": lambda run: run["average"],
@@ -26,6 +27,8 @@ COLUMNS: dict[str, Callable[[Results], float | None]] = {
     "Preserve": lambda run: run.get("preserve"),
     "forgetting": lambda run: run["forgetting"],
     "learned": lambda run: run["diagonal_gain"],
+}
+REST: dict[str, Callable[[Results], float | None]] = {
     "image → text @1": lambda run: run.get("pool", {}).get("after", {}).get("image_to_text_at_1"),
     "text → image @1": lambda run: run.get("pool", {}).get("after", {}).get("text_to_image_at_1"),
     "modality gap": lambda run: run.get("pool", {}).get("after", {}).get("modality_gap"),
@@ -35,7 +38,7 @@ COLUMNS: dict[str, Callable[[Results], float | None]] = {
     "seconds": lambda run: run["seconds"],
     "memory [MiB]": lambda run: run["peak_memory"]["gpu_mib"] or run["peak_memory"]["process_mib"],
 }
-DIGITS = {"modality gap": 3, "seconds": 0, "memory [MiB]": 0}
+DIGITS = dict.fromkeys(REST, 1) | {"modality gap": 3, "seconds": 0, "memory [MiB]": 0}
 READING = (
     "Accuracy in percent. Transfer: tasks not yet trained (mean of column means above the diagonal); known tasks: only "
     "those whose accuracy before training was at least three times chance. Average: all cells. Last: all tasks at the "
@@ -46,13 +49,14 @@ READING = (
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1b1f24; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #d8dee4; white-space: nowrap; }
+.wide { overflow-x: auto; }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: 13px; }
+th, td { padding: 5px 10px; line-height: 20px; text-align: right; border-bottom: 1px solid #d8dee4; white-space: nowrap; }
 th { border-bottom: 2px solid #8c959f; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-tr:hover td { background: #f6f8fa; } .best { font-weight: 700; } .note { color: #57606a; max-width: 60rem; }
-img { max-width: 100%; height: auto; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(30rem, 1fr)); gap: 1rem; }
+tr:hover td { background: #f6f8fa; } .note { color: #57606a; max-width: 60rem; }
+.wide + .wide { margin-top: 1.6rem; } img { max-width: 100%; height: auto; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1rem; }
 details { margin: 1rem 0; } pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: 12px; }
 """
 
@@ -89,8 +93,9 @@ def load_runs(places: Sequence[str]) -> list[Results]:
 
 
 def by_method(runs: Sequence[Results]) -> dict[str, list[Results]]:
-    """Runs grouped by method, in order of appearance."""
-    names = dict.fromkeys(run["method"] for run in runs)
+    """Runs grouped by method, in the harness's order; methods it does not know last, in order of appearance."""
+    found = dict.fromkeys(run["method"] for run in runs)
+    names = [name for name in METHODS if name in found] + [name for name in found if name not in METHODS]
     return {name: [run for run in runs if run["method"] == name] for name in names}
 
 
@@ -103,24 +108,27 @@ def spread(values: Sequence[float | None], digits: int = 1) -> str:
     return f"{np.mean(known):.{digits}f}{deviation}"
 
 
-def table(runs: Sequence[Results], against: str) -> list[list[str]]:
-    """Heading and one row per method; differences to the method `against` last."""
+def tables(runs: Sequence[Results], against: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Accuracy with differences to the method `against`, and what else was measured: heading, one row per method."""
     groups = by_method(runs)
     compared = [f for f in ("transfer", "average", "last") if against in groups and len(groups) > 1]
-    rows = [["method", "seeds", *COLUMNS, *(f"Δ {f.capitalize()} to {against}" for f in compared)]]
+    accuracy = [["method", "seeds", *ACCURACY, *(f"Δ {f.capitalize()} to {against}" for f in compared)]]
+    rest = [["method", *REST]]
     for name, group in groups.items():
         found = [compare(group, groups[against], f) if name != against else None for f in compared]
-        cells = [spread([read(run) for run in group], DIGITS.get(column, 1)) for column, read in COLUMNS.items()]
-        rows.append([name, str(len(group)), *cells, *("-" if d is None else str(d) for d in found)])
-    return rows
+        cells = [spread([read(run) for run in group]) for read in ACCURACY.values()]
+        accuracy.append([name, str(len(group)), *cells, *("-" if d is None else str(d) for d in found)])
+        rest.append([name, *(spread([read(run) for run in group], DIGITS[column]) for column, read in REST.items())])
+    return accuracy, rest
 
 
 def markdown(runs: Sequence[Results], against: str) -> str:
-    """The table as Markdown with its notes."""
-    rows = table(runs, against)
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join([*lines, "", *notes(runs)]) + "\n"
+    """The tables as Markdown with their notes."""
+    lines: list[str] = []
+    for rows in tables(runs, against):
+        head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+        lines += [head, "|" + "---|" * len(rows[0]), *body, ""]
+    return "\n".join([*lines, *notes(runs)]) + "\n"
 
 
 def notes(runs: Sequence[Results]) -> list[str]:
@@ -142,11 +150,10 @@ def notes(runs: Sequence[Results]) -> list[str]:
 
 def page(runs: Sequence[Results], against: str) -> str:
     """The whole report as HTML; figures are inside."""
-    rows = table(runs, against)
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    measured = "".join(_table(rows) for rows in tables(runs, against))
     said = "".join(f"<p class=note>{html.escape(text)}</p>" for text in notes(runs))
-    curves = _image(lambda stream: figures.forgetting_curves(runs, stream), "accuracy of each task along the sequence")
+    ordered = [run for group in by_method(runs).values() for run in group]
+    curves = _image(lambda stream: figures.forgetting_curves(ordered, stream), "accuracy of each task along the sequence")
     maps = "".join(
         _image(lambda stream, group=group: figures.heatmap(_mean(group), stream), f"accuracy matrix of {name}")  # type: ignore[misc]
         for name, group in by_method(runs).items()
@@ -158,11 +165,16 @@ def page(runs: Sequence[Results], against: str) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Continual fine-tuning of CLIP</title>"
         f"<meta name=viewport content='width=device-width'><style>{STYLE}</style>"
         f"<h1>Continual fine-tuning of CLIP: {len(by_method(runs))} methods, {len(runs)} runs, "
-        f"{len(runs[0]['tasks'])} tasks</h1><div class=wide><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>{said}<h2>Accuracy along the sequence</h2>{curves}"
+        f"{len(runs[0]['tasks'])} tasks</h1>{measured}{said}<h2>Accuracy along the sequence</h2>{curves}"
         f"<h2>Accuracy matrices (mean over seeds)</h2><div class=grid>{maps}</div>"
         f"<details><summary>Machines and settings</summary><pre>{details}</pre></details></html>\n"
     )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[1:])
+    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _mean(group: Sequence[Results]) -> Results:

@@ -1,4 +1,4 @@
-"""Tables for the terminal; `python -m reference.report RUNS...` writes a page and a Markdown table of finished runs."""
+"""Tables for the terminal; `python -m reference.report RUNS...` writes a page and Markdown tables of finished runs."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import torch
 
 from reference import metrics
 from reference.bootstrap import FIGURES, compare, resampled
+from reference.page import by_method
 from reference.report import main
 from reference.scoring import packed, unpacked
 
@@ -66,7 +67,7 @@ def test_a_difference_has_an_interval_that_knows_chance_from_effect(runs: list[d
     assert compare(ours, [{k: v for k, v in r.items() if k != "right"} for r in base], "last") is None
 
 
-def test_the_report_is_one_page_and_one_table(
+def test_the_report_is_one_page_and_two_tables(
     runs: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for r in runs:
@@ -81,11 +82,18 @@ def test_the_report_is_one_page_and_one_table(
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<img ") == 4 and not re.search(r"(src|href)=['\"]?(https?:|//)", page)
     assert "&lt;b&gt;mind" in page and "<b>mind" not in page
-    table = (tmp_path / "out" / "report.md").read_text()
-    lines = [line for line in table.splitlines() if line.startswith("|")]
-    assert len(lines) == 5 and len({line.count("|") for line in lines}) == 1
-    assert "0.625 ± 0.000" in table and "below three times chance): b." in table and "Δ Last to finetune" in table
-    assert table in capsys.readouterr().out
+    text = (tmp_path / "out" / "report.md").read_text()
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+    assert [len(lines) for lines in tables] == [5, 5] and page.count("<table>") == 2
+    assert all(len({line.count("|") for line in lines}) == 1 for lines in tables)
+    assert "Δ Last to finetune" in tables[0][0] and "0.625 ± 0.000" in tables[1][2]
+    assert "below three times chance): b." in text
+    assert text in capsys.readouterr().out
+
+
+def test_methods_stand_in_the_order_of_the_harness_and_others_after_them(runs: list[dict[str, Any]]) -> None:
+    named = [{**run, "method": name} for run, name in zip(runs, ("own", "gnsp", "zero-shot", "another"))]
+    assert list(by_method(named)) == ["zero-shot", "gnsp", "own", "another"]
 
 
 def test_results_from_before_are_reported_as_far_as_they_go(runs: list[dict[str, Any]], tmp_path: Path) -> None:
