@@ -76,9 +76,10 @@ def inflora_rows(
 
 @torch.no_grad()
 def lora_rows(optimizer: NullSpaceOptimizer, seed: int = 0) -> dict[str, Tensor]:
-    """Return SplitLoRA's `A` `[r, d]` by name: random rows in the free directions, of the present norm over the tasks.
+    """Return SplitLoRA's `A` `[r, d]` by name: random rows in the free directions, smaller with every task.
 
-    `A = (N z)^T` with `N` the free directions and `z` normal, scaled to `||A|| / (t + 1)` after `t` tasks.
+    `A = (N z)^T` with `N` the free directions and `z` normal, scaled to `||A_0|| / (t + 1)` after `t` tasks. `A_0` is
+    PEFT's first `A`, whose entries are uniform in `+-1 / sqrt(d)`: `||A_0|| = sqrt(r / 3)` on average.
     """
     generator, found = torch.Generator().manual_seed(seed), {}
     for name, layer, adapter in lora_layers(optimizer.model):
@@ -87,7 +88,7 @@ def lora_rows(optimizer: NullSpaceOptimizer, seed: int = 0) -> dict[str, Tensor]
         drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.device)
         free = drawn - (drawn @ stored) @ stored.mT
         tasks = len(optimizer.bases[name].tasks) if name in optimizer.bases else 0
-        size = float(weight.norm()) / (tasks + 1)
+        size = math.sqrt(len(weight) / 3) / (tasks + 1)
         found[name] = (free * (size / float(free.norm().clamp(min=1e-30)))).to(weight.dtype)
     return found
 

@@ -153,7 +153,9 @@ def page(runs: Sequence[Results], against: str) -> str:
     measured = "".join(_table(rows) for rows in tables(runs, against))
     said = "".join(f"<p class=note>{html.escape(text)}</p>" for text in notes(runs))
     ordered = [run for group in by_method(runs).values() for run in group]
-    curves = _image(lambda stream: figures.forgetting_curves(ordered, stream), "accuracy of each task along the sequence")
+    curves = _image(
+        lambda stream: figures.forgetting_curves(ordered, stream), "accuracy of each task along the sequence"
+    )
     maps = "".join(
         _image(lambda stream, group=group: figures.heatmap(_mean(group), stream), f"accuracy matrix of {name}")  # type: ignore[misc]
         for name, group in by_method(runs).items()

@@ -453,6 +453,11 @@ def test_property_two_tasks_in_the_span_of_the_first_add_nothing(seed, n, thresh
     assert consolidate(Energy(threshold), moment_of(mixed), before).ranks == before.ranks
 
 
+def test_the_code_count_is_refused_where_it_has_no_meaning() -> None:
+    with pytest.raises(OptionError, match=r"TRGP\(paper_code=True\).*Energy"):
+        TRGP(paper_code=True)
+
+
 def test_gpms_code_takes_one_direction_fewer_of_the_first_task_only() -> None:
     values = torch.tensor([5.0, 3.0, 1.0, 1.0])
     first = Spectrum(values, total=10.0, largest=5.0, covered=0.0, kept=0, rows=10)
@@ -514,6 +519,34 @@ def test_osf_keeps_both_sides_of_weights_it_has_no_data_for():
         moved = layer.weight.detach().double() - old
         assert float(moved.norm()) > 0.05
         assert float((moved @ right[:k].T).norm()) < 1e-5 and float((left[:, :k].T @ moved).norm()) < 1e-5
+
+
+DRIFT = (
+    Energy(0.99), TailEnergy(), EigenvalueRatio(), FixedRank(5), NumericalRank(), RankBudget(0.4), SGP(), TRGP(),
+    CODECL(aperture=2.0), OWM(), OSF(), SplitLoRA(), InfLoRA(), KeepLoRA(), VPTNSP(), PEGP(), CGP(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", DRIFT, ids=lambda policy: type(policy).__name__)
+def test_every_policy_keeps_what_it_says_through_200_adamw_steps(policy):
+    model = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False))
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.01, weight_decay=0.1), model, policy=policy)
+    optimizer.consolidate([task_rows(0).float()], progress=False)
+    before = [layer.weight.detach().double().clone() for layer in (model[0], model[2])]
+    for _ in range(200):
+        optimizer.zero_grad()
+        (model(torch.randn(16, 24)) - 1).square().mean().backward()
+        optimizer.step()
+    assert optimizer.verify().ok
+    for name, layer, old in zip(("0.weight", "2.weight"), (model[0], model[2]), before, strict=True):
+        moved = layer.weight.detach().double() - old
+        assert float(moved.norm() / old.norm()) > 0.03 or optimizer.capacity()[name] == 0
+        for side, part in optimizer.bases[name].subspaces.items():
+            exact = part.basis if part.scale is None else part.basis * (part.scale == 1)[:, None, :]
+            kept = moved @ exact[0].double() if side == "right" else exact[0].double().T @ moved
+            assert float(kept.norm() / old.norm()) < 1e-5
+            if part.scale is None:
+                assert part.basis.shape[2] > 0
 
 
 def test_osf_of_a_second_task_decomposes_what_is_left():

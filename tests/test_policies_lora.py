@@ -27,6 +27,7 @@ from nullspace_optim import (
     begin_lora,
     consolidate_classes,
     declare_prompt,
+    declare_rows,
     declare_tokens,
     inflora_rows,
     keeplora_rows,
@@ -123,10 +124,19 @@ def test_the_rows_are_the_papers() -> None:
     right = torch.linalg.svd(gradient @ (torch.eye(20, dtype=torch.float64) - known @ known.T))[2][:4].T
     assert slow.principal_angles(found.T, right).max() < 1e-3
 
-    drawn = lora_rows(optimizer)[name]
-    present = model.get_parameter(name)
-    assert float(drawn.norm()) == pytest.approx(float(present.norm()) / 2, rel=1e-5)
-    assert float((drawn.double() @ U[0].double()).abs().max()) < 1e-6
+    for done in (1, 2, 3):  # ||A_0|| / (t + 1), whatever the present A is
+        U = optimizer.bases[name].subspaces["right"].basis
+        drawn = lora_rows(optimizer)[name]
+        assert float(drawn.norm()) == pytest.approx(math.sqrt(4 / 3) / (done + 1), rel=1e-5)
+        assert float((drawn.double() @ U[0].double()).abs().max()) < 1e-6
+        begin_lora(optimizer, {name: drawn})
+        optimizer.consolidate([rows(done)], name=str(done), progress=False)
+    first = [nn.Linear(400, 8, bias=False).weight for _ in range(20)]
+    for weight in first:
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as PEFT begins A
+    assert float(torch.stack([weight.detach().norm() for weight in first]).mean()) == pytest.approx(
+        math.sqrt(8 / 3), rel=0.01
+    )
 
 
 def test_begin_lora_names_what_does_not_fit() -> None:
@@ -147,6 +157,7 @@ def test_thresholds_of_the_lora_policies() -> None:
     late = dataclasses.replace(flat, tasks=5)
     assert InfLoRA(0.5, last=0.9, tasks=10).rank(flat) == 50 and InfLoRA(0.5, last=0.9, tasks=10).rank(late) == 70
     assert InfLoRA(0.5, last=0.9, tasks=2).rank(late) == 90
+    assert InfLoRA(0.5, last=0.9, tasks=10, paper_code=True).rank(flat) == 49  # GPM's count, handed on
     assert KeepLoRA().threshold == 0.99 and PEGP().threshold == 0.9 and CGP().similarity == 0.5
     values = torch.rand(30, generator=torch.Generator().manual_seed(0)).sort(descending=True).values.pow(4).tolist()
     for tasks in (0, 3, 20):
@@ -189,11 +200,39 @@ def test_a_prompt_is_kept_on_both_sides(policy: Any, groups: bool) -> None:
     train(optimizer, model, torch.randn(16, 4, 8))
     assert optimizer.verify().ok and relative(model.prompt, start) > 1e-2
     drift = relative(model(old), before)
+    right, left = (basis.subspaces[side].basis[0] for side in ("right", "left"))
+    moved = (model.prompt.detach() - start).reshape(3, 8)
+    if isinstance(policy, NumericalRank) or policy.eta == 1:
+        assert float((moved @ right).norm() + (left.mT @ moved).norm()) < 1e-5
     if isinstance(policy, NumericalRank):
         assert drift < 1e-4
     elif policy.eta < 1:
         parts = basis.subspaces
         assert all(bool((s.scale[s.basis.any(1)] == policy.eta).all()) for s in parts.values()) and drift > 1e-4
+
+
+def test_both_sides_of_a_prompt_are_the_papers_matrices() -> None:
+    """`K_1 = sum_h (Q_h W_k,h)^T (Q_h W_k,h)` and `K_2 = S_P^T S_P` (VPT-NSP, eq. 9 to 14), by loops."""
+    model, old = Attention(groups=False), torch.randn(5, 4, 8)
+    optimizer = NullSpaceOptimizer(AdamW([model.prompt]), model, policy=VPTNSP())
+    optimizer.consolidate([old[:2], old[2:]], progress=False)
+    first, second = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
+    for tokens in old:
+        joined = torch.cat([model.prompt, tokens]).detach()
+        queries, keys = (joined @ model.qkv.weight[i : i + 8].detach().T for i in (0, 8))
+        for head in (slice(0, 4), slice(4, 8)):
+            rows_of_head = (queries[3:, head] @ model.qkv.weight[8:16][head].detach()).double()
+            first += rows_of_head.T @ rows_of_head
+            seen = (queries[3:, head] @ keys[:, head].T / 2).softmax(1)[:, :3].double()
+            second += seen.T @ seen
+    for side, moment in (("right", first), ("left", second)):
+        part, values = optimizer.bases["prompt"].subspaces[side], torch.linalg.eigvalsh(moment).flip(0)
+        assert torch.allclose(part.covariance[0].double(), moment, rtol=1e-4, atol=1e-5)
+        singular = values.sqrt().tolist()
+        bends = [singular[i + 1] - 2 * singular[i] + singular[i - 1] for i in range(1, len(singular) - 1)]
+        assert part.rank == 1 + bends.index(max(bends))
+        leading = torch.linalg.eigh(moment)[1].flip(1)[:, : part.rank]
+        assert slow.principal_angles(part.basis[0], leading).max() < 1e-3
 
 
 def test_the_elbow_is_the_second_difference_of_the_smoothed_spectrum() -> None:
@@ -204,7 +243,7 @@ def test_the_elbow_is_the_second_difference_of_the_smoothed_spectrum() -> None:
     smooth = gaussian_filter1d(singular.numpy(), 10, mode="reflect")[3:-3]
     elbow = 3 + max(range(1, len(smooth) - 1), key=lambda i: smooth[i + 1] - 2 * smooth[i] + smooth[i - 1])
     seen = spectrum(singular.square().tolist())
-    assert abs(VPTNSP().rank(seen) - elbow) <= 1 and 30 <= elbow <= 60
+    assert VPTNSP().rank(seen) == elbow and 30 <= elbow <= 60
     assert VPTNSP().rank(spectrum([100.0, 81.0, 64.0, 1.0, 0.81, 0.64])) == 3
     assert VPTNSP().rank(spectrum([1.0, 1.0])) == 2
 
@@ -245,6 +284,60 @@ def test_prompt_tuning_learns_outside_old_tokens_and_prompts() -> None:
         declare_tokens(Net())
 
 
+class Prefixed(nn.Module):
+    """Two heads of width four over tokens `[b, n, 8]` and three keys and values of a prefix that no weight makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.values = (nn.Parameter(torch.randn(3, 8)) for _ in range(2))
+        self.qkv = nn.Linear(8, 24, bias=False).requires_grad_(False)
+        self.head = nn.Linear(8, 2, bias=False).requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        q, k, v = self.qkv(tokens).chunk(3, dim=2)
+        count = len(tokens)
+        joined = [torch.cat([p.expand(count, -1, -1), t], dim=1) for p, t in ((self.keys, k), (self.values, v))]
+        q, k, v = (part.unflatten(2, (2, 4)).transpose(1, 2) for part in (q, *joined))
+        attention = (q @ k.mT / 2).softmax(-1)
+        by_head = torch.zeros(*q.shape[:3], 2, 4)
+        for head in range(2):
+            by_head[:, head, :, head] = q[:, head]
+        declare_rows(self.keys, by_head.flatten(3).reshape(-1, 8), "right")
+        declare_rows(self.values, attention[..., :3].reshape(-1, 3), "left")
+        return self.head((attention @ v).transpose(1, 2).flatten(2))
+
+
+def test_a_prefix_is_kept_by_the_rows_of_its_keys_and_values() -> None:
+    model, old = Prefixed(), torch.randn(1, 1, 8)  # two of eight directions of the keys, two of three of the values
+    before = model(old).detach()
+    optimizer = NullSpaceOptimizer(AdamW([model.keys, model.values], lr=0.05), model, policy=PEGP(1 - 1e-9))
+    report = optimizer.consolidate([old], progress=False)
+    assert {p.fate for p in report.parameters} == {Fate.PROTECTED}
+    start = [p.detach().clone() for p in (model.keys, model.values)]
+    train(optimizer, model, torch.randn(16, 4, 8))
+    assert optimizer.verify().ok and relative(model(old), before) < 1e-4
+    assert all(relative(p, s) > 1e-2 for p, s in zip((model.keys, model.values), start))
+
+
+def test_prefixes_that_peft_keeps_in_one_matrix_are_frozen() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=40, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    prefixes = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(GPT2LMHeadModel(config), prefixes).eval()
+    weight = model.prompt_encoder["default"].embedding.weight
+    batch = {"input_ids": torch.randint(0, 40, (4, 6))}
+    optimizer = NullSpaceOptimizer(AdamW([weight], lr=0.05), model, policy=PEGP())
+    optimizer.consolidate([batch], progress=False)
+    before, start = model(**batch).logits.detach(), weight.detach().clone()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        assert weight.grad.any()
+        optimizer.step()
+    assert torch.equal(weight, start) and torch.equal(model(**batch).logits, before)
+
+
 # ---- classes
 
 
@@ -271,6 +364,9 @@ def test_classes_are_consolidated_by_themselves_or_with_their_like() -> None:
             assert float((mine @ slow.projector(U)[0]).norm() ** 2 / mine.norm() ** 2) >= 0.9
     assert not U[0, 19].any()  # the wrong ones were left out
     assert float((U[0].mT @ U[0] - torch.eye(U.shape[2])).abs().max()) < 1e-6
+    groups = [inputs[(labels == 0) | (labels == 1)], inputs[labels == 2], inputs[labels == 3]]
+    one_by_one = slow.gpm_basis(groups, 0.9)  # GPM's rule, a group after the other
+    assert U.shape[2] == one_by_one.shape[1] and slow.principal_angles(U[0], one_by_one).max() < 1e-3
 
 
 def test_what_does_not_fit_is_named() -> None:

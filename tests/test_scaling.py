@@ -155,6 +155,24 @@ def test_a_scaled_task_is_learnt_consolidated_and_leaves_old_tasks_alone(policy:
         assert drift_a < 0.5 and drift_b < 0.5
 
 
+def test_shared_directions_lead_the_and_of_both_conceptors() -> None:
+    """Relation `tr(C and B) / tr C` and directions against Jaeger's formula, with adapted apertures and the floor."""
+    model = nn.Linear(12, 4, bias=False)
+    old, new = (torch.randn(40, 12) * torch.logspace(0.5, -1, 12)[torch.randperm(12)] for _ in range(2))
+    policy = CODECL(aperture=1.5, gain=0.9)
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model, policy=policy)
+    optimizer.consolidate([old], progress=False)
+    moments = optimizer.measure([new], progress=False)
+    C, B = (slow.code_cl([rows], 1.5, 0.9, policy.floor) for rows in (old, new))
+    both = slow.conceptor_and(C, B)
+    related = float(both.trace() / C.trace())
+    leading = torch.linalg.eigh((both + both.T) / 2)[1].flip(1)[:, :3]
+    assert 0.05 < related < 0.95
+    assert shared_directions(optimizer, moments, threshold=related + 1e-4) == {}
+    found = shared_directions(optimizer, moments, threshold=related - 1e-4, most=3)["weight"]["shared"]
+    assert found.shape == (1, 12, 3) and slow.principal_angles(found[0], leading).max() < 2e-3
+
+
 def test_under_sgd_the_weights_move_as_if_the_scaling_were_differentiated_through() -> None:
     """The published forward differentiates `W S Q S^T` too; what that adds to the gradient is projected away."""
     model, optimizer = protected(TRGP(0.99), lambda m: SGD(m.parameters(), lr=0.1))

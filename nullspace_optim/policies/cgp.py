@@ -14,7 +14,12 @@ class CGP(Energy):
 
     `consolidate_classes` splits a task by its labels, leaves out what the model gets wrong, and joins classes whose
     prototypes (mean outputs) have a cosine above `similarity`; each group is then consolidated by itself. Paper:
-    thresholds as in GPM, `similarity` 0.5. Exact for the kept directions, at least `threshold` of every class.
+    thresholds as in GPM, `similarity` 0.5. Exact for the kept directions, at least `threshold` of every group.
+
+    Ours where the paper leaves room or goes further: prototypes are mean outputs (the paper's are mean activations of
+    a layer), so that all weights agree on the groups; classes are joined within one call, not with classes of earlier
+    tasks; a joined group pools its samples and adds what the stored basis lacks of them, where the paper selects the
+    columns of the earlier class's basis again, and so may drop some.
 
     The published update subtracts one projection after the other for bases that are not orthogonal to each other, which
     is no projection, and its residual removes the last basis only; here a class adds what lies outside all others, so

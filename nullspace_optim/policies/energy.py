@@ -18,9 +18,13 @@ class Energy(Policy):
     (eq. 9; eq. 8 is the same for the first task, where `covered = 0`). Paper: 0.95 and 0.99 by layer, or 0.97 growing
     by 0.003 a task; 0.999 is our default.
 
+    Exact: kept directions stay under any base optimizer. Old outputs move by what lies outside them, at most
+    `1 - threshold` of the energy of each weight's inputs.
+
     The released GPM code takes one direction fewer on the first task: it counts the directions whose running share is
-    still *below* the threshold. ``paper_code=True`` does the same, to reproduce its tables. Directions of equal energy
-    are taken in the order in which the eigenvalue solver returns them.
+    still *below* the threshold. ``paper_code=True`` does the same, to reproduce its tables. It also joins new directions
+    to the stored ones without making them orthonormal again; here they are. Directions of equal energy are taken in
+    the order in which the eigenvalue solver returns them.
     """
 
     threshold: float = 0.999

@@ -10,7 +10,11 @@ from .base import Policy, Spectrum
 
 @dataclass(frozen=True)
 class FixedRank(Policy):
-    """Add the leading residual directions until `k` are protected in total (per group), or all that hold energy."""
+    """Add the leading residual directions until `k` are protected in total (per group), or all that hold energy.
+
+    Exact for the kept directions, under any base optimizer; nothing is promised about the energy outside them, which
+    the report tells.
+    """
 
     k: int
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..errors import OptionError
 from .base import Spectrum, check_number
@@ -16,7 +16,7 @@ class InfLoRA(Energy):
     A new task's LoRA gets `A` from that task's inputs outside the stored directions and is trained from `B = 0`
     (`inflora_rows`, `begin_lora`): old inputs within the stored directions do not see it, exactly, whatever `B` becomes
     and under any optimizer. Old outputs move by what the threshold cut off. Paper: 0.95 to 1 (split CIFAR-100), 0.98 to
-    1 (ImageNet-R), 10 to 20 tasks, rank 10.
+    1 (ImageNet-R), 10 to 20 tasks, rank 10; our `last` is 0.999, since all of the energy is `NumericalRank`.
 
     The released code applies its thresholds to fourth powers of singular values, which keeps far less at the same
     number, and its "retain" branch of the first task stores the wrong side; here it is energy, and one stored form.
@@ -35,4 +35,6 @@ class InfLoRA(Energy):
     def rank(self, spectrum: Spectrum) -> int:
         """Return GPM's number of directions at this task's threshold."""
         progress = min(spectrum.tasks / self.tasks, 1.0)
-        return Energy(self.threshold + (self.last - self.threshold) * progress).rank(replace(spectrum))
+        return Energy(self.threshold + (self.last - self.threshold) * progress, paper_code=self.paper_code).rank(
+            spectrum
+        )

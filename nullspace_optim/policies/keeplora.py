@@ -1,4 +1,4 @@
-"""KeepLoRA: LoRAs from the new task's gradient outside what is known already."""
+"""KeepLoRA: LoRAs from the new task's gradient outside what is known already (Luo et al. 2026, arXiv 2601.19659)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class KeepLoRA(Energy):
     new LoRA, exactly, whatever `B` becomes. Paper: rank 16.
 
     The released code takes the weight's *output* directions on the input side, which goes unnoticed because its weights
-    are square; here it is the input side.
+    are square; here it is the input side. It "accumulates" features as an element-wise average of whole token matrices,
+    which mixes unrelated tokens; here second moments are summed.
     """
 
     threshold: float = 0.99

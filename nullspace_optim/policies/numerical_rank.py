@@ -17,6 +17,9 @@ class NumericalRank(Policy):
     In eigenvalues: `l > tolerance^2 * l_max(K)`. The default is `s * eps` of float32 for rows of length `s`, the rule
     of `numpy.linalg.matrix_rank` for the rows `X`; second moments are kept in float64, since squaring halves the
     digits.
+
+    Exact for the kept directions, under any base optimizer, and these are all that the task used: old outputs stay to
+    rounding.
     """
 
     tolerance: float | None = None

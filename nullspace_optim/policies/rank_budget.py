@@ -18,6 +18,9 @@ class RankBudget(Policy):
     weight's energy that they hold; the free share of the model is then known in advance, where an energy threshold
     only bounds what is lost. Directions within rounding of zero (`l <= s * eps * l_max`) are never taken. Ties: first
     by key, then by position.
+
+    Exact for the kept directions, under any base optimizer; nothing is promised about the energy outside them, which
+    the report tells.
     """
 
     share: float = 0.5

@@ -19,7 +19,7 @@ class SGP(Energy):
     `s` are singular values of the new task's rows along the directions, `s_max` the largest of them. For a stored
     direction `u` the surrogate `s = sqrt(u^T K u)` stands in (eq. 8), its old importance is added, and the sum is cut
     off at 1 (eq. 9). Paper: `alpha` 10 (split CIFAR-100), 5, 1 or 3 (other image tasks), 25 (control); `threshold` as
-    in GPM.
+    in GPM (0.995 for control).
 
     No guarantee below importance 1: a step lets the share `1 - importance` of its movement through. What is kept is
     that share exactly, under any base optimizer; `verify` compares each direction with all that the steps so far were

@@ -20,7 +20,12 @@ class TailEnergy(Policy):
     `rho = 0.15`. All directions are chosen anew after each task, so old ones may be dropped; the report says what
     share.
 
-    The released code halves older tasks at each merge for `visual.proj` alone; here all weights follow the sum.
+    Exact for the kept directions, under any base optimizer. Old outputs move by what lies outside them: up to `rho` of
+    the normalised energy, and what was dropped.
+
+    The released code projects the gradient before AdamW, whose step then leaves the free directions, and does not
+    project decoupled weight decay (0 in its runs); `project="gradient"` does the same. It halves older tasks at each
+    merge for `visual.proj` alone; here all weights follow the sum.
     """
 
     rho: float = 0.15

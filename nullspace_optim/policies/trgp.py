@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import OptionError
 from .base import Spectrum
 from .energy import Energy
 
@@ -24,10 +25,19 @@ class TRGP(Energy):
     which the new task has little energy do not count.
 
     The released code selects new directions by an index `> r` where `>= r` is meant, so the strongest new direction
-    never enters the memory; here it does.
+    never enters the memory; here it does. It also overwrites the activations it measures while it measures them, and
+    leaves batch normalisation trainable on CIFAR-100 after the first task; here statistics are taken from whole rows,
+    and norm weights follow `uncovered=`. `paper_code` is refused: it belongs to GPM's count.
     """
 
     threshold: float = 0.97
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.paper_code:
+            raise OptionError(
+                "TRGP(paper_code=True): that is GPM's count of the first task; take Energy(paper_code=True)"
+            )
 
     def rank(self, spectrum: Spectrum) -> int:
         """Return how many of the chosen directions are new."""
