@@ -22,8 +22,8 @@ class CODECL(Policy):
     With `C = K/n (K/n + aperture^-2 I)^-1` (arXiv 2411.15235, eq. 3) the aperture grows by 1.1 until the task's rows
     pass with the share `gain`: `||C X^T||_F / ||X^T||_F >= gain`. Merged are `C or B = not(not C and not B)`, which is
     a sum of odds (see `merge`); directions with `c < floor` after the merge are left free. Paper: `aperture` 6 (split
-    CIFAR-100), 8 (mini-ImageNet), 4 (5 datasets); `gain` 0.95 (0.01 for 5 datasets); `floor` 0.2. The aperture has the unit of an inverse
-    input: rows twice as large need half of it.
+    CIFAR-100), 8 (mini-ImageNet), 4 (5 datasets); `gain` 0.95 (0.01 for 5 datasets); `floor` 0.2. The aperture has the
+    unit of an inverse input: rows twice as large need half of it.
 
     No guarantee that a direction stays where it is, since `c < 1`: a step lets the share `1 - c` through, which is what
     `verify` checks. OR never loosens: `C or B >= C`.

@@ -22,9 +22,9 @@ class Energy(Policy):
     `1 - threshold` of the energy of each weight's inputs.
 
     The released GPM code takes one direction fewer on the first task: it counts the directions whose running share is
-    still *below* the threshold. ``paper_code=True`` does the same, to reproduce its tables. It also joins new directions
-    to the stored ones without making them orthonormal again; here they are. Directions of equal energy are taken in
-    the order in which the eigenvalue solver returns them.
+    still *below* the threshold. ``paper_code=True`` does the same, to reproduce its tables. It also joins new
+    directions to the stored ones without making them orthonormal again; here they are. Directions of equal energy are
+    taken in the order in which the eigenvalue solver returns them.
     """
 
     threshold: float = 0.999
