@@ -105,7 +105,7 @@ def load_clip(config: Config) -> Clip:
     Raises:
         ExperimentError: the folder or the pair does not exist, or open_clip cannot read it.
     """
-    folder = Path(config.model)
+    folder, untrained = Path(config.model), False
     name, _, tag = config.model.partition(":")
     if folder.is_dir():
         if not (folder / "open_clip_config.json").is_file():
@@ -117,14 +117,14 @@ def load_clip(config: Config) -> Clip:
             return assemble(load_compact(folder), open_clip.get_tokenizer(name), config.device)
     elif tag == "random" and name in open_clip.list_models():
         torch.manual_seed(0)
-        tag = ""
+        tag, untrained = "", True
     elif (name, tag) not in open_clip.list_pretrained():
         raise ExperimentError(
             f"model={config.model!r} is neither a folder nor <architecture>:<pretrained tag> known to open_clip "
             "(for example ViT-B-16:openai, or ViT-B-16:random for untrained weights); check --model"
         )
     try:
-        model = open_clip.create_model(name, pretrained=tag or None)
+        model = open_clip.create_model(name, pretrained=tag or None, require_pretrained=not untrained)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         first = " ".join(str(error).split())[:300]
         raise ExperimentError(f"model={config.model}: open_clip cannot load it ({first}); check --model") from error

@@ -85,7 +85,8 @@ class Config:
         pretrain_iterations, pretrain_rate: the training of demo's own tiny CLIP.
         igsp: options of `nullspace_optim.IGSP` for the method `igsp`.
         lora_rank: rank of the methods with LoRA. moe_experts: experts beside each block of `moe-adapters`.
-        of_method: settings that differ for one method, by its name; the rate of each method, say.
+        of_method: settings that differ for one method, by its name; the rate of each method, say. What is given is
+            put over the preset's; `{}` takes the preset's away.
         note: sentence printed under the table.
     """
 
@@ -158,6 +159,8 @@ class Config:
                 raise ExperimentError(f"{name}={getattr(self, name)} must lie between {low} and {high}")
         if not self.methods or not self.seeds:
             raise ExperimentError("methods and seeds must name at least one method and one seed")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ExperimentError(f"seeds={','.join(map(str, self.seeds))} must differ: each is one run")
         for name in ("model",) if self.source == "stand-in" else ("data_root", "model"):
             if self.preset != "demo" and not getattr(self, name):
                 raise ExperimentError(f"preset {self.preset} needs --{name.replace('_', '-')}")
@@ -166,6 +169,8 @@ class Config:
 def load_config(preset: str, overrides: Mapping[str, Any]) -> Config:
     """Read `configs/<preset>.yaml` and put `overrides` (values already parsed) over it.
 
+    `of_method` is put over the preset's method by method and setting by setting; an empty one takes all of them away.
+
     Raises:
         ExperimentError: unknown preset, unknown setting or a value of the wrong kind.
     """
@@ -173,7 +178,11 @@ def load_config(preset: str, overrides: Mapping[str, Any]) -> Config:
     if preset not in known:
         raise ExperimentError(f"unknown preset {preset!r}: choose one of {', '.join(known)}")
     settings = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8"))
-    return Config(**_converted({**settings, **overrides, "preset": preset}))
+    merged = {**settings, **overrides, "preset": preset}
+    if overrides.get("of_method"):
+        preset_own, own = (_convert("of_method", None, part.get("of_method", {})) for part in (settings, overrides))
+        merged["of_method"] = {**preset_own, **{name: {**preset_own.get(name, {}), **own[name]} for name in own}}
+    return Config(**_converted(merged))
 
 
 def for_method(config: Config, name: str) -> Config:

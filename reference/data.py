@@ -2,7 +2,8 @@
 
 Images are checked and decoded before any training: shorter side resized to the model's size, centre crop, uint8
 `[n, 3, s, s]` kept in memory. The validation split is the last fifth of each class's training images in natural file
-order. A `task.yaml` beside `train` and `test` may hold `templates` (sentences with `{}`) and `class_names` (by folder).
+order (of data sets that torchvision keeps as arrays: every fifth image). A `task.yaml` beside `train` and `test` may
+hold `templates` (sentences with `{}`) and `class_names` (by folder).
 
 `python -m reference.data check --data-root DIR` says what is found, missing or wrong, and where to get it.
 """
@@ -17,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -31,6 +33,7 @@ from reference.sources import Found, read_source
 from reference.tasks import ORDERS, Split, Task, chosen, templates_of
 
 Samples = list[tuple[str, int]]
+Labelled = tuple[list[Any], list[int]]
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,9 @@ def load_reference_pool(config: Config, size: int) -> ReferencePool:
         rows = list(csv.DictReader(stream))
     if not rows or not {"file", "caption"} <= set(rows[0]):
         raise ExperimentError(f"{listing} must be a CSV table with the columns file and caption")
+    short = next((n for n, row in enumerate(rows, 2) if not row["file"] or not row["caption"]), None)
+    if short:
+        raise ExperimentError(f"{listing}, row {short}: file or caption is missing")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: config.reference_images].tolist()
     images = torch.stack([decode(str(root / rows[i]["file"]), size) for i in order])
     return ReferencePool(images, tuple(rows[i]["caption"] for i in order))
@@ -179,11 +185,20 @@ def load_sources(config: Config, size: int, read: Callable[[str], Found] | None 
 def _lazy_task(name: str, found: Found, config: Config, size: int) -> Task:
     train, test = found.train, found.test
     if config.split == "validation":
-        last = [n % 5 == 4 for n in range(len(train[1]))]  # arrays have no names: every fifth
-        test = ([s for s, held in zip(train[0], last) if held], [c for c, held in zip(train[1], last) if held])
-        train = ([s for s, held in zip(train[0], last) if not held], [c for c, h in zip(train[1], last) if not h])
-    parts = [Split(LazyImages(sources, size), torch.tensor(labels)) for sources, labels in (train, test)]
+        train, test = _without_last(*train)
+    parts = [Split(LazyImages(sources, size, name), torch.tensor(labels)) for sources, labels in (train, test)]
     return Task(name, found.class_names, templates_of(name), *parts)
+
+
+def _without_last(sources: Sequence[Any], labels: Sequence[int]) -> tuple[Labelled, Labelled]:
+    """Training images without, and only, those held back; arrays, which have no file names, are every fifth."""
+    if all(isinstance(source, str) for source in sources):
+        parts = held_back(list(zip(sources, labels)))
+    else:
+        pairs = list(zip(sources, labels))
+        parts = [pair for n, pair in enumerate(pairs) if n % 5 != 4], pairs[4::5]
+    kept, validation = (([s for s, _ in part], [label for _, label in part]) for part in parts)
+    return kept, validation
 
 
 def check(root: str, download: bool, decoded: bool) -> list[tuple[str, str]]:

@@ -1,4 +1,8 @@
-"""Tasks, pretrained model and reference pool of one experiment, checked and in memory before any training starts."""
+"""Tasks, pretrained model and reference pool of one experiment, checked before any training starts.
+
+Folders of images are decoded and kept in memory. torchvision's data sets are counted; `python -m reference.data check
+--decode` reads every file of them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from reference import data, demo, standin
 from reference.clip import Clip, load_clip
 from reference.config import Config
 from reference.data import ReferencePool
-from reference.methods import chosen_methods
+from reference.methods import chosen_methods, refuse_unknown
 from reference.tasks import Task
 
 
@@ -28,6 +32,7 @@ def prepare(config: Config) -> Experiment:
     Raises:
         ExperimentError: anything missing or unreadable, named with the way out.
     """
+    refuse_unknown(config.of_method)
     wanted = config.pool_losses or any(method.needs_reference for method in chosen_methods(config.methods))
     if config.preset == "demo":
         pretraining = demo.pretraining_task()

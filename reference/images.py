@@ -20,23 +20,26 @@ _DECODERS = ThreadPoolExecutor(max_workers=min(16, cpu_count() or 1), thread_nam
 class LazyImages:
     """Images that are decoded when they are asked for, several at once; indexes like a tensor `[n, 3, size, size]`.
 
-    `sources` are paths of files, or arrays `[h, w]` or `[h, w, 3]` of uint8.
+    `sources` are paths of files, or arrays `[h, w]` or `[h, w, 3]` of uint8. `task` is named where one cannot be read.
     """
 
-    def __init__(self, sources: Sequence[Any], size: int) -> None:
-        self.sources, self.size = list(sources), size
+    def __init__(self, sources: Sequence[Any], size: int, task: str) -> None:
+        self.sources, self.size, self.task = list(sources), size, task
 
     def __len__(self) -> int:
         return len(self.sources)
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         wanted = self.subset(index).sources
-        return torch.stack(list(_DECODERS.map(lambda source: decode(source, self.size), wanted)))
+        try:
+            return torch.stack(list(_DECODERS.map(lambda source: decode(source, self.size), wanted)))
+        except ExperimentError as error:
+            raise ExperimentError(f"task {self.task}: {error}") from error
 
     def subset(self, index: Tensor | slice) -> LazyImages:
         """The images of `index`, still undecoded."""
         numbers = range(len(self))[index] if isinstance(index, slice) else index.tolist()
-        return LazyImages([self.sources[i] for i in numbers], self.size)
+        return LazyImages([self.sources[i] for i in numbers], self.size, self.task)
 
 
 def decode(source: Any, size: int) -> Tensor:

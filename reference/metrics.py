@@ -4,7 +4,8 @@ Convention: `accuracy[j, i]` is the accuracy on task i after training task j, bo
 in whatever unit (percent here). The row of the pretrained model is not part of the matrix. A cell that was not measured
 is NaN: means run over the cells that exist, and `Mean` says how many there were.
 Definitions: ZSCL (Zheng et al., 2023; its `results.ipynb`) for Transfer, Average and Last; Chaudhry et al., 2018, for
-forgetting; Lopez-Paz and Ranzato, 2017, for backward transfer.
+forgetting (their maximum begins at the first task, ours at the task itself: what was never trained is not forgotten);
+Lopez-Paz and Ranzato, 2017, for backward transfer.
 """
 
 from __future__ import annotations

@@ -12,21 +12,28 @@ from typing import Any
 
 import numpy as np
 
-from reference import figures
+from reference import figures, metrics
 from reference.bootstrap import compare
 from reference.errors import ExperimentError
 from reference.methods import METHODS
 
 Results = dict[str, Any]
 
+
+def whole(run: Results, figure: str) -> float | None:
+    """A figure of `metrics.summary`, None where cells are missing: joint training has the last row alone."""
+    found = metrics.summary(np.array(run["accuracy"], dtype=float), run["pretrained"])[figure]
+    return found.value if found.measured == found.cells else None
+
+
 ACCURACY: dict[str, Callable[[Results], float | None]] = {
-    "Transfer": lambda run: run["transfer"],
+    "Transfer": lambda run: whole(run, "transfer"),
     "Transfer, known tasks": lambda run: run.get("transfer_known"),
-    "Average": lambda run: run["average"],
-    "Last": lambda run: run["last"],
-    "Preserve": lambda run: run.get("preserve"),
-    "forgetting": lambda run: run["forgetting"],
-    "learned": lambda run: run["diagonal_gain"],
+    "Average": lambda run: whole(run, "average"),
+    "Last": lambda run: whole(run, "last"),
+    "Preserve": lambda run: whole(run, "preserve"),
+    "forgetting": lambda run: whole(run, "forgetting"),
+    "learned": lambda run: whole(run, "diagonal_gain"),
 }
 REST: dict[str, Callable[[Results], float | None]] = {
     "image → text @1": lambda run: run.get("pool", {}).get("after", {}).get("image_to_text_at_1"),
@@ -38,12 +45,14 @@ REST: dict[str, Callable[[Results], float | None]] = {
     "seconds": lambda run: run["seconds"],
     "memory [MiB]": lambda run: run["peak_memory"]["gpu_mib"] or run["peak_memory"]["process_mib"],
 }
+NOT_A_METHODS_OWN = {"methods", "seeds", "note", "device"}
 DIGITS = dict.fromkeys(REST, 1) | {"modality gap": 3, "seconds": 0, "memory [MiB]": 0}
 READING = (
     "Accuracy in percent. Transfer: tasks not yet trained (mean of column means above the diagonal); known tasks: only "
     "those whose accuracy before training was at least three times chance. Average: all cells. Last: all tasks at the "
     "end. Preserve: trained tasks later on. Forgetting: best minus last. Learned: mean of the diagonal minus "
-    "pretrained. Retrieval and modality gap on the reference pool after the last task. Mean ± standard "
+    "pretrained. A dash: cells of the matrix are missing. Retrieval and modality gap on the reference pool after the "
+    "last task: methods with losses on it train on these very pairs. Mean ± standard "
     "deviation over seeds; differences with a 95 % interval from a paired bootstrap over test images and seeds."
 )
 STYLE = """
@@ -51,7 +60,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: 13px; }
-th, td { padding: 5px 10px; line-height: 20px; text-align: right; border-bottom: 1px solid #d8dee4; white-space: nowrap; }
+th, td { padding: 5px 10px; line-height: 20px; text-align: right; white-space: nowrap; }
+td { border-bottom: 1px solid #d8dee4; }
 th { border-bottom: 2px solid #8c959f; white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 tr:hover td { background: #f6f8fa; } .note { color: #57606a; max-width: 60rem; }
@@ -90,6 +100,30 @@ def load_runs(places: Sequence[str]) -> list[Results]:
     if len({tuple(run["tasks"]) for run in runs}) > 1:
         raise ExperimentError("the runs have different tasks or orders; report each order by itself")
     return runs
+
+
+def refuse_mixed(runs: Sequence[Results]) -> None:
+    """Refuse a table that would take runs of other settings for further seeds.
+
+    Raises:
+        ExperimentError: two runs of one method and seed, runs of both splits, or a method with two settings.
+    """
+    if len({run["config"].get("split") for run in runs}) > 1:
+        raise ExperimentError("some runs are on validation and some on test images; report each split by itself")
+    first: dict[str, Results] = {}
+    seen: set[tuple[str, int]] = set()
+    for run in runs:
+        method, seed = run["method"], run["seed"]
+        if (method, seed) in seen:
+            raise ExperimentError(f"two runs of {method} with seed {seed}; report one folder of runs at a time")
+        seen.add((method, seed))
+        other = first.setdefault(method, run)
+        for key in sorted(run["config"].keys() & other["config"].keys() - NOT_A_METHODS_OWN):
+            if run["config"][key] != other["config"][key]:
+                raise ExperimentError(
+                    f"{method} has {key}={other['config'][key]!r} with seed {other['seed']} and "
+                    f"{run['config'][key]!r} with seed {seed}; report runs of the same settings"
+                )
 
 
 def by_method(runs: Sequence[Results]) -> dict[str, list[Results]]:

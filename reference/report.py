@@ -12,10 +12,11 @@ import numpy as np
 
 from reference import metrics
 from reference.errors import ExperimentError
-from reference.page import load_runs, markdown, page
+from reference.page import load_runs, markdown, page, refuse_mixed
 from reference.tracking import writing
 
 FIGURES = ("transfer", "average", "last", "forgetting", "diagonal_gain")
+COLUMNS = ("transfer", "transfer_known", "average", "last", "forgetting", "diagonal_gain")
 
 
 def matrix_table(results: dict[str, Any]) -> str:
@@ -37,14 +38,17 @@ def matrix_table(results: dict[str, Any]) -> str:
 
 def summary_table(runs: Sequence[dict[str, Any]], note: str) -> str:
     """One line per method: mean over seeds, with the standard deviation where there are several."""
-    headings = ["method", *(name.replace("_", " ") for name in FIGURES), "seconds"]
+    headings = ["method", *(name.replace("_", " ") for name in COLUMNS), "seconds"]
     rows = [headings]
     for method in dict.fromkeys(run["method"] for run in runs):
         of_method = [run for run in runs if run["method"] == method]
-        rows.append([method, *(_spread([run[name] for run in of_method]) for name in (*FIGURES, "seconds"))])
+        rows.append([method, *(_spread([run[name] for run in of_method]) for name in (*COLUMNS, "seconds"))])
     lines = _aligned(rows).split("\n")
     pretrained = np.nanmean([run["pretrained"] for run in runs])
-    lines.append(f"before any fine-tuning: {pretrained:.1f} % on average")
+    lines.append(f"before any fine-tuning (pretrained): {pretrained:.1f} % on average")
+    unknown = list(dict.fromkeys(task for run in runs for task in run["unknown_tasks"]))
+    if unknown:
+        lines.append(f"not known before training (below three times chance): {', '.join(unknown)}")
     return "\n".join([*lines, note] if note else lines)
 
 
@@ -87,7 +91,7 @@ def _number(value: float | None) -> str:
 
 
 def _spread(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
+    known = [value for value in values if value is not None and np.isfinite(value)]
     if not known:
         return "-"
     deviation = f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
@@ -103,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         runs = load_runs(options.runs)
+        refuse_mixed(runs)
         text = markdown(runs, options.against)
         folder = Path(options.output)
         for name, content in (("report.html", page(runs, options.against)), ("report.md", text)):

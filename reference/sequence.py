@@ -6,6 +6,7 @@ Files in the run's folder: `log.jsonl` always, `checkpoint.pt` until the run is 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from reference.clip import Clip
 from reference.config import Config, for_method, identity, recorded, refuse_other_settings
 from reference.costs import costs, summary_of_steps
 from reference.engine import Step, learn
+from reference.errors import ExperimentError
 from reference.experiment import Experiment
 from reference.methods import Method, Setting
 from reference.retrieval import pool_figures
@@ -101,12 +103,13 @@ class Sequence:
 
         Raises:
             StoppedError: after `stop()` became true; the state is saved.
-            ExperimentError: resuming a run of other settings.
+            ExperimentError: resuming a run of other settings, or no room for a checkpoint.
         """
         finished = self.folder / "results.json"
         if resume and finished.exists():
             (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # killed between the two
             return self._checked(json.loads(finished.read_text(encoding="utf-8")))
+        self._needs_room()
         reset_peak_memory()
         if not (resume and self._load()):
             self._begin()
@@ -118,6 +121,16 @@ class Sequence:
         (self.folder / "checkpoint.pt").unlink()
         self.log("finished", seconds=self.progress.seconds)
         return results
+
+    def _needs_room(self) -> None:
+        """A checkpoint holds weights, AdamW's two moments, and bases with their anchors and second moments."""
+        needed = 8 * sum(parameter.nbytes for parameter in self.clip.model.parameters())
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise ExperimentError(
+                f"{self.folder} has {free / 2**20:.0f} MiB of free space, and a run of {self.method.name} needs about "
+                f"{needed / 2**20:.0f} MiB for its checkpoint; free space or choose another --output"
+            )
 
     def _begin(self) -> None:
         """Score the pretrained model, and let the method do what it does before the first task."""

@@ -19,8 +19,8 @@ class OWM(Policy):
 
     That is the projector which the recursion `P <- P - (P r) (P r)^T / (alpha + r^T P r)` reaches from `P = I` after
     all rows `r` (eq. 4 to 6); tasks are merged by going on, `K = K_1 + K_2 + ...`. Paper: `alpha` falls from 1 to 1e-5
-    ... 1e-1, by layer; here it is one number, 1 by default. Nearly all directions are stored, softly: `d^2` numbers a weight and as many in its anchors,
-    whatever the task; directions with a scale below 1e-6 are not.
+    ... 1e-1, by layer; here it is one number, 1 by default. Nearly all directions are stored, softly: `d^2` numbers a
+    weight and as many in its anchors, whatever the task; directions with a scale below 1e-6 are not.
 
     No guarantee below scale 1: a step lets the share `1 - s` through, which is what `verify` checks. Scales only grow.
 

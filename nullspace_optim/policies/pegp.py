@@ -15,8 +15,8 @@ class PEGP(Energy):
     it stands beside and the prompts themselves, which `declare_tokens` hands to `consolidate`; adapters and LoRA are
     plain products whose rows capture sees. A prefix of a model of one's own is declared by its rows: queries for its
     keys, attention for its values (`declare_rows`). PEFT's prefix tuning keeps keys and values of all layers in one
-    looked-up matrix, which `consolidate` freezes. Exact for the kept directions; old outputs move by what was cut off, and
-    for prompts by the value path of attention, which no published code covers either.
+    looked-up matrix, which `consolidate` freezes. Exact for the kept directions; old outputs move by what was cut off,
+    and for prompts by the value path of attention, which no published code covers either.
 
     The released code multiplies embeddings by a projector of *samples*, which fits only because 24 * 32 = 768, and
     compares fourth powers of singular values with the threshold; here it is the paper's feature space and energy.

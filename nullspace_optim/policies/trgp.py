@@ -35,9 +35,7 @@ class TRGP(Energy):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.paper_code:
-            raise OptionError(
-                "TRGP(paper_code=True): that is GPM's count of the first task; take Energy(paper_code=True)"
-            )
+            raise OptionError("TRGP(paper_code=True): that is GPM's count of directions; take Energy(paper_code=True)")
 
     def rank(self, spectrum: Spectrum) -> int:
         """Return how many of the chosen directions are new."""

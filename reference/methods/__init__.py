@@ -5,6 +5,10 @@ A new method is a child of `base.Method` in a file of its own and one entry in `
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
 from reference.errors import ExperimentError
 from reference.methods.base import Method, Setting
 from reference.methods.distillation import ZSCL, LwF
@@ -33,7 +37,20 @@ FAMILIES: tuple[tuple[type[Method], ...], ...] = (
 )
 METHODS: dict[str, type[Method]] = {method.name: method for family in FAMILIES for method in family}
 
-__all__ = ["METHODS", "Method", "Setting", "chosen_methods"]
+__all__ = ["METHODS", "Method", "Setting", "chosen_methods", "refuse_unknown"]
+
+
+def refuse_unknown(of_method: Mapping[str, Any]) -> None:
+    """Refuse settings of methods that there are not.
+
+    Raises:
+        ExperimentError: naming the first of them, and the nearest method.
+    """
+    for name in of_method:
+        if name not in METHODS:
+            near = get_close_matches(name, METHODS, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METHODS)}"
+            raise ExperimentError(f"of_method has settings for {name!r}, which is no method: {advice}")
 
 
 def chosen_methods(names: tuple[str, ...]) -> tuple[type[Method], ...]:

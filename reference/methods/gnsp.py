@@ -3,7 +3,9 @@
 After the first task only the input matrices of the vision tower's MLPs and `visual.proj` are trained (25 tensors in
 ViT-B/16); their gradients are projected, before AdamW, onto the directions that hold the last `gnsp_rho` of the earlier
 tasks' energy; every step adds distillation and modality alignment on a batch of the reference pool. What the paper
-leaves open is a setting: `gnsp_rho`, `gnsp_gram`, `gnsp_first_task`, `schedule`, `evaluation_templates`.
+leaves open is a setting: `gnsp_rho`, `gnsp_gram`, `gnsp_first_task`, `schedule`, `evaluation_templates`. Two habits of
+the released code are not reproduced: older tasks count half at each merge of `visual.proj` alone, and the pool is drawn
+anew for every task, in the order in which the system lists files.
 """
 
 from __future__ import annotations

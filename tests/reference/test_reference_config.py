@@ -4,6 +4,7 @@ import pytest
 
 from reference.config import for_method, load_config, parse_overrides
 from reference.errors import ExperimentError
+from reference.experiment import prepare
 from reference.methods import chosen_methods
 from reference.run import main
 from reference.tasks import ORDERS, chosen, templates_of
@@ -22,6 +23,25 @@ def test_a_method_may_have_settings_of_its_own() -> None:
     assert for_method(config, "nullspace").learning_rate == config.learning_rate == 7e-4
 
 
+def test_settings_of_a_method_join_those_of_the_preset() -> None:
+    paths = {"output": "o", "data_root": "d", "model": "m"}
+    preset = load_config("mini", paths)
+    assert for_method(preset, "ewc").ewc_weight == 1e4 and for_method(preset, "finetune").learning_rate == 1.5e-4
+    pairs = ["of_method={ewc: {learning_rate: 1e-4}, igsp: {learning_rate: 2e-3}}"]
+    joined = load_config("mini", {**paths, **parse_overrides(pairs)})
+    assert (for_method(joined, "ewc").ewc_weight, for_method(joined, "ewc").learning_rate) == (1e4, 1e-4)
+    assert for_method(joined, "igsp").learning_rate == 2e-3
+    assert for_method(joined, "igsp").igsp == for_method(preset, "igsp").igsp != {}
+    assert for_method(joined, "finetune").learning_rate == 1.5e-4
+    bare = load_config("mini", {**paths, **parse_overrides(["of_method={}"])})
+    assert bare.of_method == {} and for_method(bare, "finetune").learning_rate == 3e-4
+
+
+def test_settings_of_no_method_are_refused() -> None:
+    with pytest.raises(ExperimentError, match=r"'ewcc', which is no method: did you mean 'ewc'\?"):
+        prepare(load_config("demo", {"output": "o", "of_method": {"ewcc": {"ewc_weight": 1}}}))
+
+
 @pytest.mark.parametrize(
     "pairs, message",
     [
@@ -34,6 +54,7 @@ def test_a_method_may_have_settings_of_its_own() -> None:
         (["energy=true"], "must be of type float"),
         (["energy"], "expected key=value"),
         (["methods=[]"], "at least one method"),
+        (["seeds=1,0,1"], "seeds=1,0,1 must differ"),
         (["of_method={finetune: {learning_rat: 1}}"], "did you mean 'learning_rate'"),
         (["of_method={finetune: 1}"], "must map names of methods to settings"),
     ],

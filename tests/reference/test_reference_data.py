@@ -82,6 +82,13 @@ def test_a_missing_reference_pool_says_the_way_out(root: Path) -> None:
         load_reference_pool(config(root), size=8)
 
 
+def test_a_row_without_a_caption_is_named(root: Path) -> None:
+    (root / "captions.csv").write_text("file,caption\na.jpg,a cat\nb.jpg\n")
+    settings = Config(preset="mini", output="o", model="m", data_root=str(root), reference_root=str(root))
+    with pytest.raises(ExperimentError, match=r"captions\.csv, row 3: file or caption is missing"):
+        load_reference_pool(settings, size=8)
+
+
 @pytest.mark.skipif(not (DATA / "mtil-mini").is_dir(), reason="real images not found: set NULLSPACE_DATA")
 def test_real_tasks_are_read() -> None:
     settings = Config(preset="mini", output="o", model="m", data_root=str(DATA / "mtil-mini"), tasks=("oxford_pets",))

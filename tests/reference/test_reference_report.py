@@ -11,7 +11,8 @@ import torch
 
 from reference import metrics
 from reference.bootstrap import FIGURES, compare, resampled
-from reference.page import by_method
+from reference.errors import ExperimentError
+from reference.page import by_method, refuse_mixed, whole
 from reference.report import main
 from reference.scoring import packed, unpacked
 
@@ -94,6 +95,31 @@ def test_the_report_is_one_page_and_two_tables(
 def test_methods_stand_in_the_order_of_the_harness_and_others_after_them(runs: list[dict[str, Any]]) -> None:
     named = [{**run, "method": name} for run, name in zip(runs, ("own", "gnsp", "zero-shot", "another"))]
     assert list(by_method(named)) == ["zero-shot", "gnsp", "own", "another"]
+
+
+def test_a_figure_with_missing_cells_is_a_dash(runs: list[dict[str, Any]]) -> None:
+    end = {**runs[0], "accuracy": [[None] * 3, [None] * 3, [50.0, 60.0, 70.0]]}
+    assert whole(end, "average") is None and whole(end, "diagonal_gain") is None and whole(end, "preserve") is None
+    assert whole(end, "last") == pytest.approx(60.0)
+    assert whole(runs[0], "average") == pytest.approx(runs[0]["average"])
+
+
+def test_runs_of_other_settings_are_no_further_seeds(
+    runs: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse_mixed(runs)
+    with pytest.raises(ExperimentError, match=r"two runs of ours with seed 1"):
+        refuse_mixed([*runs, runs[4]])
+    runs[0]["config"] = {"iterations": 60, "split": "test", "seeds": [0]}
+    runs[1]["config"] = {"iterations": 100, "split": "test", "seeds": [1], "newer": 1}
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    for folder, r in zip(("a", "b"), runs):
+        (tmp_path / folder / "results.json").write_text(json.dumps(r))
+    assert main([str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert "finetune has iterations=60 with seed 0 and 100 with seed 1" in capsys.readouterr().err
+    runs[1]["config"] = {"iterations": 60, "split": "validation"}
+    with pytest.raises(ExperimentError, match="validation and some on test"):
+        refuse_mixed(runs[:2])
 
 
 def test_results_from_before_are_reported_as_far_as_they_go(runs: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,35 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(
     monkeypatch.setattr(torch, "save", whole)
     results = Sequence(experiment, METHODS["finetune"], config, 0, tmp_path).run(resume=True)
     assert results["pretrained"] == run.main.pretrained
+
+
+def test_a_folder_that_takes_no_checkpoint_is_named_before_training(
+    config: Config, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reference.sequence.shutil.disk_usage", lambda folder: SimpleNamespace(free=2**20))
+    run = Sequence(experiment, METHODS["finetune"], config, 0, tmp_path / "run")
+    with pytest.raises(ExperimentError, match=r"run has 1 MiB of free space, .* finetune needs about \d+ MiB"):
+        run.run()
+    assert not run.progress.boards
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    pairs = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items() if key != "methods"]
+    assert main(["--methods", "finetune", "--output", str(tmp_path / "file" / "run"), *pairs]) == 2
+    said = capsys.readouterr().err
+    assert "error: " in said and "choose another --output" in said and "Traceback" not in said
+
+
+def test_a_model_folder_without_weights_is_not_taken_for_a_pretrained_one(tmp_path: Path) -> None:
+    shape = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+        "text_cfg": {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 1, "layers": 1},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {}}))
+    with pytest.raises(ExperimentError, match=r"open_clip cannot load it .*check --model"):
+        load_clip(Config("mini", "o", data_root="d", model=str(tmp_path)))
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from layouts import FLOWERS, LAYOUTS, dtd, eurosat, expect_them, stanford_cars, sun397, text
@@ -10,6 +11,7 @@ from torchvision.datasets import Flowers102
 
 from reference import data, sources
 from reference.config import Config
+from reference.data import natural
 from reference.errors import ExperimentError
 from reference.images import LazyImages, decode
 from reference.tasks import ORDERS
@@ -97,5 +99,16 @@ def test_tasks_decode_when_indexed_and_all_missing_sets_are_named_at_once(tmp_pa
     assert isinstance(task.train.images, LazyImages)
     assert task.train.images[torch.tensor([2, 0])].shape == (2, 3, 8, 8)
     assert len(task.train.drawn(2, seed=0)) == 2 and task.train.drawn(2, seed=0).images[:].shape == (2, 3, 8, 8)
+    banded = tmp_path / "dtd" / "dtd" / "images" / "banded" / "train0.jpg"
+    banded.write_bytes(b"no image")
+    with pytest.raises(ExperimentError, match=r"task dtd: image .*train0\.jpg is missing or cannot be decoded"):
+        task.train.images[:]
     validation = data.load_sources(replace(config, split="validation", tasks=("sun397",)), 8)[0]
-    assert (len(validation.train), len(validation.test)) == (7, 1)
+    assert (len(validation.train), len(validation.test)) == (6, 2)
+    kept, held = ([natural(path) for path in part.images.sources] for part in (validation.train, validation.test))
+    for label in validation.test.labels.unique():  # the last of each class by file name
+        mine = [path for path, c in zip(kept, validation.train.labels) if c == label]
+        last = [path for path, c in zip(held, validation.test.labels) if c == label]
+        assert max(mine) < min(last)
+    arrays, labels = [np.full((8, 8), n, dtype=np.uint8) for n in range(11)], list(range(11))
+    assert [part[1] for part in data._without_last(arrays, labels)] == [[0, 1, 2, 3, 5, 6, 7, 8, 10], [4, 9]]
