@@ -46,7 +46,7 @@ from reference.errors import ExperimentError
 from reference.retrieval import image_features
 from reference.sequence import StoppedError
 from reference.tasks import Task
-from reference.tracking import machine, write_json, writing
+from reference.tracking import machine, provenance, write_json, writing
 
 CONTEXT, VOCABULARY = 24, 49408
 SMALLEST, HOTTEST = 0.5, math.log(100)  # share of the image in a crop; bound of logit_scale
@@ -241,7 +241,7 @@ def report(run: Pretraining, tasks: Sequence[Task], size: int, seconds: float) -
         "seconds": seconds,
         "machine": machine(),
         "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
+        **provenance(),
     }
 
 

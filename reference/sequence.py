@@ -29,7 +29,7 @@ from reference.methods import Method, Setting
 from reference.retrieval import pool_figures
 from reference.scoring import Board, Scorer, as_results
 from reference.tasks import Task
-from reference.tracking import Log, machine, peak_memory, reset_peak_memory, write_json, writing
+from reference.tracking import Log, machine, peak_memory, provenance, reset_peak_memory, write_json, writing
 
 ACTIVITIES = ("training", "consolidation", "evaluation")
 
@@ -239,6 +239,7 @@ class Sequence:
             "trained_parameters": self.progress.trained,
             "machine": machine(),
             "torch": torch.__version__,
+            **provenance(),
             "config": recorded(self.config),
         }
 

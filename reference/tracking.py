@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -60,12 +61,31 @@ def machine() -> dict[str, Any]:
     """Where the run took place."""
     return {
         "system": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
     }
+
+
+def processor() -> str:
+    """Name of the processor, as exactly as the system tells."""
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def provenance() -> dict[str, str | None]:
+    """Today's date, and the commit of this checkout (`+` where tracked files differ from it; None outside git)."""
+    commit = None
+    with suppress(OSError, subprocess.CalledProcessError):
+        asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--dirty=+"]
+        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    return {"date": time.strftime("%Y-%m-%d"), "commit": commit}
 
 
 def peak_memory() -> dict[str, float | None]:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from reference.tracking import processor
+
 
 @dataclass(frozen=True)
 class Table:
@@ -70,7 +72,7 @@ def finish(
 
 def machine(device: torch.device) -> str:
     """Processor, cores, threads in use and versions, in one line."""
-    parts = [f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
+    parts = [f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
     if device.type == "cuda":
         parts.insert(0, torch.cuda.get_device_name(device))
     return "; ".join([*parts, f"torch {torch.__version__}", f"Python {platform.python_version()}"])
@@ -86,15 +88,6 @@ def saved_bytes(save: Callable[[Path], object]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder) / "saved")
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-
-
-def _processor() -> str:
-    listing = Path("/proc/cpuinfo")
-    if listing.is_file():
-        for line in listing.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from reference.tables.methods import Method
 from reference.tables.protocols import Protocol
 from reference.tables.sessions import Session
 from reference.tables.training import accuracy, order_of, train
-from reference.tracking import machine, write_json
+from reference.tracking import machine, provenance, write_json
 
 
 class Run:
@@ -152,7 +152,7 @@ class Run:
             "torch": torch.__version__,
             "nullspace_optim": nullspace_optim.__version__,
             "machine": machine(),
-            "date": time.strftime("%Y-%m-%d"),
+            **provenance(),
         }
 
     @property
