@@ -57,6 +57,11 @@ def as_published(run: dict[str, Any]) -> bool:
     return same and run["evaluated_on"] == "test"
 
 
+def comparable(run: dict[str, Any]) -> bool:
+    """Whether a run is as published but perhaps for its arithmetic, which its line then names."""
+    return as_published({**run, "settings": {k: v for k, v in run["settings"].items() if k != "precision"}})
+
+
 def _one_setting(name: str, runs: list[dict[str, Any]]) -> None:
     for run in runs[1:]:
         if (run["settings"], run["evaluated_on"]) != (runs[0]["settings"], runs[0]["evaluated_on"]):
@@ -68,21 +73,23 @@ def _one_setting(name: str, runs: list[dict[str, Any]]) -> None:
 
 def _line(name: str, runs: list[dict[str, Any]], table: str) -> str:
     _one_setting(name, runs)
-    comparable = all(map(as_published, runs))
+    arithmetic = runs[0]["settings"].get("precision")
     accuracy, backward = [run["ACC"] for run in runs], [run["BWT"] for run in runs if run["BWT"] is not None]
     published = FIGURES.get(table, {}).get(name)
     deviation = statistics.stdev(accuracy) if len(accuracy) > 1 else None
     losses = [statistics.mean(run["losses"][task][-1] for run in runs) for task in (0, -1)]
     title = METHODS[name].title if name in METHODS else name
     cells = [
-        f"{title} (`{name}`)",
+        f"{title} (`{name}`)" + (f", in {arithmetic}" if arithmetic else ""),
         ", ".join(str(run["seed"]) for run in sorted(runs, key=lambda run: run["seed"])),
         _mean(accuracy),
         _mean(backward) if backward else "-",
         f"{losses[0]:.3f} / {losses[1]:.3f}",
         f"{statistics.mean(run['seconds'] for run in runs):.0f}",
         _published(published),
-        verdict(statistics.mean(accuracy), deviation, published) if comparable else "not the published settings",
+        verdict(statistics.mean(accuracy), deviation, published)
+        if all(map(comparable, runs))
+        else "not the published settings",
     ]
     return "| " + " | ".join(cells) + " |"
 
