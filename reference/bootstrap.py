@@ -67,9 +67,10 @@ def resampled(run: dict[str, Any], replicates: int = REPLICATES, seed: int = 0) 
 
 
 @lru_cache(maxsize=32)
-def _draws(seed: int, task: int, count: int, replicates: int) -> NDArray[np.int64]:
+def _draws(seed: int, task: int, count: int, replicates: int) -> NDArray[np.int16]:
     """How often each of `count` test images is drawn, `[replicates, count]`; kept, as it is the same for every run."""
-    return np.random.default_rng([seed, task]).multinomial(count, np.full(count, 1 / count), size=replicates)
+    drawn = np.random.default_rng([seed, task]).multinomial(count, np.full(count, 1 / count), size=replicates)
+    return drawn.astype(np.int16)
 
 
 def compare(

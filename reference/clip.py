@@ -125,10 +125,11 @@ def load_clip(config: Config) -> Clip:
         )
     try:
         model = open_clip.create_model(name, pretrained=tag or None, require_pretrained=not untrained)
+        tokenizer = open_clip.get_tokenizer(name)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         first = " ".join(str(error).split())[:300]
         raise ExperimentError(f"model={config.model}: open_clip cannot load it ({first}); check --model") from error
-    return assemble(model, open_clip.get_tokenizer(name), config.device)
+    return assemble(model, tokenizer, config.device)
 
 
 def classification_loss(model: nn.Module, images: Tensor, labels: Tensor, tokens: Tensor, smoothing: float) -> Tensor:

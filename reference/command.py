@@ -40,12 +40,6 @@ def carried_out(work: Callable[[], None], advice: Callable[[], str]) -> int:
     except ExperimentError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(
-            f"error: {error}; free space, or choose another --output; what was saved before is intact, {advice()}",
-            file=sys.stderr,
-        )
-        return 2
     except StoppedError:
         print(f"stopped and saved; {advice()}", file=sys.stderr)
         return 130

@@ -198,13 +198,15 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     """Turn `["key=value", ...]` into a dict; values are read as YAML.
 
     Raises:
-        ExperimentError: a pair without `=`, or a value that is not YAML.
+        ExperimentError: a pair without `=`, a key given twice, or a value that is not YAML.
     """
     parsed = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
             raise ExperimentError(f"--set {pair}: expected key=value")
+        if key.strip() in parsed:
+            raise ExperimentError(f"--set {pair}: {key.strip()} is given twice; give it once")
         try:
             parsed[key.strip()] = yaml.safe_load(text)
         except yaml.YAMLError as error:

@@ -227,16 +227,21 @@ def check(root: str, download: bool, decoded: bool) -> list[tuple[str, str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m reference.data check`: which data sets are there; 1 if one is not."""
+    options = parse(arguments)
+    rows = check(options.data_root, options.download, options.decode)
+    for name, problem in rows:
+        print(f"{name:<14} {'found' if not problem else problem.removeprefix(name + ': ')}")
+    return int(any(problem for _, problem in rows))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m reference.data", description=main.__doc__)
     parser.add_argument("action", choices=["check"])
     parser.add_argument("--data-root", required=True, help="folder of the data sets")
     parser.add_argument("--download", action="store_true", help="let torchvision fetch what is missing")
     parser.add_argument("--decode", action="store_true", help="read every image file, to find corrupt ones")
-    options = parser.parse_args(arguments)
-    rows = check(options.data_root, options.download, options.decode)
-    for name, problem in rows:
-        print(f"{name:<14} {'found' if not problem else problem.removeprefix(name + ': ')}")
-    return int(any(problem for _, problem in rows))
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

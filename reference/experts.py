@@ -25,7 +25,7 @@ from reference.config import CONFIGS, Config, for_method, load_config, parse_ove
 from reference.errors import ExperimentError
 from reference.experiment import prepare
 from reference.expert_report import read_rows, report
-from reference.methods import chosen_methods
+from reference.methods import chosen_methods, refuse_unknown
 from reference.sequence import Sequence
 from reference.tracking import writing
 
@@ -50,7 +50,9 @@ class Row:
         }
         given.update(parse_overrides(options.set))
         settings = {**common, **self.settings, **given, "methods": [self.method]}
-        base = for_method(load_config(options.preset, settings), self.method)
+        config = load_config(options.preset, settings)
+        refuse_unknown(config.of_method)
+        base = for_method(config, self.method)
         return replace(base, igsp={**base.igsp, **self.igsp})
 
 

@@ -33,7 +33,7 @@ def heatmap(results: Results, path: Path | IO[bytes]) -> None:
     axes.step([-0.5, *np.arange(len(tasks)) + 0.5], [0.5, *np.arange(len(tasks)) + 0.5], color="white", where="pre")
     axes.set_title(f"{results['method']}, seed {results['seed']}: accuracy on each task")
     figure.colorbar(image, ax=axes, label="accuracy [%]")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
 
 
@@ -69,7 +69,7 @@ def forgetting_curves(runs: Sequence[Results], path: Path | IO[bytes]) -> None:
     figure.supylabel("accuracy [%]", fontsize=9)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(per_row, len(labels)), frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
 
 
@@ -104,5 +104,5 @@ def routing(results: Results, path: Path | IO[bytes]) -> None:
     figure.supylabel("share of routing", fontsize=9)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     plt.close(figure)

@@ -45,6 +45,7 @@ REST: dict[str, Callable[[Results], float | None]] = {
     "seconds": lambda run: run["seconds"],
     "memory [MiB]": lambda run: run["peak_memory"]["gpu_mib"] or run["peak_memory"]["process_mib"],
 }
+OF_THE_POOL = {"reference_root", "reference_images"}
 NOT_A_METHODS_OWN = {"methods", "seeds", "note", "device"}
 DIGITS = dict.fromkeys(REST, 1) | {"modality gap": 3, "seconds": 0, "memory [MiB]": 0}
 READING = (
@@ -118,7 +119,9 @@ def refuse_mixed(runs: Sequence[Results]) -> None:
             raise ExperimentError(f"two runs of {method} with seed {seed}; report one folder of runs at a time")
         seen.add((method, seed))
         other = first.setdefault(method, run)
-        for key in sorted(run["config"].keys() & other["config"].keys() - NOT_A_METHODS_OWN):
+        pooled = method not in METHODS or METHODS[method].needs_reference or run["config"].get("pool_losses")
+        own = run["config"].keys() & other["config"].keys() - NOT_A_METHODS_OWN - (set() if pooled else OF_THE_POOL)
+        for key in sorted(own):
             if run["config"][key] != other["config"][key]:
                 raise ExperimentError(
                     f"{method} has {key}={other['config'][key]!r} with seed {other['seed']} and "

@@ -12,7 +12,7 @@ import numpy as np
 
 from reference import metrics
 from reference.errors import ExperimentError
-from reference.page import load_runs, markdown, page, refuse_mixed
+from reference.page import load_runs, markdown, page, refuse_mixed, whole
 from reference.tracking import writing
 
 FIGURES = ("transfer", "average", "last", "forgetting", "diagonal_gain")
@@ -42,14 +42,20 @@ def summary_table(runs: Sequence[dict[str, Any]], note: str) -> str:
     rows = [headings]
     for method in dict.fromkeys(run["method"] for run in runs):
         of_method = [run for run in runs if run["method"] == method]
-        rows.append([method, *(_spread([run[name] for run in of_method]) for name in (*COLUMNS, "seconds"))])
+        figures = [_spread([figure(run, name) for run in of_method]) for name in COLUMNS]
+        rows.append([method, *figures, _spread([run["seconds"] for run in of_method])])
     lines = _aligned(rows).split("\n")
     pretrained = np.nanmean([run["pretrained"] for run in runs])
     lines.append(f"before any fine-tuning (pretrained): {pretrained:.1f} % on average")
-    unknown = list(dict.fromkeys(task for run in runs for task in run["unknown_tasks"]))
+    unknown = list(dict.fromkeys(task for run in runs for task in run.get("unknown_tasks", [])))
     if unknown:
         lines.append(f"not known before training (below three times chance): {', '.join(unknown)}")
     return "\n".join([*lines, note] if note else lines)
+
+
+def figure(run: dict[str, Any], name: str) -> float | None:
+    """A figure of one run; None where it is not known or cells of the matrix are missing."""
+    return run.get(name) if name == "transfer_known" else whole(run, name)
 
 
 def cost_table(runs: Sequence[dict[str, Any]]) -> str:
@@ -100,11 +106,7 @@ def _spread(values: Sequence[float | None]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write `report.html` (self-contained) and `report.md` of all runs; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m reference.report", description=main.__doc__)
-    parser.add_argument("runs", nargs="+", help="folders of finished runs, or their results.json")
-    parser.add_argument("--against", default="finetune", help="method that differences are taken to")
-    parser.add_argument("--output", default=".", help="folder for report.html and report.md (default: here)")
-    options = parser.parse_args(arguments)
+    options = parse(arguments)
     try:
         runs = load_runs(options.runs)
         refuse_mixed(runs)
@@ -119,6 +121,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(text + f"\n{folder / 'report.html'}")
     return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m reference.report", description=main.__doc__)
+    parser.add_argument("runs", nargs="+", help="folders of finished runs, or their results.json")
+    parser.add_argument("--against", default="finetune", help="method that differences are taken to")
+    parser.add_argument("--output", default=".", help="folder for report.html and report.md (default: here)")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

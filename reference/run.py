@@ -21,6 +21,7 @@ from reference.experiment import Experiment, prepare
 from reference.methods import chosen_methods
 from reference.report import cost_table, matrix_table, summary_table
 from reference.sequence import Sequence
+from reference.tracking import writing
 
 
 def main(arguments: Arguments[str] | None = None) -> int:
@@ -59,8 +60,10 @@ def compare(
         for method in chosen_methods(config.methods):
             folder = output / f"{method.name}-seed{seed}"
             runs.append(Sequence(experiment, method, config, seed, folder, stop).run(resume))
-            figures.heatmap(runs[-1], folder / "heatmap.png")
-    figures.forgetting_curves(runs, output / "forgetting.png")
+            with writing(folder / "heatmap.png") as draft:
+                figures.heatmap(runs[-1], draft)
+    with writing(output / "forgetting.png") as draft:
+        figures.forgetting_curves(runs, draft)
     return runs
 
 

@@ -92,6 +92,7 @@ class Sequence:
         self.scorer = Scorer(self.method, experiment.tasks, config)
         self.progress = Progress()
         self.log = Log(folder / "log.jsonl")
+        self.made = provenance()
 
     @property
     def main(self) -> Board:
@@ -123,8 +124,10 @@ class Sequence:
         return results
 
     def _needs_room(self) -> None:
-        """A checkpoint holds weights, AdamW's two moments, and bases with their anchors and second moments."""
-        needed = 8 * sum(parameter.nbytes for parameter in self.clip.model.parameters())
+        """A checkpoint holds weights; of what trains AdamW's two moments, bases, anchors and second moments."""
+        parameters = list(self.clip.model.parameters())
+        trained = sum(p.nbytes for p in parameters if p.requires_grad) if self.method.trains else 0
+        needed = sum(p.nbytes for p in parameters) + 6 * trained
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise ExperimentError(
@@ -239,7 +242,7 @@ class Sequence:
             "trained_parameters": self.progress.trained,
             "machine": machine(),
             "torch": torch.__version__,
-            **provenance(),
+            **self.made,
             "config": recorded(self.config),
         }
 

@@ -31,24 +31,40 @@ def writing(path: Path) -> Iterator[Path]:
         yield draft
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:
-        draft.unlink(missing_ok=True)
-        raise ExperimentError(
-            f"cannot write {path} ({str(error).splitlines()[0]}); free space or choose another --output; what was "
-            "saved before is intact, go on with --resume"
-        ) from error
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise ExperimentError(_unwritable(path, error)) from error
+
+
+def _unwritable(path: Path, error: Exception) -> str:
+    return (
+        f"cannot write {path} ({str(error).splitlines()[0]}); free space or choose another --output; what was "
+        "saved before is intact, go on with --resume"
+    )
 
 
 class Log:
     """Appends one JSON object per event to a file."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self._append("")
 
     def __call__(self, event: str, **facts: Any) -> None:
-        """Write the event with its time (seconds since 1970)."""
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"time": round(time.time(), 3), "event": event, **_plain(facts)}) + "\n")
+        """Write the event with its time (seconds since 1970).
+
+        Raises:
+            ExperimentError: it cannot be written.
+        """
+        self._append(json.dumps({"time": round(time.time(), 3), "event": event, **_plain(facts)}) + "\n")
+
+    def _append(self, line: str) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as stream:
+                stream.write(line)
+        except OSError as error:
+            raise ExperimentError(_unwritable(self.path, error)) from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -80,10 +96,14 @@ def processor() -> str:
 
 
 def provenance() -> dict[str, str | None]:
-    """Today's date, and the commit of this checkout (`+` where tracked files differ from it; None outside git)."""
+    """Today's date, and the commit of this checkout (`+` where tracked files differ from it; None outside git).
+
+    To be asked when a run begins: code is read then.
+    """
     commit = None
     with suppress(OSError, subprocess.CalledProcessError):
-        asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=10", "--dirty=+"]
+        how = ["describe", "--always", "--exclude=*", "--abbrev=10", "--dirty=+"]
+        asked = ["git", "-C", str(Path(__file__).parent), *how]
         commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     return {"date": time.strftime("%Y-%m-%d"), "commit": commit}
 

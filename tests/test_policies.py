@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -547,6 +548,40 @@ def test_every_policy_keeps_what_it_says_through_200_adamw_steps(policy):
             assert float(kept.norm() / old.norm()) < 1e-5
             if part.scale is None:
                 assert part.basis.shape[2] > 0
+
+
+SOFT = (SGP(0.99, alpha=1.0), CODECL(aperture=2.0), OWM(), VPTNSP(0.9))
+
+
+@pytest.mark.parametrize("policy", SOFT, ids=lambda policy: type(policy).__name__)
+def test_a_soft_policy_lets_its_share_of_every_adamw_step_through(policy):
+    """Against a twin that takes the bare step and then multiplies it by `I - U diag(s) U^T`, 200 times, in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False)).double()
+    twin = copy.deepcopy(model)
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.003, weight_decay=0.1), model, policy=policy)
+    optimizer.consolidate([task_rows(0)], progress=False)
+    free = {}
+    for name in ("0.weight", "2.weight"):
+        part = optimizer.bases[name].subspaces["right"]
+        basis, scale = part.basis[0].double(), part.scale[0].double()
+        assert 0.02 < float(scale.max()) and float(scale[scale > 0].min()) < 1
+        free[name] = torch.eye(len(basis), dtype=torch.float64) - (basis * scale) @ basis.T
+    bare, start = AdamW(twin.parameters(), lr=0.003, weight_decay=0.1), copy.deepcopy(dict(twin.named_parameters()))
+    for _ in range(200):
+        inputs = torch.randn(16, 24, dtype=torch.float64)
+        for net, steps in ((model, optimizer), (twin, bare)):
+            steps.zero_grad()
+            (net(inputs) - 1).square().mean().backward()
+            before = {name: p.detach().clone() for name, p in net.named_parameters()}
+            steps.step()
+            if net is twin:
+                for name, p in net.named_parameters():
+                    p.data = before[name] + (p.data - before[name]) @ free[name]
+    assert optimizer.verify().ok
+    for name, expected in twin.named_parameters():
+        moved = expected.detach() - start[name].detach()
+        assert float((model.get_parameter(name) - expected).detach().norm() / moved.norm()) < 1e-3
 
 
 def test_osf_of_a_second_task_decomposes_what_is_left():

@@ -61,6 +61,7 @@ class Run:
         self.session = Session()
         if method.session is not None and isinstance(self.optimizer, NullSpaceOptimizer):
             self.session = method.session(self.optimizer, self.model, protocol)
+        self.made = provenance()
         self.state: dict[str, Any] = {"accuracy": [], "losses": [], "ranks": [], "seconds": 0.0}
 
     @property
@@ -152,7 +153,7 @@ class Run:
             "torch": torch.__version__,
             "nullspace_optim": nullspace_optim.__version__,
             "machine": machine(),
-            **provenance(),
+            **self.made,
         }
 
     @property

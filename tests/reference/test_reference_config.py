@@ -53,6 +53,7 @@ def test_settings_of_no_method_are_refused() -> None:
         (["energy=1.5"], "energy=1.5 must lie between"),
         (["energy=true"], "must be of type float"),
         (["energy"], "expected key=value"),
+        (["energy=0.9", "energy=0.8"], "energy is given twice"),
         (["methods=[]"], "at least one method"),
         (["seeds=1,0,1"], "seeds=1,0,1 must differ"),
         (["of_method={finetune: {learning_rat: 1}}"], "did you mean 'learning_rate'"),

@@ -13,7 +13,7 @@ from reference import metrics
 from reference.bootstrap import FIGURES, compare, resampled
 from reference.errors import ExperimentError
 from reference.page import by_method, refuse_mixed, whole
-from reference.report import main
+from reference.report import main, summary_table
 from reference.scoring import packed, unpacked
 
 COUNTS = (40, 30, 50)
@@ -117,6 +117,13 @@ def test_runs_of_other_settings_are_no_further_seeds(
         (tmp_path / folder / "results.json").write_text(json.dumps(r))
     assert main([str(tmp_path), "--output", str(tmp_path)]) == 2
     assert "finetune has iterations=60 with seed 0 and 100 with seed 1" in capsys.readouterr().err
+    runs[0]["config"], runs[1]["config"] = {"reference_root": ""}, {"reference_root": "pool"}
+    refuse_mixed(runs[:2])  # plain fine-tuning never looks at a pool
+    for r in runs[:2]:
+        r["method"] = "gnsp"
+    with pytest.raises(ExperimentError, match="gnsp has reference_root=''"):
+        refuse_mixed(runs[:2])
+    runs[0]["config"] = {"iterations": 60, "split": "test"}
     runs[1]["config"] = {"iterations": 60, "split": "validation"}
     with pytest.raises(ExperimentError, match="validation and some on test"):
         refuse_mixed(runs[:2])
@@ -134,6 +141,7 @@ def test_results_from_before_are_reported_as_far_as_they_go(runs: list[dict[str,
     (tmp_path / "joint").mkdir()
     (tmp_path / "joint" / "results.json").write_text(json.dumps(end))
     assert main([str(tmp_path), "--output", str(tmp_path)]) == 0
+    assert summary_table([old, end], "").splitlines()[2].split()[:4] == ["ours", "-", "1.0", "-"]
 
 
 def test_what_is_no_run_is_named(
