@@ -117,8 +117,9 @@ def test_stand_ins_have_the_benchmarks_classes_and_need_no_data(
 def test_a_model_may_have_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def create(name: str, pretrained: str | None) -> torch.nn.Module:
+    def create(name: str, pretrained: str | None, require_pretrained: bool) -> torch.nn.Module:
         asked.append((name, pretrained))
+        assert not require_pretrained
         return open_clip.CLIP(**TINY)
 
     monkeypatch.setattr(open_clip, "create_model", create)
