@@ -12,7 +12,7 @@ import numpy as np
 
 from reference import metrics
 from reference.errors import ExperimentError
-from reference.page import load_runs, markdown, page, refuse_mixed, whole
+from reference.page import load_runs, markdown, page, refuse_mixed, spread, whole
 from reference.tracking import writing
 
 FIGURES = ("transfer", "average", "last", "forgetting", "diagonal_gain")
@@ -42,8 +42,8 @@ def summary_table(runs: Sequence[dict[str, Any]], note: str) -> str:
     rows = [headings]
     for method in dict.fromkeys(run["method"] for run in runs):
         of_method = [run for run in runs if run["method"] == method]
-        figures = [_spread([figure(run, name) for run in of_method]) for name in COLUMNS]
-        rows.append([method, *figures, _spread([run["seconds"] for run in of_method])])
+        figures = [spread([figure(run, name) for run in of_method]) for name in COLUMNS]
+        rows.append([method, *figures, spread([run["seconds"] for run in of_method])])
     lines = _aligned(rows).split("\n")
     pretrained = np.nanmean([run["pretrained"] for run in runs])
     lines.append(f"before any fine-tuning (pretrained): {pretrained:.1f} % on average")
@@ -94,14 +94,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None or np.isnan(value) else f"{value:.1f}"
-
-
-def _spread(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None and np.isfinite(value)]
-    if not known:
-        return "-"
-    deviation = f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
-    return f"{np.mean(known):.1f}{deviation}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,13 @@ SMALL = {
 }  # fmt: skip
 
 
+SHAPE = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 1, "layers": 1},
+}
+
+
 @pytest.fixture(scope="module")
 def config() -> Config:
     return load_config("demo", {**SMALL, "output": "unused"})
@@ -128,23 +135,13 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: py
 
 
 def test_a_model_folder_without_weights_is_not_taken_for_a_pretrained_one(tmp_path: Path) -> None:
-    shape = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 1, "layers": 1},
-    }
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {}}))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": SHAPE, "preprocess_cfg": {}}))
     with pytest.raises(ExperimentError, match=r"open_clip cannot load it .*check --model"):
         load_clip(Config("mini", "o", data_root="d", model=str(tmp_path)))
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    shape = {
-        "embed_dim": 16,
-        "vision_cfg": {"image_size": 16, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
-        "text_cfg": {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 1, "layers": 1},
-    }
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {}}))
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": SHAPE, "preprocess_cfg": {}}))
     (tmp_path / "open_clip_model.safetensors").write_bytes(save({"visual.proj": torch.zeros(3, 3)}))
     with pytest.raises(ExperimentError, match=r"open_clip cannot load it .*check --model"):
         load_clip(Config("mini", "o", data_root="d", model=str(tmp_path)))
