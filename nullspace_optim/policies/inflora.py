@@ -35,6 +35,5 @@ class InfLoRA(Energy):
     def rank(self, spectrum: Spectrum) -> int:
         """Return GPM's number of directions at this task's threshold."""
         progress = min(spectrum.tasks / self.tasks, 1.0)
-        return Energy(self.threshold + (self.last - self.threshold) * progress, paper_code=self.paper_code).rank(
-            spectrum
-        )
+        threshold = self.threshold + (self.last - self.threshold) * progress
+        return Energy(threshold, paper_code=self.paper_code).rank(spectrum)
