@@ -95,8 +95,9 @@ class Method:
             base = (Adam if self.base == "adam" else AdamW)(groups, lr=rate, fused=True)
         if self.policy is None:
             return base
-        products = "fast" if self.corrects_instead(protocol) else "exact"
-        options = {"project": self.project_in(protocol), "precision": products, **self.options}
+        projected = self.project_in(protocol)
+        products = "fast" if protocol.precision == "bfloat16" and projected == "update" else "exact"
+        options = {"project": projected, "precision": products, **self.options}
         return NullSpaceOptimizer(base, model, policy=self.policy(protocol), **options)
 
     def corrects_instead(self, protocol: Protocol) -> bool:
