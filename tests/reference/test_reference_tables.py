@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -349,6 +350,23 @@ def test_adam_nscl_goes_on_to_the_same_numbers(
     assert half["losses"][0][0] == pytest.approx(whole["losses"][0][0], abs=0.05)
     with pytest.raises(ExperimentError, match="made with precision='bfloat16', this run has None"):
         Run(protocol, row, 1, colours, tmp_path / "half").finish()
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "products"),
+    [
+        ("adamw-update", "float32", "exact"),
+        ("adamw-update", "bfloat16", "fast"),
+        ("adamw-gradient", "bfloat16", "exact"),
+        ("gpm", "bfloat16", "fast"),
+    ],
+)
+def test_products_are_fast_where_weights_are_corrected_in_bfloat16(
+    name: str, precision: Literal["float32", "bfloat16"], products: str
+) -> None:
+    optimizer = METHODS[name].optimizer(PermutedMLP(), replace(PROTOCOLS["pmnist"], precision=precision))
+    assert isinstance(optimizer, NullSpaceOptimizer)
+    assert f"precision='{products}'" in repr(optimizer)
 
 
 @pytest.mark.parametrize("name", ["gpm", "sgp", "code-cl-plain"])
