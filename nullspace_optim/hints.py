@@ -37,6 +37,11 @@ def stand_in(parameter: Tensor, compute: Callable[[], Tensor]) -> Tensor:
     return result
 
 
+def capturing() -> bool:
+    """Whether a capture watches the forward pass in progress."""
+    return _active() is not None
+
+
 def declare_rows(parameter: Tensor, rows: Tensor, side: Literal["right", "left"] = "right") -> None:
     """Tell the capture in progress that `parameter` `[m, d]` (or `[g, m, d]`) meets `rows`; replaces what it saw.
 

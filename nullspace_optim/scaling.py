@@ -7,6 +7,9 @@ is forgotten by it.
 
 The gradient reaches `Q`, and `W` as if it were unscaled (`W S` counts as constant): what the published codes add to the
 gradient of `W` lies in the span of `S`, which the projection removes again.
+
+`W S` alone takes `m d k` products. An `nn.Linear` that meets few rows `x` gives the same output with fewer: its own
+product with `W` and one with the scaled rows `x S (Q - I)^T S^T` beside it (`Beside`).
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 from .basis import Basis, Subspace
 from .covariance import SecondMoment
 from .errors import OptionError
-from .hints import stand_in
+from .hints import capturing, stand_in
 from .layout import Layout
 from .linalg import eigh
 from .names import named_parameters
@@ -33,17 +38,22 @@ Directions = Mapping[str, Mapping[str, Tensor]]
 
 
 class Scaled(nn.Module):
-    """The parametrization of one weight: directions and mixing matrices by task, and the task in force."""
+    """The parametrization of one weight: directions and mixing matrices by task, and the task in force.
+
+    While `plain` is true the weight is read as it is: its module scales its rows instead, by `beside`.
+    """
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
         self.task: str | None = None
+        self.plain = False
+        self.beside: Beside | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight of the task in force."""
         pairs = list(self.pairs(self.task))
-        if not pairs:
+        if not pairs or self.plain:
             return weight
         return stand_in(weight, lambda: self._scaled(weight, pairs))
 
@@ -78,6 +88,58 @@ class Scaled(nn.Module):
                 else:
                     self.register_parameter(name, nn.Parameter(torch.empty_like(value), requires_grad=False))
         super()._load_from_state_dict(state, prefix, *rest)  # type: ignore[no-untyped-call]
+
+
+class Beside:
+    """Scales the rows of an `nn.Linear` in place of its weight `[m, d]` where that takes fewer products.
+
+    Captures, and code that reads the weight itself, go on meeting the scaled weight.
+
+    Two hooks around the module's forward: the first has it read the plain weight, the second adds to its output.
+    """
+
+    def __init__(self, module: nn.Linear, scaled: Scaled) -> None:
+        """Attach to `module`; `remove` gives it back."""
+        self.module, self.scaled = module, scaled
+        self._handles: list[RemovableHandle] = [
+            module.register_forward_pre_hook(self._before),
+            module.register_forward_hook(self._after, prepend=True, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Take both hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        pairs = list(self.scaled.pairs(self.scaled.task))
+        read = capturing() or getattr(parametrize, "_cache_enabled", False)  # others are to meet the scaled weight
+        self.scaled.plain = bool(pairs and inputs) and not read and self._cheaper(inputs[0], pairs)
+
+    def _cheaper(self, rows: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> bool:
+        """Compare the products of both ways, forward; backward passes have about twice as many in both."""
+        m, d = self.module.out_features, self.module.in_features
+        widths = [mix.shape[-1] for _, mix in pairs]
+        weight = sum(2 * m * d * k + m * k * k for k in widths)
+        beside = m * d + sum(2 * d * k + k * k for k in widths)
+        return rows.numel() // d * beside < weight
+
+    def _after(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None) -> Tensor | None:
+        if not self.scaled.plain:
+            return None
+        try:
+            return None if output is None else output + self._added(inputs[0])
+        finally:
+            self.scaled.plain = False
+
+    def _added(self, rows: Tensor) -> Tensor:
+        """Return `x S (Q - I)^T S^T W^T`, summed over pairs, with `W` constant."""
+        changed = torch.zeros_like(rows)
+        for span, mix in self.scaled.pairs(self.scaled.task):
+            s, q = span[0].to(rows.dtype), mix[0]
+            eye = torch.eye(len(q), dtype=q.dtype, device=q.device)
+            changed = changed + (rows @ s @ (q - eye).mT.to(rows.dtype)) @ s.mT
+        return functional.linear(changed, self.module.weight.detach())
 
 
 class ForwardScaling:
@@ -143,7 +205,9 @@ class ForwardScaling:
     def detach(self) -> None:
         """Remove every parametrization; the weights stay as they are without scaling."""
         self.use(None)
-        for name in self._scaled:
+        for name, scaled in self._scaled.items():
+            if scaled.beside is not None:
+                scaled.beside.remove()
             module, leaf = self._owner(name)
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
         self._scaled.clear()
@@ -156,6 +220,8 @@ class ForwardScaling:
             self._scaled[name] = found[0] if found else Scaled(layout)
             if not found:
                 parametrize.register_parametrization(module, leaf, self._scaled[name], unsafe=True)
+                if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+                    self._scaled[name].beside = Beside(module, self._scaled[name])
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         """Return the module that holds the parameter `name`, and its name there."""

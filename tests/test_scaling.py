@@ -193,6 +193,86 @@ def test_under_sgd_the_weights_move_as_if_the_scaling_were_differentiated_throug
     assert torch.allclose(weight.detach(), before - 0.1 * gradient, atol=1e-5)
 
 
+def scaled_linear(dtype: torch.dtype = torch.float64) -> tuple[nn.Sequential, ForwardScaling, list[nn.Parameter]]:
+    """A linear layer 30 -> 20 with two related tasks of nine directions each."""
+    model = nn.Sequential(nn.Linear(30, 20)).to(dtype)
+    optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, policy=TRGP(0.99))
+    optimizer.consolidate([torch.randn(40, 30, dtype=dtype)], name="a", progress=False)
+    scaling = ForwardScaling(optimizer)
+    spans = {name: torch.linalg.qr(torch.randn(30, 9))[0][None] for name in "ab"}
+    mixing = scaling.begin("b", {"0.weight": spans})
+    for mix in mixing:
+        nn.init.normal_(mix)
+    return model, scaling, mixing
+
+
+def counted(model: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows with every scaled weight that is made."""
+    scaled, made = model[0].parametrizations.weight[0], []
+    whole = scaled._scaled
+    monkeypatch.setattr(scaled, "_scaled", lambda *rest: made.append(1) or whole(*rest))
+    return made
+
+
+@pytest.mark.parametrize("rows", [(2,), (2, 3), ()], ids=str)
+def test_few_rows_are_scaled_beside_the_weight_with_the_same_gradients(rows: Any, monkeypatch: Any) -> None:
+    model, _, mixing = scaled_linear()
+    layer, made = model[0], counted(model, monkeypatch)
+    wanted = [*mixing, layer.parametrizations.weight.original, layer.bias]
+    inputs = torch.randn(*rows, 30, dtype=torch.float64, requires_grad=True)
+    one = layer(inputs)
+    assert not made
+    other = nn.functional.linear(inputs, layer.weight, layer.bias)
+    assert len(made) == 1 and torch.allclose(one, other, atol=1e-12)
+    gradients, expected = (torch.autograd.grad(y.square().sum(), [inputs, *wanted]) for y in (one, other))
+    for gradient, twin in zip(gradients, expected, strict=True):
+        assert torch.allclose(gradient, twin, rtol=1e-5, atol=1e-6)
+
+
+def test_many_rows_captures_and_readers_of_the_weight_meet_the_scaled_weight(monkeypatch: Any) -> None:
+    model, scaling, _ = scaled_linear()
+    layer, made = model[0], counted(model, monkeypatch)
+    few, many = torch.randn(2, 30, dtype=torch.float64), torch.randn(50, 30, dtype=torch.float64)
+    weight = layer.weight.detach()
+    for inputs in (few, many):
+        assert torch.allclose(layer(inputs), nn.functional.linear(inputs, weight, layer.bias), atol=1e-12)
+    assert len(made) == 2  # read above, and for many rows
+    assert torch.allclose(layer(input=few), nn.functional.linear(few, weight, layer.bias), atol=1e-12)
+    with nn.utils.parametrize.cached():
+        for _ in range(2):
+            assert torch.allclose(layer(few), nn.functional.linear(few, weight, layer.bias), atol=1e-12)
+        assert torch.equal(layer.weight, weight)
+    with pytest.raises(RuntimeError):
+        layer(torch.randn(2, 29, dtype=torch.float64))
+    assert torch.equal(layer.weight, weight)
+    with scaling.task("a"):
+        assert torch.allclose(layer(few), few @ layer.parametrizations.weight.original.T + layer.bias)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for mix in twin[0].parametrizations.weight[0].parameters():
+            mix.zero_()
+    assert not torch.allclose(twin(few), layer(few), atol=1e-3)
+    assert torch.allclose(twin(few), nn.functional.linear(few, twin[0].weight, twin[0].bias), atol=1e-12)
+    scaling.detach()
+    assert torch.allclose(layer(few), few @ layer.weight.T + layer.bias)
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def test_rows_are_scaled_in_autocast_and_in_half_precision() -> None:
+    model, _, mixing = scaled_linear(torch.float32)
+    few = torch.randn(2, 30)
+    exact = nn.functional.linear(few, model[0].weight, model[0].bias).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lower = model(few)
+    assert lower.dtype == torch.bfloat16
+    lower.float().sum().backward()
+    assert all(mix.grad is not None and mix.grad.dtype == torch.float32 for mix in mixing)
+    half = model.to(torch.bfloat16)(few.bfloat16())
+    for output in (lower, half):
+        assert output.dtype == torch.bfloat16
+        assert float((output.float() - exact).norm() / exact.norm()) < 0.05
+
+
 def test_checkpoints_carry_the_mixing_of_every_task() -> None:
     model, optimizer = protected(TRGP(0.99))
     fresh, other = protected(TRGP(0.99))
