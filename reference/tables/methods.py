@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from nullspace_optim import CODECL, SGP, TRGP, EigenvalueRatio, Energy, NullSpaceOptimizer, Policy, Spectrum
 from reference.errors import ExperimentError
 from reference.tables.protocols import Protocol
-from reference.tables.sessions import KeptNorms, Session, SharedConceptors, TrustRegions
+from reference.tables.sessions import KeptNorms, ReleasedTrustRegions, Session, SharedConceptors, TrustRegions
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,11 @@ def trust(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) -
     return TrustRegions(optimizer, model, 0.2 if protocol.name == "pmnist" else 0.5)
 
 
+def trust_as_released(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) -> Session:
+    """The same with the index of TRGP's code."""
+    return ReleasedTrustRegions(optimizer, model, 0.2 if protocol.name == "pmnist" else 0.5)
+
+
 def shared(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) -> Session:
     """CODE-CL's shared directions."""
     return SharedConceptors(optimizer, model)
@@ -223,6 +228,12 @@ METHODS = {
         Method("sgd", "SGD, no protection"),
         Method("gpm", "GPM", policy=gpm),
         Method("trgp", "TRGP, task given at test", policy=trgp, session=trust),
+        Method(
+            "trgp-released",
+            "TRGP with the index of its code, task given at test",
+            policy=trgp,
+            session=trust_as_released,
+        ),
         Method("sgp", "SGP", policy=sgp, changes=own_rate(0.05)),
         Method("code-cl", "CODE-CL, task given at test", policy=conceptors, session=shared),
         Method("code-cl-plain", "CODE-CL without forward scaling", policy=conceptors),

@@ -130,13 +130,14 @@ class Run:
         self.model.eval()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NullSpaceWarning)  # nearly full layers: the ranks are in the results
-            report = self.optimizer.consolidate(
+            self.optimizer.consolidate(
                 [samples],
                 name=f"task {task + 1}",
                 forward=lambda images: self.model(images, task),
                 progress=False,
             )
-        self.state["ranks"].append({row.name: row.rank for row in report.parameters if row.rank})
+        self.session.protected()
+        self.state["ranks"].append({name: basis.rank for name, basis in self.optimizer.bases.items() if basis.rank})
 
     def _results(self) -> dict[str, Any]:
         tasks = self.protocol.tasks

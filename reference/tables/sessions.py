@@ -1,12 +1,14 @@
 """What a method does around a task besides training: forward scaling (TRGP, CODE-CL), a penalty (Adam-NSCL).
 
-A session is begun before each task, ended after its training and asked for the context in which a task is scored.
+A session is begun before each task, ended after its training, told when the task is protected and asked for the
+context in which a task is scored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +27,9 @@ class Session:
 
     def end(self) -> None:
         """Stop what trains for this task alone."""
+
+    def protected(self) -> None:
+        """Take note that the bases hold the task's directions now."""
 
     def scoring(self, task: int) -> AbstractContextManager[Any]:
         """The context in which `task` is scored."""
@@ -154,6 +159,34 @@ class TrustRegions(Scaling):
         found = trust_regions(self.optimizer, self.threshold)
         self.optimizer.zero_grad()
         return found
+
+
+class ReleasedTrustRegions(TrustRegions):
+    """TRGP as released: from the second task on the strongest new direction of each weight stays out of the memory.
+
+    Its code selects new directions by an index `> r` of those that follow the `r` stored ones.
+    """
+
+    def end(self) -> None:
+        """Count the stored directions as well."""
+        super().end()
+        self.stored = {name: basis.rank for name, basis in self.optimizer.bases.items()}
+
+    def protected(self) -> None:
+        """Take the strongest new direction of each weight out again."""
+        for name, basis in self.optimizer.bases.items():
+            space, first = basis.subspaces.get("right"), self.stored.get(name, 0)
+            if space is None or space.members is None or not 0 < first < space.rank:
+                continue
+            left = [column for column in range(space.rank) if column != first]
+            basis.subspaces["right"] = replace(
+                space,
+                basis=space.basis[:, :, left],
+                anchor=space.anchor[:, :, left],
+                members=space.members[:, :, left],
+                ranks=(len(left),),
+            )
+        self.optimizer.load_state_dict(self.optimizer.state_dict())
 
 
 class SharedConceptors(Scaling):

@@ -485,7 +485,7 @@ def _killed(model: nn.Module, optimizer: torch.optim.Optimizer, *_: object) -> l
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", ["sgd", "gpm", "trgp", "sgp", "code-cl", "adamw-both"])
+@pytest.mark.parametrize("method", ["sgd", "gpm", "trgp", "trgp-released", "sgp", "code-cl", "adamw-both"])
 def test_a_run_goes_on_after_each_task_to_the_same_numbers(
     method: str, digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -504,6 +504,22 @@ def test_a_run_goes_on_after_each_task_to_the_same_numbers(
         np.mean([whole["accuracy"][-1][i] - whole["accuracy"][i][i] for i in range(2)]), abs=1e-3
     )
     assert [path.name for path in (tmp_path / "parts").iterdir()] == [f"{method}-seed1.json"]
+
+
+def test_trgps_released_index_leaves_the_strongest_new_direction_free(digits: Images, tmp_path: Path) -> None:
+    found = {}
+    for name in ("trgp", "trgp-released"):
+        run = Run(small(digits, tasks=2), METHODS[name], 1, digits, tmp_path)
+        run.finish()
+        assert isinstance(run.optimizer, NullSpaceOptimizer) and run.optimizer.verify().ok
+        found[name] = run.state["ranks"], {n: b.subspaces["right"] for n, b in run.optimizer.bases.items()}
+    (ranks, whole), (fewer, part) = found.values()
+    assert fewer[0] == ranks[0] and fewer[1] == {name: rank - 1 for name, rank in ranks[1].items()}
+    for name, space in part.items():
+        first, other = ranks[0][name], whole[name]
+        left = [column for column in range(other.rank) if column != first]
+        assert torch.equal(space.basis, other.basis[:, :, left]) and torch.equal(space.anchor, other.anchor[:, :, left])
+        assert space.members is not None and space.members.shape == (2, 1, len(left))
 
 
 def test_a_run_of_other_settings_is_not_taken_up(digits: Images, tmp_path: Path) -> None:
