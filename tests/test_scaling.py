@@ -229,7 +229,20 @@ def test_few_rows_are_scaled_beside_the_weight_with_the_same_gradients(rows: Any
         assert torch.allclose(gradient, twin, rtol=1e-5, atol=1e-6)
 
 
-def test_many_rows_captures_and_readers_of_the_weight_meet_the_scaled_weight(monkeypatch: Any) -> None:
+def test_a_capture_sees_the_few_rows_themselves() -> None:
+    """Not the scaled rows that meet the weight beside them."""
+    model = nn.Sequential(nn.Linear(30, 20, bias=False))
+    optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, policy=TRGP(0.99))
+    optimizer.consolidate([torch.randn(40, 30)], name="a", progress=False)
+    scaling = ForwardScaling(optimizer)
+    for mix in scaling.begin("b", {"0.weight": {"a": torch.linalg.qr(torch.randn(30, 9))[0][None]}}):
+        nn.init.normal_(mix)
+    few = torch.randn(2, 30)
+    moment = optimizer.measure([few], progress=False)["0.weight"]
+    assert moment.rows.tolist() == [2] and torch.allclose(moment.matrix[0], few.T @ few, atol=1e-5)
+
+
+def test_many_rows_and_readers_of_the_weight_meet_the_scaled_weight(monkeypatch: Any) -> None:
     model, scaling, _ = scaled_linear()
     layer, made = model[0], counted(model, monkeypatch)
     few, many = torch.randn(2, 30, dtype=torch.float64), torch.randn(50, 30, dtype=torch.float64)
@@ -258,16 +271,18 @@ def test_many_rows_captures_and_readers_of_the_weight_meet_the_scaled_weight(mon
     assert not layer._forward_hooks and not layer._forward_pre_hooks
 
 
-def test_rows_are_scaled_in_autocast_and_in_half_precision() -> None:
+def test_rows_are_scaled_in_autocast_and_in_half_precision(monkeypatch: Any) -> None:
     model, _, mixing = scaled_linear(torch.float32)
     few = torch.randn(2, 30)
     exact = nn.functional.linear(few, model[0].weight, model[0].bias).detach()
+    made = counted(model, monkeypatch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lower = model(few)
     assert lower.dtype == torch.bfloat16
     lower.float().sum().backward()
     assert all(mix.grad is not None and mix.grad.dtype == torch.float32 for mix in mixing)
     half = model.to(torch.bfloat16)(few.bfloat16())
+    assert not made
     for output in (lower, half):
         assert output.dtype == torch.bfloat16
         assert float((output.float() - exact).norm() / exact.norm()) < 0.05
