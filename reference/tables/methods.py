@@ -135,9 +135,9 @@ def gpm(protocol: Protocol) -> Policy:
     return by_layer(Energy(paper_code=True), protocol)
 
 
-def plain(protocol: Protocol) -> Policy:
-    """The same rule without that: what the thresholds ask for."""
-    return by_layer(Energy(), protocol)
+def chosen(protocol: Protocol) -> Policy:
+    """Ours: GPM's rule on permuted MNIST, SGP's with `alpha` 30 on split CIFAR-100, by the thresholds."""
+    return by_layer(SGP(alpha=30.0) if protocol.name == "cifar100" else Energy(), protocol)
 
 
 def sgp(protocol: Protocol) -> Policy:
@@ -218,8 +218,12 @@ def own_rate(rate: float) -> dict[str, dict[str, Any]]:
     return {"pmnist": {}, "cifar100": {"rate": rate}}
 
 
-# Chosen by full schedules on the validation part of one seed; see docs/published-tables.md.
+# Chosen on held-back training images of one seed; see docs/published-tables.md.
 TUNED = {"pmnist": {"batch": 64, "cosine": True, "thresholds": {"lin1": 0.92, "lin2": 0.998, "fc1": 0.999}}}
+TUNED_SGD = {
+    "pmnist": {**TUNED["pmnist"], "rate": 0.1},
+    "cifar100": {"epochs": 50, "cosine": True, "patience": None, "rate": 0.05},
+}
 
 # AdamW's rates: the better of 3e-4 and 1e-3 on the validation part; see docs/published-tables.md.
 METHODS = {
@@ -251,9 +255,9 @@ METHODS = {
             parts=nscl_parts,
             rates=nscl_rates,
         ),
-        Method("sgd-tuned", "SGD, ours, tuned", rate=0.1, policy=plain, project="update", changes=TUNED),
-        Method("adamw-tuned", "AdamW, ours, tuned", "adamw", 2e-3, plain, "update", changes=TUNED),
-        Method("adamw-tuned-gradient", "the same, gradient projected before it", "adamw", 2e-3, plain, changes=TUNED),
+        Method("sgd-tuned", "SGD, ours, tuned", policy=chosen, project="update", changes=TUNED_SGD),
+        Method("adamw-tuned", "AdamW, ours, tuned", "adamw", 2e-3, chosen, "update", changes=TUNED),
+        Method("adamw-tuned-gradient", "the same, gradient projected before it", "adamw", 2e-3, chosen, changes=TUNED),
         Method("adamw-both", "AdamW, ours, gradient as well", base="adamw", rate=3e-4, policy=gpm, project="both"),
     )
 }
