@@ -56,7 +56,7 @@ def departures(options: argparse.Namespace, protocol: Protocol) -> dict[str, Any
     Raises:
         ExperimentError: another number of thresholds than the network has layers with one, or one that is no share.
     """
-    names = ("tasks", "epochs", "batch", "samples", "precision")
+    names = ("tasks", "epochs", "batch", "samples", "precision", "held_out")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.thresholds is not None:
         shares = numbers(options.thresholds, "--thresholds", float)
@@ -96,6 +96,7 @@ def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="folder of results; finished runs there are not repeated")
     parser.add_argument("--report", action="store_true", help="train nothing, print the table of --output")
     parser.add_argument("--split", choices=("test", "validation"), default="test", help="choose settings on validation")
+    parser.add_argument("--held-out", type=float, help="share of the training images that is the validation part")
     parser.add_argument("--rate", type=float, help="another learning rate than the method's")
     parser.add_argument("--tasks", type=int, help="only the first tasks")
     parser.add_argument("--epochs", type=int, help="at most so many epochs a task")

@@ -43,23 +43,23 @@ class PermutedMNIST:
     """Ten tasks: MNIST under ten fixed permutations of its pixels, the first one permuted as well.
 
     As in GPM's data loader: the permutation of task `i` is `sklearn.utils.shuffle` with `random_state = 100 r_i + i`,
-    where `r` is `range(10)` shuffled with the seed. The first tenth of the unshuffled training images is the
-    validation part.
+    where `r` is `range(10)` shuffled with the seed. The first `held_out` of the unshuffled training images, a tenth in
+    GPM's loader, is the validation part.
     """
 
     mean, deviation = 0.1307, 0.3081
 
-    def __init__(self, images: Mapping[str, Labelled], seed: int, tasks: int = 10) -> None:
-        self.images = images
+    def __init__(self, images: Mapping[str, Labelled], seed: int, held_out: float | None = None) -> None:
+        self.images, self.held_out = images, 0.1 if held_out is None else held_out
         seeds = shuffle(np.arange(10), random_state=seed)
         self.permutations = [
             torch.from_numpy(shuffle(np.arange(784), random_state=int(r) * 100 + i)) for i, r in enumerate(seeds)
-        ][:tasks]
+        ]
 
     def part(self, task: int, part: Part) -> Labelled:
         """Images `[n, 784]` of one part under the permutation of `task`, and labels `[n]`."""
         pixels, labels = self.images["test" if part == "test" else "train"]
-        cut = len(labels) // 10
+        cut = round(self.held_out * len(labels))
         if part != "test":
             kept = slice(cut) if part == "validation" else slice(cut, None)
             pixels, labels = pixels[kept], labels[kept]
@@ -70,13 +70,13 @@ class PermutedMNIST:
 class SplitCIFAR100:
     """Ten tasks of ten classes each in their natural order; labels run from 0 to 9 in each task.
 
-    A twentieth of each task's training images, drawn with the seed, is its validation part (GPM's data loader).
+    Of each task's training images `held_out`, drawn with the seed, is its validation part; a twentieth in GPM's loader.
     """
 
     mean, deviation = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 
-    def __init__(self, images: Mapping[str, Labelled], seed: int, tasks: int = 10) -> None:
-        self.images, self.seed, self.tasks = images, seed, tasks
+    def __init__(self, images: Mapping[str, Labelled], seed: int, held_out: float | None = None) -> None:
+        self.images, self.seed, self.held_out = images, seed, 0.05 if held_out is None else held_out
 
     def part(self, task: int, part: Part) -> Labelled:
         """Images `[n, 3, 32, 32]` of one part of `task`, and labels `[n]` in 0..9."""
@@ -84,7 +84,7 @@ class SplitCIFAR100:
         index = (labels // 10 == task).nonzero().flatten()
         if part != "test":
             drawn = index[torch.from_numpy(shuffle(np.arange(len(index)), random_state=self.seed))]
-            cut = len(index) // 20
+            cut = round(self.held_out * len(index))
             index = drawn[:cut] if part == "validation" else drawn[cut:]
         mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.deviation))
         return pixels[index].float().sub_(mean).div_(deviation), labels[index] % 10

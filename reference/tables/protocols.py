@@ -20,7 +20,8 @@ class Protocol:
 
     Attributes:
         name: of the table on the command line.
-        read: all images from a folder; `benchmark`: the tasks made of them for one seed; `network`: a fresh one.
+        read: all images from a folder; `benchmark`: the tasks made of them for one seed and `held_out`;
+            `network`: a fresh one.
         tasks, epochs, batch, test_batch: how many.
         rate: learning rate of SGD without momentum and decay.
         patience: None for a constant rate; else the rate is halved after so many epochs without a better validation
@@ -29,13 +30,14 @@ class Protocol:
         cosine: the rate falls along half a cosine over the steps of a task, to zero.
         augment: train on random crops (4 pixels of padding) and mirror images.
         precision: of forward and backward passes in training; bfloat16 is autocast.
+        held_out: share of each task's training images that is its validation part; None: as published.
         samples: random training images whose inputs are protected after each task.
         thresholds: share of energy to keep by layer; `growth` is added for each task before.
     """
 
     name: str
     read: Callable[[Path], Mapping[str, Labelled]]
-    benchmark: Callable[[Mapping[str, Labelled], int], Benchmark]
+    benchmark: Callable[[Mapping[str, Labelled], int, float | None], Benchmark]
     network: Callable[[], nn.Module]
     tasks: int
     epochs: int
@@ -51,6 +53,7 @@ class Protocol:
     cosine: bool = False
     augment: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
+    held_out: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("tasks", "epochs", "batch", "test_batch", "samples"):
@@ -58,10 +61,12 @@ class Protocol:
                 raise ExperimentError(f"{name}={getattr(self, name)} must be at least 1")
         if self.tasks > 10:
             raise ExperimentError(f"tasks={self.tasks}: {self.name} has ten tasks")
+        if self.held_out is not None and not 0.01 <= self.held_out <= 0.9:
+            raise ExperimentError(f"held_out={self.held_out} is a share of the training images, from 0.01 to 0.9")
 
     def settings(self) -> dict[str, Any]:
-        """What a results file records of it; of the last four only what is not the default."""
-        defaults = {"milestones": (), "cosine": False, "augment": False, "precision": "float32"}
+        """What a results file records of it; of the last five only what is not the default."""
+        defaults = {"milestones": (), "cosine": False, "augment": False, "precision": "float32", "held_out": None}
         left_out = {"read", "benchmark", "network", *(k for k, v in defaults.items() if getattr(self, k) == v)}
         return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(self).items() if k not in left_out}
 

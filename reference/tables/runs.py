@@ -53,7 +53,7 @@ class Run:
         part: Literal["test", "validation"] = "test",
     ) -> None:
         self.protocol, self.method, self.seed, self.part = protocol, method, seed, part
-        self.tasks = protocol.benchmark(images, seed)
+        self.tasks = protocol.benchmark(images, seed, protocol.held_out)
         self.path = folder / f"{method.name}-seed{seed}.json"
         torch.manual_seed(seed)
         self.model = protocol.network()

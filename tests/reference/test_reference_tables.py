@@ -70,6 +70,8 @@ def test_mnist_is_read_in_full_and_permuted_as_in_the_papers_loader(data_root: P
         image = (images["train"][0][6_000].float() / 255 - 0.1307) / 0.3081
         expected = shuffle(image.numpy(), random_state=int(seeds[task]) * 100 + task)
         assert np.allclose(pixels[0].numpy(), expected, atol=1e-6) and labels[0] == images["train"][1][6_000]
+    more = PermutedMNIST(images, seed=2, held_out=0.25)
+    assert [len(more.part(7, part)[1]) for part in ("train", "validation", "test")] == [45_000, 15_000, 10_000]  # type: ignore[arg-type]
 
 
 def test_cifar100_is_split_into_ten_tasks_of_ten_classes(data_root: Path) -> None:
@@ -78,6 +80,10 @@ def test_cifar100_is_split_into_ten_tasks_of_ten_classes(data_root: Path) -> Non
     train, validation, whole = (tasks.part(3, part) for part in ("train", "validation", "test"))  # type: ignore[arg-type]
     assert [len(part[1]) for part in (train, validation, whole)] == [950, 50, 1_000]
     assert sorted(set(whole[1].tolist())) == list(range(10))
+    more = SplitCIFAR100({"train": test, "test": test}, seed=1, held_out=0.2)
+    split = [more.part(3, part)[0] for part in ("validation", "train", "test")]  # type: ignore[arg-type]
+    assert [len(images) for images in split] == [200, 800, 1_000] and torch.equal(split[0][:50], validation[0])
+    assert torch.equal(torch.cat(split[:2])[50:], train[0])
     both = torch.cat([train[0], validation[0]])
     assert both.mean().abs() < 0.3 and 0.8 < both.std() < 1.2
     assert torch.allclose(both.double().mean(), whole[0].double().mean())
@@ -531,7 +537,9 @@ def test_a_run_of_other_settings_is_not_taken_up(digits: Images, tmp_path: Path)
 def test_validation_runs_say_so_and_leave_the_test_images_alone(digits: Images, tmp_path: Path) -> None:
     del digits["test"]
     results = Run(small(digits), METHODS["sgd"], 1, digits, tmp_path, part="validation").finish()
-    assert results["evaluated_on"] == "validation"
+    assert results["evaluated_on"] == "validation" and "held_out" not in results["settings"]
+    more = Run(small(digits, held_out=0.5), METHODS["sgd"], 1, digits, tmp_path / "half", part="validation").finish()
+    assert more["settings"]["held_out"] == 0.5 and more["losses"] != results["losses"] and not comparable(more)
 
 
 def test_alexnet_runs_with_heads_dropout_and_patience(tmp_path: Path) -> None:
@@ -576,6 +584,7 @@ def test_the_command_runs_what_is_missing_and_prints_the_table(
         (["--methods", "sgd-tuned", "--epochs", "0"], "epochs=0 must be at least 1"),
         (["--epochs", "0"], "epochs=0 must be at least 1"),
         (["--tasks", "11"], "ten tasks"),
+        (["--held-out", "1"], "held_out=1.0 is a share of the training images, from 0.01 to 0.9"),
         (["--rate", "-1"], "rate=-1.0 of gpm must be positive"),
         (["--data-root", "nowhere"], "nowhere holds neither mnist"),
         (["--report"], "holds no finished run of pmnist"),
