@@ -14,7 +14,7 @@ product with `W` and one with the scaled rows `x S (Q - I)^T S^T` beside it (`Be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -151,13 +151,24 @@ class ForwardScaling:
     >>> opt.add_param_group({"params": new, "weight_decay": 0.0})                # doctest: +SKIP
     >>> ...                                                                      # train, consolidate
     >>> with scaling.task("task 1"): accuracy = evaluate(model)                  # doctest: +SKIP
+
+    To go on from a checkpoint, give its weights to a new one before the model loads them:
+
+    >>> opt.load_state_dict(checkpoint["optimizer"])                             # doctest: +SKIP
+    >>> scaling = ForwardScaling(opt, saved=checkpoint["model"])                 # doctest: +SKIP
+    >>> model.load_state_dict(checkpoint["model"])                               # doctest: +SKIP
     """
 
-    def __init__(self, optimizer: NullSpaceOptimizer) -> None:
-        """Attach to every protected matrix of the model; `detach` gives plain weights back."""
-        self.model = optimizer.model
+    def __init__(self, optimizer: NullSpaceOptimizer, saved: Iterable[str] | None = None) -> None:
+        """Attach to every protected matrix of the model; `detach` gives plain weights back.
+
+        With `saved`, the keys of a model's `state_dict`, attach to the weights that are parametrized there instead:
+        matrices that were protected later, such as new heads, are not among them.
+        """
+        self.model, self._optimizer = optimizer.model, optimizer
         self._scaled: dict[str, Scaled] = {}
-        self._attach({name: basis.layout for name, basis in optimizer.bases.items() if "right" in basis.subspaces})
+        protected = [name for name, basis in optimizer.bases.items() if "right" in basis.subspaces]
+        self._attach(protected if saved is None else _parametrized(saved))
 
     def begin(
         self, task: str, directions: Directions, start: Callable[[Tensor], object] | None = None
@@ -172,7 +183,7 @@ class ForwardScaling:
         if any(True for scaled in self._scaled.values() for _ in scaled.pairs(task)):
             raise OptionError(f"begin('{task}'): this task has its scaling already; give the new one another name")
         parameters = named_parameters(self.model)
-        self._attach({name: Layout() for name in directions if name not in self._scaled})
+        self._attach(name for name in directions if name not in self._scaled)
         for scaled in self._scaled.values():
             scaled.requires_grad_(False)
         mixing = []
@@ -212,9 +223,10 @@ class ForwardScaling:
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
         self._scaled.clear()
 
-    def _attach(self, layouts: Mapping[str, Layout]) -> None:
-        for name, layout in layouts.items():
+    def _attach(self, names: Iterable[str]) -> None:
+        for name in names:
             module, leaf = self._owner(name)
+            layout = self._optimizer.bases[name].layout if name in self._optimizer.bases else Layout()
             present = parametrize.is_parametrized(module, leaf)
             found = [p for p in module.parametrizations[leaf] if isinstance(p, Scaled)] if present else []  # type: ignore
             self._scaled[name] = found[0] if found else Scaled(layout)
@@ -300,6 +312,14 @@ def _floored(odds: Tensor, floor: float) -> Tensor:
     values, vectors = eigh(odds)
     values = torch.where(values / (1 + values) < floor, 0.0, values)
     return (vectors * values.unsqueeze(-2)) @ vectors.mT
+
+
+def _parametrized(keys: Iterable[str]) -> Iterator[str]:
+    """Yield the names of the parametrized parameters among the keys of a `state_dict`."""
+    for key in keys:
+        path, found, rest = key.rpartition("parametrizations.")
+        if found and rest.endswith(".original"):
+            yield path + rest.removesuffix(".original")
 
 
 def _key(task: str) -> str:

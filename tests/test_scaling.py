@@ -302,6 +302,55 @@ def test_checkpoints_carry_the_mixing_of_every_task() -> None:
         assert torch.allclose(fresh(task(3)), expected, atol=1e-6)
 
 
+def test_weights_protected_later_are_scaled_by_their_groups_and_taken_up_from_a_checkpoint() -> None:
+    model, fresh = Net(), Net()
+    optimizer, other = (
+        NullSpaceOptimizer(AdamW(m.parameters()), m, policy=TRGP(0.99), uncovered="train") for m in (model, fresh)
+    )
+    optimizer.consolidate([task(0)], name="a", forward=model.conv, progress=False)
+    scaling = ForwardScaling(optimizer)  # of the convolution alone
+    optimizer.consolidate([task(1)], name="b", progress=False)
+    first_gradient(optimizer, model, task(0))
+    directions = trust_regions(optimizer, 0.0)
+    mixing = scaling.begin("c", {name: directions[name] for name in ("conv.weight", "grouped.weight")})
+    for mix in mixing:
+        nn.init.normal_(mix)
+    assert mixing[-1].shape[0] == 2
+    weight = model.grouped.parametrizations.weight.original.detach()
+    matrix, effective = (optimizer.bases["grouped.weight"].layout.to_matrix(w) for w in (weight, model.grouped.weight))
+    for group in range(2):
+        expected = matrix[group].clone()
+        for span, mix in model.grouped.parametrizations.weight[0].pairs("c"):
+            s, q = span[group], mix[group].detach()
+            expected += matrix[group] @ s @ (q - torch.eye(len(q))) @ s.T
+        assert torch.allclose(effective[group], expected, atol=1e-4)
+    state, outputs = copy.deepcopy(model.state_dict()), model(task(3)).detach()
+    other.load_state_dict(optimizer.state_dict())
+    again = ForwardScaling(other)
+    with pytest.raises(RuntimeError, match=r"head\.weight"):  # protected by now, and never scaled
+        fresh.load_state_dict(state)
+    again.detach()
+    again = ForwardScaling(other, saved=state)
+    fresh.load_state_dict(state)
+    with again.task("c"):
+        assert torch.allclose(fresh(task(3)), outputs, atol=1e-6)
+    with again.task("a"):
+        assert not torch.allclose(fresh(task(3)), outputs, atol=1e-3)
+
+
+def test_a_model_that_is_one_matrix_is_taken_up() -> None:
+    model, fresh = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False)
+    optimizer, other = (NullSpaceOptimizer(SGD(m.parameters(), lr=0.1), m, policy=TRGP()) for m in (model, fresh))
+    optimizer.consolidate([torch.randn(20, 2) @ torch.randn(2, 6)], name="a", progress=False)
+    scaling = ForwardScaling(optimizer)
+    span = optimizer.bases["weight"].subspaces["right"].basis
+    nn.init.normal_(scaling.begin("b", {"weight": {"a": span}})[0])
+    other.load_state_dict(optimizer.state_dict())
+    ForwardScaling(other, saved=model.state_dict()).use("b")
+    fresh.load_state_dict(model.state_dict())
+    assert torch.allclose(fresh(torch.ones(3, 6)), model(torch.ones(3, 6)), atol=1e-6)
+
+
 def test_what_is_wrong_is_named() -> None:
     model, optimizer = protected(Energy())
     first_gradient(optimizer, model, task(0))

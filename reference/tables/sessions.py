@@ -140,7 +140,7 @@ class Scaling(Session):
     def restore(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
         """Make room for the mixing matrices of a saved model that has them."""
         if any(".parametrizations." in name for name in weights):
-            self.scaling = ForwardScaling(self.optimizer)
+            self.scaling = ForwardScaling(self.optimizer, saved=weights)
 
 
 class TrustRegions(Scaling):

@@ -512,6 +512,20 @@ def test_a_run_goes_on_after_each_task_to_the_same_numbers(
     assert [path.name for path in (tmp_path / "parts").iterdir()] == [f"{method}-seed1.json"]
 
 
+@pytest.mark.parametrize("method", ["trgp", "trgp-released"])
+def test_a_run_with_a_head_for_each_task_goes_on_to_the_same_numbers(
+    method: str, colours: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol, row = nscl_protocol(colours, thresholds={"": 0.9}, augment=False, milestones=()), METHODS[method]
+    whole = Run(protocol, row, 1, colours, tmp_path / "whole").finish()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "train", lambda *a: train(*a) if a[5] < 2 else _killed(*a))
+        Run(protocol, row, 1, colours, tmp_path / "parts").finish()
+    resumed = Run(protocol, row, 1, colours, tmp_path / "parts").finish()
+    for key in ("accuracy", "losses", "ranks"):
+        assert resumed[key] == whole[key], key
+
+
 def test_trgps_released_index_leaves_the_strongest_new_direction_free(digits: Images, tmp_path: Path) -> None:
     found = {}
     for name in ("trgp", "trgp-released"):
