@@ -164,11 +164,20 @@ class ForwardScaling:
 
         With `saved`, the keys of a model's `state_dict`, attach to the weights that are parametrized there instead:
         matrices that were protected later, such as new heads, are not among them.
+
+        Raises:
+            OptionError: `saved` has parametrized weights, and the optimizer protects nothing: its state is not loaded.
         """
         self.model, self._optimizer = optimizer.model, optimizer
         self._scaled: dict[str, Scaled] = {}
         protected = [name for name, basis in optimizer.bases.items() if "right" in basis.subspaces]
-        self._attach(protected if saved is None else _parametrized(saved))
+        names = protected if saved is None else list(_parametrized(saved))
+        if names and not optimizer.bases:
+            raise OptionError(
+                f"saved: '{names[0]}' is scaled there, but the optimizer protects nothing yet; load its state first "
+                "(load_state_dict or load): the bases say how a weight is read as a matrix"
+            )
+        self._attach(names)
 
     def begin(
         self, task: str, directions: Directions, start: Callable[[Tensor], object] | None = None

@@ -325,6 +325,8 @@ def test_weights_protected_later_are_scaled_by_their_groups_and_taken_up_from_a_
             expected += matrix[group] @ s @ (q - torch.eye(len(q))) @ s.T
         assert torch.allclose(effective[group], expected, atol=1e-4)
     state, outputs = copy.deepcopy(model.state_dict()), model(task(3)).detach()
+    with pytest.raises(OptionError, match=r"saved: 'conv.weight' is scaled there.* load its state first"):
+        ForwardScaling(other, saved=state)
     other.load_state_dict(optimizer.state_dict())
     again = ForwardScaling(other)
     with pytest.raises(RuntimeError, match=r"head\.weight"):  # protected by now, and never scaled
