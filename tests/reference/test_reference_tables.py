@@ -5,9 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -344,13 +345,7 @@ def test_adam_nscl_goes_on_to_the_same_numbers(
     colours: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protocol, row = nscl_protocol(colours), METHODS["adam-nscl"]
-    whole = Run(protocol, row, 1, colours, tmp_path / "whole").finish()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "train", lambda *a: train(*a) if a[5] < 2 else _killed(*a))
-        Run(protocol, row, 1, colours, tmp_path / "parts").finish()
-    resumed = Run(protocol, row, 1, colours, tmp_path / "parts").finish()
-    for key in ("accuracy", "losses", "ranks"):
-        assert resumed[key] == whole[key], key
+    whole = killed_and_taken_up(protocol, "adam-nscl", colours, tmp_path, monkeypatch, stops=(2,))
     half = Run(replace(protocol, precision="bfloat16"), row, 1, colours, tmp_path / "half").finish()
     assert half["settings"]["precision"] == "bfloat16" and half["losses"] != whole["losses"]
     assert half["losses"][0][0] == pytest.approx(whole["losses"][0][0], abs=0.05)
@@ -491,19 +486,26 @@ def _killed(model: nn.Module, optimizer: torch.optim.Optimizer, *_: object) -> l
     raise KeyboardInterrupt
 
 
+def killed_and_taken_up(
+    protocol: Protocol, method: str, images: Images, folder: Path, monkeypatch: pytest.MonkeyPatch, stops: Sequence[int]
+) -> dict[str, Any]:
+    """The results of a run that is never killed, equal to those of one killed in the training of each of `stops`."""
+    whole = Run(protocol, METHODS[method], 1, images, folder / "whole").finish()
+    for stop in stops:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(runs, "train", lambda *a, stop=stop: train(*a) if a[5] < stop else _killed(*a))
+            Run(protocol, METHODS[method], 1, images, folder / "parts").finish()
+    resumed = Run(protocol, METHODS[method], 1, images, folder / "parts").finish()
+    for key in ("accuracy", "losses", "ranks", "ACC", "BWT"):
+        assert resumed[key] == whole[key], key
+    return whole
+
+
 @pytest.mark.parametrize("method", ["sgd", "gpm", "trgp", "trgp-released", "sgp", "code-cl", "adamw-both"])
 def test_a_run_goes_on_after_each_task_to_the_same_numbers(
     method: str, digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    protocol, row = small(digits), METHODS[method]
-    whole = Run(protocol, row, 1, digits, tmp_path / "whole").finish()
-    for stop in (1, 2):  # killed in the training of the second task, taken up, killed in that of the third
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(runs, "train", lambda *a, stop=stop: train(*a) if a[5] < stop else _killed(*a))
-            Run(protocol, row, 1, digits, tmp_path / "parts").finish()
-    resumed = Run(protocol, row, 1, digits, tmp_path / "parts").finish()
-    for key in ("accuracy", "losses", "ranks", "ACC", "BWT"):
-        assert resumed[key] == whole[key], key
+    whole = killed_and_taken_up(small(digits), method, digits, tmp_path, monkeypatch, stops=(1, 2))
     assert [len(r) for r in whole["accuracy"]] == [1, 2, 3]
     assert whole["ACC"] == pytest.approx(np.mean(whole["accuracy"][-1]), abs=1e-3)
     assert whole["BWT"] == pytest.approx(
@@ -516,14 +518,8 @@ def test_a_run_goes_on_after_each_task_to_the_same_numbers(
 def test_a_run_with_a_head_for_each_task_goes_on_to_the_same_numbers(
     method: str, colours: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    protocol, row = nscl_protocol(colours, thresholds={"": 0.9}, augment=False, milestones=()), METHODS[method]
-    whole = Run(protocol, row, 1, colours, tmp_path / "whole").finish()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "train", lambda *a: train(*a) if a[5] < 2 else _killed(*a))
-        Run(protocol, row, 1, colours, tmp_path / "parts").finish()
-    resumed = Run(protocol, row, 1, colours, tmp_path / "parts").finish()
-    for key in ("accuracy", "losses", "ranks"):
-        assert resumed[key] == whole[key], key
+    protocol = nscl_protocol(colours, thresholds={"": 0.9}, augment=False, milestones=())
+    killed_and_taken_up(protocol, method, colours, tmp_path, monkeypatch, stops=(2,))
 
 
 def test_trgps_released_index_leaves_the_strongest_new_direction_free(digits: Images, tmp_path: Path) -> None:
