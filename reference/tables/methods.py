@@ -262,8 +262,14 @@ METHODS = {
             rates=nscl_rates,
         ),
         Method("sgd-tuned", "SGD, ours, tuned", policy=chosen, project="update", changes=TUNED_SGD),
-        Method("adamw-tuned", "AdamW, ours, tuned", "adamw", None, chosen, "update", changes=TUNED_ADAMW),
-        Method("adamw-tuned-gradient", "the same, gradient projected", "adamw", None, chosen, changes=TUNED_ADAMW),
+        Method("adamw-tuned", "AdamW, ours, tuned", base="adamw", policy=chosen, project="update", changes=TUNED_ADAMW),
+        Method(
+            "adamw-tuned-gradient",
+            "the same, gradient projected before it",
+            base="adamw",
+            policy=chosen,
+            changes=TUNED_ADAMW,
+        ),
         Method("adamw-both", "AdamW, ours, gradient as well", base="adamw", rate=3e-4, policy=gpm, project="both"),
     )
 }
