@@ -410,10 +410,11 @@ def test_patience_halves_the_rate_ends_and_restores_the_best_weights() -> None:
     assert model.weight.item() == 9.0  # as they were when the loss was 0.9
 
 
-def gpm_as_released(matrices: list[np.ndarray], threshold: float) -> np.ndarray:
+def gpm_as_released(matrices: list[np.ndarray], threshold: float, growth: float = 0.0) -> np.ndarray:
     """GPM's memory of one layer after tasks whose samples are `[d, n]`, by singular values as in its formulas."""
     memory = None
-    for samples in matrices:
+    for task, samples in enumerate(matrices):
+        threshold += growth * (task > 0)
         energy = np.square(np.linalg.svd(samples, compute_uv=False)).sum()
         residual = samples if memory is None else samples - memory @ memory.T @ samples
         left, values, _ = np.linalg.svd(residual, full_matrices=False)
@@ -451,6 +452,42 @@ def test_gpm_protects_what_its_formulas_protect(data_root: Path) -> None:
         basis = optimizer.bases[f"{name}.weight"].U.double().numpy()
         assert basis.shape == memory.shape
         assert np.abs(basis @ basis.T - memory @ memory.T).max() < 2e-3, name
+
+
+def test_gpm_protects_what_its_formulas_protect_in_convolutions(data_root: Path) -> None:
+    protocol = PROTOCOLS["cifar100"]
+    images = _read_webp(data_root / "cifar100" / "test.npz", 10_000)
+    tasks = SplitCIFAR100({"train": images, "test": images}, seed=2)
+    torch.manual_seed(0)
+    model = SplitAlexNet().eval()
+    model.layers.requires_grad_(False)
+    optimizer = METHODS["gpm"].optimizer(model, protocol)
+    assert isinstance(optimizer, NullSpaceOptimizer)
+    layers = [block[0] for block in model.convolutions]  # type: ignore[index]
+    inputs: list[list[np.ndarray]] = [[] for _ in layers]
+
+    def patches(layer: nn.Conv2d, rows: list[np.ndarray], seen: Tensor) -> None:
+        windows = np.lib.stride_tricks.sliding_window_view(seen.double().numpy(), layer.kernel_size, axis=(2, 3))
+        rows.append(windows.transpose(1, 4, 5, 0, 2, 3).reshape(layer.weight[0].numel(), -1))
+
+    for task in range(2):
+        samples = tasks.part(task, "train")[0][:10]
+        hooks = [
+            layer.register_forward_pre_hook(lambda module, args, rows=rows: patches(module, rows, args[0]))
+            for layer, rows in zip(layers, inputs)
+        ]
+        with torch.no_grad():
+            model(samples, task)
+        for hook in hooks:
+            hook.remove()
+        optimizer.consolidate([samples], forward=lambda x, task=task: model(x, task), progress=False)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for layer, rows in zip(layers, inputs):
+        memory = gpm_as_released(rows, protocol.thresholds[""], protocol.growth)
+        name = names[layer.weight]  # type: ignore[index]
+        basis = optimizer.bases[name].U.double().numpy()
+        assert basis.shape == memory.shape, name
+        assert np.abs(basis @ basis.T - memory @ memory.T).max() < 5e-3, name
 
 
 def test_gpm_under_sgd_projects_each_gradient_of_the_network(digits: Images) -> None:
