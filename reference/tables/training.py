@@ -52,15 +52,18 @@ def train(
         losses.append(train_epoch(model, optimizer, data, order, protocol, task, penalty, falling))
         if not math.isfinite(losses[-1]):
             raise ExperimentError(f"task {task + 1}, epoch {epoch + 1}: the training loss is not finite; lower --rate")
-        if protocol.patience and plan.exhausted(model, loss_on(model, validation, protocol.test_batch, task)):
-            break
+        if protocol.patience:
+            seen = order_of(seed, task, epoch, len(validation[1]), 1) if protocol.shuffled else slice(None)
+            shown = validation[0][seen], validation[1][seen]
+            if plan.exhausted(model, loss_on(model, shown, protocol.test_batch, task)):
+                break
     plan.restore(model)
     return losses
 
 
-def order_of(seed: int, task: int, epoch: int, count: int) -> Tensor:
-    """The order of `count` images in one epoch, `[count]`."""
-    return torch.from_numpy(np.random.RandomState([seed, task, epoch]).permutation(count))
+def order_of(seed: int, task: int, epoch: int, count: int, *stream: int) -> Tensor:
+    """The order of `count` images in one epoch, `[count]`; that of validation images has a stream of its own, 1."""
+    return torch.from_numpy(np.random.RandomState([seed, task, epoch, *stream]).permutation(count))
 
 
 def train_epoch(
