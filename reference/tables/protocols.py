@@ -25,9 +25,9 @@ class Protocol:
         tasks, epochs, batch, test_batch: how many.
         rate: learning rate of SGD without momentum and decay.
         patience: None for a constant rate; else the rate is halved after so many epochs without a better validation
-            loss, training ends at `epochs` or below `least_rate`, and the best epoch's weights are restored.
-        shuffled: the validation images come in a new order in each epoch, as in GPM's script. Their loss depends on it
-            where batch normalisation takes the statistics of the batch.
+            loss, training ends at `epochs` or below `least_rate`, and the best epoch's weights are restored. The
+            validation images come in a new order in each epoch, as in GPM's script: their loss depends on it where
+            batch normalisation takes the statistics of the batch.
         milestones: shares of `epochs` after which the rate is halved.
         cosine: the rate falls along half a cosine over the steps of a task, to zero.
         augment: train on random crops (4 pixels of padding) and mirror images.
@@ -51,7 +51,6 @@ class Protocol:
     growth: float = 0.0
     patience: int | None = None
     least_rate: float = 0.0
-    shuffled: bool = False
     milestones: tuple[float, ...] = ()
     cosine: bool = False
     augment: bool = False
@@ -68,19 +67,14 @@ class Protocol:
             raise ExperimentError(f"held_out={self.held_out} is a share of the training images, from 0.01 to 0.9")
 
     def settings(self) -> dict[str, Any]:
-        """What a results file records of it; of the last six only what is not the default and has an effect."""
-        defaults = {
-            "shuffled": False,
-            "milestones": (),
-            "cosine": False,
-            "augment": False,
-            "precision": "float32",
-            "held_out": None,
-        }
+        """What a results file records of it; of the last five only what is not the default.
+
+        `shuffled` tells runs with a patience from earlier ones, whose validation images kept the order of the file.
+        """
+        defaults = {"milestones": (), "cosine": False, "augment": False, "precision": "float32", "held_out": None}
         left_out = {"read", "benchmark", "network", *(k for k, v in defaults.items() if getattr(self, k) == v)}
-        if self.patience is None:
-            left_out.add("shuffled")
-        return {k: dict(v) if isinstance(v, dict) else v for k, v in vars(self).items() if k not in left_out}
+        found = {k: dict(v) if isinstance(v, dict) else v for k, v in vars(self).items() if k not in left_out}
+        return found if self.patience is None else {**found, "shuffled": True}
 
     @property
     def halvings(self) -> set[int]:
@@ -119,7 +113,6 @@ PROTOCOLS = {
             growth=0.003,
             patience=6,
             least_rate=1e-5,
-            shuffled=True,
         ),
         Protocol(
             "cifar100-resnet",

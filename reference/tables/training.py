@@ -53,7 +53,7 @@ def train(
         if not math.isfinite(losses[-1]):
             raise ExperimentError(f"task {task + 1}, epoch {epoch + 1}: the training loss is not finite; lower --rate")
         if protocol.patience:
-            seen = order_of(seed, task, epoch, len(validation[1]), 1) if protocol.shuffled else slice(None)
+            seen = order_of(seed, task, epoch, len(validation[1]), 1)
             shown = validation[0][seen], validation[1][seen]
             if plan.exhausted(model, loss_on(model, shown, protocol.test_batch, task)):
                 break
