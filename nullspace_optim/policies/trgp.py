@@ -25,7 +25,8 @@ class TRGP(Energy):
     which the new task has little energy do not count.
 
     The released code selects new directions by an index `> r` where `>= r` is meant, so the strongest new direction
-    never enters the memory; here it does. It also overwrites the activations it measures while it measures them, and
+    never enters the memory; here it does. It captures inputs without the task's scaling, though the task is used with
+    it; here they are captured as used. It also overwrites the activations it measures while it measures them, and
     leaves batch normalisation trainable on CIFAR-100 after the first task; here statistics are taken from whole rows,
     and norm weights follow `uncovered=`. `paper_code` is refused: it belongs to GPM's count.
     """

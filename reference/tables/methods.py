@@ -161,7 +161,7 @@ def trust(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) -
 
 
 def trust_as_released(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) -> Session:
-    """The same with the index of TRGP's code."""
+    """The same as TRGP's code runs it."""
     return ReleasedTrustRegions(optimizer, model, 0.2 if protocol.name == "pmnist" else 0.5)
 
 
@@ -240,7 +240,7 @@ METHODS = {
         Method("trgp", "TRGP, task given at test", policy=trgp, session=trust),
         Method(
             "trgp-released",
-            "TRGP with the index of its code, task given at test",
+            "TRGP as released, task given at test",
             policy=trgp,
             session=trust_as_released,
         ),

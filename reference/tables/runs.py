@@ -102,14 +102,15 @@ class Run:
         data, validation = self.tasks.part(task, "train"), self.tasks.part(task, "validation")
         self.optimizer.state.clear()
         self.method.set_rates(self.optimizer, self.protocol, task)
-        samples = data[0][np.random.RandomState([self.seed, task]).permutation(len(data[1]))[: self.protocol.samples]]
+        drawn = np.random.RandomState([self.seed, task]).permutation(len(data[1]))[: self.protocol.samples]
+        samples = data[0][drawn], data[1][drawn]
         first = order_of(self.seed, task, 0, len(data[1]))[: self.protocol.batch]
         self.session.begin(task, (data[0][first], data[1][first]), samples)
         losses = train(
             self.model, self.optimizer, data, validation, self.protocol, task, self.seed, self.session.penalty
         )
         self.session.end()
-        self._protect(task, samples)
+        self._protect(task, samples[0])
         row = [self._score(i) for i in range(task + 1)]
         self.state["accuracy"].append([round(value, 4) for value in row])
         self.state["losses"].append([round(loss, 5) for loss in losses])

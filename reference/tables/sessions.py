@@ -22,8 +22,8 @@ from reference.tables.data import Labelled
 class Session:
     """Nothing besides training."""
 
-    def begin(self, task: int, first: Labelled, samples: Tensor) -> None:
-        """Prepare for `task`; `first` is its first batch, `samples` the draw that will be protected."""
+    def begin(self, task: int, first: Labelled, samples: Labelled) -> None:
+        """Prepare for `task`; `first` is its first batch, `samples` the draw whose inputs will be protected."""
 
     def end(self) -> None:
         """Stop what trains for this task alone."""
@@ -66,9 +66,9 @@ class KeptNorms(Session):
         }
         self.terms: list[dict[str, tuple[Tensor, Tensor]]] = []
 
-    def begin(self, task: int, first: Labelled, samples: Tensor) -> None:
+    def begin(self, task: int, first: Labelled, samples: Labelled) -> None:
         """Remember the images whose importance is taken after training."""
-        self.task, self.samples = task, samples
+        self.task, self.samples = task, samples[0]
 
     def penalty(self) -> Tensor | float:
         """The penalty of all finished tasks."""
@@ -115,11 +115,11 @@ class Scaling(Session):
         self.optimizer, self.model = optimizer, model
         self.scaling: ForwardScaling | None = None
 
-    def directions(self, task: int, first: Labelled, samples: Tensor) -> Mapping[str, Mapping[str, Tensor]]:
+    def directions(self, task: int, first: Labelled, samples: Labelled) -> Mapping[str, Mapping[str, Tensor]]:
         """Which directions `task` may re-weight, by weight and origin."""
         raise NotImplementedError
 
-    def begin(self, task: int, first: Labelled, samples: Tensor) -> None:
+    def begin(self, task: int, first: Labelled, samples: Labelled) -> None:
         """Find related tasks and give the mixing matrices to the optimizer, at the rate of the weights."""
         if task == 0:
             return
@@ -150,52 +150,98 @@ class TrustRegions(Scaling):
         super().__init__(optimizer, model)
         self.threshold = threshold
 
-    def directions(self, task: int, first: Labelled, samples: Tensor) -> Mapping[str, Mapping[str, Tensor]]:
+    def directions(self, task: int, first: Labelled, samples: Labelled) -> Mapping[str, Mapping[str, Tensor]]:
         """Related tasks by the gradient of the first batch."""
-        images, labels = first
-        self.model.train()
-        self.optimizer.zero_grad()
-        functional.cross_entropy(self.model(images, task), labels).backward()
+        self.gradients(task, first)
         found = trust_regions(self.optimizer, self.threshold)
         self.optimizer.zero_grad()
         return found
 
+    def gradients(self, task: int, data: Labelled) -> None:
+        """Leave the gradients of the mean loss on `data` in the model."""
+        images, labels = data
+        self.model.train()
+        self.optimizer.zero_grad()
+        functional.cross_entropy(self.model(images, task), labels).backward()
+
 
 class ReleasedTrustRegions(TrustRegions):
-    """TRGP as released: from the second task on the strongest new direction of each weight stays out of the memory.
+    """TRGP as its code for permuted MNIST runs it.
 
-    Its code selects new directions by an index `> r` of those that follow the `r` stored ones.
+    The memory misses what an index `> r` of those after the `r` stored ones leaves out: the strongest new direction of
+    each weight, which belongs to the task's subspace all the same. Of the first task it misses the weakest, as GPM's.
+    Inputs are captured without the task's scaling, although the task is scored with it. Related tasks are found by the
+    gradient of as many images as are protected.
     """
 
+    most = 2
+
+    def __init__(self, optimizer: NullSpaceOptimizer, model: nn.Module, threshold: float) -> None:
+        super().__init__(optimizer, model, threshold)
+        self.spans: dict[str, dict[str, Tensor]] = {}
+
+    def directions(self, task: int, first: Labelled, samples: Labelled) -> Mapping[str, Mapping[str, Tensor]]:
+        """Related tasks by the gradient of `samples`, along whole subspaces, of the memory or not."""
+        self.gradients(task, samples)
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            plain = name.replace("parametrizations.", "").removesuffix(".original")
+            if plain not in self.spans or parameter.grad is None:
+                continue
+            gradient, spans = self.optimizer.bases[plain].layout.to_matrix(parameter.grad), self.spans[plain]
+            share = {old: float((gradient @ span).norm() / gradient.norm()) for old, span in spans.items()}
+            related = sorted((old for old in spans if share[old] > self.threshold), key=lambda old: -share[old])
+            if related:
+                found[plain] = {old: spans[old] for old in related[: self.most]}
+        self.optimizer.zero_grad()
+        return found
+
     def end(self) -> None:
-        """Count the stored directions as well."""
+        """Count the stored directions as well, and take the scaling off before inputs are captured."""
         super().end()
         self.stored = {name: basis.rank for name, basis in self.optimizer.bases.items()}
+        if self.scaling is not None:
+            self.scaling.use(None)
 
     def protected(self) -> None:
-        """Take the strongest new direction of each weight out again."""
+        """Note the task's subspaces; take one direction of each weight out of the memory."""
         for name, basis in self.optimizer.bases.items():
             space, first = basis.subspaces.get("right"), self.stored.get(name, 0)
-            if space is None or space.members is None or not 0 < first < space.rank:
+            if space is None or space.members is None or first == space.rank:
                 continue
-            left = [column for column in range(space.rank) if column != first]
+            missing = first or space.rank - 1
+            kept = [column for column in range(space.rank) if column != missing]
+            own = space.members[-1].any(0).tolist()
+            taken = [column for column in range(space.rank) if own[column] and (first or column != missing)]
+            self.spans.setdefault(name, {})[basis.tasks[-1]] = space.basis[:, :, taken]
             basis.subspaces["right"] = replace(
                 space,
-                basis=space.basis[:, :, left],
-                anchor=space.anchor[:, :, left],
-                members=space.members[:, :, left],
-                ranks=(len(left),),
+                basis=space.basis[:, :, kept],
+                anchor=space.anchor[:, :, kept],
+                members=space.members[:, :, kept],
+                ranks=(len(kept),),
             )
         self.optimizer.load_state_dict(self.optimizer.state_dict())
+
+    def state(self) -> dict[str, Tensor]:
+        """The subspaces of the tasks."""
+        return {f"{name}:{task}": span for name, spans in self.spans.items() for task, span in spans.items()}
+
+    def restore(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+        """Take up the subspaces as well."""
+        super().restore(weights, saved)
+        for key, span in saved.items():
+            name, _, task = key.partition(":")
+            self.spans.setdefault(name, {})[task] = span
 
 
 class SharedConceptors(Scaling):
     """CODE-CL: the leading 80 directions of what the conceptors of old and new tasks have in common."""
 
-    def directions(self, task: int, first: Labelled, samples: Tensor) -> Mapping[str, Mapping[str, Tensor]]:
+    def directions(self, task: int, first: Labelled, samples: Labelled) -> Mapping[str, Mapping[str, Tensor]]:
         """Shared directions by the inputs of the new task, before it is trained."""
         self.model.eval()
-        moments = self.optimizer.measure([samples], forward=lambda x: self.model(x, task), progress=False)
+        moments = self.optimizer.measure([samples[0]], forward=lambda x: self.model(x, task), progress=False)
         with torch.no_grad():
             return shared_directions(self.optimizer, moments)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from sklearn.utils import shuffle
@@ -35,7 +36,7 @@ from reference.tables.protocols import PROTOCOLS, Protocol
 from reference.tables.published import Published, verdict
 from reference.tables.report import as_published, comparable, read_runs, report
 from reference.tables.runs import Run
-from reference.tables.sessions import KeptNorms
+from reference.tables.sessions import KeptNorms, ReleasedTrustRegions
 from reference.tables.training import Patience, augmented, train
 
 Images = dict[str, tuple[Tensor, Tensor]]
@@ -284,7 +285,7 @@ def test_the_penalty_on_norms_is_ewcs_formula() -> None:
     terms = []
     for task in range(2):
         samples = torch.randn(70, 3, 8, 8)
-        session.begin(task, (samples, samples), samples)
+        session.begin(task, (samples, samples), (samples, samples))
         session.end()
         model.eval()
         fisher = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in session.norms.items()}
@@ -580,20 +581,77 @@ def test_a_run_with_a_head_for_each_task_goes_on_to_the_same_numbers(
     killed_and_taken_up(protocol, method, colours, tmp_path, monkeypatch, stops=(2,))
 
 
-def test_trgps_released_index_leaves_the_strongest_new_direction_free(digits: Images, tmp_path: Path) -> None:
-    found = {}
-    for name in ("trgp", "trgp-released"):
-        run = Run(small(digits, tasks=2), METHODS[name], 1, digits, tmp_path)
-        run.finish()
-        assert isinstance(run.optimizer, NullSpaceOptimizer) and run.optimizer.verify().ok
-        found[name] = run.state["ranks"], {n: b.subspaces["right"] for n, b in run.optimizer.bases.items()}
-    (ranks, whole), (fewer, part) = found.values()
-    assert fewer[0] == ranks[0] and fewer[1] == {name: rank - 1 for name, rank in ranks[1].items()}
-    for name, space in part.items():
-        first, other = ranks[0][name], whole[name]
-        left = [column for column in range(other.rank) if column != first]
-        assert torch.equal(space.basis, other.basis[:, :, left]) and torch.equal(space.anchor, other.anchor[:, :, left])
-        assert space.members is not None and space.members.shape == (2, 1, len(left))
+def released_memory(
+    rows: list[npt.NDArray[np.float64]], threshold: float
+) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float64]]]:
+    """What TRGP's code keeps of one layer's inputs `[n, d]` of each task, and the subspaces of the tasks."""
+    memory, spans = np.zeros((rows[0].shape[1], 0)), []
+    for x in rows:
+        total, old = (x**2).sum(), memory.shape[1]
+        left, values, _ = np.linalg.svd((x - x @ memory @ memory.T).T, full_matrices=False)
+        both, energies = np.hstack([memory, left]), np.hstack([((x @ memory) ** 2).sum(0), values**2])
+        order, held = np.argsort(energies)[::-1], 0.0
+        chosen = []
+        for index in order:
+            if held >= threshold * total:
+                break
+            held += energies[index]
+            chosen.append(index)
+        new = [index for index in chosen if index > old]
+        if not old:
+            new = chosen = list(range((np.cumsum(values**2) < threshold * total).sum()))
+        spans.append(both[:, chosen])
+        memory = np.hstack([memory, both[:, new]])
+    return memory, spans
+
+
+def test_trgp_as_released_keeps_what_its_code_keeps(
+    digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(small(digits), METHODS["trgp-released"], 1, digits, tmp_path)
+    assert isinstance(run.session, ReleasedTrustRegions) and isinstance(run.optimizer, NullSpaceOptimizer)
+    names, inputs, scaled = ("lin1.weight", "lin2.weight", "fc1.weight"), [], []
+
+    def recorded(self: Run, task: int, images: Tensor) -> None:
+        plain = [w for name, w in self.model.named_parameters() if name.endswith(("weight", "original"))]
+        layers = [images.flatten(1)]
+        for weight in plain[:2]:
+            layers.append((layers[-1] @ weight.detach().T).relu())
+        inputs.append([layer.double().numpy() for layer in layers])
+        with self.session.scoring(task):
+            scaled.append(float((self.model(images, task).detach() - layers[-1] @ plain[2].detach().T).norm()))
+        protect(self, task, images)
+
+    protect = Run._protect
+    monkeypatch.setattr(Run, "_protect", recorded)
+    run.finish()
+    assert scaled[0] < 1e-5 and min(scaled[1:]) > 1e-3
+    assert run.optimizer.verify().ok
+    for layer, name in enumerate(names):
+        threshold = run.protocol.thresholds[name.removesuffix(".weight")]
+        memory, spans = released_memory([task[layer] for task in inputs], threshold)
+        basis = run.optimizer.bases[name].subspaces["right"].basis[0].double().numpy()
+        assert basis.shape == memory.shape
+        assert np.allclose(basis @ basis.T, memory @ memory.T, atol=1e-5)
+        found = [span[0].double().numpy() for span in run.session.spans[name].values()]
+        assert [span.shape for span in found] == [span.shape for span in spans]
+        for span, expected in zip(found, spans):
+            assert np.allclose(span @ span.T, expected @ expected.T, atol=1e-5)
+
+
+def test_trgp_as_released_finds_related_tasks_by_the_gradient_of_the_sample(digits: Images, tmp_path: Path) -> None:
+    run = Run(small(digits), METHODS["trgp-released"], 1, digits, tmp_path)
+    run.finish()
+    assert isinstance(run.session, ReleasedTrustRegions)
+    data = run.tasks.part(2, "train")
+    found = run.session.directions(2, (data[0][:1], data[1][:1]), data)
+    run.session.gradients(2, data)
+    gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+    for name, spans in run.session.spans.items():
+        gradient = gradients[name.replace("weight", "parametrizations.weight.original")]
+        share = {task: float((gradient @ span[0] @ span[0].T).norm() / gradient.norm()) for task, span in spans.items()}
+        best = sorted((task for task in share if share[task] > 0.2), key=lambda task: share[task])[-2:]
+        assert set(found[name]) == set(best) and best
 
 
 def test_a_run_of_other_settings_is_not_taken_up(digits: Images, tmp_path: Path) -> None:
