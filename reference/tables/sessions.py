@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
-from nullspace_optim import ForwardScaling, NullSpaceOptimizer, shared_directions, trust_regions
+from nullspace_optim import Basis, ForwardScaling, NullSpaceOptimizer, shared_directions, trust_regions
 from reference.tables.data import Labelled
 
 
@@ -170,31 +172,47 @@ class ReleasedTrustRegions(TrustRegions):
 
     The memory misses what an index `> r` of those after the `r` stored ones leaves out: the strongest new direction of
     each weight, which belongs to the task's subspace all the same. Of the first task it misses the weakest, as GPM's.
-    Inputs are captured without the task's scaling, although the task is scored with it. Related tasks are found by the
-    gradient of as many images as are protected.
+    Inputs are captured without the task's scaling, although the task is scored with it. The gradient of a weight passes
+    through its scaling. Related tasks are found by the gradient of as many images as are protected; the third task has
+    the second alone.
     """
-
-    most = 2
 
     def __init__(self, optimizer: NullSpaceOptimizer, model: nn.Module, threshold: float) -> None:
         super().__init__(optimizer, model, threshold)
         self.spans: dict[str, dict[str, Tensor]] = {}
+        self.related: dict[str, dict[str, Tensor]] = {}
+        self.hooks: list[RemovableHandle] = []
+
+    def begin(self, task: int, first: Labelled, samples: Labelled) -> None:
+        """Let the gradient of each scaled weight pass through its scaling as well."""
+        super().begin(task, first, samples)
+        mixing = iter(self.optimizer.param_groups[-1]["params"])
+        weights = self.weights()
+        for name, spans in self.related.items():
+            pairs = [(span, next(mixing)) for span in spans.values()]
+            hook = partial(through_scaling, basis=self.optimizer.bases[name], pairs=pairs)
+            self.hooks.append(weights[name].register_hook(hook))
 
     def directions(self, task: int, first: Labelled, samples: Labelled) -> Mapping[str, Mapping[str, Tensor]]:
         """Related tasks by the gradient of `samples`, along whole subspaces, of the memory or not."""
         self.gradients(task, samples)
-        found = {}
-        for name, parameter in self.model.named_parameters():
-            plain = name.replace("parametrizations.", "").removesuffix(".original")
-            if plain not in self.spans or parameter.grad is None:
+        self.related = {}
+        for name, weight in self.weights().items():
+            if name not in self.spans or weight.grad is None:
                 continue
-            gradient, spans = self.optimizer.bases[plain].layout.to_matrix(parameter.grad), self.spans[plain]
+            gradient = self.optimizer.bases[name].layout.to_matrix(weight.grad)
+            spans = {old: span for old, span in self.spans[name].items() if task != 2 or old == _name(1)}
             share = {old: float((gradient @ span).norm() / gradient.norm()) for old, span in spans.items()}
             related = sorted((old for old in spans if share[old] > self.threshold), key=lambda old: -share[old])
             if related:
-                found[plain] = {old: spans[old] for old in related[: self.most]}
+                self.related[name] = {old: spans[old] for old in related[:2]}
         self.optimizer.zero_grad()
-        return found
+        return self.related
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """All parameters by the names they have without scaling."""
+        named = self.model.named_parameters()
+        return {name.replace("parametrizations.", "").removesuffix(".original"): weight for name, weight in named}
 
     def end(self) -> None:
         """Count the stored directions as well, and take the scaling off before inputs are captured."""
@@ -202,6 +220,9 @@ class ReleasedTrustRegions(TrustRegions):
         self.stored = {name: basis.rank for name, basis in self.optimizer.bases.items()}
         if self.scaling is not None:
             self.scaling.use(None)
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
 
     def protected(self) -> None:
         """Note the task's subspaces; take one direction of each weight out of the memory."""
@@ -244,6 +265,16 @@ class SharedConceptors(Scaling):
         moments = self.optimizer.measure([samples[0]], forward=lambda x: self.model(x, task), progress=False)
         with torch.no_grad():
             return shared_directions(self.optimizer, moments)
+
+
+def through_scaling(gradient: Tensor, basis: Basis, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The gradient of `W`, given that of `W + sum W S (Q - I) S^T`, for the pairs `S`, `Q` of a task."""
+    matrix = basis.layout.to_matrix(gradient)
+    added = torch.zeros_like(matrix)
+    for span, mix in pairs:
+        along = matrix @ span
+        added += (along @ mix.detach().mT - along) @ span.mT
+    return gradient + basis.layout.from_matrix(added, gradient.shape)
 
 
 def _name(task: int) -> str:

@@ -644,14 +644,43 @@ def test_trgp_as_released_finds_related_tasks_by_the_gradient_of_the_sample(digi
     run.finish()
     assert isinstance(run.session, ReleasedTrustRegions)
     data = run.tasks.part(2, "train")
-    found = run.session.directions(2, (data[0][:1], data[1][:1]), data)
     run.session.gradients(2, data)
-    gradients = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
-    for name, spans in run.session.spans.items():
-        gradient = gradients[name.replace("weight", "parametrizations.weight.original")]
-        share = {task: float((gradient @ span[0] @ span[0].T).norm() / gradient.norm()) for task, span in spans.items()}
-        best = sorted((task for task in share if share[task] > 0.2), key=lambda task: share[task])[-2:]
-        assert set(found[name]) == set(best) and best
+    gradients = {name: weight.grad.clone() for name, weight in run.session.weights().items() if weight.grad is not None}
+    for number, candidates in ((2, ["task 2"]), (3, ["task 1", "task 2", "task 3"])):
+        found = run.session.directions(number, (data[0][:1], data[1][:1]), data)
+        for name, spans in run.session.spans.items():
+            projected = {task: gradients[name] @ spans[task][0] @ spans[task][0].T for task in candidates}
+            share = {task: float(part.norm() / gradients[name].norm()) for task, part in projected.items()}
+            best = sorted((task for task in share if share[task] > 0.2), key=lambda task: share[task])[-2:]
+            assert set(found.get(name, {})) == set(best)
+            assert all(torch.equal(found[name][task], spans[task]) for task in best)
+    assert found
+
+
+def test_trgp_as_released_trains_weights_through_their_scaling(digits: Images, tmp_path: Path) -> None:
+    run = Run(small(digits, tasks=1), METHODS["trgp-released"], 1, digits, tmp_path)
+    run.finish()
+    assert isinstance(run.session, ReleasedTrustRegions)
+    data = run.tasks.part(0, "train")
+    run.session.begin(1, data, data)
+    mixing = run.optimizer.param_groups[1]["params"]
+    spans = [span for spans in run.session.related.values() for span in spans.values()]
+    assert len(mixing) == len(spans) == 3
+    with torch.no_grad():
+        for mix in mixing:
+            mix += torch.randn_like(mix) / 10
+    run.session.gradients(1, data)
+    weights = [w.detach().clone().requires_grad_() for w in run.session.weights().values() if w.ndim == 2]
+    rows = data[0].flatten(1)
+    for number, (weight, span, mix) in enumerate(zip(weights, spans, mixing)):
+        s, q = span[0], mix[0].detach()
+        rows = (rows if number == 0 else rows.relu()) @ (weight + weight @ s @ (q - torch.eye(len(q))) @ s.T).T
+    functional.cross_entropy(rows, data[1]).backward()
+    for found, weight in zip((w for w in run.session.weights().values() if w.ndim == 2), weights):
+        assert found.grad is not None and weight.grad is not None
+        assert torch.allclose(found.grad, weight.grad, atol=1e-6)
+    run.session.end()
+    assert not run.session.hooks
 
 
 def test_a_run_of_other_settings_is_not_taken_up(digits: Images, tmp_path: Path) -> None:
