@@ -168,17 +168,18 @@ class TrustRegions(Scaling):
 
 
 class ReleasedTrustRegions(TrustRegions):
-    """TRGP as its code for permuted MNIST runs it.
+    """TRGP as its code runs it.
 
     The memory misses what an index `> r` of those after the `r` stored ones leaves out: the strongest new direction of
     each weight, which belongs to the task's subspace all the same. Of the first task it misses the weakest, as GPM's.
     Inputs are captured without the task's scaling, although the task is scored with it. The gradient of a weight passes
-    through its scaling. Related tasks are found by the gradient of as many images as are protected; the third task has
-    the second alone.
+    through its scaling. Related tasks are found by the gradient of as many images as are protected; with `third_alone`,
+    as on permuted MNIST, the third task has the second alone.
     """
 
-    def __init__(self, optimizer: NullSpaceOptimizer, model: nn.Module, threshold: float) -> None:
+    def __init__(self, optimizer: NullSpaceOptimizer, model: nn.Module, threshold: float, *, third_alone: bool) -> None:
         super().__init__(optimizer, model, threshold)
+        self.third_alone = third_alone
         self.spans: dict[str, dict[str, Tensor]] = {}
         self.related: dict[str, dict[str, Tensor]] = {}
         self.hooks: list[RemovableHandle] = []
@@ -201,7 +202,8 @@ class ReleasedTrustRegions(TrustRegions):
             if name not in self.spans or weight.grad is None:
                 continue
             gradient = self.optimizer.bases[name].layout.to_matrix(weight.grad)
-            spans = {old: span for old, span in self.spans[name].items() if task != 2 or old == _name(1)}
+            alone = self.third_alone and task == 2
+            spans = {old: span for old, span in self.spans[name].items() if not alone or old == _name(1)}
             share = {old: float((gradient @ span).norm() / gradient.norm()) for old, span in spans.items()}
             related = sorted((old for old in spans if share[old] > self.threshold), key=lambda old: -share[old])
             if related:

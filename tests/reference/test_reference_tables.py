@@ -657,6 +657,33 @@ def test_trgp_as_released_finds_related_tasks_by_the_gradient_of_the_sample(digi
     assert found
 
 
+@pytest.mark.filterwarnings("ignore::nullspace_optim.NullSpaceWarning")
+def test_trgp_as_released_on_split_cifar100_trains_norms_and_relates_the_third_task_to_both(
+    colours: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = nscl_protocol(colours, thresholds={"": 0.9}, augment=False, milestones=())
+    norms: list[Tensor] = []
+
+    def recorded(self: Run, task: int, images: Tensor) -> None:
+        norms.append(torch.cat([p.detach().clone() for name, p in self.model.named_parameters() if "norm" in name]))
+        protect(self, task, images)
+
+    protect = Run._protect
+    monkeypatch.setattr(Run, "_protect", recorded)
+    Run(protocol, METHODS["trgp"], 1, colours, tmp_path).finish()
+    assert torch.equal(norms[0], norms[1]) and torch.equal(norms[1], norms[2])
+    run = Run(protocol, METHODS["trgp-released"], 1, colours, tmp_path)
+    run.finish()
+    assert not torch.equal(norms[3], norms[4]) and not torch.equal(norms[4], norms[5])
+    assert isinstance(run.session, ReleasedTrustRegions) and run.session.threshold == 0.5
+    run.session.threshold = 0.0
+    for spans in run.session.spans.values():
+        spans.pop("task 3", None)
+    data = run.tasks.part(2, "train")
+    found = run.session.directions(2, data, data)
+    assert sum(set(origins) == {"task 1", "task 2"} for origins in found.values()) > 2
+
+
 def test_trgp_as_released_trains_weights_through_their_scaling(digits: Images, tmp_path: Path) -> None:
     run = Run(small(digits, tasks=1), METHODS["trgp-released"], 1, digits, tmp_path)
     run.finish()
