@@ -30,7 +30,7 @@ from reference.tables.data import (
     read_cifar100,
     read_mnist,
 )
-from reference.tables.methods import METHODS, chosen_methods
+from reference.tables.methods import METHODS, ByLayer, chosen_methods
 from reference.tables.networks import Dropout, PermutedMLP, PreActivationBlock, SplitAlexNet, SplitResNet18
 from reference.tables.protocols import PROTOCOLS, Protocol
 from reference.tables.published import Published, verdict
@@ -608,6 +608,7 @@ def released_memory(
 def test_trgp_as_released_keeps_what_its_code_keeps(
     digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ByLayer, "precise", True)  # moments in float64: close singular values are told apart
     run = Run(small(digits), METHODS["trgp-released"], 1, digits, tmp_path)
     assert isinstance(run.session, ReleasedTrustRegions) and isinstance(run.optimizer, NullSpaceOptimizer)
     names, inputs, scaled = ("lin1.weight", "lin2.weight", "fc1.weight"), [], []
@@ -625,18 +626,18 @@ def test_trgp_as_released_keeps_what_its_code_keeps(
     protect = Run._protect
     monkeypatch.setattr(Run, "_protect", recorded)
     run.finish()
-    assert scaled[0] < 1e-5 and min(scaled[1:]) > 1e-4
+    assert scaled[0] < 1e-5 and min(scaled[1:]) > 1e-3
     assert run.optimizer.verify().ok
     for layer, name in enumerate(names):
         threshold = run.protocol.thresholds[name.removesuffix(".weight")]
         memory, spans = released_memory([task[layer] for task in inputs], threshold)
         basis = run.optimizer.bases[name].subspaces["right"].basis[0].double().numpy()
         assert basis.shape == memory.shape
-        assert np.linalg.norm(basis @ basis.T - memory @ memory.T) < 0.02  # another direction: 1.4
+        assert np.allclose(basis @ basis.T, memory @ memory.T, atol=1e-5)
         found = [span[0].double().numpy() for span in run.session.spans[name].values()]
         assert [span.shape for span in found] == [span.shape for span in spans]
         for span, expected in zip(found, spans):
-            assert np.linalg.norm(span @ span.T - expected @ expected.T) < 0.02
+            assert np.allclose(span @ span.T, expected @ expected.T, atol=1e-5)
 
 
 def test_trgp_as_released_finds_related_tasks_by_the_gradient_of_the_sample(digits: Images, tmp_path: Path) -> None:
@@ -705,7 +706,7 @@ def test_trgp_as_released_trains_weights_through_their_scaling(digits: Images, t
     functional.cross_entropy(rows, data[1]).backward()
     for found, weight in zip((w for w in run.session.weights().values() if w.ndim == 2), weights):
         assert found.grad is not None and weight.grad is not None
-        assert torch.allclose(found.grad, weight.grad, atol=1e-5)
+        assert torch.allclose(found.grad, weight.grad, atol=1e-6)
     run.session.end()
     assert not run.session.hooks
 
