@@ -154,15 +154,15 @@ class TrustRegions(Scaling):
 
     def directions(self, task: int, first: Labelled, samples: Labelled) -> Mapping[str, Mapping[str, Tensor]]:
         """Related tasks by the gradient of the first batch."""
+        self.model.train()
         self.gradients(task, first)
         found = trust_regions(self.optimizer, self.threshold)
         self.optimizer.zero_grad()
         return found
 
     def gradients(self, task: int, data: Labelled) -> None:
-        """Leave the gradients of the mean loss on `data` in the model."""
+        """Leave the gradients of the mean loss on `data` in the model, in the mode that it is in."""
         images, labels = data
-        self.model.train()
         self.optimizer.zero_grad()
         functional.cross_entropy(self.model(images, task), labels).backward()
 
@@ -173,8 +173,8 @@ class ReleasedTrustRegions(TrustRegions):
     The memory misses what an index `> r` of those after the `r` stored ones leaves out: the strongest new direction of
     each weight, which belongs to the task's subspace all the same. Of the first task it misses the weakest, as GPM's.
     Inputs are captured without the task's scaling, although the task is scored with it. The gradient of a weight passes
-    through its scaling. Related tasks are found by the gradient of as many images as are protected; with `third_alone`,
-    as on permuted MNIST, the third task has the second alone.
+    through its scaling. Related tasks are found by the gradient of as many images as are protected, without dropout;
+    with `third_alone`, as on permuted MNIST, the third task has the second alone.
     """
 
     def __init__(self, optimizer: NullSpaceOptimizer, model: nn.Module, threshold: float, *, third_alone: bool) -> None:
@@ -186,6 +186,7 @@ class ReleasedTrustRegions(TrustRegions):
 
     def begin(self, task: int, first: Labelled, samples: Labelled) -> None:
         """Let the gradient of each scaled weight pass through its scaling as well."""
+        self.name = _name(task)
         super().begin(task, first, samples)
         mixing = iter(self.optimizer.param_groups[-1]["params"])
         weights = self.weights()
@@ -196,6 +197,7 @@ class ReleasedTrustRegions(TrustRegions):
 
     def directions(self, task: int, first: Labelled, samples: Labelled) -> Mapping[str, Mapping[str, Tensor]]:
         """Related tasks by the gradient of `samples`, along whole subspaces, of the memory or not."""
+        self.model.eval()
         self.gradients(task, samples)
         self.related = {}
         for name, weight in self.weights().items():
@@ -230,13 +232,13 @@ class ReleasedTrustRegions(TrustRegions):
         """Note the task's subspaces; take one direction of each weight out of the memory."""
         for name, basis in self.optimizer.bases.items():
             space, first = basis.subspaces.get("right"), self.stored.get(name, 0)
-            if space is None or space.members is None or first == space.rank:
+            if space is None or space.members is None or basis.tasks[-1] != self.name:
                 continue
-            missing = first or space.rank - 1
+            missing = first or space.rank - 1  # none where the task has no new direction
             kept = [column for column in range(space.rank) if column != missing]
             own = space.members[-1].any(0).tolist()
             taken = [column for column in range(space.rank) if own[column] and (first or column != missing)]
-            self.spans.setdefault(name, {})[basis.tasks[-1]] = space.basis[:, :, taken]
+            self.spans.setdefault(name, {})[self.name] = space.basis[:, :, taken]
             basis.subspaces["right"] = replace(
                 space,
                 basis=space.basis[:, :, kept],

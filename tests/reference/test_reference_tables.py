@@ -36,7 +36,7 @@ from reference.tables.protocols import PROTOCOLS, Protocol
 from reference.tables.published import Published, verdict
 from reference.tables.report import as_published, comparable, read_runs, report
 from reference.tables.runs import Run
-from reference.tables.sessions import KeptNorms, ReleasedTrustRegions
+from reference.tables.sessions import KeptNorms, ReleasedTrustRegions, TrustRegions
 from reference.tables.training import Patience, augmented, train
 
 Images = dict[str, tuple[Tensor, Tensor]]
@@ -582,11 +582,11 @@ def test_a_run_with_a_head_for_each_task_goes_on_to_the_same_numbers(
 
 
 def released_memory(
-    rows: list[npt.NDArray[np.float64]], threshold: float
+    rows: list[npt.NDArray[np.float64]], thresholds: list[float]
 ) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float64]]]:
     """What TRGP's code keeps of one layer's inputs `[n, d]` of each task, and the subspaces of the tasks."""
     memory, spans = np.zeros((rows[0].shape[1], 0)), []
-    for x in rows:
+    for x, threshold in zip(rows, thresholds):
         total, old = (x**2).sum(), memory.shape[1]
         left, values, _ = np.linalg.svd((x - x @ memory @ memory.T).T, full_matrices=False)
         both, energies = np.hstack([memory, left]), np.hstack([((x @ memory) ** 2).sum(0), values**2])
@@ -605,11 +605,12 @@ def released_memory(
     return memory, spans
 
 
+@pytest.mark.parametrize("growth", [0.0, -0.4])  # -0.4: the last task has stored directions alone in deeper layers
 def test_trgp_as_released_keeps_what_its_code_keeps(
-    digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, growth: float
 ) -> None:
     monkeypatch.setattr(ByLayer, "precise", True)  # moments in float64: close singular values are told apart
-    run = Run(small(digits), METHODS["trgp-released"], 1, digits, tmp_path)
+    run = Run(small(digits, growth=growth), METHODS["trgp-released"], 1, digits, tmp_path)
     assert isinstance(run.session, ReleasedTrustRegions) and isinstance(run.optimizer, NullSpaceOptimizer)
     names, inputs, scaled = ("lin1.weight", "lin2.weight", "fc1.weight"), [], []
 
@@ -628,9 +629,11 @@ def test_trgp_as_released_keeps_what_its_code_keeps(
     run.finish()
     assert scaled[0] < 1e-5 and min(scaled[1:]) > 1e-3
     assert run.optimizer.verify().ok
+    ranks = run.state["ranks"]
+    assert (ranks[1]["lin2.weight"] == ranks[2]["lin2.weight"]) == (growth < 0)
     for layer, name in enumerate(names):
-        threshold = run.protocol.thresholds[name.removesuffix(".weight")]
-        memory, spans = released_memory([task[layer] for task in inputs], threshold)
+        first = run.protocol.thresholds[name.removesuffix(".weight")]
+        memory, spans = released_memory([task[layer] for task in inputs], [first + growth * t for t in range(3)])
         basis = run.optimizer.bases[name].subspaces["right"].basis[0].double().numpy()
         assert basis.shape == memory.shape
         assert np.allclose(basis @ basis.T, memory @ memory.T, atol=1e-5)
@@ -683,6 +686,29 @@ def test_trgp_as_released_on_split_cifar100_trains_norms_and_relates_the_third_t
     data = run.tasks.part(2, "train")
     found = run.session.directions(2, data, data)
     assert sum(set(origins) == {"task 1", "task 2"} for origins in found.values()) > 2
+
+
+def test_trgp_as_released_finds_related_tasks_without_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, labels = torch.randint(0, 255, (60, 3, 32, 32), dtype=torch.uint8), torch.arange(10).repeat(6)
+    images = {"train": (pixels, labels), "test": (pixels, labels)}
+    protocol = replace(PROTOCOLS["cifar100"], read=lambda root: images, tasks=1, epochs=1, samples=6, patience=None)
+    seen: list[Tensor] = []
+    gradients = TrustRegions.gradients
+
+    def recorded(self: TrustRegions, task: int, data: tuple[Tensor, Tensor]) -> None:
+        gradients(self, task, data)
+        seen.append(self.model.get_parameter("layers.0.0.weight").grad.clone())  # type: ignore[union-attr]
+
+    monkeypatch.setattr(TrustRegions, "gradients", recorded)
+    for method in ("trgp", "trgp-released"):
+        run = Run(protocol, METHODS[method], 1, images, tmp_path)
+        run.finish()
+        assert isinstance(run.session, TrustRegions)
+        data = run.tasks.part(0, "train")
+        for _ in range(2):
+            run.model.train()
+            run.session.directions(0, data, data)
+    assert len(seen) == 4 and not torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
 
 
 def test_trgp_as_released_trains_weights_through_their_scaling(digits: Images, tmp_path: Path) -> None:
