@@ -60,6 +60,8 @@ def live() -> dict[int, int]:
 def test_protection_holds_what_the_formula_says_and_not_a_byte_more(k: int, precision: str) -> None:
     _model, optimizer = trained(k, precision=precision)
     before = live()
+    held = [t.untyped_storage() for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and defined(t)]
+    held += [p.grad.untyped_storage() for p in _model.parameters() if p.grad is not None]  # no address is used again
     report = optimizer.consolidate([ROWS], progress=False)
     step(optimizer)
     core = optimizer._core
@@ -74,7 +76,7 @@ def test_protection_holds_what_the_formula_says_and_not_a_byte_more(k: int, prec
     anchor_form = [4 * k * m for m, d in SHAPES if precision == "exact" and 2 * k <= d]
     residual = max(anchor_form, default=0)  # one, for all matrices
     kept = sum(size for pointer, size in grown.items() if pointer not in pointers)
-    assert kept == stored + copies + complements + residual
+    assert held and kept == stored + copies + complements + residual
     assert sum(grown.values()) - kept <= sum(4 * (8 * m + 2 * d) for m, d in SHAPES) + 4 * 65 * 4 + 32 * 16
     assert (report.bytes, report.transient_bytes) == (stored, copies)
 
