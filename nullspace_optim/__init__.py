@@ -7,10 +7,10 @@
 
 from __future__ import annotations
 
-from .basis import Basis, Fate
-from .classes import consolidate_classes
-from .clip_losses import alignment_loss, distillation_loss
-from .discovery import clip_forward
+from .capture.declare import declare_rows, stand_in
+from .clip import alignment_loss, clip_forward, distillation_loss
+from .consolidation.prune import PruneReport
+from .covariance.sketch import SketchedCovariance
 from .errors import (
     BasisFileError,
     BatchError,
@@ -24,12 +24,14 @@ from .errors import (
     ShapeError,
     StaleAnchorError,
 )
-from .hints import declare_rows, stand_in
 from .igsp import IGSP, ExpertReport, LayerReport, Merged, Status, Trainable
 from .integrations import unwrap
-from .lora import begin_lora, inflora_rows, keeplora_rows, lora_rows
-from .mode import MODES
-from .optimizer import NullSpaceOptimizer
+from .methods.class_wise import consolidate_classes
+from .methods.forward_scaling import ForwardScaling, shared_directions, trust_regions
+from .methods.lora import begin_lora, inflora_rows, keeplora_rows, lora_rows
+from .methods.prompts import declare_prompt, declare_tokens
+from .optimizer.mode import MODES
+from .optimizer.optimizer import NullSpaceOptimizer
 from .policies import (
     CGP,
     CODECL,
@@ -51,11 +53,8 @@ from .policies import (
     SplitLoRA,
     TailEnergy,
 )
-from .prompts import declare_prompt, declare_tokens
 from .report import ConsolidationReport, ParameterReport, VerifyReport
-from .scaling import ForwardScaling, shared_directions, trust_regions
-from .sketch import SketchedCovariance
-from .thinning import PruneReport
+from .subspace.basis import Basis, Fate
 
 __all__ = [
     "CGP",

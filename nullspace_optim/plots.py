@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .basis import Basis, BasisStore, Subspace
 from .errors import OptionError
+from .subspace.basis import Basis, BasisStore, Subspace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,25 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import isnan
 
-from .basis import Fate
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Return `rows` under `header` as aligned text, first column left, the others right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for row in [header, ["-" * w for w in widths], *rows]:
-        cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
-
-
-def _bytes(count: int) -> str:
-    """Return a byte count as text with three digits and a unit."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"
+from .formatting import format_bytes, table
+from .subspace.basis import Fate
 
 
 @dataclass(frozen=True)
@@ -95,8 +78,8 @@ class ConsolidationReport:
             f"consolidated '{self.task}' of {self.model} with {self.policy}: "
             f"{self.batches} batches, {self.seconds:.1f} s",
             *(f"warning: {text}" for text in self.warnings),
-            f"parameters: {counts}; bases and anchors {_bytes(self.bytes)}"
-            + (f", transient copy in a step {_bytes(self.transient_bytes)}" if self.transient_bytes else ""),
+            f"parameters: {counts}; bases and anchors {format_bytes(self.bytes)}"
+            + (f", transient copy in a step {format_bytes(self.transient_bytes)}" if self.transient_bytes else ""),
             drift,
             *(f"note: {text}" for text in self.notes),
         ]

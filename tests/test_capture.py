@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from nullspace_optim.capture import Capture, Captured
+from nullspace_optim.capture.aliases import CONSTANT, Memory
+from nullspace_optim.capture.capture import Capture
+from nullspace_optim.covariance.accumulator import Captured
+from nullspace_optim.covariance.rows import Patches
 from nullspace_optim.errors import CaptureError, OptionError
-from nullspace_optim.recognise import CONSTANT, Memory
-from nullspace_optim.rows import Patches
 
 Kind = dict[str, Any]
 
@@ -210,7 +211,7 @@ def test_rule_g_rows_times_the_matrix_are_the_convolution(name: str, monkeypatch
             pushed.append(block)
             yield block, count
 
-    monkeypatch.setattr("nullspace_optim.rows.CHUNK_BYTES", 1)
+    monkeypatch.setattr("nullspace_optim.covariance.rows.CHUNK_BYTES", 1)
     monkeypatch.setattr(Patches, "blocks", recording)
     seen = capture(convolution, x).captured["weight"]
     assert seen.reasons == () and seen.layout is not None

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nullspace_optim.capture import Capture, Captured
+from nullspace_optim.capture.capture import Capture
+from nullspace_optim.covariance.accumulator import Captured
 
 Model = tuple[nn.Module, Callable[[], Any]]
 TEXT = {"context_length": 12, "vocab_size": 60, "width": 32, "heads": 2, "layers": 2}

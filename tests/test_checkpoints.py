@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 from nullspace_optim import BasisFileError
-from nullspace_optim.checkpoints import join_states, pop_protection, seal, split_states
+from nullspace_optim.files.state_dict import join_states, pop_protection, seal, split_states
 
 
 def _trained() -> list[torch.optim.Optimizer]:

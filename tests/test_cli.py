@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from stores import full_store
 
-from nullspace_optim.basis import BasisStore
 from nullspace_optim.cli import main
-from nullspace_optim.persistence import save
+from nullspace_optim.files.basis_file import save
+from nullspace_optim.subspace.basis import BasisStore
 
 ROOT = Path(__file__).parents[1]
 

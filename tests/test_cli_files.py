@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer
-from nullspace_optim.basis import Basis, BasisStore, Fate, Subspace
 from nullspace_optim.cli import _parser, main
-from nullspace_optim.comparison import compare_stores
 from nullspace_optim.errors import BasisFileError
-from nullspace_optim.linalg import orthogonality_error, principal_angles
-from nullspace_optim.merging import merged, renamed
-from nullspace_optim.persistence import load, save
+from nullspace_optim.files.basis_file import load, save
+from nullspace_optim.files.compare import compare_stores
+from nullspace_optim.files.merge import merged, renamed
+from nullspace_optim.subspace.basis import Basis, BasisStore, Fate, Subspace
+from nullspace_optim.subspace.linalg import orthogonality_error, principal_angles
 
 
 def network() -> nn.Sequential:

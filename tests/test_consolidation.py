@@ -61,7 +61,7 @@ def test_an_endless_loader_needs_a_limit(monkeypatch: pytest.MonkeyPatch) -> Non
             yield torch.randn(1, 24)
 
     optimizer = _wrap(_model := _mlp())
-    monkeypatch.setattr("nullspace_optim.consolidation.ENDLESS", 20)
+    monkeypatch.setattr("nullspace_optim.model.loader.ENDLESS", 20)
     with pytest.raises(ConsolidationError, match="max_batches="):
         optimizer.consolidate(endless(), progress=False)
     assert optimizer.consolidate(endless(), max_batches=3, progress=False).batches == 3

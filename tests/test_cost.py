@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nullspace_optim import SGP, FixedRank, NullSpaceOptimizer
-from nullspace_optim.workspace import Workspace
+from nullspace_optim.protection.workspace import Workspace
 
 SHAPES = ((48, 96), (72, 48), (40, 72))  # outputs m, inputs d
 ROWS = torch.randn(128, 96, generator=torch.Generator().manual_seed(0))

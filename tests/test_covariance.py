@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nullspace_optim.covariance import SecondMoment
+from nullspace_optim.covariance.second_moment import SecondMoment
 
 
 def oracle(rows: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import reference_impl as slow
 import torch
 from torch import Tensor
 
-from nullspace_optim import linalg
+import nullspace_optim.subspace.linalg as linalg
 from nullspace_optim.errors import ConsolidationError, NullSpaceError, ShapeError
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from nullspace_optim import CODECL, IGSP, OWM, SGP, FixedRank, NullSpaceOptimizer, Policy
-from nullspace_optim.basis import Basis, BasisStore, Fate, Subspace
 from nullspace_optim.cli import main
-from nullspace_optim.conceptors import conceptor_of, directions_of, either
-from nullspace_optim.linalg import orthogonality_error
-from nullspace_optim.merging import merged
-from nullspace_optim.persistence import load
+from nullspace_optim.files.basis_file import load
+from nullspace_optim.files.merge import merged
+from nullspace_optim.subspace.basis import Basis, BasisStore, Fate, Subspace
+from nullspace_optim.subspace.conceptors import conceptor_of, directions_of, either
+from nullspace_optim.subspace.linalg import orthogonality_error
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZE = 7

@@ -23,12 +23,14 @@ from hypothesis import strategies as st
 from stores import full_store, protected
 from torch import Tensor
 
-from nullspace_optim import persistence, validation
-from nullspace_optim.basis import Basis, BasisStore, Fate
+import nullspace_optim.files.basis_file as persistence
+import nullspace_optim.files.validate as validation
 from nullspace_optim.errors import BasisFileError
-from nullspace_optim.layout import Layout
-from nullspace_optim.persistence import fingerprint, load, pack, save, unpack
-from nullspace_optim.schema import digest, sealed
+from nullspace_optim.files.basis_file import load, save
+from nullspace_optim.files.schema import digest, fingerprint, pack, sealed
+from nullspace_optim.files.validate import unpack
+from nullspace_optim.subspace.basis import Basis, BasisStore, Fate
+from nullspace_optim.subspace.layout import Layout
 
 SOFT = "soft.weight/right/"
 LEFT = "visual.proj/left/basis"

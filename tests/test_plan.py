@@ -14,22 +14,13 @@ from counts import counted
 from torch import Tensor, nn
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer
-from nullspace_optim.architectures import build
 from nullspace_optim.cli import main
-from nullspace_optim.consolidation import stored_bytes
+from nullspace_optim.consolidation.consolidate import stored_bytes
 from nullspace_optim.errors import OptionError
-from nullspace_optim.plan import (
-    Conditions,
-    Moment,
-    Survey,
-    Weight,
-    by_fraction,
-    by_rank,
-    consolidation,
-    on_both_sides,
-    predict,
-)
-from nullspace_optim.survey import survey
+from nullspace_optim.planning.architectures import build
+from nullspace_optim.planning.predict import Conditions, by_fraction, by_rank, consolidation, on_both_sides, predict
+from nullspace_optim.planning.shapes import Moment, Survey, Weight
+from nullspace_optim.planning.survey import survey
 
 BATCH = 8
 

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from nullspace_optim import IGSP, FixedRank, NullSpaceOptimizer, SketchedCovariance, declare_tokens
-from nullspace_optim.adapters import LORA, PROMPT, with_lora, with_prompt
-from nullspace_optim.architectures import Architecture, build
 from nullspace_optim.cli import main
-from nullspace_optim.covariance import SecondMoment
+from nullspace_optim.covariance.second_moment import SecondMoment
+from nullspace_optim.covariance.sketch import Sketch
 from nullspace_optim.errors import OptionError
-from nullspace_optim.igsp.cost import places_of, predict_experts
-from nullspace_optim.outline import Moment
-from nullspace_optim.plan import Conditions, by_rank, consolidation, predict
-from nullspace_optim.sketch import Sketch
-from nullspace_optim.survey import survey
+from nullspace_optim.planning.adapters import LORA, PROMPT, with_lora, with_prompt
+from nullspace_optim.planning.architectures import Architecture, build
+from nullspace_optim.planning.experts import places_of, predict_experts
+from nullspace_optim.planning.predict import Conditions, by_rank, consolidation, predict
+from nullspace_optim.planning.shapes import Moment
+from nullspace_optim.planning.survey import survey
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

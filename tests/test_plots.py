@@ -10,9 +10,9 @@ import pytest
 import torch
 from stores import full_store, protected
 
-from nullspace_optim.basis import BasisStore
 from nullspace_optim.errors import OptionError
 from nullspace_optim.plots import capacity, overview, spectra
+from nullspace_optim.subspace.basis import BasisStore
 
 pytest.importorskip("matplotlib")
 
@@ -100,7 +100,7 @@ def test_missing_matplotlib_says_which_extra_to_install(monkeypatch: pytest.Monk
 
 def test_half_precision_and_many_groups() -> None:
     store = BasisStore()
-    from nullspace_optim.layout import Layout
+    from nullspace_optim.subspace.layout import Layout
 
     store.put(protected("depthwise", (40, 1, 3, 3), "right", *[1] * 40, layout=Layout("grouped", 40)))
     store["depthwise"].subspaces["right"].spectrum = torch.rand(40, 9).bfloat16()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from nullspace_optim import NullSpaceOptimizer
+from nullspace_optim.consolidation.grow import Choice, choose, examine
 from nullspace_optim.errors import ConsolidationError, OptionError, ShapeError
-from nullspace_optim.linalg import orthogonality_error, principal_angles
 from nullspace_optim.policies import (
     CGP,
     CODECL,
@@ -36,7 +36,7 @@ from nullspace_optim.policies import (
     SplitLoRA,
     TailEnergy,
 )
-from nullspace_optim.policies.merge import Choice, choose, examine
+from nullspace_optim.subspace.linalg import orthogonality_error, principal_angles
 
 ALL = (Energy(), TailEnergy(), EigenvalueRatio(), FixedRank(5), NumericalRank(), RankBudget(), SGP(), TRGP())
 ALL += (CODECL(), OWM(), SplitLoRA(), VPTNSP(), CGP(), PEGP(), InfLoRA(), KeepLoRA())

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from nullspace_optim import CODECL, OWM, SGP, VPTNSP, Fate, NullSpaceOptimizer, Policy, StaleAnchorError
-from nullspace_optim.linalg import orthogonality_error, orthonormalise
-from nullspace_optim.policies.merge import Choice
-from nullspace_optim.projection import anchor, project_difference_, shift_anchor_, yield_anchor_
+from nullspace_optim.consolidation.grow import Choice
+from nullspace_optim.subspace.linalg import orthogonality_error, orthonormalise
+from nullspace_optim.subspace.projection import anchor, project_difference_, shift_anchor_, yield_anchor_
 
 SOFT: tuple[Policy, ...] = (SGP(0.97), CODECL(), OWM(), VPTNSP(0.9))
 POLICIES = pytest.mark.parametrize("policy", SOFT, ids=lambda policy: type(policy).__name__)

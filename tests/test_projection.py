@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nullspace_optim.linalg import complement, polish
-from nullspace_optim.projection import (
+from nullspace_optim.subspace.linalg import complement, polish
+from nullspace_optim.subspace.projection import (
     anchor,
     anchor_drift,
     exact_products,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from nullspace_optim import Energy, FixedRank, NullSpaceOptimizer, OptionError, SketchedCovariance, TailEnergy
-from nullspace_optim.sketch import Sketch
+from nullspace_optim.covariance.sketch import Sketch
 
 SIZE, ROWS = 120, 20
 

@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 
-from ..basis import BasisStore
-from ..comparison import Comparison, SideComparison, compare_stores
 from ..errors import OptionError
-from ..merging import renamed
-from ..persistence import load
-from ..report import table
+from ..files.basis_file import load
+from ..files.compare import Comparison, SideComparison, compare_stores
+from ..files.merge import renamed
+from ..formatting import plain, scientific, table
+from ..subspace.basis import BasisStore
 from .command import add, add_names, expression, renamer
-from .text import plain, scientific
 
 EXAMPLES = """
 python -m nullspace_optim diff after-task-1.safetensors after-task-2.safetensors

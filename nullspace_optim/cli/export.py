@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from ..basis import Basis, BasisStore
 from ..errors import BasisFileError, OptionError
-from ..merging import cast, merged, renamed, restricted
-from ..persistence import load, save
+from ..files.basis_file import load, save
+from ..files.merge import cast, merged, renamed, restricted
+from ..formatting import plain, size
+from ..subspace.basis import Basis, BasisStore
 from .command import add, add_names, expression, renamer
-from .text import plain, size
 from .verify import measure
 from .weights import Weights
 

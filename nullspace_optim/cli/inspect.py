@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..basis import Basis, BasisStore
 from ..errors import OptionError
-from ..persistence import load
-from ..report import table
-from ..schema import tensors_of
+from ..files.basis_file import load
+from ..files.schema import tensors_of
+from ..formatting import plain, size, table
+from ..subspace.basis import Basis, BasisStore
 from .command import add
-from .text import plain, size
 
 EXAMPLES = """
 python -m nullspace_optim inspect bases.safetensors

@@ -11,19 +11,22 @@ from fractions import Fraction
 from typing import Any
 
 from .. import policies
-from ..adapters import LORA, PROMPT, with_lora, with_prompt
-from ..architectures import Architecture, build
+from ..consolidation.grow_sketched import check_sketchable
+from ..covariance.sketch import SketchedCovariance
 from ..errors import OptionError
-from ..igsp import IGSP
-from ..igsp.cost import places_of, predict_experts
-from ..plan import Conditions, Rank, by_fraction, by_rank, on_both_sides, predict
-from ..policies import VPTNSP, FixedRank, Policy, RankBudget
-from ..policies.sketched import check_sketchable
-from ..prompts import declare_tokens
-from ..sketch import SketchedCovariance
-from ..survey import count_step, survey
+from ..igsp.options import IGSP
+from ..methods.prompts import declare_tokens
+from ..planning.adapters import LORA, PROMPT, with_lora, with_prompt
+from ..planning.architectures import Architecture, build
+from ..planning.experts import places_of, predict_experts
+from ..planning.page import document, experts_document, experts_page, page
+from ..planning.predict import Conditions, Rank, by_fraction, by_rank, on_both_sides, predict
+from ..planning.survey import count_step, survey
+from ..policies.base import Policy
+from ..policies.fixed_rank import FixedRank
+from ..policies.rank_budget import RankBudget
+from ..policies.vpt_nsp import VPTNSP
 from .command import add
-from .planned import document, experts_document, experts_page, page
 
 EXAMPLES = """
 python -m nullspace_optim plan --model ViT-B-16 --batch 64

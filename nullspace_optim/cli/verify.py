@@ -11,15 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..basis import Basis, BasisStore
-from ..diagnostics import moved_buffers
 from ..errors import BasisFileError, OptionError, ShapeError
-from ..guard import Guard
-from ..persistence import load
-from ..protection import ROUNDED
-from ..report import table
+from ..files.basis_file import load
+from ..formatting import plain, scientific, table
+from ..protection.guard import Guard
+from ..protection.step_hooks import ROUNDED
+from ..subspace.basis import Basis, BasisStore
+from ..verification.drift import moved_buffers
 from .command import add, add_names, expression, renamer
-from .text import plain, scientific
 from .weights import Weights
 
 EXACT = 1e-5

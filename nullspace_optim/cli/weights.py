@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import BasisFileError
-from ..names import canonical
+from ..model.names import canonical
 
 SINGLE = ("open_clip_model.safetensors", "model.safetensors", "adapter_model.safetensors")
 INDEX = "model.safetensors.index.json"

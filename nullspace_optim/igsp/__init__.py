@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from .deployment import Merged
+from .merge import Merged
 from .options import IGSP
 from .report import ExpertReport, LayerReport, Status, Trainable
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..basis import Basis, Fate, Subspace
-from ..projection import anchor
+from ..subspace.basis import Basis, Fate, Subspace
+from ..subspace.projection import anchor
 from .bank import CHILD, Bank
 from .options import IGSP
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import OptionError
-from ..mode import Mode
-from ..policies.base import check_number
+from ..optimizer.mode import Mode
+from ..options import check_number
 
 CHOICES = {
     "kind": ("lora", "bottleneck"),
@@ -143,7 +143,7 @@ class IGSP:
 
     def build(self) -> Mode:
         """Return a new mode with these options."""
-        from .phases import IgspMode
+        from .mode import IgspMode
 
         return IgspMode(self)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from ..report import ConsolidationReport, table
+from ..formatting import table
+from ..report import ConsolidationReport
 
 
 @dataclass(frozen=True)

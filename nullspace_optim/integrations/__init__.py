@@ -6,6 +6,6 @@ so import them by name; nothing here needs one.
 
 from __future__ import annotations
 
-from .unwrapping import unwrap
+from .unwrap import unwrap
 
 __all__ = ["unwrap"]

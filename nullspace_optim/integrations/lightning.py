@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..discovery import Forward, feeder
 from ..errors import OptionError
-from .task import TaskCallback
-from .unwrapping import unwrap
+from ..model.batches import Forward, feeder
+from .callback import TaskCallback
+from .unwrap import unwrap
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
 

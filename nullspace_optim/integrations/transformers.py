@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .task import TaskCallback
-from .unwrapping import unwrap
+from .callback import TaskCallback
+from .unwrap import unwrap
 
 if TYPE_CHECKING:
     TrainerCallback = object

@@ -7,15 +7,12 @@ rows' energy.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-
-from ..errors import OptionError
 
 Merge = Literal["append", "accumulate", "or"]
 
@@ -119,19 +116,3 @@ class Policy:
     def accumulated(self, old: Tensor | None, new: Tensor) -> Tensor:
         """Return the second moment `[g, s, s]` of all tasks: the sum of the earlier ones' and the new one's."""
         return new if old is None else old + new
-
-
-def check_number(
-    owner: object, option: str, value: float, low: float, high: float, *, closed: str = "", way_out: str = ""
-) -> None:
-    """Raise unless `low < value < high`; `closed` may hold "low" and "high" for bounds that are allowed themselves.
-
-    Raises:
-        OptionError: names the policy, the option, the value found and the allowed interval.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if number and (low < value < high or ("low" in closed and value == low) or ("high" in closed and value == high)):
-        return
-    interval = f"{'[' if 'low' in closed else '('}{low:g}, {high:g}{']' if 'high' in closed else ')'}"
-    advice = f"; {way_out}" if way_out else ""
-    raise OptionError(f"{type(owner).__name__}({option}={value!r}): expected a number in {interval}{advice}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .base import check_number
+from ..options import check_number
 from .energy import Energy
 
 

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..linalg import eigh
-from .base import Merge, Policy, Spectrum, check_number
+from ..options import check_number
+from ..subspace.linalg import eigh
+from .base import Merge, Policy, Spectrum
 
 WIDER = 1.1  # factor by which the aperture grows until the gain is reached
 MOST_ADAPTATIONS = 200

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .base import Policy, Spectrum, check_number
+from ..options import check_number
+from .base import Policy, Spectrum
 
 
 @dataclass(frozen=True)

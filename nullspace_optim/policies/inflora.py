@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import OptionError
-from .base import Spectrum, check_number
+from ..options import check_number
+from .base import Spectrum
 from .energy import Energy
 
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from .base import Policy, Spectrum, check_number
+from ..options import check_number
+from .base import Policy, Spectrum
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Policy, Spectrum, check_number
+from ..options import check_number
+from .base import Policy, Spectrum
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Spectrum, check_number
+from ..options import check_number
+from .base import Spectrum
 from .energy import Energy
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import torch
 
-from .base import Merge, Policy, Spectrum, check_number
+from ..options import check_number
+from .base import Merge, Policy, Spectrum
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,11 @@ BATCH = 32
 PLACES = (
     ("forward", "capture.py", "batch", "_observe_replica"),
     ("relevance", "relevance.py", "probe", None),
-    ("moments", "covariance.py", "update", None),
+    ("moments", "second_moment.py", "update", None),
     ("eigh", "linalg.py", "eigh", None),
-    ("bases", "merge.py", "choose", None),
-    ("probe", "consolidation.py", "record_probe", None),
-    ("estimate", "diagnostics.py", "allowed_drift", None),
+    ("bases", "grow.py", "choose", None),
+    ("probe", "probes.py", "record_probe", None),
+    ("estimate", "drift.py", "allowed_drift", None),
 )
 
 

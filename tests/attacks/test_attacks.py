@@ -21,10 +21,12 @@ import safetensors.torch
 import torch
 from stores import full_store
 
-from nullspace_optim.basis import Basis, BasisStore, Fate
 from nullspace_optim.cli import main
 from nullspace_optim.errors import BasisFileError
-from nullspace_optim.persistence import load, pack, save, unpack
+from nullspace_optim.files.basis_file import load, save
+from nullspace_optim.files.schema import pack
+from nullspace_optim.files.validate import unpack
+from nullspace_optim.subspace.basis import Basis, BasisStore, Fate
 
 TESTS = Path(__file__).parents[1]
 
@@ -208,8 +210,8 @@ SAVING = """
 import sys
 sys.path[:0] = sys.argv[2:]
 from stores import full_store
-from nullspace_optim.basis import BasisStore
-from nullspace_optim.persistence import save
+from nullspace_optim.subspace.basis import BasisStore
+from nullspace_optim.files.basis_file import save
 import torch
 large = full_store()
 large.buffers["large"] = torch.arange(2_000_000)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from nullspace_optim import NullSpaceError, NullSpaceOptimizer, NumericalRank
-from nullspace_optim.persistence import load, save
+from nullspace_optim.files.basis_file import load, save
 
 SEEDS = [pytest.param(range(200), id="200"), pytest.param(range(200, 10_000), id="10000", marks=pytest.mark.nightly)]
 MOST_MEMORY = 30_000_000  # bytes of Python objects, for a file of 14 kB

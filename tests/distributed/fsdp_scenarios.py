@@ -42,9 +42,9 @@ from nullspace_optim import (
     NullSpaceOptimizer,
     OptionError,
 )
-from nullspace_optim.consolidation import stored_bytes
-from nullspace_optim.plan import Conditions, by_rank, predict
-from nullspace_optim.survey import survey
+from nullspace_optim.consolidation.consolidate import stored_bytes
+from nullspace_optim.planning.predict import Conditions, by_rank, predict
+from nullspace_optim.planning.survey import survey
 
 
 def sharded(model: nn.Module, **options: Any) -> Any:

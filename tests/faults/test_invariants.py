@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
+import nullspace_optim.consolidation.consolidate as consolidation_module
 from nullspace_optim import BasisFileError, Energy, FixedRank, NullSpaceOptimizer, NumericalRank, TailEnergy
-from nullspace_optim import consolidation as consolidation_module
-from nullspace_optim.basis import BasisStore
-from nullspace_optim.covariance import SecondMoment
-from nullspace_optim.linalg import orthogonality_error
-from nullspace_optim.persistence import load, save
+from nullspace_optim.covariance.second_moment import SecondMoment
+from nullspace_optim.files.basis_file import load, save
+from nullspace_optim.subspace.basis import BasisStore
+from nullspace_optim.subspace.linalg import orthogonality_error
 
 Build = Callable[[Any], Optimizer]
 BASES: dict[str, Build] = {

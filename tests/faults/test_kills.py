@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nullspace_optim.persistence import load
+from nullspace_optim.files.basis_file import load
 from reference.methods import METHODS
 
 TIMES = {

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nullspace_optim import NullSpaceOptimizer, NumericalRank
-from nullspace_optim.linalg import orthogonality_error
+from nullspace_optim.subspace.linalg import orthogonality_error
 
 WIDTH, TASKS, SETTLED = 64, 50, 20
 MOMENTS = (20, 34, 49)

@@ -28,8 +28,8 @@ def save(folder: Path) -> None:
     """Save two stores in turn, for ever."""
     from stores import full_store
 
-    from nullspace_optim.basis import BasisStore
-    from nullspace_optim.persistence import save as write
+    from nullspace_optim.files.basis_file import save as write
+    from nullspace_optim.subspace.basis import BasisStore
 
     torch.manual_seed(0)
     large = full_store()

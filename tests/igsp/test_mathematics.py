@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+import nullspace_optim.igsp.moe.convergence as convergence
+import nullspace_optim.igsp.moe.pruning as pruning
+import nullspace_optim.igsp.moe.regularization as regularizer
+import nullspace_optim.igsp.moe.router as router
 from nullspace_optim import IGSP, PruningError
-from nullspace_optim.igsp import prototypes, pruning, regularizer, router
-from nullspace_optim.igsp.experts import Expert, extended, fresh_directions, merged_weight, mix, spanned, stack
-from nullspace_optim.igsp.watch import Watch
-from nullspace_optim.linalg import orthogonality_error
+from nullspace_optim.igsp.moe.convergence import Watch
+from nullspace_optim.igsp.moe.experts import Expert, extended, fresh_directions, merged_weight, mix, spanned, stack
+from nullspace_optim.subspace.linalg import orthogonality_error
 
 
 def random_stack(
@@ -155,14 +158,14 @@ def test_noise_is_the_same_when_a_forward_is_computed_twice() -> None:
 def test_agreement_is_the_jaccard_index_of_top_k_sets() -> None:
     now = torch.tensor([[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0]])
     then = torch.tensor([[2.0, 3.0, 1.0, 0.0], [3.0, 0.0, 2.0, 1.0]])
-    assert float(router.agreement(now, then, 2)) == pytest.approx((1 + 1 / 3) / 2)
+    assert float(convergence.agreement(now, then, 2)) == pytest.approx((1 + 1 / 3) / 2)
 
 
 def test_divergence_is_kullback_leibler() -> None:
     p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.5, 0.25])
     expected = 0.5 * torch.log(torch.tensor(2.0)) - 0.25 * torch.log(torch.tensor(2.0))
-    assert float(router.divergence(p, q)) == pytest.approx(float(expected), rel=1e-4)
-    assert float(router.divergence(p, p)) == 0.0
+    assert float(convergence.divergence(p, q)) == pytest.approx(float(expected), rel=1e-4)
+    assert float(convergence.divergence(p, p)) == 0.0
 
 
 @pytest.mark.parametrize(("experts", "samples"), [(3, 60), (5, 200), (8, 1000)])
@@ -171,8 +174,8 @@ def test_chance_divergence_is_that_of_two_samples_of_one_router(experts: int, sa
     use = torch.softmax(torch.randn(experts, dtype=torch.float64), dim=0)
     drawn = torch.multinomial(use.expand(4000, -1), samples, replacement=True)
     counts = torch.nn.functional.one_hot(drawn, experts).sum(dim=1) / samples
-    found = torch.stack([router.divergence(now, then) for now, then in zip(counts[::2], counts[1::2])])
-    assert float(found.mean()) == pytest.approx(router.chance_divergence(experts, samples), rel=0.25)
+    found = torch.stack([convergence.divergence(now, then) for now, then in zip(counts[::2], counts[1::2])])
+    assert float(found.mean()) == pytest.approx(convergence.chance_divergence(experts, samples), rel=0.25)
 
 
 def test_a_router_that_stands_still_has_converged_and_one_that_drifts_has_not() -> None:
@@ -191,20 +194,20 @@ def test_a_router_that_stands_still_has_converged_and_one_that_drifts_has_not() 
                 watch.judge(moved, step)
         assert watch.settled() is settled
         if settled:
-            strict = router.Convergence()
+            strict = convergence.Convergence()
             for step, jaccard, kl in watch.convergence.curve:
                 strict.judge(step, jaccard, kl, 0.95, 1e-3, 2)
             assert strict.at is None  # without what chance does it would never have passed
 
 
 def test_convergence_needs_agreeing_windows_in_a_row() -> None:
-    state = router.Convergence()
+    state = convergence.Convergence()
     for step, (jaccard, kl) in enumerate(
         [(1.0, 1e-5), (0.9, 1e-5), (1.0, 1e-5), (1.0, 1e-2), (1.0, 1e-5), (1.0, 1e-5)]
     ):
         state.judge(20 * step, jaccard, kl, 0.95, 1e-3, 2)
     assert state.at == 100 and len(state.curve) == 6
-    assert router.Convergence.of(state.plain) == state
+    assert convergence.Convergence.of(state.plain) == state
 
 
 def test_pruning_keeps_what_carries_flow() -> None:
@@ -234,12 +237,12 @@ def test_pruning_never_removes_the_last_expert() -> None:
 
 def test_prototypes_name_the_task_of_each_sample_and_leave_strangers_alone() -> None:
     centres = torch.randn(3, 16) * 4
-    tasks = [prototypes.prototype(centre + torch.randn(200, 16), 3.0) for centre in centres]
-    stacked = prototypes.Prototype(*(torch.stack(parts) for parts in zip(*tasks)))
+    tasks = [router.prototype(centre + torch.randn(200, 16), 3.0) for centre in centres]
+    stacked = router.Prototype(*(torch.stack(parts) for parts in zip(*tasks)))
     inputs = torch.cat([centres + 0.1 * torch.randn(3, 16), torch.full((1, 16), 60.0)])
-    found = prototypes.nearest(inputs, *stacked)
+    found = router.nearest(inputs, *stacked)
     assert found.tolist() == [0, 1, 2, -1]
-    alone = [int(prototypes.nearest(row[None], *stacked)) for row in inputs]
+    alone = [int(router.nearest(row[None], *stacked)) for row in inputs]
     assert alone == found.tolist(), "the batch has no influence"
-    few = prototypes.prototype(torch.randn(1, 16), 3.0)
+    few = router.prototype(torch.randn(1, 16), 3.0)
     assert all(bool(torch.isfinite(part).all()) for part in few)

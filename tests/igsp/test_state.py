@@ -142,7 +142,7 @@ def test_a_checkpoint_without_its_experts_is_refused() -> None:
 
 
 def test_a_damaged_record_is_one_error(tmp_path: Path) -> None:
-    from nullspace_optim.basis import Extension
+    from nullspace_optim.subspace.basis import Extension
 
     _, opt, _ = history(7)
     good = opt._core.mode.state

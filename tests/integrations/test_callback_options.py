@@ -8,7 +8,7 @@ import pytest
 from two_tasks import build_net, loader, wrap
 
 from nullspace_optim import OptionError
-from nullspace_optim.integrations.task import TaskOptions, Tasks
+from nullspace_optim.integrations.callback import TaskOptions, Tasks
 
 
 @pytest.mark.parametrize(("options", "text"), [({"max_batches": 0}, "max_batches=0"), ({"forward": 3}, "forward=3")])

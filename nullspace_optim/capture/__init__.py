@@ -1,0 +1,1 @@
+"""Capture of the rows that meet each weight, operator by operator."""

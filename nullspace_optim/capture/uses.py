@@ -1,0 +1,313 @@
+"""What reads a parameter, operator by operator of the table: the rows it met, or why it cannot be protected.
+
+`Uses` keeps the uses of the current batch where they must wait (relevance is known after the probe, joint
+biases after the addition that follows a product); otherwise rows are handed to the tally at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..covariance.accumulator import Tally
+from ..covariance.rows import Kernel, Patches, Rows, convolution_kept
+from ..model.storage import storage_pointer
+from .aliases import Kind, Memory, Origin
+from .operators import CONVOLUTIONS, EMBEDDINGS, PRODUCTS, Meeting, Operator, place
+from .relevance import Relevance
+
+BUILDS = "used to build another weight"
+QUEUE = 4
+# Writing to a product's output row by row leaves it that row's output.
+_ROWWISE_WRITES = frozenset(
+    f"{name}_"
+    for name in (
+        "add sub mul div relu gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu masked_fill neg "
+        "threshold mish celu exp pow clamp clamp_min"
+    ).split()
+)
+
+
+@dataclass(eq=False)
+class _Use:
+    """Rows that met a weight, and the output whose gradient tells which of them count."""
+
+    name: str
+    rows: Rows | Patches
+    output: Tensor
+    kept: Callable[[Tensor], Tensor]
+    operator: str
+    bias: str | None = None
+    all_rows: bool = False
+
+
+@dataclass(eq=False)
+class _LookUp:
+    """Embedding rows that were looked up."""
+
+    name: str
+    index: Tensor
+    number: int
+    output: Tensor
+    all_rows: bool = False
+
+    def kept(self, gradient: Tensor) -> Tensor:
+        """Return which of the looked-up rows have a gradient."""
+        return gradient.ne(0).any(-1)
+
+
+class Uses:
+    """The uses of parameters in one forward pass; `relevance` is `None` where all rows count."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        tally: Tally,
+        relevance: Relevance | None,
+        *,
+        joint: bool,
+        observe: Callable[[str, Tensor], None] | None,
+    ) -> None:
+        """Hand what meets the parameters of `memory` to `tally`."""
+        self._memory, self._tally, self._joint, self._observe = memory, tally, joint, observe
+        self._relevance = relevance
+        self._uses: list[_Use | _LookUp] = []
+        self._checked: set[str] = set()
+
+    def settle(self, gradients: Sequence[Tensor | None] | None) -> None:
+        """Hand the rows of the batch to the tally; `gradients` of `wanted()` say which count, `None`: all."""
+        wanted = {id(use): i for i, use in enumerate(self._wanting())}
+        for use in self._uses:
+            mask: Tensor | None = None
+            if gradients is not None and id(use) in wanted:
+                gradient = gradients[wanted[id(use)]]
+                mask = use.kept(torch.zeros_like(use.output) if gradient is None else gradient)
+                mask = None if bool(mask.all()) else mask
+            if isinstance(use, _LookUp):
+                self._tally.use_rows(use.name, use.index if mask is None else use.index[mask], use.number)
+                continue
+            if self._joint and use.rows.place.side == "right":
+                self._tally.pair(use.name, use.bias, use.operator)
+            self._tally.push(use.name, use.rows, mask, shape=self._memory.parameters[use.name].shape)
+        self._uses.clear()
+
+    def wanted(self) -> list[Tensor]:
+        """Return the outputs whose gradients tell which rows count."""
+        return [use.output for use in self._wanting()]
+
+    def _wanting(self) -> list[_Use | _LookUp]:
+        return [use for use in self._uses if use.output.requires_grad and not use.all_rows]
+
+    def read(self, operator: Operator, bound: list[Any], by_id: dict[int, Origin], results: list[Tensor]) -> None:
+        """Note the rows that met each parameter, or that the parameter was read in another way."""
+        handled: set[int] = set()
+        if operator.name == "embedding_renorm_":
+            return  # max_norm: rows that were looked up are within it already and stay as they are
+        if operator.name in PRODUCTS:
+            handled = self._read_product(operator, bound, by_id, results[0])
+        elif operator.name in CONVOLUTIONS:
+            handled = self._read_convolution(operator, bound, by_id, results[0])
+        elif operator.name in EMBEDDINGS:
+            handled = self._read_embedding(operator, bound, by_id, results[0])
+        elif operator.name in ("add", "add_") and self._joint:
+            handled = self._read_added_bias(bound, by_id, results[0])
+        for identity, origin in by_id.items():
+            if origin.kind is Kind.ALIAS and identity not in handled:
+                self._tally.refuse(origin.names, f"read by {operator.label}")
+
+    def _read_product(self, operator: Operator, bound: list[Any], by_id: dict[int, Origin], output: Tensor) -> set[int]:
+        """Take the rows of a product; return the operands that are accounted for."""
+        handled: set[int] = set()
+        use: _Use | None = None
+        for meeting in PRODUCTS[operator.name]:
+            weight, rows = bound[meeting.weight], bound[meeting.rows]
+            origin, other = by_id[id(weight)], by_id[id(rows)]
+            if origin.kind is not Kind.ALIAS:
+                continue
+            handled.add(id(weight))
+            if other.kind in (Kind.ALIAS, Kind.DERIVED):
+                self._tally.refuse(origin.names, BUILDS)
+            else:
+                met = self._meet(operator, meeting, origin, rows, output)
+                use = _counting_constants(met, other) or use
+        position = PRODUCTS[operator.name][0].bias
+        if position is not None and isinstance(bound[position], Tensor):
+            handled |= self._read_bias(operator, use, bound[position], by_id)
+        return handled
+
+    def _meet(self, operator: Operator, meeting: Meeting, origin: Origin, rows: Tensor, output: Tensor) -> _Use | None:
+        """Record one product of rows and a parameter, if strides say which side they met."""
+        if origin.geometry is None:
+            self._tally.refuse(origin.names, f"read by {operator.label} through a view that strides cannot describe")
+            return None
+        name = origin.names[0]
+        shape = self._memory.parameters[name].shape
+        where = place(origin.geometry, meeting.dims, shape)
+        if where is None:
+            self._tally.refuse([name], f"read by {operator.label} through a view that is no block of rows or columns")
+            return None
+        _, m, d = where.layout.matrix_shape(shape)
+        one = self._joint and where.side == "right" and where.layout.kind == "matrix"
+        taken = Rows(meeting.view(rows), where, (d if where.side == "right" else m) + one, one)
+        return self._record(operator, name, taken, output, lambda g: meeting.kept(g).ne(0).any(-1))
+
+    def _record(
+        self, operator: Operator, name: str, rows: Rows | Patches, output: Tensor, kept: Callable[[Tensor], Tensor]
+    ) -> _Use | None:
+        """Keep the rows until the batch ends (relevance, joint biases), or hand them on at once."""
+        known = self._tally.meet(name, rows.place.layout)
+        if self._observe is not None:
+            self._observe(name, output)
+        if not known:
+            return None
+        use = _Use(name, rows, output, kept, operator.label.split(".")[1])
+        self._check_weight(name, rows)
+        if self._relevance is not None or self._joint:
+            self._uses.append(use)
+        else:
+            self._tally.push(name, rows, None, shape=self._memory.parameters[name].shape)
+            self._tally.flush(QUEUE)
+        return use
+
+    def _check_weight(self, name: str, rows: Rows | Patches) -> None:
+        """A weight that is exactly zero hides from the probe what earlier weights do; it will not stay zero."""
+        if self._relevance is None or self._relevance.note is not None:
+            return
+        if name in self._checked:
+            return
+        self._checked.add(name)
+        if not bool(self._memory.present(name).detach().any()):
+            self._relevance.refuse(f"'{name}' is all zero, so no gradient passes through it")
+
+    def _read_convolution(
+        self, operator: Operator, bound: list[Any], by_id: dict[int, Origin], output: Tensor
+    ) -> set[int]:
+        """Take the patches of a convolution whose kernel is a whole parameter."""
+        inputs, weight, bias = bound[0], bound[1], bound[2]
+        origin, other = by_id[id(weight)], by_id[id(inputs)]
+        handled: set[int] = set()
+        use: _Use | None = None
+        if origin.kind is Kind.ALIAS:
+            handled.add(id(weight))
+            kernel = Kernel.of(weight.shape, bound[3:9])
+            if other.kind in (Kind.ALIAS, Kind.DERIVED):
+                self._tally.refuse(origin.names, BUILDS)
+            elif not self._is_whole(origin, kernel):
+                self._tally.refuse(
+                    origin.names, f"read by {operator.label} through a view that is not the whole kernel"
+                )
+            else:
+                name = origin.names[0]
+                size = kernel.layout.matrix_shape(weight.shape)[2] + self._joint
+                spatial = len(kernel.size)
+                rows = Patches(inputs, kernel, size, self._joint)
+                met = self._record(operator, name, rows, output, lambda g: convolution_kept(g, spatial))
+                use = _counting_constants(met, other)
+        if isinstance(bias, Tensor):
+            handled |= self._read_bias(operator, use, bias, by_id)
+        return handled
+
+    def _is_whole(self, origin: Origin, kernel: Kernel) -> bool:
+        """Return whether an alias holds its parameter in row-major order, with the same matrices for this kernel."""
+        geometry = origin.geometry
+        if geometry is None or geometry.offset:
+            return False
+        shape = self._memory.parameters[origin.names[0]].shape
+        step = 1
+        for size, stride in zip(reversed(geometry.size), reversed(geometry.stride), strict=True):
+            if size > 1 and stride != step:
+                return False
+            step *= size
+        if kernel.transposed:
+            return tuple(shape) == geometry.size
+        return step == shape.numel() and shape[0] == geometry.size[0]
+
+    def _read_embedding(
+        self, operator: Operator, bound: list[Any], by_id: dict[int, Origin], output: Tensor
+    ) -> set[int]:
+        """Take the rows that were looked up in an embedding."""
+        origin, index = by_id[id(bound[0])], bound[1]
+        geometry = origin.geometry
+        if origin.kind is not Kind.ALIAS:
+            return set()
+        shape = self._memory.parameters[origin.names[0]].shape
+        row = shape[1:].numel()
+        if geometry is None or geometry.stride[0] != row or geometry.offset % row + geometry.size[1] > row:
+            return set()
+        name = origin.names[0]
+        self._tally.order.setdefault(name)
+        self._tally.meet_rows(name)
+        if self._observe is not None:
+            self._observe(name, output)
+        simple = operator.name == "embedding" and index.device == output.device
+        use = _LookUp(name, index.detach().clone() + geometry.offset // row, shape[0], output, all_rows=not simple)
+        if self._relevance is not None:
+            self._uses.append(use)
+        else:
+            self._tally.use_rows(name, use.index, use.number)
+        return {id(bound[0])}
+
+    def _read_bias(self, operator: Operator, use: _Use | None, bias: Tensor, by_id: dict[int, Origin]) -> set[int]:
+        """Pair a bias with the weight whose product it was added to, or give the reason why it is frozen."""
+        origin = by_id[id(bias)]
+        if origin.kind is not Kind.ALIAS:
+            return set()
+        if not (self._joint and use is not None and self._fits(use, origin)):
+            self._tally.refuse(origin.names, f"read by {operator.label} as bias")
+        elif use is not None:
+            use.bias = origin.names[0]
+        return {id(bias)}
+
+    def _read_added_bias(self, bound: list[Any], by_id: dict[int, Origin], output: Tensor) -> set[int]:
+        """Pair a bias that is added to (a view of) a product's output after the product."""
+        for bias, other in ((bound[0], bound[1]), (bound[1], bound[0])):
+            if not isinstance(bias, Tensor) or not isinstance(other, Tensor):
+                continue
+            origin = by_id[id(bias)]
+            if origin.kind is not Kind.ALIAS or bias.ndim != 1 or other.shape[-1:] != bias.shape or bound[2] != 1:
+                continue
+            for use in reversed(self._uses):
+                if not isinstance(use, _Use) or storage_pointer(use.output) != storage_pointer(other):
+                    continue
+                if use.bias is None and isinstance(use.rows, Rows) and self._fits(use, origin):
+                    use.bias = origin.names[0]
+                    return {id(bias)}
+        return set()
+
+    def _fits(self, use: _Use, bias: Origin) -> bool:
+        """Return whether the elements of a bias stand beside the rows of the weight that the product used."""
+        where, geometry = use.rows.place, bias.geometry
+        if geometry is None or len(geometry.size) != 1 or where.side != "right" or where.layout.kind == "batched":
+            return False
+        length = self._memory.parameters[bias.names[0]].shape
+        groups, m, _ = where.layout.matrix_shape(self._memory.parameters[use.name].shape)
+        start, number = where.outputs
+        if tuple(length) != (groups * m,) or geometry.stride[0] != 1:
+            return False
+        return (geometry.offset, geometry.size[0]) == (start, groups * m if number == -1 else number)
+
+    def before_writing(self, operator: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Save rows that are about to be written; outputs written out of row order no longer tell their rows."""
+        for target in operator.written(args, kwargs):
+            pointer = storage_pointer(target)
+            if not pointer:
+                continue
+            self._tally.flush_storage(pointer)
+            for use in self._uses:
+                if isinstance(use, _Use) and storage_pointer(use.rows.source) == pointer:
+                    use.rows.clone_source()
+                if storage_pointer(use.output) == pointer and operator.name not in _ROWWISE_WRITES:
+                    use.all_rows = True
+
+
+def _counting_constants(use: _Use | None, rows: Origin) -> _Use | None:
+    """Let all rows count that depend on no data (`A(eye)`, as DoRA does): the probe does not see such a product's
+    output where it is detached, and the outputs depend on it all the same.
+    """
+    if use is not None and rows.kind is Kind.CONSTANT:
+        use.all_rows = True
+    return use

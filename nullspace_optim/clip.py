@@ -1,0 +1,188 @@
+"""Losses that hold a CLIP to what it was, on the outputs of open_clip: distillation and modality alignment.
+
+Both are symmetric: one term for image-to-text rows, one for text-to-image rows of the same logits. With unit features
+`I` `[n, e]`, `T` `[m, e]` and `s = exp(logit_scale)` (and a bias `b` where the model has one), the logits are
+`L = s I T^T + b`, `[n, m]`. All products are in float32 (float64 for float64 features), also under autocast, and every
+value is finite for finite logits.
+
+Sources: knowledge distillation (Hinton et al. 2015, arXiv 1503.02531) on a batch of reference pairs as in ZSCL (Zheng
+et al. 2023, arXiv 2303.06628); modality alignment preservation as in GNSP (arXiv 2507.19839) and its released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import BatchError, OptionError, ShapeError
+from .model.find import unwrap
+
+Rows = Literal["both", "image", "text"]
+
+
+class ClipOutputs(NamedTuple):
+    """Unit features of images `[n, e]` and texts `[m, e]`, the factor of their products and, if any, a bias."""
+
+    image_features: Tensor
+    text_features: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor | None = None
+
+    def logits(self) -> Tensor:
+        """`s I T^T + b`, `[n, m]`, in at least float32.
+
+        Raises:
+            BatchError: the scale is not finite.
+        """
+        if not torch.compiler.is_compiling() and not bool(self.logit_scale.isfinite().all()):
+            raise BatchError(
+                f"the outputs' logit_scale is {float(self.logit_scale.max())}: its exponential overflowed or training "
+                "diverged; clamp the parameter (CLIP: to ln 100) or lower its learning rate"
+            )
+        images, texts = self.image_features, self.text_features
+        wide = torch.promote_types(images.dtype, torch.float32)
+        with torch.autocast(images.device.type, enabled=False):
+            logits = self.logit_scale.to(wide) * (images.to(wide) @ texts.to(wide).T)
+            return logits if self.logit_bias is None else logits + self.logit_bias.to(wide)
+
+
+def read_outputs(outputs: Any) -> ClipOutputs:
+    """Read what an open_clip model returns, a tuple or (``output_dict=True``) a mapping.
+
+    Raises:
+        BatchError: neither of the two, or a part is missing or None (a model called without images or texts).
+        ShapeError: features that are not `[n, e]` and `[m, e]`.
+    """
+    names = ClipOutputs._fields
+    if isinstance(outputs, Mapping):
+        parts: dict[str, Any] = {name: outputs.get(name) for name in names}
+    elif isinstance(outputs, (tuple, list)):
+        parts = dict(zip(names, outputs))
+    else:
+        raise BatchError(f"expected the outputs of a CLIP, a tuple or a mapping, found {type(outputs).__name__}")
+    for name in names[:3]:
+        if not isinstance(parts.get(name), Tensor):
+            raise BatchError(
+                f"the outputs hold no tensor '{name}' (found {type(parts.get(name)).__name__}); "
+                "call the model with images and texts, as in model(images, texts)"
+            )
+    read = ClipOutputs(**parts)
+    images, texts = read.image_features, read.text_features
+    if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1] or not len(images) or not len(texts):
+        raise ShapeError(
+            f"image_features {tuple(images.shape)} and text_features {tuple(texts.shape)}: expected [n, e] and [m, e]"
+        )
+    return read
+
+
+def distillation_loss(student: Any, teacher: Any, *, temperature: float = 2.0, rows: Rows = "both") -> Tensor:
+    """Cross entropy between the softened logits of `teacher` and of `student` on the same images and texts; scalar.
+
+    With logits `t` and `s` `[n, m]` and temperature `T`: `T^2 * mean_i sum_j -softmax(t/T)_ij log softmax(s/T)_ij` over
+    rows (``rows="image"``), the same over columns (``"text"``), or the sum of both (``"both"``, as GNSP and ZSCL do).
+    It differs from the KL divergence by the teacher's entropy, which is constant: the gradient is the same. The teacher
+    gets no gradient.
+
+    Raises:
+        OptionError: `temperature` is not positive, `rows` is unknown, or teacher and student are the same outputs.
+        BatchError: outputs that are not those of a CLIP.
+        ShapeError: teacher and student saw different numbers of images or texts.
+    """
+    if not (isfinite(temperature) and temperature > 0):
+        raise OptionError(f"temperature={temperature!r}: expected a number in (0, inf)")
+    if rows not in ("both", "image", "text"):
+        raise OptionError(f"rows={rows!r}: expected one of 'both', 'image', 'text'")
+    pupil, master = read_outputs(student), read_outputs(teacher)
+    _refuse_self(pupil, master)
+    ours, theirs = pupil.logits(), master.logits().detach()
+    if ours.shape != theirs.shape:
+        raise ShapeError(
+            f"student logits {tuple(ours.shape)} but teacher logits {tuple(theirs.shape)}: feed both alike"
+        )
+    sides = {"both": ((ours, theirs), (ours.T, theirs.T)), "image": ((ours, theirs),), "text": ((ours.T, theirs.T),)}
+    total = ours.new_zeros(())
+    for ours, theirs in sides[rows]:
+        targets = F.softmax(theirs / temperature, dim=1)
+        total = total + temperature**2 * F.cross_entropy(ours / temperature, targets)
+    return total
+
+
+def alignment_loss(outputs: Any, labels: Tensor | None = None, *, smoothing: float = 0.2) -> Tensor:
+    """Symmetric contrastive loss of `n` image-text pairs, "modality alignment preservation" in GNSP; scalar.
+
+    With logits `L` `[n, n]`: the cross entropy of `L` plus that of `L^T` against targets `Y`, `Y_ij = [y_i = y_j] /
+    sum_k [y_i = y_k]`, mixed with the uniform distribution, `(1 - smoothing) Y + smoothing / n`. `labels` `[n]` say
+    which pairs are of one kind (duplicate classes share the mass); by default every pair is a kind of its own, which
+    is CLIP's own loss. GNSP weighs the sum by 0.75 and takes `smoothing=0.2`.
+
+    Raises:
+        OptionError: `smoothing` is outside 0..1.
+        BatchError: outputs that are not those of a CLIP.
+        ShapeError: unequal numbers of images, texts and labels.
+    """
+    if not 0.0 <= smoothing <= 1.0:
+        raise OptionError(f"smoothing={smoothing!r}: expected a number in [0, 1]")
+    logits = read_outputs(outputs).logits()
+    count = len(logits)
+    labels = torch.arange(count, device=logits.device) if labels is None else labels.to(logits.device)
+    if logits.shape[1] != count or labels.shape != (count,):
+        raise ShapeError(
+            f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected n pairs, [n, n] and [n]"
+        )
+    equal = (labels[:, None] == labels[None, :]).to(logits.dtype)
+    targets = equal / equal.sum(dim=1, keepdim=True)
+    losses = (F.cross_entropy(side, targets, label_smoothing=smoothing) for side in (logits, logits.T))
+    return sum(losses, start=logits.new_zeros(()))
+
+
+def _refuse_self(student: ClipOutputs, teacher: ClipOutputs) -> None:
+    """Refuse a teacher whose features are the student's own tensors: nothing would be distilled."""
+    pairs = ((student.image_features, teacher.image_features), (student.text_features, teacher.text_features))
+    if all(one is other or one.data_ptr() == other.data_ptr() for one, other in pairs):
+        raise OptionError(
+            "teacher and student are the same outputs, so there is nothing to distil; run a frozen copy of the model "
+            "(copy.deepcopy before training) as the teacher"
+        )
+
+
+class ClipForward:
+    """`forward` for CLIP: images of every batch through one tower, the task's prompts through the other, once.
+
+    Args:
+        model: an open_clip model (`encode_image`, `encode_text`).
+        tokens: tokenized prompts of the task, `[classes, context]`.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Tensor) -> None:
+        self._model = model
+        self._tokens = tokens
+        self._fed = False
+
+    def restart(self) -> None:
+        """Feed the prompts again with the next batch (a new pass begins)."""
+        self._fed = False
+
+    def __call__(self, batch: Any) -> dict[str, Tensor]:
+        """Return normalised `image_features` `[n, e]` and, on the first batch of a pass, `text_features` `[classes,
+        e]`.
+        """
+        model: Any = self._model
+        device = next(self._model.parameters()).device
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        outputs = {"image_features": model.encode_image(images.to(device), normalize=True)}
+        if not self._fed:
+            outputs["text_features"] = model.encode_text(self._tokens.to(device), normalize=True)
+            self._fed = True
+        if hasattr(model, "logit_scale"):
+            outputs["logit_scale"] = model.logit_scale.exp()
+        return outputs
+
+
+def clip_forward(model: nn.Module, tokens: Tensor) -> ClipForward:
+    """Return the ready `forward=` of `consolidate` for an open_clip model and the task's prompts `tokens`."""
+    return ClipForward(unwrap(model), tokens)

@@ -1,0 +1,1 @@
+"""Consolidation: a finished task becomes larger bases, all or nothing."""

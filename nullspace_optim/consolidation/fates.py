@@ -1,0 +1,344 @@
+"""The fate of every parameter after one more task, and the basis that goes with it.
+
+Input: what `Capture` saw of each parameter. A weight whose rows are known grows its basis by what the policy takes; a
+parameter that was used in any other way is frozen; one that was not read stays free. Fates only get stricter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..covariance.accumulator import Captured, Moment
+from ..covariance.second_moment import SecondMoment
+from ..covariance.sketch import Sketch
+from ..distributed import collectives, failures, group
+from ..distributed.group import local
+from ..errors import ConsolidationError
+from ..policies.base import Policy, Spectrum
+from ..report import ParameterReport
+from ..subspace.basis import Basis, BasisStore, Fate, Side, Subspace
+from ..subspace.layout import Layout
+from ..subspace.matrix import matrix_of
+from ..subspace.projection import MatrixSide
+from ..subspace.shards import Part, gathered, part_of
+from .grow import Candidate, Choice, choose, examine
+from .grow_sketched import examine_sketch
+
+Key = tuple[str, MatrixSide]
+Groups = Mapping[Any, list[Key]]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One side of one weight: the new task's second moment and the subspace stored before."""
+
+    moment: Moment
+    before: Subspace | None
+    tasks: int = 0
+
+    @property
+    def identity(self) -> tuple[int, ...]:
+        """Equal for weights that met the same rows and share one stored basis: their new basis is the same."""
+        before = self.before
+        return id(self.moment), *((id(before.basis), id(before.scale)) if before else ()), self.tasks
+
+
+def grow(
+    parameters: Mapping[str, Tensor],
+    captured: Mapping[str, Captured],
+    store: BasisStore,
+    task: str,
+    policy: Policy,
+    uncovered: Literal["freeze", "train"],
+) -> tuple[BasisStore, list[ParameterReport]]:
+    """Return a store that protects `task` as well, and one report line a parameter; `store` is unchanged."""
+    grown = store.copy()
+    if policy.from_weights:
+        captured = {name: _of_weight(name, parameters, seen) for name, seen in captured.items()}
+    uses = {
+        (name, side): Use(moment, *_before(store.get(name), side))
+        for name in parameters
+        if _grows(captured.get(name), store.get(name))
+        for side, moment in captured[name].sides.items()
+    }
+    choices = _choices(policy, uses, next(iter(parameters.values())).device)
+    rows = []
+    for name, parameter in parameters.items():
+        seen, old = captured.get(name), store.get(name)
+        mine = {side: choice for (owner, side), choice in choices.items() if owner == name}
+        if seen is not None and _grows(seen, old):
+            bias = parameters[seen.bias] if seen.bias else None
+            basis = _protected(name, parameter, bias, seen, old, mine, task)
+        else:
+            basis = _settled(name, parameter, seen, old, uncovered)
+        grown.put(basis)
+        rows.append(_line(basis, old, mine))
+    return grown, _freeze_left_alone(parameters, store, grown, rows)
+
+
+def _of_weight(name: str, parameters: Mapping[str, Tensor], seen: Captured) -> Captured:
+    """Return what was seen of a weight with its own second moments, on both sides, in the place of its rows'."""
+    if not seen.sides:
+        return seen
+    weight, layout = gathered(parameters[name]), seen.layout or Layout()
+    bias = gathered(parameters[seen.bias]) if seen.bias else None
+    with torch.no_grad(), matrix_of(weight, layout, bias, write=False) as matrix:
+        wide = matrix.to(torch.complex128 if matrix.is_complex() else torch.float64)
+        right = SecondMoment.of(wide.mT @ wide.conj(), wide.shape[1])
+        left = SecondMoment.of(wide @ wide.mH, wide.shape[2])
+    return replace(seen, sides={"right": right, "left": left})
+
+
+def _before(old: Basis | None, side: MatrixSide) -> tuple[Subspace | None, int]:
+    """Return what is stored of one side, and of how many tasks."""
+    return (None, 0) if old is None else (old.subspaces.get(side), len(old.tasks))
+
+
+def _freeze_left_alone(
+    parameters: Mapping[str, Tensor], before: BasisStore, grown: BasisStore, rows: list[ParameterReport]
+) -> list[ParameterReport]:
+    """Freeze biases whose weight protected them in `before` and, being frozen itself, no longer does in `grown`."""
+    lost = {old.bias for name, old in before.items() if old.bias and name in grown and grown[name].bias is None}
+    for number, row in enumerate(rows):
+        basis = grown[row.name]
+        if row.name in lost and basis.kept is None:
+            reason = "protected together with a weight that is frozen from now on"
+            kept = local(parameters[row.name]).clone()
+            frozen = Basis(row.name, basis.shape, Fate.FROZEN, reason, tasks=basis.tasks, kept=kept)
+            grown.put(frozen)
+            rows[number] = _line(frozen, basis, {})
+    return rows
+
+
+def _grows(seen: Captured | None, old: Basis | None) -> bool:
+    """Return whether a parameter's basis can grow by what was seen."""
+    if seen is None or not seen.met or seen.reasons or (old and old.fate in (Fate.FROZEN, Fate.FULL)):
+        return False
+    return not _conflict(seen, old)
+
+
+def _conflict(seen: Captured, old: Basis | None) -> str:
+    """Return why this task's use of a weight cannot be joined with its stored basis, or an empty string."""
+    if old is None or not old.subspaces:
+        return ""
+    if seen.layout != old.layout:
+        return "used with another layout than in an earlier task"
+    if seen.bias != old.bias:
+        return "used with another bias than in an earlier task"
+    return ""
+
+
+def _choices(policy: Policy, uses: Mapping[Key, Use], device: torch.device) -> dict[Key, Choice]:
+    """Let the policy decide; weights that share rows and basis share the result.
+
+    Only a joint policy needs the eigenvectors of all weights at once; otherwise one weight at a time is held. Each rank
+    decides on the second moments that it owns and tells the others.
+    """
+    groups: dict[tuple[int, ...], list[Key]] = {}
+    for key, use in uses.items():
+        groups.setdefault(use.identity, []).append(key)
+    work = _joint_choices if policy.joint else _single_choices
+    heads = [members[0] for members in groups.values()]
+    chosen = work(policy, {key: uses[key] for key in heads}, groups)
+    choices = collectives.shared([chosen.get(key) for key in heads], [uses[key].moment.owner for key in heads], device)
+    return {key: choice for members, choice in zip(groups.values(), choices, strict=True) for key in members}
+
+
+def _mine(uses: Mapping[Key, Use]) -> Iterator[tuple[Key, Use]]:
+    """Yield the uses whose second moment this rank holds (all of them if there is one process)."""
+    return ((key, use) for key, use in uses.items() if use.moment.owner == group.rank())
+
+
+def _single_choices(policy: Policy, uses: Mapping[Key, Use], groups: Groups) -> dict[Key, Choice]:
+    """Decide on one weight after the other: the eigenvectors of one are held at a time."""
+    choices: dict[Key, Choice] = {}
+    with failures.together():
+        for key, use in _mine(uses):
+            candidate = _examined(policy, use, key)
+            choices[key] = _chosen(candidate, _ranks(policy, {key: candidate.spectra})[key], use)
+    return choices
+
+
+def _joint_choices(policy: Policy, uses: Mapping[Key, Use], groups: Groups) -> dict[Key, Choice]:
+    """Show the policy the spectra of all weights at once."""
+    with failures.together():
+        candidates = {key: _examined(policy, use, key) for key, use in _mine(uses)}
+    known = collectives.everyone({key: candidate.spectra for key, candidate in candidates.items()})
+    spectra = {key: found for part in known for key, found in part.items()}
+    with failures.together():
+        ranks = _ranks(policy, {member: spectra[members[0]] for members in groups.values() for member in members})
+        return {key: _chosen(candidate, ranks[key], uses[key]) for key, candidate in candidates.items()}
+
+
+def _examined(policy: Policy, use: Use, key: Key) -> Candidate:
+    before = use.before
+    stored = (before.basis, before.covariance) if before else (None, None)
+    scale = before.scale if before else None
+    rows = use.moment.rows.tolist()
+    if isinstance(use.moment, Sketch):
+        basis = before.basis if before else None
+        return examine_sketch(policy, use.moment.factor, use.moment.trace(), rows, basis, tasks=use.tasks, name=key[0])
+    matrix = use.moment.matrix
+    return examine(policy, matrix, rows, *stored, scale=scale, tasks=use.tasks, name=key[0])
+
+
+def _chosen(candidate: Candidate, ranks: tuple[int, ...], use: Use) -> Choice:
+    before = use.before
+    if isinstance(use.moment, Sketch):  # more directions than it has are not known
+        ranks = tuple(min(rank, spectrum.above(0.0)) for rank, spectrum in zip(ranks, candidate.spectra, strict=True))
+    return choose(candidate, ranks, *((before.basis, before.scale) if before else (None, None)))
+
+
+def _ranks(policy: Policy, spectra: Mapping[Key, tuple[Spectrum, ...]]) -> dict[Key, tuple[int, ...]]:
+    named = {
+        f"{name}/{side}/{group}": spectrum
+        for (name, side), found in spectra.items()
+        for group, spectrum in enumerate(found)
+    }
+    ranks = policy.ranks(named)
+    return {
+        (name, side): tuple(ranks[f"{name}/{side}/{group}"] for group in range(len(found)))
+        for (name, side), found in spectra.items()
+    }
+
+
+def _settled(name: str, parameter: Tensor, seen: Captured | None, old: Basis | None, uncovered: str) -> Basis:
+    """Return the basis of a parameter that does not grow: as it was, free, or frozen."""
+    if old is not None and old.fate in (Fate.FROZEN, Fate.FULL):
+        return old
+    shape = tuple(parameter.shape)
+    if seen is None or not seen.met:
+        return old or Basis(name, shape, Fate.FREE, "not read by any consolidated forward pass")
+    reason = "; ".join(seen.reasons) or _conflict(seen, old)
+    if uncovered == "train":
+        text = f'{reason}; trained all the same (uncovered="train"): old outputs may move'
+        return old if old is not None and old.subspaces else Basis(name, shape, Fate.FREE, text)
+    return Basis(name, shape, Fate.FROZEN, reason, kept=local(parameter).clone())
+
+
+def _protected(
+    name: str,
+    parameter: Tensor,
+    bias: Tensor | None,
+    seen: Captured,
+    old: Basis | None,
+    choices: Mapping[MatrixSide, Choice],
+    task: str,
+) -> Basis:
+    """Return the grown basis with its anchors."""
+    layout = seen.layout or Layout()
+    subspaces: dict[Side, Subspace] = dict(old.subspaces) if old else {}
+    part = part_of(parameter, layout, joint=bias is not None)
+    with torch.no_grad(), matrix_of(parameter, layout, bias, write=False) as matrix:
+        for side, choice in choices.items():
+            tasks = len(old.tasks) if old else 0
+            subspaces[side] = _anchored(matrix, part, side, choice, subspaces.get(side), tasks)
+        if seen.row_index is not None:
+            index = seen.row_index.to(matrix.device)
+            subspaces["rows"] = _used_rows(matrix, part, index, len(parameter), subspaces.get("rows"))
+    if set(part.crossing) & set(subspaces) and any(s.scale is not None for s in subspaces.values()):
+        _refuse_soft_crossing(name, subspaces)
+    full = any(subspace.full for subspace in subspaces.values())
+    basis = Basis(
+        name=name,
+        shape=tuple(parameter.shape),
+        fate=Fate.FULL if full else Fate.PROTECTED,
+        reason=_why(full, bool(subspaces), task),
+        layout=layout,
+        subspaces=subspaces,
+        tasks=(*(old.tasks if old else ()), task),
+        bias=seen.bias,
+        kept=local(parameter).clone() if full and bias is None else None,
+    )
+    basis.history = (*(old.history if old else ()), basis.rank)
+    return basis
+
+
+def _refuse_soft_crossing(name: str, subspaces: Mapping[Side, Subspace]) -> None:
+    if len(subspaces) > 1:
+        raise ConsolidationError(
+            f"'{name}' is kept softly on the sides {' and '.join(subspaces)}, one of which crosses ranks: shard it "
+            "along its other dimension (shard_placement_fn of fully_shard), or use a policy that is not soft"
+        )
+
+
+def _why(full: bool, own: bool, task: str) -> str:
+    if not own:
+        return "protected together with the weight it is added to"
+    return f"no free direction left after task '{task}'" if full else "its inputs are known"
+
+
+def _anchored(
+    matrix: Tensor, part: Part, side: MatrixSide, choice: Choice, old: Subspace | None, tasks: int
+) -> Subspace:
+    """Anchor a grown basis; columns that were protected before keep the anchor they had."""
+    anchors = part.anchor(matrix, choice.basis, side)
+    if old is not None and not choice.renewed:
+        for group, rank in enumerate(part.ranks(old.ranks)):
+            kept = (group, slice(None), slice(rank)) if side == "right" else (group, slice(rank))
+            anchors[kept] = old.anchor[kept].to(anchors)
+    return Subspace(
+        side=side,
+        basis=choice.basis,
+        anchor=anchors,
+        ranks=choice.ranks,
+        size=choice.basis.shape[1],
+        spectrum=choice.spectrum,
+        energy=choice.energy,
+        covariance=choice.covariance,
+        scale=choice.scale,
+        members=_member_rows(choice, old, tasks),
+    )
+
+
+def _member_rows(choice: Choice, old: Subspace | None, tasks: int) -> Tensor | None:
+    """Return which directions span which task's own subspace, `[tasks + 1, g, k]`, or `None` if no policy said it."""
+    if choice.members is None:
+        return None
+    members = choice.members.new_zeros(tasks + 1, *choice.members.shape)
+    if old is not None and old.members is not None:
+        members[:tasks, :, : old.members.shape[2]] = old.members
+    members[tasks] = choice.members
+    return members
+
+
+def _used_rows(matrix: Tensor, part: Part, index: Tensor, size: int, old: Subspace | None) -> Subspace:
+    """Anchor the looked-up rows, of `size`; rows that were protected before keep the anchor they had."""
+    if old is not None:
+        index = torch.unique(torch.cat([old.basis, index]))
+    anchors = part.anchor(matrix, index, "rows")
+    if old is not None:
+        anchors[torch.isin(index[part.holds(index)], old.basis)] = old.anchor.to(anchors)
+    return Subspace(
+        side="rows",
+        basis=index,
+        anchor=anchors,
+        ranks=(len(index),),
+        size=size,
+        spectrum=matrix.new_zeros(1, 0, dtype=torch.float32),
+        energy=1.0,
+    )
+
+
+def _line(basis: Basis, old: Basis | None, choices: Mapping[MatrixSide, Choice]) -> ParameterReport:
+    """Return the report's line of one parameter."""
+    main = basis.main
+    if main is None:
+        return ParameterReport(basis.name, basis.fate, basis.reason)
+    return ParameterReport(
+        basis.name,
+        basis.fate,
+        basis.reason,
+        side="+".join(basis.subspaces),
+        rank=main.rank,
+        dimension=main.dimension,
+        added=basis.rank - (old.rank if old else 0),
+        energy=min(subspace.energy for subspace in basis.subspaces.values()),
+        dropped=max((choice.dropped for choice in choices.values()), default=0.0),
+        held=None if main.scale is None else main.held,
+    )

@@ -1,0 +1,1 @@
+"""Second moments of captured rows, exact or sketched, summed over batches and ranks."""

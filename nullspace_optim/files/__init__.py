@@ -1,0 +1,1 @@
+"""Basis files and checkpoints: schema, writing, checking, comparing."""

@@ -1,0 +1,1 @@
+"""The expert layer of iGSP: experts, router, regularization, convergence and pruning."""

@@ -1,0 +1,149 @@
+"""Low-rank experts: their arithmetic and their storage.
+
+Shapes: an expert is `f(x) = s B act(A x + a) + b` with `down` `A` `[r, d]`, `up` `B^T` `[r, o]`; a LoRA expert has no
+activation and no biases, a bottleneck has ReLU and `a` `[r]`, `b` `[o]` (MoE-Adapters4CL). Several experts are a
+`Stack`: the same tensors with a leading axis `E`.
+
+The modules here never enter a state dict: the keys of the model that carries them do not change.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...subspace.linalg import orthonormalise, polish
+from .router import Choice
+
+Kind = Literal["lora", "bottleneck"]
+Stack = dict[str, Tensor]
+
+PARTS = {"lora": ("down", "up"), "bottleneck": ("down", "up", "down_bias", "up_bias")}
+
+
+class Silent(nn.Module):
+    """A module that neither writes nor expects keys in a state dict, and hands its input on when it is called."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        return
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        return
+
+    def forward(self, x: Any) -> Any:
+        """Return `x`: a container that calls its children in order is not disturbed."""
+        return x
+
+
+class Expert(Silent):
+    """One trainable expert; `up` starts at zero, so that a new expert changes nothing."""
+
+    def __init__(self, down: Tensor, out: int, kind: Kind) -> None:
+        super().__init__()
+        self.down = nn.Parameter(down)
+        self.up = nn.Parameter(down.new_zeros(len(down), out))
+        if kind == "bottleneck":
+            self.down_bias = nn.Parameter(down.new_zeros(len(down)))
+            self.up_bias = nn.Parameter(down.new_zeros(out))
+
+
+def shapes(kind: Kind, rank: int, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of one expert."""
+    sizes: dict[str, tuple[int, ...]] = {"down": (rank, inputs), "up": (rank, outputs)}
+    return sizes if kind == "lora" else {**sizes, "down_bias": (rank,), "up_bias": (outputs,)}
+
+
+def stack(experts: Any, kind: Kind, history: Stack) -> Stack:
+    """Return the tensors of `history` followed by those of the single `experts`."""
+    fresh = list(experts)
+    return {
+        part: torch.cat([history[part], *(getattr(e, part).unsqueeze(0).to(history[part]) for e in fresh)])
+        if fresh
+        else history[part]
+        for part in PARTS[kind]
+    }
+
+
+def mix(x: Tensor, experts: Stack, choice: Choice, scale: float) -> Tensor:
+    """Return `sum_e gate_e f_e(x)` `[n, ..., o]` for the samples `x` `[n, ..., d]`.
+
+    Only the chosen experts are computed, `2 k r (d + o)` operations a token, without a host synchronisation: each
+    sample's own stack is gathered. The result depends on the chosen experts alone, bit for bit, not on how many others
+    exist. Products run in the dtype of `x` (or of autocast).
+    """
+    tokens = x.reshape(len(x), -1, x.shape[-1])
+    chosen = {part: value.to(x.dtype)[choice.experts] for part, value in experts.items()}
+    rank = chosen["down"].shape[2]
+    hidden = tokens @ chosen["down"].flatten(1, 2).mT
+    if "down_bias" in chosen:
+        hidden = F.relu(hidden + chosen["down_bias"].flatten(1).unsqueeze(1))
+    gates = scale * choice.gates
+    hidden = hidden * gates.repeat_interleave(rank, dim=1).unsqueeze(1).to(hidden.dtype)
+    mixed = hidden @ chosen["up"].flatten(1, 2)
+    if "up_bias" in chosen:
+        mixed = mixed + (gates.unsqueeze(-1).to(x.dtype) * chosen["up_bias"]).sum(dim=1, keepdim=True)
+    return mixed.reshape(*x.shape[:-1], mixed.shape[-1])
+
+
+def fresh_directions(basis: Tensor, rank: int, count: int, generator: torch.Generator) -> Tensor:
+    """Return `A` of up to `count` new experts `[m, r, d]`: rows orthonormal, orthogonal to `basis` `[d, k]`.
+
+    This is the "basis pre-expansion": only `floor((d - k) / r)` experts fit beside `k` used directions, so fewer than
+    `count` (or none) may come back.
+    """
+    size, used = basis.shape
+    number = min(count, (size - used) // rank)
+    if number < 1:
+        return basis.new_zeros(0, rank, size)
+    draw = torch.randn(size, number * rank, generator=generator, dtype=torch.float64)
+    stored = basis.cpu().double()
+    for _ in range(2):  # the second pass removes what rounding left of the first
+        draw = orthonormalise(draw - stored @ (stored.mH @ draw))
+    return polish(draw).mT.reshape(number, rank, size).contiguous().to(basis.device)
+
+
+def extended(basis: Tensor, rows: Tensor) -> Tensor:
+    """Return an orthonormal basis `[s, k + j]` of the span of `basis` `[s, k]` and `rows` `[n, s]`.
+
+    Directions of `rows` that the basis holds already (relative size below 1e-5) are not added. The stored columns stay
+    bit for bit.
+    """
+    stored, new = basis.double(), rows.detach().double().mT
+    rest = new - stored @ (stored.mH @ new)
+    size = float(torch.linalg.matrix_norm(new, ord=2)) if new.numel() else 0.0
+    left, values, _ = torch.linalg.svd(rest, full_matrices=False)
+    return _joined(basis, left[:, values > 1e-5 * max(size, 1e-30)][:, : basis.shape[0] - basis.shape[1]])
+
+
+def _joined(basis: Tensor, found: Tensor) -> Tensor:
+    """Return `basis` `[s, k]` and behind it the float64 directions `found` `[s, j]`, nearly orthogonal to it."""
+    stored = basis.double()
+    found = found - stored @ (stored.mH @ found)
+    return torch.cat([basis, polish(orthonormalise(found)).to(basis)], dim=1) if found.shape[1] else basis
+
+
+def spanned(basis: Tensor, rows: Tensor, energy: float) -> Tensor:
+    """Return `basis` `[s, k]` with as few more orthonormal columns as hold the share `energy` of the rows `[n, s]`.
+
+    The residual append of GPM: leading left singular vectors of what lies outside the basis.
+    """
+    stored, new = basis.double(), rows.detach().double().mT
+    left, values, _ = torch.linalg.svd(new - stored @ (stored.mH @ new), full_matrices=False)
+    inside = values.square().cumsum(0)
+    outside = torch.cat([inside[-1:], inside[-1] - inside])
+    limit = max(1 - energy, 1e-12) * new.square().sum()
+    count = min(int((outside > limit).sum()), basis.shape[0] - basis.shape[1])
+    return _joined(basis, left[:, :count])
+
+
+@torch.no_grad()
+def merged_weight(weight: Tensor, experts: Stack, gates: Tensor, scale: float) -> Tensor:
+    """Return `W + s sum_e g_e B_e A_e` `[o, d]` for a linear layer whose routing is the same for every sample.
+
+    `gates` `[E]`; only LoRA experts can be merged.
+    """
+    update = torch.einsum("e,ero,erd->od", gates.double(), experts["up"].double(), experts["down"].double())
+    return (weight.double() + scale * update).to(weight.dtype)

@@ -1,0 +1,343 @@
+"""The experts beside one layer of the model: history, the task at work, the routers of finished tasks.
+
+`ExpertLayer` is a child of the model (so it moves, copies and is wrapped with it) and acts through a forward hook on
+the layer it stands beside: `output + sum_e p_e f_e(input)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import OptionError
+from ..options import IGSP
+from ..report import LayerReport
+from . import pruning, router
+from .convergence import Watch
+from .experts import PARTS, Expert, Silent, Stack, extended, fresh_directions, mix, shapes, spanned, stack
+from .router import Choice, Prototype, nearest, prototype
+from .sites import Site
+
+CURRENT, AGNOSTIC, PLAIN, GIVEN = -1, -2, -3, -4
+
+
+@dataclass
+class Scope:
+    """What all layers share: names of the finished tasks, which routing is asked for, and the step that seeds noise.
+
+    `chosen` is the number of a finished task, CURRENT, AGNOSTIC, PLAIN or GIVEN; None leaves it to the situation:
+    CURRENT in training, and in evaluation once the task at work has taken a step, otherwise the task finished last.
+    GIVEN takes the number of each sample's task from `of_samples`, -1 for none.
+    """
+
+    tasks: list[str] = field(default_factory=list)
+    chosen: int | None = None
+    of_samples: tuple[int, ...] = ()
+    steps: int = 0
+    first_phase: bool = True
+    collecting: bool = False
+
+    def warming(self, options: IGSP) -> bool:
+        """True while samples are spread by noise alone, before routers and penalty begin to act."""
+        return self.first_phase and self.steps < options.warm
+
+
+class TaskRouter(Silent):
+    """Router and prototype of one finished task: `weight` `[E, d + 1]`, `experts` `[E]` numbers in the history."""
+
+    weight: Tensor
+    experts: Tensor
+    centre: Tensor
+    spread: Tensor
+    limit: Tensor
+
+    def __init__(self, weight: Tensor, experts: Tensor, prototype: Prototype) -> None:
+        super().__init__()
+        for name, value in (("weight", weight), ("experts", experts), *zip(Prototype._fields, prototype)):
+            self.register_buffer(name, value.detach().clone())
+
+
+class ExpertLayer(Silent):
+    """Experts, routers and bases beside one layer.
+
+    Buffers: `history_*`, the frozen experts `[H, ...]`; `inputs` `[d, k]` and `outputs` `[o, l]`, orthonormal bases of
+    the rows of all historical `A` and of the columns of all historical `B`; of finished tasks with a shared router
+    `gates` `[d + 1, j]`, a basis of what it saw, and `floor` `[]`, the least logit with which it chose an expert.
+    Parameters: `fresh` experts and `router` `[E, d + 1]`, whose rows are the historical `members` of the task at work,
+    then the fresh ones.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    gates: Tensor
+    floor: Tensor
+
+    def __init__(self, site: Site, options: IGSP, scope: Scope, number: int, device: torch.device) -> None:
+        super().__init__()
+        self.name, self.options, self.scope, self.number = site.name, options, scope, number
+        self.batch_axis = site.batch_axis
+        self.widths = (site.inputs, site.outputs)
+        for part, shape in shapes(options.kind, options.width, *self.widths).items():
+            self.register_buffer(f"history_{part}", torch.zeros(0, *shape, device=device))
+        self.register_buffer("inputs", torch.zeros(site.inputs, 0, device=device))
+        self.register_buffer("outputs", torch.zeros(site.outputs, 0, device=device))
+        self.register_buffer("gates", torch.zeros(site.inputs + 1, 0, device=device))
+        self.register_buffer("floor", torch.zeros((), device=device))
+        self.fresh = nn.ModuleList()
+        self.finished = nn.ModuleList()
+        self.members: list[int] = []
+        self.candidates = 0
+        self.router = nn.Parameter(torch.zeros(0, site.inputs + 1, device=device))
+        self.watch = Watch(options, self.router)
+        self.collected: list[Tensor] = []
+
+    @property
+    def history(self) -> Stack:
+        """All frozen experts."""
+        return {part: getattr(self, f"history_{part}") for part in PARTS[self.options.kind]}
+
+    @property
+    def size(self) -> int:
+        """`H`, how many frozen experts there are."""
+        return len(self.history["down"])
+
+    def begin(self, task: int) -> None:
+        """Add candidates and a router for the `task`-th task."""
+        generator = torch.Generator().manual_seed(hash((self.options.seed, task, self.number)) & (2**63 - 1))
+        downs = fresh_directions(self.inputs, self.options.width, self.options.candidates, generator)
+        out = self.widths[1]
+        self.fresh = nn.ModuleList(Expert(down.clone(), out, self.options.kind) for down in downs)
+        self.members, self.candidates = list(range(self.size)), len(self.fresh)
+        known = self._shared_rows()
+        new = known.new_zeros(self.size + len(self.fresh) - len(known), known.shape[1])
+        constant = router.constant(self.widths[0], self.options.gate_scale)
+        if self.gates.shape[1]:
+            new[:] = router.low_row(self.floor, known.shape[1], constant)
+        elif self.size and len(self.fresh):
+            new[len(new) - len(self.fresh) :, -1] = self._head_start() / constant
+        self.adopt_router(torch.cat([known, new]))
+        self.watch = Watch(self.options, self.router)
+
+    def _head_start(self) -> float:
+        return router.head_start(self.size, len(self.fresh), self.options.noise)
+
+    @torch.no_grad()
+    def end_warmup(self) -> None:
+        """Let candidates of a protected shared router begin level with the experts that the new task would choose."""
+        if self.gates.shape[1] and self.watch.seen:
+            self.router.copy_(router.level(self.router, len(self.fresh), self.gates, self.watch.mean_input))
+
+    def _shared_rows(self) -> Tensor:
+        """Return the rows that a shared router keeps from earlier tasks, none for routers of one task."""
+        last = self.finished[-1] if self.options.router == "shared" and len(self.finished) else None
+        return last.weight if isinstance(last, TaskRouter) else self.router.detach()[:0]
+
+    def adopt_router(self, weight: Tensor) -> None:
+        """Make `weight` `[E, d]` the trainable router."""
+        self.router = nn.Parameter(weight.detach().clone())
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the task at work by their names below this layer."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def survivors(self) -> Tensor:
+        """Return a mask `[E]` of the experts that this task keeps, by the flow through them; changes nothing.
+
+        A layer that no training forward reached keeps none; one whose router has not converged keeps all with
+        ``on_cap="keep"``; a shared router keeps all of the history.
+
+        Raises:
+            PruningError: no expert would be left.
+        """
+        options, flow = self.options, self.watch.shares
+        if not self.watch.seen:
+            kept = torch.zeros_like(flow, dtype=torch.bool)
+        elif self.watch.convergence.at is None and options.on_cap == "keep":
+            kept = torch.ones_like(flow, dtype=torch.bool)
+        elif options.coverage is not None:
+            kept = pruning.keep_coverage(flow, options.coverage)
+        else:
+            kept = pruning.keep_above(flow, options.threshold, self.name, len(self.fresh))
+        if options.router == "shared":
+            kept[: len(self.members)] = True
+        return kept
+
+    def settle(self, kept: Tensor) -> None:
+        """Begin phase 2 with the experts of the mask `kept` `[E]`: delete the others, fix what no longer trains."""
+        flags = kept.tolist()
+        fresh = [e for e, keep in zip(self.fresh, flags[len(self.members) :]) if keep]
+        self.members = [m for m, keep in zip(self.members, flags) if keep]
+        self.fresh = nn.ModuleList(fresh)
+        if not all(flags):
+            self.adopt_router(self.router.detach()[kept])
+        self.router.requires_grad_(not fresh or self.options.router_after == "train")
+        if self.options.orthogonal == "structural":
+            for expert in fresh:
+                expert.down.requires_grad_(False)
+
+    def routers(self) -> list[TaskRouter]:
+        """Return what deployment needs: the routers of finished tasks, or the one they share."""
+        records = [record for record in self.finished if isinstance(record, TaskRouter)]
+        return records[-1:] if self.options.router == "shared" else records
+
+    def record(self, task: int) -> TaskRouter:
+        """Return the router of the `task`-th finished task, or the one that all share."""
+        record = self.finished[-1 if self.options.router == "shared" else task]
+        assert isinstance(record, TaskRouter)
+        return record
+
+    def report(self) -> LayerReport:
+        """Describe the task at work, after its pruning."""
+        flow = self.watch.shares
+        return LayerReport(
+            name=self.name,
+            candidates=self.candidates,
+            kept=len(self.fresh),
+            reused=len(self.members),
+            history=self.size,
+            converged=self.watch.convergence.at,
+            curve=self.watch.convergence.curve,
+            reuse=float(flow[: self.size].sum()),
+            flow=tuple(flow.tolist()),
+            used=self.inputs.shape[1],
+            size=self.inputs.shape[0],
+            rank=self.options.width,
+        )
+
+    def collect(self) -> Tensor:
+        """Return and forget the gate inputs `[n, d + 1]` of the forwards in which they were collected."""
+        collected, self.collected = self.collected, []
+        return torch.cat(collected) if collected else self.router.new_zeros(0, self.widths[0] + 1)
+
+    def finish(self, outlier: float) -> None:
+        """End the task: freeze the fresh experts, extend the bases by their directions, keep the router."""
+        collected = self.collect()
+        if len(collected) and len(self.router) and self.options.router == "shared" and self.options.shared_energy:
+            lowest = router.lowest(collected, self.router.detach(), self.options.top_k)
+            self.floor = torch.minimum(self.floor, lowest) if self.gates.shape[1] else lowest
+            self.gates = spanned(self.gates, collected, self.options.shared_energy)
+        if not len(collected):
+            collected = self.router.new_zeros(1, self.widths[0] + 1)
+        numbers = [*self.members, *range(self.size, self.size + len(self.fresh))]
+        known = torch.tensor(numbers, dtype=torch.int64, device=self.router.device)
+        self.finished.append(TaskRouter(self.router, known, prototype(collected[:, :-1], outlier)))
+        for expert in self.fresh:
+            assert isinstance(expert, Expert)
+            self.inputs = extended(self.inputs, expert.down)
+            self.outputs = extended(self.outputs, expert.up)
+        for part, value in stack(self.fresh, self.options.kind, self.history).items():
+            setattr(self, f"history_{part}", value.detach())
+        self.fresh = nn.ModuleList()
+
+    def attend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook of the layer: add what the chosen experts say about its input."""
+        chosen = self._situation()
+        if chosen == PLAIN or (chosen == CURRENT and not len(self.router)):
+            return output
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        x = x.transpose(0, 1) if self.batch_axis == 1 and x.ndim == 3 else x
+        inputs = router.gate_input(x, self.options.gate, self.options.gate_scale)
+        if self.scope.collecting:
+            self.collected.append(inputs)
+        experts, choice = self._route(inputs, chosen)
+        if choice is None:
+            return output
+        added = mix(x, experts, choice, self.options.scale)
+        added = added.transpose(0, 1) if self.batch_axis == 1 and x.ndim == 3 else added
+        if isinstance(output, tuple):
+            return (output[0] + added.to(output[0].dtype), *output[1:])
+        return output + added.to(output.dtype)
+
+    def _situation(self) -> int:
+        if self.scope.chosen is not None:
+            return self.scope.chosen
+        if self.training or torch.is_grad_enabled() or self.scope.steps:
+            return CURRENT
+        return len(self.scope.tasks) - 1 if self.scope.tasks else PLAIN
+
+    def _route(self, inputs: Tensor, chosen: int) -> tuple[Stack, Choice | None]:
+        if chosen == CURRENT:
+            return self.current_experts(), self._current(inputs)
+        if self.options.router == "shared":
+            return self._shared(inputs, self._given(inputs) if chosen == GIVEN else None)
+        if chosen in (AGNOSTIC, GIVEN):
+            return self.history, self._of_samples(inputs, self._given(inputs) if chosen == GIVEN else None)
+        return self.history, self._of_task(inputs, chosen)
+
+    def _given(self, inputs: Tensor) -> Tensor:
+        """Return the number of each sample's task as it was named, -1 for none: `[n]`, int64.
+
+        Raises:
+            OptionError: another number of samples than of names.
+        """
+        names = self.scope.of_samples
+        if len(names) != len(inputs):
+            raise OptionError(
+                f"task([...]) names the tasks of {len(names)} samples, but layer '{self.name}' sees {len(inputs)}; "
+                "give one name a sample, and images and prompts in contexts of their own"
+            )
+        return torch.tensor(names, device=inputs.device)
+
+    def current_experts(self) -> Stack:
+        """Return the experts of the task at work: its members of the history, then the fresh ones."""
+        history = self.history
+        if len(self.members) < self.size:
+            history = {part: value[self.members] for part, value in history.items()}
+        return stack(self.fresh, self.options.kind, history)
+
+    def _current(self, inputs: Tensor) -> Choice:
+        scores = router.logits(inputs, self.router)
+        if self.scope.warming(self.options) and self.training:  # noise alone decides
+            scores = torch.zeros_like(scores)
+            if self.size and len(self.fresh):
+                scores[:, len(self.members) :] = self._head_start()
+        noisy = scores
+        if self.scope.first_phase and self.training and self.options.noise:
+            noisy = scores + router.noise(
+                scores, self.options.noise, self.options.seed, len(self.scope.tasks), self.scope.steps, self.number
+            )
+        choice = router.top_k(noisy, self.options.top_k)
+        if self.scope.first_phase and torch.is_grad_enabled():
+            self.watch.take(inputs, scores, choice)
+        return choice
+
+    def _of_task(self, inputs: Tensor, task: int) -> Choice | None:
+        record = self.record(task)
+        choice = router.top_k(router.logits(inputs, record.weight), self.options.top_k)
+        return Choice(record.experts[choice.experts], choice.gates)
+
+    def _of_samples(self, inputs: Tensor, tasks: Tensor | None) -> Choice | None:
+        """Route each sample with the router of its task in `tasks` `[n]`, with gates 0 where that is -1.
+
+        None: the task whose prototype the sample resembles, if there is one.
+        """
+        records = [record for record in self.finished if isinstance(record, TaskRouter)]
+        if not records:
+            return None
+        if tasks is None:
+            parts = (torch.stack([getattr(record, name) for record in records]) for name in Prototype._fields)
+            tasks = nearest(inputs[:, :-1], *parts)
+        experts = inputs.new_zeros(len(inputs), self.options.top_k, dtype=torch.int64)
+        gates = inputs.new_zeros(len(inputs), self.options.top_k)
+        for number in range(len(records)):
+            choice = self._of_task(inputs, number)
+            assert choice is not None
+            mine, width = (tasks == number).unsqueeze(1), choice.gates.shape[1]
+            experts[:, :width] = torch.where(mine, choice.experts, experts[:, :width])
+            gates[:, :width] = torch.where(mine, choice.gates, gates[:, :width])
+        return Choice(experts, gates)
+
+    def _shared(self, inputs: Tensor, tasks: Tensor | None) -> tuple[Stack, Choice | None]:
+        """Route by the one router of all tasks, as it is now; samples whose task is -1 in `tasks` `[n]` get gates 0."""
+        experts, choice = self.history, None
+        if self.scope.steps:
+            experts = self.current_experts()
+            choice = router.top_k(router.logits(inputs, self.router), self.options.top_k)
+        elif len(self.finished):
+            choice = self._of_task(inputs, len(self.finished) - 1)
+        if choice is not None and tasks is not None:
+            choice = Choice(choice.experts, choice.gates * (tasks >= 0).unsqueeze(1))
+        return experts, choice

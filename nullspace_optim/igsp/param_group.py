@@ -1,0 +1,107 @@
+"""The parameter group of the task at work in the wrapped optimizer: what enters, what leaves, whose state goes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from ..errors import OptionError
+from .bank import Bank
+from .moe.layer import ExpertLayer
+from .options import IGSP
+
+MARK = "igsp"
+FACTOR = 100.0
+
+
+class Trainees:
+    """One marked group of the last base optimizer; the mark survives state dicts and copies."""
+
+    base: Optimizer
+
+    def __init__(self, options: IGSP) -> None:
+        self.options = options
+
+    def check(self) -> None:
+        """Refuse a base that cannot have a group of experts.
+
+        Raises:
+            OptionError: it takes one group only.
+        """
+        if isinstance(self.base, LBFGS):
+            raise OptionError(
+                "mode='igsp' trains experts in a parameter group of their own, and LBFGS takes one group only; wrap "
+                "AdamW or another first-order optimizer"
+            )
+
+    def open(self, bases: list[Optimizer]) -> None:
+        """Add the group, empty; its rate is `IGSP(lr=...)`, or 100 x that of the first group."""
+        first = bases[0].param_groups[0]
+        rate = self.options.lr if self.options.lr is not None else FACTOR * first.get("initial_lr", first["lr"])
+        self.base.add_param_group({"params": [], "lr": rate, MARK: True})
+
+    def close(self) -> None:
+        """Remove the group and its state."""
+        for parameter in self.group["params"]:
+            self.base.state.pop(parameter, None)
+        self.base.param_groups.remove(self.group)
+
+    @property
+    def group(self) -> dict[str, Any]:
+        """The group itself, a new object after every `load_state_dict`."""
+        return next(group for group in self.base.param_groups if group.get(MARK))
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the group holds now."""
+        return list(self.group["params"])
+
+    @property
+    def count(self) -> int:
+        """Number of trainable parameters."""
+        return sum(p.numel() for p in self.parameters)
+
+    @property
+    def active(self) -> bool:
+        """True if any of them has a gradient."""
+        return any(p.grad is not None for p in self.parameters)
+
+    def others(self, base: Optimizer) -> list[Tensor]:
+        """Return the parameters of `base` that are not ours: the backbone."""
+        return [p for group in base.param_groups if not group.get(MARK) for p in group["params"]]
+
+    def refresh(self, bank: Bank) -> None:
+        """Let the group hold exactly what trains now; delete the optimizer state of what left."""
+        wanted = [p for layer in bank.layers for p in layer.trainable().values()]
+        stay = {id(p) for p in wanted}
+        group = self.group
+        for parameter in group["params"]:
+            if id(parameter) not in stay:
+                self.base.state.pop(parameter, None)
+        group["params"][:] = wanted
+
+    @contextmanager
+    def following(self, layer: ExpertLayer, kept: Tensor) -> Iterator[None]:
+        """Give the optimizer state of the rows `kept` `[E]` of a layer's router to the router that replaces it."""
+        old = layer.router
+        yield
+        state = self.base.state.get(old)
+        if layer.router is not old and state and layer.router.requires_grad:
+            rows = _rows(state, old, kept)
+            if rows is not None:
+                self.base.state[layer.router] = rows
+
+
+def _rows(state: dict[str, Any], old: nn.Parameter, kept: Tensor) -> dict[str, Any] | None:
+    """Return `state` restricted to the rows `kept`; None if it holds tensors of another shape (it then starts anew)."""
+    found = {}
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and value.ndim and value.shape != old.shape:
+            return None
+        found[key] = value[kept].clone() if isinstance(value, torch.Tensor) and value.ndim else value
+    return found

@@ -1,0 +1,1 @@
+"""Functions that single papers need beside a policy."""

@@ -1,0 +1,1 @@
+"""The user's module: found, fed, and left as it was."""

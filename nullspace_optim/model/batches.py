@@ -1,0 +1,147 @@
+"""Batches: fed to the model, cut into samples, detached."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import BatchError
+
+Forward = Callable[[Any], Any]
+
+
+def feeder(model: nn.Module, forward: Forward | None = None) -> Forward:
+    """Return a callable that runs `model` on one batch.
+
+    With `forward` given it decides alone. Otherwise: a tensor is the only argument; a mapping (or dataclass) gives
+    the keys that `model.forward` accepts; a tuple or list gives its first item, or as many leading items as `forward`
+    has required positional parameters. Tensors are moved to the device of the model's first parameter.
+    """
+    if forward is not None:
+        return forward
+    accepted = inspect.signature(model.forward).parameters
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def run(batch: Any) -> Any:
+        args, kwargs = _arguments(batch, accepted)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
+        return model(*args, **kwargs)
+
+    return run
+
+
+def _arguments(batch: Any, accepted: Mapping[str, inspect.Parameter]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Split `batch` into positional and keyword arguments of a forward with parameters `accepted`."""
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        batch = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    if isinstance(batch, Mapping):
+        return (), _keywords(batch, accepted)
+    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)) and len(batch):
+        required = [
+            p
+            for p in accepted.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        leading = tuple(batch[: max(1, len(required))])
+        if len(required) <= 1 and isinstance(leading[0], (Mapping, tuple, list)):
+            return _arguments(leading[0], accepted)
+        return leading, {}
+    raise BatchError(
+        f"cannot feed a batch of type {type(batch).__name__} to the model; "
+        "pass forward=, a callable that takes the batch and runs the model"
+    )
+
+
+def _keywords(batch: Mapping[Any, Any], accepted: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        return {str(key): value for key, value in batch.items()}
+    chosen = {str(key): value for key, value in batch.items() if key in accepted}
+    if not chosen:
+        raise BatchError(
+            f"the batch has the keys {sorted(map(str, batch))}, the model's forward accepts {sorted(accepted)}; "
+            "pass forward=, a callable that takes the batch and runs the model"
+        )
+    return chosen
+
+
+SAMPLES = 32
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Return the tensors of a tree of tuples, lists, mappings and dataclasses, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if hasattr(tree, "items") and callable(tree.items):
+        return [t for _, value in tree.items() for t in tensors_of(value)]
+    if isinstance(tree, (tuple, list)):
+        return [t for value in tree for t in tensors_of(value)]
+    if hasattr(tree, "__dataclass_fields__"):
+        return [t for name in tree.__dataclass_fields__ for t in tensors_of(getattr(tree, name))]
+    return []
+
+
+def samples_in(batch: Any) -> int | None:
+    """Return the common first dimension of all tensors of `batch`, None if there is none."""
+    sizes = {leaf.shape[0] if leaf.ndim else -1 for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)}
+    others = [leaf for leaf in pytree.tree_leaves(batch) if not isinstance(leaf, Tensor)]
+    return sizes.pop() if len(sizes) == 1 and -1 not in sizes and not others else None
+
+
+def first_samples(batch: Any) -> Any:
+    """Return the first 32 samples of `batch` (the whole batch if its tensors have no common first axis)."""
+    if samples_in(batch) is None:
+        return batch
+
+    def leading(tensor: Tensor) -> Tensor:
+        return tensor[:SAMPLES]
+
+    return pytree.tree_map_only(Tensor, leading, batch)
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a tree of mappings, sequences, dataclasses and plain objects, each object once."""
+    stack, seen = [tree], set()
+    while stack:
+        node = stack.pop()
+        if isinstance(node, Tensor):
+            yield node
+            continue
+        if id(node) in seen or isinstance(node, (str, bytes, int, float, type, torch.nn.Module)) or callable(node):
+            continue
+        seen.add(id(node))
+        if isinstance(node, Mapping):
+            stack.extend(node.values())
+        elif isinstance(node, (list, tuple, set, frozenset)):
+            stack.extend(node)
+        else:
+            stack.extend(getattr(node, "__dict__", {}).values())
+
+
+def detached(tree: Any) -> Any:
+    """Return the same tree with detached tensors; objects of unknown type are returned as they are."""
+    if isinstance(tree, Tensor):
+        return tree.detach()
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(detached(v) for v in tree))
+    if type(tree) in (list, tuple, set):
+        return type(tree)(detached(v) for v in tree)
+    if isinstance(tree, dict):
+        twin = copy.copy(tree)
+        for key, value in tree.items():
+            twin[key] = detached(value)
+        return twin
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        record: Any = copy.copy(tree)
+        for field in dataclasses.fields(tree):
+            object.__setattr__(record, field.name, detached(getattr(tree, field.name)))
+        return record
+    return tree

@@ -1,0 +1,110 @@
+"""One pass of a loader through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..distributed.fsdp import reshard, sharded_modules
+from ..errors import ConsolidationError
+from .batches import Forward, feeder, first_samples, samples_in
+from .names import present_parameters
+
+ENDLESS = 100_000
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one consolidation looks at: the model, its trainable parameters by name, and how batches reach it.
+
+    `outside` counts the tensors that the optimizer trains and the model does not hold.
+    """
+
+    model: nn.Module
+    parameters: Mapping[str, Tensor]
+    loader: Iterable[Any]
+    task: str
+    forward: Forward | None = None
+    max_batches: int | None = None
+    progress: bool = True
+    outside: int = 0
+
+
+def current_parameters(model: nn.Module) -> Callable[[], Mapping[str, Tensor]] | None:
+    """Return what stands for the parameters at a given moment, where FSDP2 swaps them."""
+    return present_parameters(model) if sharded_modules(model) else None
+
+
+def make_runner(work: Pass) -> Forward:
+    """Return the function that feeds one batch, `restart`ed, FSDP2 blocks sharded again before each batch."""
+    restart = getattr(work.forward, "restart", None)
+    if restart is not None:
+        restart()
+    run = feeder(work.model, work.forward)
+    if not sharded_modules(work.model):
+        return run
+
+    def run_resharded(batch: Any) -> Any:
+        reshard(work.model)
+        return run(batch)
+
+    return run_resharded
+
+
+@contextmanager
+def name_batch_in_errors(work: Pass, number: int) -> Iterator[None]:
+    """Say in an error which batch it came from."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):
+            error.add_note(f"while consolidating task '{work.task}', batch {number}; nothing was changed")
+        raise
+
+
+def bound_batches(work: Pass) -> Iterator[Any]:
+    """Yield the batches that have samples, at most `max_batches`, under a progress bar.
+
+    Raises:
+        ConsolidationError: a loader without length is endless.
+    """
+    try:
+        total: int | None = len(work.loader)  # type: ignore[arg-type]
+    except TypeError:
+        total = None
+    if work.max_batches is not None:
+        total = work.max_batches if total is None else min(total, work.max_batches)
+    limit = work.max_batches if work.max_batches is not None else (ENDLESS if total is None else None)
+    batches = islice(iter(work.loader), limit)
+    for number, batch in enumerate(
+        tqdm(batches, total=total, desc=f"consolidate {work.task}", disable=not work.progress, leave=False)
+    ):
+        if samples_in(batch) != 0:
+            yield batch
+        if total is None and number + 1 == ENDLESS:
+            raise ConsolidationError(
+                f"the loader of task '{work.task}' has no length and gave {ENDLESS} batches; pass max_batches="
+            )
+
+
+def observe(work: Pass) -> tuple[Any, int]:
+    """Run the model on every batch and watch nothing; return the first samples and the number of batches.
+
+    Raises:
+        ConsolidationError: the loader gave no batches or is endless.
+    """
+    run, first, number = make_runner(work), None, 0
+    with torch.no_grad():
+        for number, batch in enumerate(bound_batches(work), 1):
+            first = first_samples(batch) if number == 1 else first
+            run(batch)
+    if not number:
+        raise ConsolidationError(f"the loader of task '{work.task}' gave no batches; nothing was changed")
+    return first, number

@@ -1,0 +1,77 @@
+"""Whether stored bases belong to the parameters at hand: names and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import BasisFileError, ShapeError
+from ..files.schema import digest
+from ..subspace.basis import Basis, BasisStore
+
+
+def check_fit(store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse bases that do not belong to `parameters`.
+
+    Raises:
+        BasisFileError: the store names parameters that are not there.
+        ShapeError: a parameter has another shape than its basis.
+    """
+    missing = sorted(set(store) - set(parameters))
+    if missing:
+        unexpected = sorted(set(parameters) - set(store))
+        raise BasisFileError(
+            f"the bases name parameters that the model (or the optimizer) lacks: {', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}; without a basis here: {', '.join(unexpected[:5]) or 'none'}"
+        )
+    check_shapes(store, parameters)
+
+
+def check_shapes(store: Mapping[str, Basis], parameters: Mapping[str, Tensor]) -> None:
+    """Refuse parameters of another shape than their basis, naming both.
+
+    Raises:
+        ShapeError: a parameter has another shape than its basis.
+    """
+    wrong = [
+        f"'{name}' is {tuple(parameters[name].shape)}, its basis was made for {basis.shape}"
+        for name, basis in store.items()
+        if tuple(parameters[name].shape) != tuple(basis.shape)
+    ]
+    if wrong:
+        raise ShapeError(
+            f"shapes changed: {'; '.join(wrong[:5])}; use the model the bases were made with, or release() the name"
+        )
+
+
+def facts_of(
+    options: Mapping[str, Any],
+    parameters: Mapping[str, Tensor],
+    store: BasisStore,
+    *,
+    task: str | None = None,
+    digests: bool = False,
+) -> Iterator[tuple[str, str]]:
+    """Yield pairs (what, value) in a fixed order: options, tasks, parameters, bases.
+
+    With `digests` every byte of bases and anchors counts (a file that was just loaded), otherwise fates and ranks.
+    """
+    for key, value in options.items():
+        yield f"option {key}", repr(value)
+    if task is not None:
+        yield "the name of this task", repr(task)
+    yield "the consolidated tasks", repr([record["name"] for record in store.tasks])
+    for name, parameter in parameters.items():
+        yield f"parameter '{name}'", f"{list(parameter.shape)} {parameter.dtype}"
+    for name in sorted(store):
+        yield f"the basis of '{name}'", _described(store[name], digests)
+
+
+def _described(basis: Basis, digests: bool) -> str:
+    sides = []
+    for side, subspace in sorted(basis.subspaces.items()):
+        marks = f" {digest(subspace.basis)[:16]} {digest(subspace.anchor)[:16]}" if digests else ""
+        sides.append(f"{side} rank {list(subspace.ranks)}{marks}")
+    return f"{basis.fate.value} {'; '.join(sides)}".strip()

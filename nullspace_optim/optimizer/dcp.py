@@ -1,0 +1,114 @@
+"""Model, base optimizers and protection as one `Stateful` of torch.distributed.checkpoint (DCP).
+
+DCP writes weights and optimizer state shard by shard and reads them into any other number of processes. Protection is
+whole in the checkpoint (the bytes of a basis file, with its checksums); each rank cuts its own part out. DCP expects
+the same entries from every optimizer of a kind, so parameters that never had a gradient (frozen before the first step)
+are given the state of a step that moves nothing; they lose it again when the checkpoint is loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..distributed.failures import together
+from ..distributed.fsdp import reshard
+from ..files import basis_file
+from ..model.names import names_by_identity
+from .engine import Core
+
+SOURCE = "the distributed checkpoint"
+
+
+class Checkpoint:
+    """What `NullSpaceOptimizer.checkpoint` returns: `state_dict` and `load_state_dict` as DCP calls them.
+
+    All ranks must take part in both.
+    """
+
+    def __init__(self, core: Core) -> None:
+        """Look at everything that `core` holds."""
+        self._core = core
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the model, of the base optimizers and of the protection."""
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        core, model = self._core, self._core.owner()
+        reshard(model)
+        names = names_by_identity(model)
+        with self._complete() as stateless:
+            weights, bases = get_state_dict(model, core.bases)
+        owed, allowed = core.protection.owed, core.protection.allowed
+        record = {"owed": owed, "allowed": allowed, "stateless": sorted(names[id(p)] for p in stateless)}
+        protection = {"bases": basis_file.dumps(core.snapshot(), SOURCE), "record": json.dumps(record)}
+        return {"model": weights, "optimizer": bases, "protection": protection}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state that `state_dict` returned, in this or any other number of processes.
+
+        Raises:
+            BasisFileError, ShapeError: the bases are damaged or belong to another model.
+        """
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        core = self._core
+        with together():
+            record = json.loads(state["protection"]["record"])
+            store = basis_file.loads(state["protection"]["bases"], SOURCE)
+        set_state_dict(core.owner(), core.bases, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        parameters = core.wrapped(core.owner())
+        for base in core.bases:
+            for parameter in (parameters[name] for name in record["stateless"] if name in parameters):
+                base.state.pop(parameter, None)
+        core.adopt(store)
+        core.protection.owed = record["owed"]
+        core.protection.allowed = record["allowed"]
+
+    @contextmanager
+    def _complete(self) -> Iterator[list[Tensor]]:
+        """Let every trainable parameter have optimizer state; yield those that had none, which lose it on exit."""
+        core = self._core
+        added: list[tuple[Optimizer, Tensor]] = []
+        with core.unedited(), core.protection.paused():
+            for base in core.bases:
+                trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
+                missing = [p for p in trained if not base.state.get(p)]
+                _take_idle_step(base, trained, missing)
+                added += [(base, p) for p in missing]
+        try:
+            yield [parameter for _, parameter in added]
+        finally:
+            for base, parameter in added:
+                base.state.pop(parameter, None)
+
+
+@torch.no_grad()
+def _take_idle_step(base: Optimizer, trained: list[Tensor], missing: list[Tensor]) -> None:
+    """Step with zero gradients for `missing` and none for others, at rate 0; everything but their state stays."""
+    if not missing:
+        return
+    gradients, values = [p.grad for p in trained], [p.detach().clone() for p in missing]
+    settings = [{key: copy.deepcopy(value) for key, value in g.items() if key != "params"} for g in base.param_groups]
+    try:
+        for parameter in trained:
+            parameter.grad = None
+        for parameter in missing:
+            parameter.grad = torch.zeros_like(parameter)
+        for group in base.param_groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        base.step()
+    finally:
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient
+        for group, before in zip(base.param_groups, settings, strict=True):
+            group.update(before)
+        for parameter, value in zip(missing, values, strict=True):
+            parameter.detach().copy_(value)

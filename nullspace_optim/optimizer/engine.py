@@ -1,0 +1,394 @@
+"""The mutable parts behind one wrapper: bases, store, guards, the model and the hooks on all of them.
+
+Frameworks may subclass or rebind the wrapper itself; everything that changes lives in its `Core`.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.optim import LBFGS, Optimizer
+
+from ..consolidation.options import ConsolidationOptions
+from ..distributed.collectives import agree
+from ..distributed.failures import together
+from ..distributed.fsdp import refuse_tensor_parallel, refuse_unsupported, reshard, sharded_modules
+from ..distributed.group import local, ranks
+from ..errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError
+from ..model.find import find_model
+from ..model.names import named_buffers, named_parameters
+from ..model.norm_stats import ModelHook, forget_compiled, freeze_statistics, remove_copied_hooks
+from ..protection.averaged_weights import Evaluation, evaluated, refuse_unknown_modes
+from ..protection.step_hooks import Protection, ProtectionOptions
+from ..subspace.basis import BasisStore
+from ..subspace.shards import local_store, whole_store
+from ..verification.displacement import Displacement
+from .checks import check_fit, check_shapes, facts_of
+from .mode import Mode
+
+
+class Core:
+    """Bases, options, store, guards and hooks of one wrapper."""
+
+    def __init__(self, bases: list[Optimizer], options: dict[str, Any]) -> None:
+        self.bases = bases
+        self.options = options
+        self.mode: Mode | None = options["mode"]
+        self.measuring = ConsolidationOptions(
+            policy=options["policy"],
+            rows=options["rows"],
+            bias=options["bias"],
+            uncovered=options["uncovered"],
+            on_full=options["on_full"],
+            covariance=options["covariance"],
+            precision=options["precision"],
+        )
+        self.protection = Protection(ProtectionOptions(project=options["project"], precision=options["precision"]))
+        self.store = BasisStore()
+        self.displacement = Displacement()
+        self.parameters: dict[str, Tensor] = {}
+        self.model: Callable[[], nn.Module | None] = lambda: None
+        self.base_handles: list[Any] = []
+        self.model_handles: list[Any] = []
+        self.norm_handles: list[Any] = []
+        self.frozen: set[str] = set()
+        self.unguarded: dict[int, str] = {}
+        self.held: set[int] = set()
+        self.copied = False
+
+    def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Step pre-hook of every base."""
+        if self.copied:
+            self.find_copied_model()
+        self._warn_unguarded(base)
+        self.follow_replaced()
+        if self.mode is None:
+            self.displacement.remember(p for group in base.param_groups for p in group["params"])
+        else:
+            self.mode.before_step(base)
+        return self.protection.before_step(base, args, kwargs)
+
+    def after_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Step post-hook of every base."""
+        self.protection.after_step(base, args, kwargs)
+        if self.mode is not None:
+            self.mode.after_step(base)
+
+    def _warn_unguarded(self, base: Optimizer) -> None:
+        """Warn, once each, of parameters that begin to train although consolidated tasks read them without a basis."""
+        trained = (p for group in base.param_groups for p in group["params"] if p.grad is not None)
+        names = [self.unguarded.pop(id(p)) for p in trained if id(p) in self.unguarded] if self.unguarded else []
+        if names:
+            warnings.warn(
+                f"{len(names)} parameters that consolidated tasks read begin to train without a basis "
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): old outputs will move. They were not "
+                "trainable then; consolidate those tasks again with these parameters trainable, or keep them fixed",
+                NullSpaceWarning,
+                stacklevel=5,
+            )
+
+    def follow_replaced(self) -> None:
+        """Find guarded parameters again whose objects were replaced (a new layer, a framework's swap), by name.
+
+        Every replacement is compared with the anchors before its next step. Nothing is done while the bases hold the
+        same tensors as before.
+
+        Raises:
+            ShapeError: a replacement has another shape.
+            OptionError: the bases step tensors that are not the model's (DeepSpeed ZeRO).
+        """
+        held = {id(p) for base in self.bases for group in base.param_groups for p in group["params"]}
+        model = self.model()
+        if held == self.held or not self.parameters or model is None:
+            return
+        named = named_parameters(model)
+        known = {name: p for name, p in self.parameters.items() if name in named and id(named[name]) in held}
+        swapped = {name: named[name] for name, p in known.items() if named[name] is not p}
+        if self.protection.guards and not known:
+            self._refuse_foreign(model, self.wrapped(model))
+        if swapped:
+            check_shapes({name: self.store[name] for name in swapped if name in self.store}, swapped)
+            self.parameters = {**self.parameters, **swapped}
+            self.protection.rebuild(self.store, self.parameters)
+            for name, guard in self.protection.guards.items():
+                if name in swapped or guard.basis.bias in swapped:
+                    guard.seen = ()
+            self.install(model)
+        self.held = held
+
+    def _refuse_foreign(self, model: nn.Module, wrapped: Mapping[str, Tensor]) -> None:
+        count = sum(len(group["params"]) for base in self.bases for group in base.param_groups)
+        if count and not wrapped:
+            raise OptionError(
+                f"the optimizer steps {count} tensors none of which {type(model).__name__} holds: pass the model that "
+                "is trained; or, if something flattened or copied its parameters (DeepSpeed ZeRO, 16-bit optimizers "
+                "with master weights), use ZeRO stage 0 or torch.distributed.fsdp.fully_shard (FSDP2), which keep them"
+            )
+
+    def outside(self, model: nn.Module) -> int:
+        """Return how many tensors the bases train that `model` does not hold."""
+        held = {id(p) for base in self.bases for group in base.param_groups for p in group["params"]}
+        return len(held - {id(p) for p in model.parameters()})
+
+    def wrapped(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the parameters that are both in the bases and in `model`, by name."""
+        reshard(model)
+        ids = {id(p) for base in self.bases for group in base.param_groups for p in group["params"]}
+        return {name: p for name, p in named_parameters(model).items() if id(p) in ids}
+
+    def install(self, model: nn.Module) -> None:
+        """Hook `model` for norm statistics and exact evaluation."""
+        remove_copied_hooks(model)
+        read = {name for task in self.store.tasks for name in task.get("untrained", ())}  # type: ignore[attr-defined]
+        self.unguarded = {id(p): name for name, p in named_parameters(model).items() if name in read - set(self.store)}
+        first = bool(sharded_modules(model))  # FSDP2 gathers parameters in a pre-hook of its own
+        mine = [h for h in model._forward_pre_hooks.values() if isinstance(h, BeforeEvaluation) and h.core() is self]
+        if first or not mine:  # torch 2.6 compiles again where a hook is registered anew
+            for handle in self.model_handles:
+                handle.remove()
+            self.model_handles[:] = [model.register_forward_pre_hook(BeforeEvaluation(self), prepend=first)]
+        frozen = set(self.store.buffers) if self.options["norm_stats"] == "frozen" else set()
+        if frozen != self.frozen:  # hooks that stay need no new compilation
+            self.thaw()
+            self.norm_handles, self.frozen = freeze_statistics(model, frozen), frozen
+            if self.norm_handles:
+                forget_compiled()
+
+    def thaw(self) -> None:
+        """Let running statistics move again."""
+        for handle in self.norm_handles:
+            handle.remove()
+        if self.norm_handles:
+            forget_compiled()
+        self.norm_handles, self.frozen = [], set()
+
+    def find_copied_model(self) -> None:
+        """After deepcopy or unpickling: hook the copy of the model, if there is one."""
+        self.copied = False
+        with suppress(ModelNotFoundError):
+            self.install(self.owner())
+
+    def attach(self) -> None:
+        """Hook every base, and let the mode begin."""
+        for base in self.bases:
+            self.base_handles.append(base.register_step_pre_hook(self.before_step))
+            self.base_handles.append(base.register_step_post_hook(self.after_step))
+        if self.mode is not None:
+            self.mode.attach(self)
+
+    def detach(self) -> None:
+        """Remove every hook from bases, model and parameters."""
+        if self.copied:
+            self.find_copied_model()
+        self.protection.release_gradient_hooks()
+        self.thaw()
+        for handle in [*self.base_handles, *self.model_handles]:
+            handle.remove()
+        self.base_handles.clear()
+        self.model_handles.clear()
+
+    @contextmanager
+    def unedited(self) -> Iterator[None]:
+        """Let the body move parameters without that counting as an edit by somebody else."""
+        clean = [guard for guard in self.protection.guards.values() if not guard.edited]
+        try:
+            yield
+        finally:
+            for guard in clean:
+                guard.mark()
+
+    @contextmanager
+    def evaluated(self) -> Iterator[Evaluation]:
+        """Let the parameters hold what is evaluated (see `iterates.evaluated`)."""
+        with self.unedited(), evaluated(self.bases) as moment:
+            yield moment
+
+    def align(self) -> None:
+        """Give weights that bases keep beside the parameters every kept direction."""
+        for base in self.bases:
+            self.protection.align(base)
+
+    def owner(self) -> nn.Module:
+        """Return the module that owns the wrapped parameters.
+
+        Raises:
+            ModelNotFoundError: it was not given and cannot be found.
+        """
+        model = self.model()
+        if model is None:
+            model = find_model(p for base in self.bases for group in base.param_groups for p in group["params"])
+            self.model = weakref.ref(model)
+        return model
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Return the parameters with gradients that are both in the bases and in the model, by name."""
+        self.follow_replaced()
+        model = self.owner()
+        wrapped = self.wrapped(model)
+        self._refuse_foreign(model, wrapped)
+        parameters = {name: p for name, p in wrapped.items() if p.requires_grad}
+        refuse_tensor_parallel(model, parameters)
+        return parameters
+
+    def adopt(self, store: BasisStore) -> None:
+        """Take over a loaded store; every anchor is compared with the weights before the next step."""
+        with together():
+            self.check(store)
+            self.extend(store)
+        self.settle(store)
+
+    def settle(self, store: BasisStore) -> None:
+        """Take over a loaded store whose mode, if any, has taken over its part already.
+
+        Raises:
+            BasisFileError, ShapeError: the bases do not belong to the model's parameters.
+            ConsolidationError: the ranks have loaded different bases.
+        """
+        with together():
+            parameters = self.wrapped(self.owner())
+            check_fit(store, parameters)
+        agree(facts_of(self.options, parameters, store, digests=True), parameters)
+        for name, basis in store.items():
+            _place(basis, parameters[name].device)
+        self.take(local_store(store, parameters), parameters)
+        for guard in self.protection.guards.values():
+            guard.seen = ()
+
+    def check(self, store: BasisStore) -> None:
+        """Refuse a loaded store that this optimizer cannot take over.
+
+        Raises:
+            BasisFileError: the store was written in another mode, or names parameters that are not there.
+            ShapeError: a parameter has another shape than its basis.
+        """
+        if (self.mode is None) != (store.extension is None):
+            wanted = store.extension.record.get("mode") if store.extension is not None else "null-space"
+            raise BasisFileError(
+                f"these bases were written with mode={wanted!r}, this optimizer has another mode: "
+                f"construct NullSpaceOptimizer(base, model, mode={wanted!r}) to load them"
+            )
+        if self.mode is None:
+            check_fit(store, self.wrapped(self.owner()))
+
+    def extend(self, store: BasisStore) -> None:
+        """Hand the mode's part of a loaded store to the mode, which refuses what does not fit the model."""
+        if self.mode is not None and store.extension is not None:
+            self.mode.state = store.extension
+
+    def snapshot(self) -> BasisStore:
+        """Return the store as files and checkpoints hold it: with the part of its mode, and with the anchors and
+        kept values of all ranks (where parameters are sharded, all must ask).
+        """
+        if self.mode is not None:
+            self.store.extension = self.mode.state
+        return whole_store(self.store, self.parameters)
+
+    def take(self, store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
+        """Guard what `store` keeps of `parameters`, and hook the model."""
+        self.store.replace(store)
+        self.parameters = {**self.parameters, **parameters}
+        self.protection.rebuild(self.store, self.parameters)
+        model = self.owner()
+        if ranks() > 1:  # what all ranks have measured with
+            for name in store.buffers.keys() & (buffers := named_buffers(model)).keys():
+                buffers[name].detach().copy_(store.buffers[name])
+        self.install(model)
+
+
+class BeforeEvaluation(ModelHook):
+    """Forward pre-hook of the model: an evaluation sees exact weights. Copies of the model carry it without effect."""
+
+    def __init__(self, core: Core | None = None) -> None:
+        self.core: Callable[[], Core | None] = (lambda: None) if core is None else weakref.ref(core)
+        self.copied = core is None
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        """Apply pending exact corrections before an evaluation forward."""
+        core = self.core()
+        if core is not None and not model.training and core.protection.inexact_steps:
+            pending = tuple(g.parameter for g in core.protection.guards.values() if g.pending and not g.edited)
+            with ExitStack() as versions:  # a graph that waits for its backward pass stays usable
+                for parameter in pending:
+                    versions.enter_context(_unsafe_preserve_version_counter(local(parameter)))
+                reshard(model)
+                core.protection.make_exact()
+            for guard in core.protection.guards.values():
+                if any(guard.parameter is parameter for parameter in pending):
+                    guard.mark()
+
+    def __reduce__(self) -> tuple[type[BeforeEvaluation], tuple[()]]:
+        return BeforeEvaluation, ()
+
+
+def check_bases(bases: list[Any]) -> None:
+    """Refuse what cannot be protected.
+
+    Raises:
+        OptionError: not an optimizer, wrapped already, without step hooks, with weights that cannot be reached,
+            differentiable, LBFGS beside others, or a parameter in two bases.
+    """
+    if not bases:
+        raise OptionError("base=[]: expected an optimizer or a list of optimizers")
+    refuse_unsupported(bases)
+    for base in bases:
+        _check_base(base)
+    if len(bases) > 1 and any(isinstance(base, LBFGS) for base in bases):
+        raise OptionError("LBFGS evaluates its closure many times and cannot share a step: wrap it alone")
+    owners: dict[int, tuple[int, Any]] = {}
+    for number, base in enumerate(bases):
+        for group in base.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in owners:
+                    raise OptionError(
+                        f"a parameter of shape {tuple(parameter.shape)} is in bases {owners[id(parameter)][0]} "
+                        f"and {number}: each parameter belongs to one optimizer"
+                    )
+                owners[id(parameter)] = (number, group)
+
+
+def _check_base(base: Any) -> None:
+    if isinstance(getattr(base, "_core", None), Core):
+        raise OptionError("base is a NullSpaceOptimizer already: one wrapper is enough, use it or its detach()")
+    if not isinstance(base, Optimizer) or not hasattr(base, "state") or not hasattr(base, "defaults"):
+        raise OptionError(
+            f"base={type(base).__name__}: expected a torch.optim.Optimizer with param_groups, state and defaults "
+            "(one that keeps its own copies of the weights, as offloading optimizers do, would undo every correction)"
+        )
+    if not getattr(type(base).step, "hooked", False):
+        raise OptionError(
+            f"{type(base).__name__}.step() runs no step hooks (its class skips torch.optim.Optimizer.__init__), so "
+            "nothing could be protected; use the optimizer inside it on its own"
+        )
+    if hasattr(base, "fused_backward"):
+        raise OptionError(
+            f"{type(base).__name__} moves the weights during the backward pass, outside step(), where kept directions "
+            "cannot be held; use an optimizer that moves them in step()"
+        )
+    if any(isinstance(getattr(hook, "__self__", None), Core) for hook in base._optimizer_step_pre_hooks.values()):
+        raise OptionError(
+            f"this {type(base).__name__} is wrapped already: call detach() on its NullSpaceOptimizer first"
+        )
+    refuse_unknown_modes(base)
+    if any(group.get("differentiable") for group in base.param_groups):
+        raise OptionError(
+            f"{type(base).__name__}(differentiable=True): corrections cannot be differentiated through; "
+            "use differentiable=False"
+        )
+
+
+def _place(basis: Any, device: torch.device) -> None:
+    """Move the tensors of a loaded basis to the device of its parameter."""
+    if basis.kept is not None:
+        basis.kept = basis.kept.to(device)
+    for subspace in basis.subspaces.values():
+        subspace.basis, subspace.anchor = subspace.basis.to(device), subspace.anchor.to(device)
+        for name in ("scale", "covariance", "members"):
+            held = getattr(subspace, name)
+            setattr(subspace, name, None if held is None else held.to(device))

@@ -1,0 +1,393 @@
+"""`NullSpaceOptimizer`: wrap any optimizer, consolidate after each task, verify, save.
+
+The protection itself lives in step hooks on the base optimizer, so `opt.step()`, `base.step()` and
+`scaler.step(base)` are protected alike, and a framework that unwraps the base keeps it. Sources: GNSP (arXiv
+2507.19839) and the gradient-projection family (GPM, Adam-NSCL); the anchor correction `W <- W - (W U - A) U^H` after
+the step is this library's own.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..consolidation.consolidate import consolidate, measure
+from ..consolidation.prune import PruneReport, thinned
+from ..covariance.second_moment import SecondMoment
+from ..covariance.sketch import SketchedCovariance
+from ..distributed.collectives import agree, everyone
+from ..distributed.failures import together
+from ..distributed.group import local, ranks
+from ..errors import NullSpaceWarning, OptionError
+from ..model.batches import Forward
+from ..model.find import unwrap
+from ..model.loader import Pass
+from ..model.names import named_buffers
+from ..model.restore import untouched
+from ..options import check_number
+from ..policies.base import Policy
+from ..policies.energy import Energy
+from ..protection.guard import Precision
+from ..protection.sharded import drifts
+from ..protection.step_hooks import Project
+from ..report import ConsolidationReport, VerifyReport
+from ..subspace.basis import Basis
+from ..subspace.matrix import matrix_of
+from ..verification.drift import moved_buffers
+from ..verification.probes import Probe, assemble, compare, find_samples, record_probe
+from .checks import facts_of
+from .engine import Core, check_bases
+from .mode import Mode, ModeOptions, built
+from .torch_optimizer import OptimizerContract
+
+
+class NullSpaceOptimizer(OptimizerContract):
+    """Wrap `base` so that directions which consolidated tasks used keep their values exactly.
+
+    Args:
+        base: any torch optimizer, or a list of them (one store, one consolidation).
+        model: the module that owns the parameters; found among live modules when needed if not given (a mode needs
+            it at once).
+        mode: ``"null-space"``; ``"igsp"`` or `IGSP(...)` for experts beside a frozen backbone.
+        policy: which directions to protect; `Energy(0.999)` by default.
+        project: ``"update"`` (anchor correction after the step, exact), ``"gradient"`` (as published methods do;
+            leaks), ``"both"``.
+        precision: ``"exact"``, or ``"fast"`` (low-precision products, exact every 16th step and before evaluation).
+        uncovered: what happens to parameters that were used but cannot be protected: ``"freeze"`` or ``"train"``.
+        bias: ``"freeze"``, or ``"joint"`` to protect `[W b]` on `[x; 1]`.
+        norm_stats: ``"frozen"`` keeps running statistics that a past task used, ``"train"`` lets them move.
+        rows: ``"relevant"`` protects only rows that can reach the model's output, ``"all"`` every row.
+        on_full: ``"warn"`` or ``"raise"`` when a parameter has no free direction left.
+        covariance: ``"exact"``, or `SketchedCovariance(size, above)` for weights so wide that `[d, d]` does not fit.
+
+    Raises:
+        OptionError: `base` is not an optimizer, is wrapped already, is differentiable, or an option is unknown.
+
+    Example:
+        >>> opt = NullSpaceOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-5))   # doctest: +SKIP
+        >>> report = opt.consolidate(task_loader)                                      # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        base: Optimizer | Sequence[Optimizer],
+        model: nn.Module | None = None,
+        *,
+        mode: str | ModeOptions = "null-space",
+        policy: Policy | None = None,
+        project: Project = "update",
+        precision: Precision = "exact",
+        uncovered: Literal["freeze", "train"] = "freeze",
+        bias: Literal["freeze", "joint"] = "freeze",
+        norm_stats: Literal["frozen", "train"] = "frozen",
+        rows: Literal["relevant", "all"] = "relevant",
+        on_full: Literal["warn", "raise"] = "warn",
+        covariance: Literal["exact"] | SketchedCovariance = "exact",
+    ) -> None:
+        bases: list[Any] = list(base) if isinstance(base, (list, tuple)) else [base]
+        check_bases(bases)
+        if norm_stats not in ("frozen", "train"):
+            raise OptionError(f"norm_stats={norm_stats!r}: expected one of 'frozen', 'train'")
+        chosen = built(mode)
+        if chosen is not None and ranks() > 1:
+            raise OptionError(
+                f"mode={mode!r} runs in one process so far: its phases would not advance together on all ranks; use "
+                'mode="null-space" in several processes'
+            )
+        if chosen is not None and model is None:
+            raise OptionError(f"mode={mode!r} adds experts to the model at once: pass it, model=")
+        options = {
+            "mode": chosen,
+            "policy": Energy() if policy is None else policy,
+            "project": project,
+            "precision": precision,
+            "uncovered": uncovered,
+            "bias": bias,
+            "norm_stats": norm_stats,
+            "rows": rows,
+            "on_full": on_full,
+            "covariance": covariance,
+        }
+        core = Core(bases, options)
+        if model is not None:
+            core.model = weakref.ref(unwrap(model))
+        self._attach(core)
+
+    @property
+    def bases(self) -> Mapping[str, Basis]:
+        """`Basis` by parameter name: `U`, `spectrum`, `rank`, `tasks`, `fate`."""
+        return self._core.store
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that decides what is protected."""
+        return self._core.measuring.policy
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that owns the wrapped parameters.
+
+        Raises:
+            ModelNotFoundError: it was not given and cannot be found.
+        """
+        return self._core.owner()
+
+    def consolidate(
+        self,
+        loader: Iterable[Any],
+        *,
+        name: str | None = None,
+        forward: Forward | None = None,
+        max_batches: int | None = None,
+        progress: bool = True,
+    ) -> ConsolidationReport:
+        """Protect what this task used: run `loader` through the model once and grow the bases.
+
+        All or nothing: on any error model, optimizer, bases and random state are bitwise as before. Leaves no trace
+        on the model. What a forward does to other objects (a memory bank in a Python list, a counter) cannot be
+        undone: give a `forward` without such side effects.
+
+        Args:
+            loader: batches of the task (a tensor, tuple, list, mapping, named tuple or dataclass each).
+            name: the task's name; ``"task 1"``, ``"task 2"``, ... by default.
+            forward: `forward(batch)` runs the model if the default reading of a batch does not fit (`clip_forward`
+                for CLIP).
+            max_batches: stop after so many batches.
+            progress: show a progress bar.
+
+        Raises:
+            ConsolidationError: no batches, a name used twice, no free direction left with ``on_full="raise"``.
+            CaptureError: non-finite inputs of a weight; the message names the parameter and the batch.
+            StaleAnchorError: a protected weight was edited outside the optimizer.
+
+        Of several processes (DDP, FSDP2) all must call it, each with its own share of the data; loaders may differ in
+        length. If one fails, all do.
+        """
+        core = self._core
+        task = name if name is not None else f"task {len(core.store.tasks) + 1}"
+        with together():
+            parameters = core.trainable()
+        agree(facts_of(core.options, parameters, core.store, task=task), parameters)
+        work = Pass(self.model, parameters, loader, task, forward, max_batches, progress, core.outside(self.model))
+        if core.mode is not None:
+            return self._announced(core.mode.consolidated(work))
+        with torch.inference_mode(False), core.protection.exactly(), core.evaluated() as moment:  # bases outlive a mode
+            grown, report = consolidate(work, core.store, core.measuring, core.displacement)
+            core.take(grown, parameters)
+            core.align()
+            moment.keep_changes = True
+        core.protection.mark()
+        core.displacement.forget()
+        return self._announced(report)
+
+    def _announced(self, report: ConsolidationReport) -> ConsolidationReport:
+        """Warn of what `report` warns of, and return it."""
+        for text in report.warnings:
+            warnings.warn(text, NullSpaceWarning, stacklevel=3)
+        return report
+
+    def task(self, name: str | Sequence[str | None] | None) -> AbstractContextManager[None]:
+        """Run the model as it is for the finished task `name` inside this context, in modes with routers.
+
+        A task that has no router runs the plain backbone. A sequence names the task of each sample of a batch, as a
+        classifier of your own finds it, None for the plain backbone. None alone: no task is named, every sample is
+        routed by the shared router, or layer by layer by its nearest prototype.
+
+        Raises:
+            OptionError: the optimizer has no mode; in a forward pass: not one name a sample.
+        """
+        return self._mode("task").task(name)
+
+    def status(self) -> Any:
+        """Return the phase of the mode, the step it is at and why it changed last (prints as text).
+
+        Raises:
+            OptionError: the optimizer has no mode.
+        """
+        return self._mode("status").status()
+
+    def regularization(self) -> Tensor:
+        """Return the mode's penalty on the forward passes since the last step, a scalar to add to the loss.
+
+        Where it is not called the step adds the gradient of the penalty itself.
+
+        Raises:
+            OptionError: the optimizer has no mode.
+        """
+        return self._mode("regularization").regularization()
+
+    def merge_experts(self, task: str, loader: Iterable[Any] | None = None, *, forward: Forward | None = None) -> Any:
+        """Return `Merged`: weights of a plain model that does for the finished `task` what backbone and experts do.
+
+        Only linear layers with LoRA experts and routing that is the same for every sample are merged; with a `loader`,
+        for every sample of it. Nothing of this model changes.
+
+        Raises:
+            OptionError: the optimizer has no mode, or no finished task has this name.
+        """
+        return self._mode("merge_experts").merge(task, loader, forward)
+
+    def _mode(self, asked: str) -> Mode:
+        if self._core.mode is None:
+            raise OptionError(f"{asked}() needs a mode with experts: NullSpaceOptimizer(base, model, mode='igsp')")
+        return self._core.mode
+
+    def measure(
+        self,
+        loader: Iterable[Any],
+        *,
+        forward: Forward | None = None,
+        max_batches: int | None = None,
+        progress: bool = True,
+    ) -> Mapping[str, SecondMoment]:
+        """Return the second moments `[g, s, s]` of the rows that met each trained weight, by parameter name.
+
+        The same pass as `consolidate`, whose arguments these are, but nothing is protected: what methods need that
+        look at a task before they train it (CODE-CL, InfLoRA), and what figures of spectra and angles are made of.
+        """
+        core = self._core
+        work = Pass(self.model, core.trainable(), loader, "measured", forward, max_batches, progress)
+        return measure(work, core.measuring)
+
+    def prune(
+        self,
+        loaders: Mapping[str, Iterable[Any]],
+        *,
+        bound: float = 1e-3,
+        forward: Forward | Mapping[str, Forward] | None = None,
+        max_batches: int | None = None,
+        progress: bool = True,
+    ) -> PruneReport:
+        """Give back protected directions that hardly any row of the consolidated tasks uses.
+
+        All or nothing. Directions with the least energy go first, for as long as no task loses more than the share
+        `bound` of its energy at any parameter; old outputs may move by what was given up.
+
+        Args:
+            loaders: for every consolidated task, by name, its data; a task that is missing could lose everything.
+            bound: share of energy, 0..1.
+            forward: as in `consolidate`, one for all tasks or one for each.
+            max_batches, progress: as in `consolidate`.
+
+        Raises:
+            OptionError: a task is missing or unknown, `bound` is out of range, or experts are pruned instead (a mode).
+        """
+        core = self._core
+        check_number(self, "bound", bound, 0.0, 1.0, closed="low")
+        known = [str(task["name"]) for task in core.store.tasks]
+        if core.mode is not None or set(loaders) != set(known) or not known:
+            raise OptionError(
+                f"prune(loaders with {sorted(loaders)}): expected one loader for each consolidated task, {known}"
+                if core.mode is None
+                else "prune() is for null-space protection; a mode prunes its experts itself, within its tasks"
+            )
+        forwards = forward if isinstance(forward, Mapping) else dict.fromkeys(known, forward)
+        with core.protection.exactly(), core.evaluated():
+            moments = {}
+            for name in known:
+                feed = (forwards.get(name), max_batches, progress)
+                work = Pass(self.model, core.trainable(), loaders[name], name, *feed)
+                moments[name] = measure(work, core.measuring)
+            rest, report = thinned(core.store, moments, bound)
+            core.take(rest, core.parameters)
+        core.protection.mark()
+        return report
+
+    def verify(
+        self,
+        loader: Iterable[Any] | None = None,
+        *,
+        forward: Forward | None = None,
+        max_batches: int | None = None,
+        tolerance: float | None = None,
+    ) -> VerifyReport:
+        """Check that everything kept is still what it was.
+
+        Without a loader: the invariant `||W U - A|| / ||A||` per parameter and every buffer that moved. With the
+        loader of a consolidated task (in any order, without augmentation): also the output drift per layer on the
+        samples that `consolidate` remembered by digest, and the first layer that breaks. `tolerance` is 1e-5 by
+        default, or what half precision rounds (2^-8 for bfloat16, 2^-11 for float16 parameters).
+        """
+        core = self._core
+        core.follow_replaced()
+        limit = core.protection.tolerance if tolerance is None else tolerance
+        core.protection.make_exact()
+        layers, missing = {}, []
+        with core.evaluated():
+            with torch.no_grad():
+                kept = drifts(core.protection.guards)
+            for record in core.store.tasks if loader is not None else []:
+                drift = self._probe_drift(record, loader, forward, max_batches)
+                if drift is None:
+                    missing.append(str(record["name"]))
+                else:
+                    layers[str(record["name"])] = drift
+        buffers = moved_buffers(core.store, named_buffers(self.model)) if core.store.buffers else ()
+        return VerifyReport(kept, buffers, layers, tuple(missing), limit)
+
+    def _probe_drift(
+        self, record: Mapping[str, Any], loader: Any, forward: Forward | None, limit: int | None
+    ) -> dict[str, float] | None:
+        stored = self._core.store.probes[str(record["name"])]
+        before = Probe(stored["digests"], tuple(record["layers"]), stored["sketches"], stored["norms"])
+        model = self.model
+        with untouched(model, loader):
+            with together():
+                mine = find_samples(loader, before.digests, limit)
+            found = {key: sample for part in reversed(everyone(mine)) for key, sample in part.items()}
+            samples = assemble(found, before.digests)
+            if samples is None:
+                return None
+            with self._routed(str(record["name"])):
+                after = record_probe(Pass(model, self._core.trainable(), loader, str(record["name"]), forward), samples)
+        return compare(before, after)
+
+    def _routed(self, task: str) -> AbstractContextManager[None]:
+        return nullcontext() if self._core.mode is None else self._core.mode.task(task)
+
+    def capacity(self) -> dict[str, float]:
+        """Return the share of directions still free, by parameter name (0 for frozen and full, 1 for free
+        parameters).
+        """
+        return {name: basis.free_share for name, basis in self._core.store.items()}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def reanchor(self) -> None:
+        """Accept the present weights and buffers as the values to keep (after a deliberate load, EMA swap or merge)."""
+        self._core.follow_replaced()
+        for guard in self._core.protection.guards.values():
+            basis = guard.stored
+            if basis.kept is not None:
+                basis.kept = local(guard.parameter).clone()
+            if basis.subspaces:
+                with matrix_of(guard.parameter, basis.layout, guard.bias, write=False) as matrix:
+                    for side, subspace in basis.subspaces.items():
+                        subspace.anchor = guard.part.anchor(matrix, subspace.basis, side)
+            guard.mark()
+        self._core.protection.rebuild(self._core.store, self._core.parameters)
+        self._core.align()
+        buffers = named_buffers(self.model) if self._core.store.buffers else {}
+        for name in self._core.store.buffers.keys() & buffers.keys():
+            self._core.store.buffers[name] = buffers[name].detach().clone()
+
+    def release(self, name: str) -> None:
+        """Give up the protection of one parameter: it is free until a later consolidation meets it."""
+        if name not in self._core.store:
+            known = ", ".join(sorted(self._core.store)[:8])
+            raise OptionError(f"release('{name}'): no such basis; known names begin with: {known}")
+        self._core.store.remove(name)
+        self._core.protection.rebuild(self._core.store, self._core.parameters)
+
+    def detach(self) -> Optimizer | list[Optimizer]:
+        """Remove every hook from base and model and return the base (the list of bases if several were given)."""
+        core = self._core
+        core.detach()
+        return core.bases[0] if len(core.bases) == 1 else core.bases

@@ -1,0 +1,262 @@
+"""The torch.optim contract: a real `Optimizer` whose groups, state, defaults and step are those of the wrapped base.
+
+`param_groups`, `state` and `defaults` are live properties, never copies by reference: after `load_state_dict` the
+base's list is a new object. Nothing is ever stored in the base's `state`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from os import PathLike
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ..distributed.failures import together
+from ..distributed.group import rank
+from ..errors import BasisFileError, NullSpaceWarning, OptionError
+from ..files import basis_file, schema, validate
+from ..files.state_dict import join_states, pop_protection, seal, split_states
+from ..subspace.basis import Fate
+from .dcp import Checkpoint
+from .engine import Core
+
+
+class OptimizerContract(Optimizer):
+    """An optimizer that hands everything on to the bases of its `Core`."""
+
+    _core: Core
+
+    def _attach(self, core: Core) -> None:
+        """Become the wrapper of `core` (the optimizer's own tables are made with a placeholder first)."""
+        super().__init__([torch.empty(0)], {})
+        self._core = core
+        self.__dict__.pop("_early", None)
+        core.attach()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of the base (of all bases, in order)."""
+        core = getattr(self, "_core", None)
+        return (
+            self.__dict__["_early"] if core is None else [group for base in core.bases for group in base.param_groups]
+        )
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        core = getattr(self, "_core", None)
+        if core is None:
+            self.__dict__["_early"] = groups
+            return
+        rest = list(groups)
+        for base in core.bases[:-1]:
+            base.param_groups = rest[: len(base.param_groups)]
+            rest = rest[len(base.param_groups) :]
+        core.bases[-1].param_groups = rest
+
+    @property
+    def state(self) -> Any:
+        """The state of the base (a merged copy if there are several)."""
+        core = getattr(self, "_core", None)
+        if core is None or len(core.bases) == 1:
+            return None if core is None else core.bases[0].state
+        return {parameter: state for base in core.bases for parameter, state in base.state.items()}
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        core = getattr(self, "_core", None)
+        if core is not None and len(core.bases) == 1:
+            core.bases[0].state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of the (first) base."""
+        core = getattr(self, "_core", None)
+        return {} if core is None else core.bases[0].defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        core = getattr(self, "_core", None)
+        if core is not None:
+            core.bases[0].defaults = defaults
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Let the base step (with `closure` if given) and return its loss; protection happens in the base's hooks."""
+        bases = self._core.bases
+        try:
+            if len(bases) == 1:
+                return bases[0].step() if closure is None else bases[0].step(closure)
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            for base in bases:
+                base.step()
+            return loss
+        finally:
+            self._core.protection.put_back()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base; its parameters are free until the next consolidation."""
+        core = getattr(self, "_core", None)
+        if core is None:
+            super().add_param_group(param_group)
+        elif len(core.bases) > 1:
+            raise OptionError(
+                "there are several base optimizers: call add_param_group on the one that should own the parameters"
+            )
+        else:
+            core.bases[0].add_param_group(param_group)
+
+    def train(self) -> None:
+        """Switch bases that have modes to training."""
+        self._set_mode("train")
+
+    def eval(self) -> None:
+        """Switch bases that have modes to evaluation."""
+        self._set_mode("eval")
+
+    def _set_mode(self, mode: str) -> None:
+        with self._core.unedited():
+            for base in self._core.bases:
+                switch = getattr(base, mode, None)
+                if callable(switch):
+                    switch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's state dict plus the bases under ``"nullspace"`` and their fingerprint in every group.
+
+        Holds tensors and plain values only, so it loads with ``weights_only=True``; a bare base optimizer loads it as
+        well.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state = join_states([base.state_dict() for base in self._core.bases])
+        store = self._core.snapshot()
+        groups = state.get("param_groups", ())  # optimizers around an optimizer may have their own structure
+        for group in groups:
+            group.pop("nullspace", None)
+        if store.tasks or store.extension is not None:
+            tensors, metadata = schema.pack(store)
+            owed = {**self._core.protection.owed, "allowed": self._core.protection.allowed}
+            state["nullspace"] = {"tensors": tensors, "metadata": metadata, **owed, "seal": seal(metadata, owed)}
+            print_ = schema.fingerprint(store)
+            for group in groups:
+                group["nullspace"] = print_
+        for post in self._optimizer_state_dict_post_hooks.values():
+            state = post(self, state) or state
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of the bare base; never drops protection in silence.
+
+        Raises:
+            BasisFileError: the checkpoint was protected but its bases are missing or differ.
+            ShapeError: a basis does not fit its parameter.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        plain, payload, expected = pop_protection(state_dict)
+        store = None
+        if payload is not None:
+            store = validate.unpack(payload["tensors"], payload["metadata"], source="the optimizer's state dict")
+            self._core.check(store)
+        missing = False
+        if expected is not None:
+            present = store if store is not None else self._core.snapshot()
+            known = present.tasks or present.extension is not None
+            missing = not known or schema.fingerprint(present) != expected
+        if missing:
+            raise BasisFileError(
+                "this checkpoint was protected, but its bases are missing or belong to another run: call "
+                "opt.load(path) with the basis file of that run first, or load the checkpoint into the base optimizer "
+                "to go on without protection"
+            )
+        if expected is None and payload is None and self._core.store.tasks:
+            warnings.warn(
+                f"the checkpoint holds no bases; the {len(self._core.store.tasks)} consolidated tasks stay protected",
+                NullSpaceWarning,
+                stacklevel=2,
+            )
+        if store is not None:
+            self._core.extend(store)  # a mode's parameters must exist before their optimizer state is loaded
+        for base, part in zip(self._core.bases, split_states(plain, [len(b.param_groups) for b in self._core.bases])):
+            base.load_state_dict(part)
+        if store is not None and payload is not None:
+            self._core.settle(store)
+            self._core.protection.owed = payload
+            self._core.protection.allowed = payload["allowed"]
+        for post in self._optimizer_load_state_dict_post_hooks.values():
+            post(self)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write bases, anchors and provenance to one safetensors file (atomic, checksummed, byte-identical when
+        repeated).
+
+        Of several processes all must call it; rank 0 writes, the others wait until the file is complete.
+        """
+        with together():
+            self._core.follow_replaced()
+            self._core.protection.check_anchors()
+        whole = self._core.snapshot()
+        with together():
+            if rank() == 0:
+                basis_file.save(whole, path)
+
+    def checkpoint(self) -> Checkpoint:
+        """Return model, base optimizers and protection as one object for `torch.distributed.checkpoint`.
+
+        Saved by so many processes, it can be loaded by any other number.
+
+        Example:
+            >>> dcp.save({"training": opt.checkpoint()}, checkpoint_id=folder)   # doctest: +SKIP
+            >>> dcp.load({"training": opt.checkpoint()}, checkpoint_id=folder)   # doctest: +SKIP
+        """
+        return Checkpoint(self._core)
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Replace all bases by those of a file written by `save`; each of several processes reads it.
+
+        Raises:
+            BasisFileError: the file is damaged, foreign or names parameters that the model lacks.
+            ShapeError: a basis does not fit its parameter.
+        """
+        with together():
+            store = basis_file.load(path)
+        with torch.inference_mode(False):
+            self._core.adopt(store)
+            self._core.align()
+
+    def __getstate__(self) -> dict[str, Any]:
+        core = self._core
+        return {
+            "bases": core.bases,
+            "options": core.options,
+            "store": core.store,
+            "parameters": core.parameters,
+            "owed": core.protection.owed,
+            "attributes": {key: value for key, value in self.__dict__.items() if key[0] != "_" and key != "step"},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._attach(Core(state["bases"], state["options"]))
+        self._core.parameters = state["parameters"]
+        self._core.store.replace(state["store"])
+        self._core.protection.rebuild(self._core.store, self._core.parameters)
+        self._core.protection.owed = state["owed"]
+        self._core.copied = bool(self._core.store.tasks)
+        self.__dict__.update(state["attributes"])
+
+    def __repr__(self) -> str:
+        bases = ", ".join(repr(base) for base in self._core.bases)
+        store = self._core.store
+        counts = (
+            ", ".join(f"{sum(b.fate is fate for b in store.values())} {fate.value}" for fate in Fate)
+            if store
+            else "nothing protected yet"
+        )
+        settings = ", ".join(f"{key}={value!r}" for key, value in self._core.options.items())
+        return f"NullSpaceOptimizer({bases}\n{settings}\ntasks: {len(store.tasks)}; parameters: {counts})"

@@ -1,0 +1,1 @@
+"""Memory and FLOPs of a protected run, predicted from shapes alone."""

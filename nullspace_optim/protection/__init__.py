@@ -1,0 +1,1 @@
+"""Protection of one optimizer step: hide, correct, restore."""

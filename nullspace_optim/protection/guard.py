@@ -1,0 +1,237 @@
+"""One parameter under protection: its basis and the corrections that keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import isnan
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..distributed.collectives import add_up
+from ..distributed.group import local
+from ..errors import OptionError
+from ..subspace.basis import Basis, Side, Subspace
+from ..subspace.linalg import complement
+from ..subspace.matrix import matrix_of, relative
+from ..subspace.projection import (
+    anchor,
+    anchor_drift,
+    project_difference_,
+    project_difference_complement_,
+    project_gradient_,
+    project_gradient_complement_,
+    restore_anchor_,
+    restore_rows_,
+    shift_anchor_,
+    subtract_coordinates_,
+    yield_anchor_,
+)
+from ..subspace.shards import Part, crossing_sides, local_basis, part_of
+from .workspace import Workspace
+
+Precision = Literal["exact", "fast"]
+
+
+@dataclass
+class Guard:
+    """One parameter, its basis, and what its correction needs: a workspace that guards may share.
+
+    Of a sharded parameter `basis` is this rank's view of what is `stored`, and `across` are the sides whose coordinates
+    are sums over ranks; `correct_across` serves them.
+    """
+
+    parameter: Tensor
+    basis: Basis
+    bias: Tensor | None = None
+    workspace: Workspace = field(default_factory=Workspace)
+    stored: Basis = field(init=False)
+    part: Part = field(init=False)
+    across: list[Subspace] = field(init=False)
+    complements: dict[Side, Tensor] = field(default_factory=dict)
+    previous: list[Tensor] = field(default_factory=list)
+    seen: tuple[tuple[int, ...], ...] | None = None
+    pending: bool = False
+    allowed: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.stored = self.basis
+        self.part = part_of(self.parameter, self.basis.layout, joint=self.bias is not None)
+        self.across = [] if self.basis.kept is not None else crossing_sides(self.basis, self.part)
+        self.basis = local_basis(self.basis, self.part)
+
+    @property
+    def immovable(self) -> bool:
+        """True if the whole parameter keeps its value."""
+        return self.basis.kept is not None
+
+    @property
+    def members(self) -> list[Tensor]:
+        """The tensors that this guard moves: the parameter and a bias folded into it."""
+        return [self.parameter] if self.bias is None else [self.parameter, self.bias]
+
+    def mark(self) -> None:
+        """Remember storage and version of every member as we left it."""
+        self.seen = self._marks()
+
+    def _marks(self) -> tuple[tuple[int, ...], ...]:
+        """Return address and version of every member; a DTensor and its block count their writes separately."""
+        if self.bias is None:
+            return (_mark(self.parameter),)
+        return _mark(self.parameter), _mark(self.bias)
+
+    @property
+    def edited(self) -> bool:
+        """True if somebody other than the base step may have written to the parameter (or its joint bias)."""
+        return self.seen is not None and self.seen != self._marks()
+
+    def wants_difference(self, precision: Precision) -> bool:
+        """True where the difference form runs: more than half of the directions kept, or low-precision products.
+
+        Soft sides take the anchor form at any rank: their complement is no projection.
+        """
+        if self.across or self.part.padded:
+            return False
+        dense = [s for s in self.basis.subspaces.values() if s.side != "rows"]
+        if self.soft and len(self.basis.subspaces) > 1:
+            return False
+        return bool(dense) and (precision == "fast" or any(2 * s.rank > s.dimension and s.scale is None for s in dense))
+
+    @property
+    def soft(self) -> bool:
+        """True if a side lets a share of each movement through."""
+        return any(subspace.scale is not None for subspace in self.basis.subspaces.values())
+
+    def remember(self) -> None:
+        """Copy the parameter (and a bias folded in) before the base moves it."""
+        blocks = [local(p) for p in self.members]
+        if not self.previous:
+            self.previous = [torch.empty_like(p, memory_format=torch.preserve_format) for p in blocks]
+        for copy, block in zip(self.previous, blocks):
+            copy.copy_(block)
+
+    @property
+    def unmoved(self) -> bool:
+        """True if everything still is, bit for bit, what `remember` copied (waits for the device)."""
+        return all(torch.equal(copy, local(p)) for copy, p in zip(self.previous, self.members))
+
+    def correct(self, weights: Sequence[Tensor] | None = None) -> None:
+        """Anchor form on every side: `W <- W - (W U - A) U^H`.
+
+        `weights` are other tensors in the place of `members`: weights that the base keeps beside them.
+        """
+        weight, *bias = self.members if weights is None else weights
+        with matrix_of(weight, self.basis.layout, bias[0] if bias else None) as matrix:
+            for subspace in self.basis.subspaces.values():
+                if subspace.rank:
+                    space = None if subspace.side == "rows" else self.workspace.take(subspace.anchor.shape, matrix)
+                    restore_anchor_(matrix, subspace.basis, subspace.anchor, subspace.side, space)
+
+    def align(self, weights: Sequence[Tensor]) -> None:
+        """Give other weights, in the place of `members`, everything that is kept."""
+        if self.basis.kept is not None:
+            local(weights[0]).copy_(self.basis.kept)
+        else:
+            self.correct(weights)
+
+    def yield_softly(self) -> None:
+        """Anchor form of soft sides: what a step may change, anchors follow; everything else is put back."""
+        with matrix_of(self.parameter, self.basis.layout, self.bias) as matrix:
+            done: list[Subspace] = []
+            for subspace in sorted(self.basis.subspaces.values(), key=lambda s: s.side != "rows"):
+                if subspace.side == "rows":
+                    restore_rows_(matrix, subspace.basis, subspace.anchor)
+                elif subspace.rank:
+                    self._yield(matrix, subspace, done)
+                    done.append(subspace)
+
+    def _yield(self, matrix: Tensor, subspace: Subspace, done: list[Subspace]) -> None:
+        """Correct one side; what it takes out of the weight is no movement of the sides that are `done`."""
+        assert subspace.side != "rows"
+        scale = subspace.basis.new_ones(len(subspace.ranks), subspace.basis.shape[2]).real
+        scale = scale if subspace.scale is None else subspace.scale
+        removed = yield_anchor_(matrix, subspace.basis, subspace.anchor, scale, subspace.side)
+        for other in done:
+            assert other.side != "rows"
+            shift_anchor_(other.anchor, other.basis, removed, subspace.basis, other.side)
+
+    def correct_difference(self, low_precision: torch.dtype | None) -> None:
+        """Difference form on every side: only what the base just added is projected."""
+        with matrix_of(self.parameter, self.basis.layout) as matrix:
+            before = self.basis.layout.to_matrix(self.previous[0]).to(matrix.dtype)
+            for subspace in self.basis.subspaces.values():
+                if subspace.side == "rows":
+                    restore_rows_(matrix, subspace.basis, subspace.anchor)
+                elif 2 * subspace.rank > subspace.dimension and subspace.scale is None:
+                    free = self._complement(subspace)
+                    project_difference_complement_(matrix, before, free, subspace.side, low_precision=low_precision)
+                elif subspace.rank:
+                    soft = {} if subspace.scale is None else {"scale": subspace.scale, "kept": subspace.anchor}
+                    project_difference_(
+                        matrix, before, subspace.basis, subspace.side, low_precision=low_precision, **soft
+                    )
+
+    def _complement(self, subspace: Subspace) -> Tensor:
+        if subspace.side not in self.complements:
+            parts = [complement(u[:, :k]) for u, k in zip(subspace.basis, subspace.ranks)]
+            free = subspace.basis.new_zeros(len(parts), subspace.size, max(p.shape[1] for p in parts))
+            for group, part in enumerate(parts):
+                free[group, :, : part.shape[1]] = part
+            self.complements[subspace.side] = free
+        return self.complements[subspace.side]
+
+    def project_gradient(self, gradient: Tensor, *, softly: bool = True) -> None:
+        """Remove the kept directions from `gradient` (and from the gradient of a bias folded in) in place.
+
+        ``softly=False`` leaves directions alone that are kept by part: the update will be scaled there.
+        """
+        if gradient.layout != torch.strided:
+            raise OptionError(
+                f"'{self.basis.name}' has a sparse gradient, which cannot be projected: "
+                'use project="update" or a dense embedding'
+            )
+        bias = None if self.bias is None else self.bias.grad
+        if self.bias is not None and bias is None:
+            return
+        with matrix_of(gradient, self.basis.layout, bias) as matrix:
+            for subspace in self.basis.subspaces.values():
+                if subspace.side == "rows":
+                    matrix[0].index_fill_(0, subspace.basis, 0.0)
+                elif 2 * subspace.rank > subspace.dimension and subspace.scale is None:
+                    project_gradient_complement_(matrix, self._complement(subspace), subspace.side)
+                elif subspace.rank:
+                    scale = subspace.scale if softly or subspace.scale is None else subspace.scale.floor()
+                    project_gradient_(matrix, subspace.basis, subspace.side, scale)
+            for subspace in self.across:
+                assert subspace.side != "rows" and self.part.shard is not None
+                inside = anchor(matrix, subspace.basis, subspace.side)
+                add_up([inside], group=self.part.shard.group)
+                subtract_coordinates_(matrix, inside, subspace.basis, subspace.side)
+
+    def drift(self) -> float:
+        """Return the largest relative change of a kept quantity since it was anchored (0 where nothing is kept;
+        NaN where one is not a number), of a sharded parameter within this rank's block.
+        """
+        if self.basis.kept is not None:
+            return relative(local(self.parameter), self.basis.kept)
+        drifts = [0.0]
+        with matrix_of(self.parameter, self.basis.layout, self.bias, write=False) as matrix:
+            for subspace in self.basis.subspaces.values():
+                if subspace.rank:
+                    drifts.append(float(anchor_drift(matrix, subspace.basis, subspace.anchor, subspace.side)))
+        return max(drifts, key=lambda drift: (isnan(drift), drift))
+
+
+def _mark(parameter: Tensor) -> tuple[int, ...]:
+    if not hasattr(parameter, "to_local"):
+        return parameter.data_ptr(), parameter._version
+    held = local(parameter)
+    return held.data_ptr(), held._version, parameter._version
+
+
+def guard_low_precision(guard: Guard) -> torch.dtype:
+    """Return the dtype of the fast products: bfloat16 (float32 for double-precision or complex weights)."""
+    wide = guard.parameter.is_complex() or guard.parameter.dtype == torch.float64
+    return torch.float32 if wide else torch.bfloat16

@@ -1,0 +1,1 @@
+"""Bases, and the linear algebra on them."""

@@ -1,0 +1,1 @@
+"""Checks that everything kept is still what it was."""
