@@ -24,7 +24,7 @@ from .errors import (
     ShapeError,
     StaleAnchorError,
 )
-from .igsp import IGSP, ExpertReport, LayerReport, Merged, Status, Trainable
+from .igsp import IGSP, ExpertReport, LayerReport, Merged, PhaseStatus, TrainableCount
 from .integrations import unwrap
 from .methods.class_wise import consolidate_classes
 from .methods.forward_scaling import ForwardScaling, shared_directions, trust_regions
@@ -89,6 +89,7 @@ __all__ = [
     "NumericalRank",
     "OptionError",
     "ParameterReport",
+    "PhaseStatus",
     "Policy",
     "PruneReport",
     "PruningError",
@@ -98,9 +99,8 @@ __all__ = [
     "Spectrum",
     "SplitLoRA",
     "StaleAnchorError",
-    "Status",
     "TailEnergy",
-    "Trainable",
+    "TrainableCount",
     "VerifyReport",
     "alignment_loss",
     "begin_lora",

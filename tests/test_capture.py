@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from nullspace_optim.capture.aliases import CONSTANT, Memory
+from nullspace_optim.capture.aliases import CONSTANT, AliasTracker
 from nullspace_optim.capture.capture import Capture
-from nullspace_optim.covariance.accumulator import Captured
+from nullspace_optim.covariance.accumulator import ParameterStatistics
 from nullspace_optim.covariance.rows import Patches
 from nullspace_optim.errors import CaptureError, OptionError
 
@@ -488,7 +488,7 @@ def test_joint_rows_end_in_one(kind: str, rows: str) -> None:
     weight, bias = list(observer.captured)
     seen = observer.captured[weight]
     moment, without = seen.sides["right"].matrix, plain.captured[weight].sides["right"].matrix
-    assert seen.bias == bias and observer.captured[bias] == Captured(met=True)
+    assert seen.bias == bias and observer.captured[bias] == ParameterStatistics(met=True)
     assert close(moment[:, :-1, :-1], without.double())
     assert moment[:, -1, -1].tolist() == seen.sides["right"].rows.float().tolist()
 
@@ -755,7 +755,7 @@ def test_constant_rows_count_where_the_product_is_detached() -> None:
 def test_an_address_that_another_parameter_takes_over_changes_its_name() -> None:
     whole, there = nn.Parameter(torch.randn(3, 4)), ["first"]
     shapes = {name: torch.empty(3, 4) for name in ("first", "second")}
-    memory = Memory(shapes, {}, {}, lambda: {there[0]: whole})
+    memory = AliasTracker(shapes, {}, {}, lambda: {there[0]: whole})
     assert memory.origin(whole).names == ("first",)
     there[0] = "second"
     memory.refresh()
@@ -763,7 +763,7 @@ def test_an_address_that_another_parameter_takes_over_changes_its_name() -> None
 
 
 def test_a_buffer_that_is_freed_under_its_holder_is_forgotten() -> None:
-    memory = Memory({}, {}, {}, dict)
+    memory = AliasTracker({}, {}, {}, dict)
     buffer = torch.empty(64)
     memory.learn(buffer, CONSTANT)
     address = buffer.data_ptr()

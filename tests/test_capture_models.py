@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nullspace_optim.capture.capture import Capture
-from nullspace_optim.covariance.accumulator import Captured
+from nullspace_optim.covariance.accumulator import ParameterStatistics
 
 Model = tuple[nn.Module, Callable[[], Any]]
 TEXT = {"context_length": 12, "vocab_size": 60, "width": 32, "heads": 2, "layers": 2}
@@ -167,7 +167,7 @@ def captured(model: nn.Module, run: Callable[[], Any], **options: Any) -> Captur
     return observer
 
 
-def fate(seen: Captured) -> str:
+def fate(seen: ParameterStatistics) -> str:
     if not seen.met:
         assert not seen.sides and not seen.reasons and seen.row_index is None
         return "free"

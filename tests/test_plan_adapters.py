@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from nullspace_optim import IGSP, FixedRank, NullSpaceOptimizer, SketchedCovariance, declare_tokens
 from nullspace_optim.cli import main
 from nullspace_optim.covariance.second_moment import SecondMoment
-from nullspace_optim.covariance.sketch import Sketch
+from nullspace_optim.covariance.sketch import FrequentDirections
 from nullspace_optim.errors import OptionError
 from nullspace_optim.planning.adapters import LORA, PROMPT, with_lora, with_prompt
 from nullspace_optim.planning.architectures import Architecture, build
@@ -64,7 +64,7 @@ def test_a_consolidation_agrees_with_the_count_of_a_real_one(monkeypatch: pytest
 
 
 def test_bytes_of_a_sketch_are_those_of_a_real_one() -> None:
-    real = Sketch(2, 40, 8, dtype=torch.float32, device="cpu")
+    real = FrequentDirections(2, 40, 8, dtype=torch.float32, device="cpu")
     held = real._buffer.nbytes + real.squares.nbytes
     assert Moment(2, 40, 100, sketched=8).bytes(4) == held
     found = of_net(64, sketch=SketchedCovariance(8, 30))

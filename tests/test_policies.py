@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from nullspace_optim import NullSpaceOptimizer
-from nullspace_optim.consolidation.grow import Choice, choose, examine
+from nullspace_optim.consolidation.grow import GrownBasis, decompose, grow_basis
 from nullspace_optim.errors import ConsolidationError, OptionError, ShapeError
 from nullspace_optim.policies import (
     CGP,
@@ -58,13 +58,13 @@ def moment_of(*groups: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.stack([rows.mH @ rows for rows in groups]).to(dtype)
 
 
-def consolidate(policy: Policy, moment: Tensor, before: Choice | None = None, tasks: int = 0) -> Choice:
+def consolidate(policy: Policy, moment: Tensor, before: GrownBasis | None = None, tasks: int = 0) -> GrownBasis:
     """One consolidation of one weight with the policy alone in the model."""
     moment = moment.double() if policy.precise and not moment.is_complex() else moment
     basis, covariance, scale = (before.basis, before.covariance, before.scale) if before else (None, None, None)
-    candidate = examine(policy, moment, [40] * len(moment), basis, covariance, scale=scale, tasks=tasks, name="w")
+    candidate = decompose(policy, moment, [40] * len(moment), basis, covariance, scale=scale, tasks=tasks, name="w")
     taken = policy.ranks({str(i): spectrum for i, spectrum in enumerate(candidate.spectra)})
-    return choose(candidate, list(taken.values()), basis, scale)
+    return grow_basis(candidate, list(taken.values()), basis, scale)
 
 
 def spectrum(values: list[float], *, covered: float = 0.0, kept: int = 0, total: float | None = None) -> Spectrum:
@@ -172,7 +172,7 @@ def test_rank_budget_is_greedy_over_all_weights(share):
         name: moment_of(task_rows(i, s=s, n=2 * s), dtype=torch.float64)
         for i, (name, s) in enumerate((("a", 8), ("b", 20), ("c", 12)))
     }
-    spectra = {name: examine(RankBudget(), moment, [10]).spectra[0] for name, moment in moments.items()}
+    spectra = {name: decompose(RankBudget(), moment, [10]).spectra[0] for name, moment in moments.items()}
     shares = {name: s.shares.tolist() for name, s in spectra.items()}
     expected = slow.budget_ranks(shares, math.floor(share * 40 + 1e-9))
     taken = RankBudget(share).ranks(spectra)
@@ -344,15 +344,15 @@ def test_appending_fills_up_to_every_direction_and_no_further():
 def test_directions_without_energy_are_still_orthogonal_to_what_is_stored():
     rows = task_rows(0, n=4)
     before = consolidate(NumericalRank(), moment_of(rows, dtype=torch.float64))
-    candidate = examine(Energy(), moment_of(rows), [4], before.basis)
-    filled = choose(candidate, [20], before.basis)
+    candidate = decompose(Energy(), moment_of(rows), [4], before.basis)
+    filled = grow_basis(candidate, [20], before.basis)
     assert filled.ranks == (24,) and orthogonality_error(filled.basis) <= 1e-6
 
 
 def test_the_examined_residual_is_that_of_the_dense_formula():
     before = consolidate(FixedRank(6), moment_of(task_rows(0)))
     moment = moment_of(task_rows(1))
-    candidate = examine(Energy(), moment, [40], before.basis, name="w")
+    candidate = decompose(Energy(), moment, [40], before.basis, name="w")
     free = torch.eye(24, dtype=torch.float64) - slow.projector(before.basis)[0]
     dense = torch.linalg.eigvalsh(free @ slow.double(moment[0]) @ free).flip(0).clamp(min=0)
     found = candidate.spectra[0]
@@ -414,13 +414,13 @@ def test_the_result_is_deterministic():
 def test_wrong_arguments_name_the_parameter():
     basis = consolidate(FixedRank(2), moment_of(task_rows(0))).basis
     with pytest.raises(ShapeError, match=r"'c_fc\.weight' has stored shape \(1, 24, 2\)"):
-        examine(Energy(), torch.eye(10)[None], [4], basis, name="c_fc.weight")
+        decompose(Energy(), torch.eye(10)[None], [4], basis, name="c_fc.weight")
     with pytest.raises(ConsolidationError, match=r"'c_fc\.weight' is not finite"):
-        examine(Energy(), torch.full((1, 24, 24), float("nan")), [4], basis, name="c_fc.weight")
-    candidate = examine(Energy(), moment_of(task_rows(0)), [4], basis, name="c_fc.weight")
+        decompose(Energy(), torch.full((1, 24, 24), float("nan")), [4], basis, name="c_fc.weight")
+    candidate = decompose(Energy(), moment_of(task_rows(0)), [4], basis, name="c_fc.weight")
     for number in (-1, 23):
         with pytest.raises(ConsolidationError, match=rf"takes {number} directions of 'c_fc\.weight', expected 0 to 22"):
-            choose(candidate, [number], basis)
+            grow_basis(candidate, [number], basis)
 
 
 SPECTRA = st.lists(st.floats(0, 100), min_size=1, max_size=12).map(lambda v: sorted(v, reverse=True))
@@ -490,16 +490,16 @@ def test_osf_is_the_weights_singular_value_decomposition_and_grows_by_another(sh
     sides = {"right": (weight.T @ weight, shape[0]), "left": (weight @ weight.T, shape[1])}
     found = {}
     for side, (moment, rows) in sides.items():
-        candidate = examine(policy, moment[None], [rows])
-        found[side] = choose(candidate, [policy.rank(candidate.spectra[0])])
+        candidate = decompose(policy, moment[None], [rows])
+        found[side] = grow_basis(candidate, [policy.rank(candidate.spectra[0])])
     left, _, right = torch.linalg.svd(weight)
     for side, directions in (("right", right[:3].T), ("left", left[:, :3])):
         assert found[side].ranks == (3,) and principal_angles(found[side].basis[0], directions).max() < 1e-3
     P, Q = (slow.projector(found[side].basis)[0] for side in ("right", "left"))
     step = torch.randn(*shape, dtype=torch.float64)
     later = weight + step - Q @ step - step @ P + Q @ step @ P
-    candidate = examine(policy, (later.T @ later)[None], [shape[0]], found["right"].basis, tasks=1)
-    grown = choose(candidate, [policy.rank(candidate.spectra[0])], found["right"].basis)
+    candidate = decompose(policy, (later.T @ later)[None], [shape[0]], found["right"].basis, tasks=1)
+    grown = grow_basis(candidate, [policy.rank(candidate.spectra[0])], found["right"].basis)
     rest = torch.linalg.svd(later - Q @ later)[2][:2].T
     assert grown.ranks == (5,) and principal_angles(grown.basis[0][:, 3:], rest).max() < 1e-3
 

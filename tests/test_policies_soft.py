@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from nullspace_optim import CODECL, OWM, SGP, VPTNSP, Fate, NullSpaceOptimizer, Policy, StaleAnchorError
-from nullspace_optim.consolidation.grow import Choice
+from nullspace_optim.consolidation.grow import GrownBasis
 from nullspace_optim.subspace.linalg import orthogonality_error, orthonormalise
 from nullspace_optim.subspace.projection import anchor, project_difference_, shift_anchor_, yield_anchor_
 
@@ -109,7 +109,7 @@ def test_code_cl_is_jaegers_boolean_logic_by_inverses(aperture: float, gain: flo
 
 @POLICIES
 def test_bases_stay_orthonormal_over_fifty_tasks_and_scales_stay_shares(policy: Policy) -> None:
-    before: Choice | None = None
+    before: GrownBasis | None = None
     generator = torch.Generator().manual_seed(0)
     for _ in range(50):
         rows = torch.randn(16, 64, generator=generator) * torch.logspace(0, -2, 64)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from nullspace_optim import Energy, FixedRank, NullSpaceOptimizer, OptionError, SketchedCovariance, TailEnergy
-from nullspace_optim.covariance.sketch import Sketch
+from nullspace_optim.covariance.sketch import FrequentDirections
 
 SIZE, ROWS = 120, 20
 
@@ -23,14 +23,14 @@ def decaying(rows: int, seed: int = 0) -> Tensor:
     )
 
 
-def sketched(*parts: Tensor) -> Sketch:
-    sketch = Sketch(1, SIZE, ROWS, dtype=torch.float32, device="cpu")
+def sketched(*parts: Tensor) -> FrequentDirections:
+    sketch = FrequentDirections(1, SIZE, ROWS, dtype=torch.float32, device="cpu")
     for part in parts:
         sketch.update(part[None])
     return sketch
 
 
-def assert_bound(sketch: Sketch, rows: Tensor) -> None:
+def assert_bound(sketch: FrequentDirections, rows: Tensor) -> None:
     """Theorem 1.1: `0 <= A^T A - B^T B`, and its norm is at most `||A - A_k||_F^2 / (l - k)` for every `k < l`."""
     exact, factor = rows.double().T @ rows.double(), sketch.factor[0].double()
     values = torch.linalg.eigvalsh(exact - factor.T @ factor)
@@ -64,7 +64,9 @@ def test_few_rows_are_kept_exactly() -> None:
 
 
 def test_memory_is_linear_in_the_width() -> None:
-    held = [Sketch(1, width, ROWS, dtype=torch.float32, device="cpu")._buffer.numel() for width in (1000, 2000)]
+    held = [
+        FrequentDirections(1, width, ROWS, dtype=torch.float32, device="cpu")._buffer.numel() for width in (1000, 2000)
+    ]
     assert held == [2 * ROWS * 1000, 2 * ROWS * 2000]
 
 

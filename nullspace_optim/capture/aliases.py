@@ -71,7 +71,7 @@ class _Owner(NamedTuple):
     is_parameter: bool
 
 
-class Memory:
+class AliasTracker:
     """The map from storages to parameters, buffers and what was computed from them during the current batch."""
 
     def __init__(

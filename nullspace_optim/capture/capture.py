@@ -19,18 +19,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..covariance.accumulator import Captured, Tally
-from ..covariance.all_reduce import reduce_tally, union
+from ..covariance.accumulator import ParameterStatistics, StatisticsAccumulator
+from ..covariance.all_reduce import reduce_statistics, union_over_ranks
 from ..covariance.sketch import SketchedCovariance
-from ..distributed.collectives import everyone
-from ..distributed.group import local
+from ..distributed.collectives import all_gather_object
+from ..distributed.group import local_tensor
 from ..errors import OptionError
-from ..model.batches import detached, tensors_in
+from ..model.batches import detach, tensors_in
 from ..model.storage import tensor_key
-from .aliases import Memory
-from .dispatch import Watch
+from .aliases import AliasTracker
+from .dispatch import CaptureMode
 from .relevance import Relevance
-from .uses import Uses
+from .uses import OperatorHandlers
 
 
 class Capture:
@@ -70,9 +70,11 @@ class Capture:
         self.observe: Callable[[str, Tensor], None] | None = None
         self._names = _unique(parameters)
         distinct = {name: parameters[name] for name in dict.fromkeys(self._names.values())}
-        self._memory = Memory(distinct, buffers or {}, untrained or {}, present)
+        self._memory = AliasTracker(distinct, buffers or {}, untrained or {}, present)
         self._in_step = in_step
-        self._tally = Tally(dtype=dtype, batch_frobenius=batch_frobenius, statistics=statistics, sketch=sketch)
+        self._tally = StatisticsAccumulator(
+            dtype=dtype, batch_frobenius=batch_frobenius, statistics=statistics, sketch=sketch
+        )
         self._relevance = Relevance() if rows == "relevant" else None
         self._joint = bias == "joint"
         self._batches = 0
@@ -87,7 +89,7 @@ class Capture:
         self._tally.drop_queue()
 
     @property
-    def captured(self) -> dict[str, Captured]:
+    def captured(self) -> dict[str, ParameterStatistics]:
         """What is known of every parameter after the batches so far."""
         found = {name: self._tally.captured(name, p.shape) for name, p in self._memory.parameters.items()}
         return {name: found[first] for name, first in self._names.items()}
@@ -109,11 +111,11 @@ class Capture:
 
     def reduce(self, device: torch.device) -> None:
         """Join what all ranks have captured (see `reduction`); nothing in one process."""
-        reduce_tally(self._tally, device)
-        self._memory.buffers_read = union(self._memory.buffers_read)
-        self._memory.untrained_read = union(self._memory.untrained_read)
+        reduce_statistics(self._tally, device)
+        self._memory.buffers_read = union_over_ranks(self._memory.buffers_read)
+        self._memory.untrained_read = union_over_ranks(self._memory.untrained_read)
         if self._relevance is not None:
-            self._relevance.note = next(filter(None, everyone(self._relevance.note)), None)
+            self._relevance.note = next(filter(None, all_gather_object(self._relevance.note)), None)
 
     @property
     def relevance_note(self) -> str | None:
@@ -144,9 +146,13 @@ class Capture:
     def _forward(self, run: Callable[[], Any], relevance: Relevance | None, counted: bool) -> Any:
         """Run the forward pass and, for relevance, the probe; hand the rows to the tally."""
         self._memory.refresh()
-        tally = self._tally if counted else Tally(dtype=torch.float32, batch_frobenius=False, statistics=False)
-        uses = Uses(self._memory, tally, relevance, joint=self._joint, observe=self.observe)
-        watch = Watch(self._memory, tally, relevance, uses)
+        tally = (
+            self._tally
+            if counted
+            else StatisticsAccumulator(dtype=torch.float32, batch_frobenius=False, statistics=False)
+        )
+        uses = OperatorHandlers(self._memory, tally, relevance, joint=self._joint, observe=self.observe)
+        watch = CaptureMode(self._memory, tally, relevance, uses)
         with _environment(gradients=relevance is not None), watch:
             try:
                 outputs = run()
@@ -165,13 +171,13 @@ class Capture:
         with torch.inference_mode(False), torch.no_grad():
             uses.settle(gradients)
             tally.flush()
-        return detached(outputs)
+        return detach(outputs)
 
     def _agree_on_probe(self, wanted: bool) -> bool:
         """Where ranks run in step, all of them or none run the probe: its backward pass communicates."""
         if not self._in_step or self._relevance is None:
             return wanted
-        told = everyone((self._relevance.note, wanted))
+        told = all_gather_object((self._relevance.note, wanted))
         self._relevance.note = next((note for note, _ in told if note), None)
         return all(also for _, also in told)
 
@@ -190,7 +196,7 @@ def _unique(parameters: Mapping[str, Tensor]) -> dict[str, str]:
     """Map every name to the first name of the same tensor (tied weights)."""
     first: dict[Any, str] = {}
     return {
-        name: first.setdefault(tensor_key(held) if (held := local(tensor)).numel() else name, name)
+        name: first.setdefault(tensor_key(held) if (held := local_tensor(tensor)).numel() else name, name)
         for name, tensor in parameters.items()
     }
 

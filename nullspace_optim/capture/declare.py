@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..errors import CaptureError
 from .aliases import Geometry, Kind, Origin
-from .dispatch import Watch
+from .dispatch import CaptureMode
 
 
 def stand_in(parameter: Tensor, compute: Callable[[], Tensor]) -> Tensor:
@@ -68,13 +68,13 @@ def declare_rows(parameter: Tensor, rows: Tensor, side: Literal["right", "left"]
             watch.tally.declare(name, stack, side, batched=parameter.ndim == 3)
 
 
-def _names(watch: Watch, parameter: Tensor) -> tuple[str, ...]:
+def _names(watch: CaptureMode, parameter: Tensor) -> tuple[str, ...]:
     """Return the names of `parameter`, which a framework may have put in place a moment ago."""
     watch.memory.knows(parameter)
     return tuple(watch.memory.origin(parameter).names)
 
 
-def _active() -> Watch | None:
+def _active() -> CaptureMode | None:
     """Return the capture's watch of the forward pass in progress."""
     modes = reversed(_get_current_dispatch_mode_stack())
-    return next((mode for mode in modes if isinstance(mode, Watch)), None)
+    return next((mode for mode in modes if isinstance(mode, CaptureMode)), None)

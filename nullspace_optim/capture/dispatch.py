@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..covariance.accumulator import Tally
+from ..covariance.accumulator import StatisticsAccumulator
 from ..model.storage import storage_pointer
-from .aliases import CONSTANT, DATA, DERIVED, Geometry, Kind, Memory, Origin
+from .aliases import CONSTANT, DATA, DERIVED, AliasTracker, Geometry, Kind, Origin
 from .operators import COPIES, VIEWS_OF_COPIES, WITHOUT_READING, Operator, tensors_among
 from .relevance import Relevance
-from .uses import Uses
+from .uses import OperatorHandlers
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees one forward pass at a time; `relevance` is `None` where all rows count."""
 
     def __init__(
         self,
-        memory: Memory,
-        tally: Tally,
+        memory: AliasTracker,
+        tally: StatisticsAccumulator,
         relevance: Relevance | None,
-        uses: Uses,
+        uses: OperatorHandlers,
     ) -> None:
         """Sort what reads the parameters of `memory` into `uses` and `tally`."""
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """The operators in which rows meet a weight, and the rows they meet it with.
 
-An operator of the table becomes a `Meeting`: a weight seen as a strided array `[B, K, N]` (batch, contracted,
-kept), rows `[B, n, K]`, and the rule that reduces the gradient of the output to one flag a row. `place` then
+An operator of the table becomes a `ContractionRule`: a weight seen as a strided array `[B, K, N]` (batch, contracted,
+kept), rows `[B, n, K]`, and the rule that reduces the gradient of the output to one flag a row. `locate_block` then
 says which side of which `Layout` these rows belong to: the side whose index the contraction runs along.
 """
 
@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..covariance.rows import Place
+from ..covariance.rows import WeightBlock
 from ..subspace.layout import Layout
 from .aliases import Geometry
 
 
-class Meeting(NamedTuple):
+class ContractionRule(NamedTuple):
     """One product of a weight and rows.
 
     `weight`, `rows` and `bias` are positions of operator arguments; `dims` are the weight's dimensions (batch,
@@ -56,36 +56,39 @@ def _vector(x: Tensor) -> Tensor:
     return x.reshape(1, -1, 1)
 
 
-def _matrices(first: int, bias: int | None) -> tuple[Meeting, ...]:
+def _matrices(first: int, bias: int | None) -> tuple[ContractionRule, ...]:
     return (
-        Meeting(first + 1, first, (None, 0, 1), _row_matrix, _row_matrix, bias),
-        Meeting(first, first + 1, (None, 1, 0), _columns, _columns, None),
+        ContractionRule(first + 1, first, (None, 0, 1), _row_matrix, _row_matrix, bias),
+        ContractionRule(first, first + 1, (None, 1, 0), _columns, _columns, None),
     )
 
 
-def _batches(first: int, bias: int | None) -> tuple[Meeting, ...]:
+def _batches(first: int, bias: int | None) -> tuple[ContractionRule, ...]:
     return (
-        Meeting(first + 1, first, (0, 1, 2), _same, _same, bias),
-        Meeting(first, first + 1, (0, 2, 1), _columns, _columns, None),
+        ContractionRule(first + 1, first, (0, 1, 2), _same, _same, bias),
+        ContractionRule(first, first + 1, (0, 2, 1), _columns, _columns, None),
     )
 
 
-def _vectors(first: int) -> tuple[Meeting, ...]:
+def _vectors(first: int) -> tuple[ContractionRule, ...]:
     return (
-        Meeting(first, first + 1, (None, 1, 0), _single, _single, None),
-        Meeting(first + 1, first, (None, 0, None), _row_matrix, _vector, None),
+        ContractionRule(first, first + 1, (None, 1, 0), _single, _single, None),
+        ContractionRule(first + 1, first, (None, 0, None), _row_matrix, _vector, None),
     )
 
 
-PRODUCTS: dict[str, tuple[Meeting, ...]] = {
+PRODUCTS: dict[str, tuple[ContractionRule, ...]] = {
     "mm": _matrices(0, None),
     "addmm": _matrices(1, 0),
     "bmm": _batches(0, None),
     "baddbmm": _batches(1, 0),
     "mv": _vectors(0),
     "addmv": _vectors(1),
-    "dot": (Meeting(0, 1, (None, 0, None), _single, _vector), Meeting(1, 0, (None, 0, None), _single, _vector)),
-    "linear": (Meeting(1, 0, (None, 1, 0), _row_matrix, _row_matrix, 2),),
+    "dot": (
+        ContractionRule(0, 1, (None, 0, None), _single, _vector),
+        ContractionRule(1, 0, (None, 0, None), _single, _vector),
+    ),
+    "linear": (ContractionRule(1, 0, (None, 1, 0), _row_matrix, _row_matrix, 2),),
 }
 CONVOLUTIONS = ("convolution", "_convolution", "convolution_overrideable")
 EMBEDDINGS = ("embedding", "_embedding_bag", "_embedding_bag_forward_only", "embedding_bag")
@@ -107,7 +110,9 @@ WITHOUT_READING = (
 )
 
 
-def place(geometry: Geometry, dims: tuple[int | None, int, int | None], shape: Sequence[int]) -> Place | None:
+def locate_block(
+    geometry: Geometry, dims: tuple[int | None, int, int | None], shape: Sequence[int]
+) -> WeightBlock | None:
     """Find the side of the parameter of `shape` that the contraction of `geometry` runs along, or `None` if there is
     none.
     """
@@ -124,15 +129,15 @@ def place(geometry: Geometry, dims: tuple[int | None, int, int | None], shape: S
     rest = math.prod(shape[1:])
     i, j = divmod(offset, rest)
     if s_batch % rest == 0 and s_n % rest == 0 and j + s_k * (k - 1) < rest:
-        return Place(Layout(), "right", j, max(s_k, 1), None, (i, n if s_batch == 0 else -1))
+        return WeightBlock(Layout(), "right", j, max(s_k, 1), None, (i, n if s_batch == 0 else -1))
     if s_k % rest == 0 and j + s_batch * (batch - 1) + s_n * (n - 1) < rest:
-        return Place(Layout(), "left", i, max(s_k // rest, 1), None, (j, n))
+        return WeightBlock(Layout(), "left", i, max(s_k // rest, 1), None, (j, n))
     return _place_batched(offset, (batch, k, n), (s_batch, s_k, s_n), shape) if len(shape) == 3 else None
 
 
 def _place_batched(
     offset: int, sizes: tuple[int, int, int], strides: tuple[int, int, int], shape: Sequence[int]
-) -> Place | None:
+) -> WeightBlock | None:
     """The same for a three-dimensional weight that is a stack of matrices."""
     (batch, k, n), (s_batch, s_k, s_n) = sizes, strides
     group, inside = divmod(offset, shape[1] * shape[2])
@@ -143,9 +148,9 @@ def _place_batched(
     groups = tuple(group + step * b for b in range(batch)) if step else (group,)
     layout = Layout("batched")
     if s_n % shape[2] == 0 and i * shape[2] + s_n * (n - 1) < shape[1] * shape[2] and j + s_k * (k - 1) < shape[2]:
-        return Place(layout, "right", j, max(s_k, 1), groups, (i, n))
+        return WeightBlock(layout, "right", j, max(s_k, 1), groups, (i, n))
     if s_k % shape[2] == 0 and i + s_k // shape[2] * (k - 1) < shape[1] and j + s_n * (n - 1) < shape[2]:
-        return Place(layout, "left", i, max(s_k // shape[2], 1), groups, (j, n))
+        return WeightBlock(layout, "left", i, max(s_k // shape[2], 1), groups, (j, n))
     return None
 
 

@@ -1,6 +1,6 @@
 """What reads a parameter, operator by operator of the table: the rows it met, or why it cannot be protected.
 
-`Uses` keeps the uses of the current batch where they must wait (relevance is known after the probe, joint
+`OperatorHandlers` keeps the uses of the current batch where they must wait (relevance is known after the probe, joint
 biases after the addition that follows a product); otherwise rows are handed to the tally at once.
 """
 
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..covariance.accumulator import Tally
+from ..covariance.accumulator import StatisticsAccumulator
 from ..covariance.rows import Kernel, Patches, Rows, convolution_kept
 from ..model.storage import storage_pointer
-from .aliases import Kind, Memory, Origin
-from .operators import CONVOLUTIONS, EMBEDDINGS, PRODUCTS, Meeting, Operator, place
+from .aliases import AliasTracker, Kind, Origin
+from .operators import CONVOLUTIONS, EMBEDDINGS, PRODUCTS, ContractionRule, Operator, locate_block
 from .relevance import Relevance
 
 BUILDS = "used to build another weight"
@@ -60,13 +60,13 @@ class _LookUp:
         return gradient.ne(0).any(-1)
 
 
-class Uses:
+class OperatorHandlers:
     """The uses of parameters in one forward pass; `relevance` is `None` where all rows count."""
 
     def __init__(
         self,
-        memory: Memory,
-        tally: Tally,
+        memory: AliasTracker,
+        tally: StatisticsAccumulator,
         relevance: Relevance | None,
         *,
         joint: bool,
@@ -139,14 +139,16 @@ class Uses:
             handled |= self._read_bias(operator, use, bound[position], by_id)
         return handled
 
-    def _meet(self, operator: Operator, meeting: Meeting, origin: Origin, rows: Tensor, output: Tensor) -> _Use | None:
+    def _meet(
+        self, operator: Operator, meeting: ContractionRule, origin: Origin, rows: Tensor, output: Tensor
+    ) -> _Use | None:
         """Record one product of rows and a parameter, if strides say which side they met."""
         if origin.geometry is None:
             self._tally.refuse(origin.names, f"read by {operator.label} through a view that strides cannot describe")
             return None
         name = origin.names[0]
         shape = self._memory.parameters[name].shape
-        where = place(origin.geometry, meeting.dims, shape)
+        where = locate_block(origin.geometry, meeting.dims, shape)
         if where is None:
             self._tally.refuse([name], f"read by {operator.label} through a view that is no block of rows or columns")
             return None

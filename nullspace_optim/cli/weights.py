@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import BasisFileError
-from ..model.names import canonical
+from ..model.names import canonical_name
 
 SINGLE = ("open_clip_model.safetensors", "model.safetensors", "adapter_model.safetensors")
 INDEX = "model.safetensors.index.json"
@@ -32,7 +32,7 @@ class Weights(Mapping[str, Tensor]):
         self._places: dict[str, tuple[Path, str]] = {}
         for file in _files(path):
             for key in _keys(file):
-                name = rename(canonical(key))
+                name = rename(canonical_name(key))
                 if name in self._places:
                     raise BasisFileError(f"{_shown(path)}: two tensors are called {name!a}; check --rename")
                 self._places[name] = file, key

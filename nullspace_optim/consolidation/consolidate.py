@@ -1,7 +1,7 @@
 """One pass over a loader: capture -> second moments -> policy -> bases. All or nothing.
 
 `consolidate` reads the model and returns a new `BasisStore` and a report; nothing is changed until the caller takes
-the store over, and the model is left exactly as it was found (see `untouched`).
+the store over, and the model is left exactly as it was found (see `restored_model`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ..capture.capture import Capture
 from ..covariance.second_moment import SecondMoment
 from ..distributed import collectives, failures, group
 from ..distributed.fsdp import sharded_modules
-from ..distributed.group import local
+from ..distributed.group import local_tensor
 from ..errors import ConsolidationError
 from ..model.batches import first_samples
-from ..model.loader import Pass, bound_batches, current_parameters, make_runner, name_batch_in_errors
+from ..model.loader import LoaderPass, bound_batches, current_parameters, make_runner, name_batch_in_errors
 from ..model.names import named_buffers, named_parameters
-from ..model.restore import untouched
+from ..model.restore import restored_model
 from ..protection.guard import Guard, Precision
 from ..report import ConsolidationReport
 from ..subspace.basis import BasisStore, Fate
@@ -31,13 +31,13 @@ from ..subspace.projection import exact_products
 from ..verification.displacement import Displacement
 from ..verification.drift import allowed_drift
 from ..verification.probes import record_probe
-from .fates import grow
+from .fates import settle_fates
 from .notes import few_rows_note, half_precision_note, outside_note, sketch_note, untrained_note, warnings_about
 from .options import ConsolidationOptions
 
 
 def consolidate(
-    work: Pass, store: BasisStore, options: ConsolidationOptions, displacement: Displacement
+    work: LoaderPass, store: BasisStore, options: ConsolidationOptions, displacement: Displacement
 ) -> tuple[BasisStore, ConsolidationReport]:
     """Return the bases after one more task and a report; `store` and the model are unchanged.
 
@@ -47,18 +47,20 @@ def consolidate(
         CaptureError: non-finite rows or a weight that could not be observed.
     """
     started = time.perf_counter()
-    with failures.together():
+    with failures.raise_on_all_ranks():
         _check(work, store)
-    with untouched(work.model, work.loader):
+    with restored_model(work.model, work.loader):
         _share_buffers(work.model)
         capture = _capture(work, options)
         first, batches = _observe(work, capture)
         device = next(iter(work.parameters.values())).device
         capture.reduce(device)
         with exact_products(device):
-            grown, rows = grow(work.parameters, capture.captured, store, work.task, options.policy, options.uncovered)
+            grown, rows = settle_fates(
+                work.parameters, capture.captured, store, work.task, options.policy, options.uncovered
+            )
         probe = record_probe(work, first)
-        with failures.together(communicating=True):
+        with failures.raise_on_all_ranks(communicating=True):
             drift, assumed = allowed_drift(work.parameters, grown, displacement, lambda: make_runner(work)(first))
         for buffer in sorted(capture.buffers_read - set(grown.buffers)):
             grown.buffers[buffer] = named_buffers(work.model)[buffer].detach().clone()
@@ -108,7 +110,7 @@ def consolidate(
     return grown, report
 
 
-def _check(work: Pass, store: BasisStore) -> None:
+def _check(work: LoaderPass, store: BasisStore) -> None:
     if any(task["name"] == work.task for task in store.tasks):
         raise ConsolidationError(f"task '{work.task}' has been consolidated already; give this one another name=")
     if not work.parameters:
@@ -136,14 +138,14 @@ def _refuse_unready(parameters: Mapping[str, Tensor]) -> None:
 
 def _share_buffers(model: nn.Module) -> None:
     """Let every rank measure with the buffers of rank 0, as the next forward pass of DDP does."""
-    if group.ranks() > 1:
+    if group.world_size() > 1:
         buffers = named_buffers(model)
-        kept = collectives.from_rank(0, {name: buffer.detach() for name, buffer in buffers.items()})
+        kept = collectives.broadcast_object(0, {name: buffer.detach() for name, buffer in buffers.items()})
         for name, buffer in buffers.items():
             buffer.detach().copy_(kept[name])
 
 
-def measure(work: Pass, options: ConsolidationOptions) -> dict[str, SecondMoment]:
+def measure(work: LoaderPass, options: ConsolidationOptions) -> dict[str, SecondMoment]:
     """Return the second moment of every parameter that met rows, as `consolidate` would see it; nothing is kept.
 
     Of a parameter that met rows on both sides it is that of the right one. In one process only.
@@ -153,9 +155,9 @@ def measure(work: Pass, options: ConsolidationOptions) -> dict[str, SecondMoment
     """
     if options.sketch is not None:
         raise ConsolidationError('measure() returns whole second moments: use covariance="exact"')
-    if group.ranks() > 1:
+    if group.world_size() > 1:
         raise ConsolidationError("measure() sees the batches of one process only; measure before the processes start")
-    with untouched(work.model, work.loader):
+    with restored_model(work.model, work.loader):
         capture = _capture(work, options)
         _observe(work, capture)
     sides = {name: seen.sides for name, seen in capture.captured.items() if seen.sides and not seen.reasons}
@@ -163,7 +165,7 @@ def measure(work: Pass, options: ConsolidationOptions) -> dict[str, SecondMoment
     return {name: moment for name, moment in chosen.items() if isinstance(moment, SecondMoment)}
 
 
-def _capture(work: Pass, options: ConsolidationOptions) -> Capture:
+def _capture(work: LoaderPass, options: ConsolidationOptions) -> Capture:
     return Capture(
         work.parameters,
         buffers=named_buffers(work.model),
@@ -178,7 +180,7 @@ def _capture(work: Pass, options: ConsolidationOptions) -> Capture:
     )
 
 
-def _observe(work: Pass, capture: Capture) -> tuple[Any, int]:
+def _observe(work: LoaderPass, capture: Capture) -> tuple[Any, int]:
     """Run the model on every batch under `capture`; return the first samples and the number of batches, of all ranks.
 
     Replicas run through their loaders independently. Ranks that hold shards of one model must run it at the same time:
@@ -187,15 +189,15 @@ def _observe(work: Pass, capture: Capture) -> tuple[Any, int]:
     observe = _observe_shards if sharded_modules(work.model) else _observe_replica
     with capture:
         first, number = observe(work, capture)
-    numbers = collectives.everyone(number)
+    numbers = collectives.all_gather_object(number)
     if not any(numbers):
         raise ConsolidationError(f"the loader of task '{work.task}' gave no batches; nothing was changed")
-    return collectives.from_rank([n > 0 for n in numbers].index(True), first), sum(numbers)
+    return collectives.broadcast_object([n > 0 for n in numbers].index(True), first), sum(numbers)
 
 
-def _observe_replica(work: Pass, capture: Capture) -> tuple[Any, int]:
+def _observe_replica(work: LoaderPass, capture: Capture) -> tuple[Any, int]:
     first, number, run = None, 0, make_runner(work)
-    with failures.together():
+    with failures.raise_on_all_ranks():
         for batch in bound_batches(work):
             if not number:
                 first = first_samples(batch)
@@ -205,22 +207,22 @@ def _observe_replica(work: Pass, capture: Capture) -> tuple[Any, int]:
     return first, number
 
 
-def _observe_shards(work: Pass, capture: Capture) -> tuple[Any, int]:
+def _observe_shards(work: LoaderPass, capture: Capture) -> tuple[Any, int]:
     batches, first, number, run = iter(bound_batches(work)), None, 0, make_runner(work)
     ended, lent = object(), None
     for turn in count():
-        with failures.together():
+        with failures.raise_on_all_ranks():
             batch = next(batches, ended)
             if turn == 0 and batch is not ended:
                 first = first_samples(batch)
-        having = collectives.everyone(batch is not ended)
+        having = collectives.all_gather_object(batch is not ended)
         if not any(having):
             break
         if turn == 0:
-            lent = collectives.from_rank(having.index(True), first)
+            lent = collectives.broadcast_object(having.index(True), first)
         mine = batch is not ended
         samples = batch if mine else lent
-        with failures.together(communicating=True), name_batch_in_errors(work, number):
+        with failures.raise_on_all_ranks(communicating=True), name_batch_in_errors(work, number):
             capture.batch(lambda samples=samples: run(samples), counted=mine)  # type: ignore[misc]
         number += mine
     return first, number
@@ -240,4 +242,4 @@ def stored_bytes(store: BasisStore) -> int:
 def _transient_bytes(parameters: Mapping[str, Tensor], store: BasisStore, precision: Precision) -> int:
     kept = ((name, basis) for name, basis in store.items() if basis.fate is Fate.PROTECTED and name in parameters)
     guards = (Guard(parameters[name], basis) for name, basis in kept)
-    return sum(local(guard.parameter).nbytes for guard in guards if guard.wants_difference(precision))
+    return sum(local_tensor(guard.parameter).nbytes for guard in guards if guard.wants_difference(precision))

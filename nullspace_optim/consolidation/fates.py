@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..covariance.accumulator import Captured, Moment
+from ..covariance.accumulator import Moment, ParameterStatistics
 from ..covariance.second_moment import SecondMoment
-from ..covariance.sketch import Sketch
+from ..covariance.sketch import FrequentDirections
 from ..distributed import collectives, failures, group
-from ..distributed.group import local
+from ..distributed.group import local_tensor
 from ..errors import ConsolidationError
 from ..policies.base import Policy, Spectrum
 from ..report import ParameterReport
@@ -25,9 +25,9 @@ from ..subspace.basis import Basis, BasisStore, Fate, Side, Subspace
 from ..subspace.layout import Layout
 from ..subspace.matrix import matrix_of
 from ..subspace.projection import MatrixSide
-from ..subspace.shards import Part, gathered, part_of
-from .grow import Candidate, Choice, choose, examine
-from .grow_sketched import examine_sketch
+from ..subspace.shards import ShardView, gather_parameter, shard_view
+from .grow import Eigenbasis, GrownBasis, decompose, grow_basis
+from .grow_sketched import decompose_sketch
 
 Key = tuple[str, MatrixSide]
 Groups = Mapping[Any, list[Key]]
@@ -48,9 +48,9 @@ class Use:
         return id(self.moment), *((id(before.basis), id(before.scale)) if before else ()), self.tasks
 
 
-def grow(
+def settle_fates(
     parameters: Mapping[str, Tensor],
-    captured: Mapping[str, Captured],
+    captured: Mapping[str, ParameterStatistics],
     store: BasisStore,
     task: str,
     policy: Policy,
@@ -81,12 +81,12 @@ def grow(
     return grown, _freeze_left_alone(parameters, store, grown, rows)
 
 
-def _of_weight(name: str, parameters: Mapping[str, Tensor], seen: Captured) -> Captured:
+def _of_weight(name: str, parameters: Mapping[str, Tensor], seen: ParameterStatistics) -> ParameterStatistics:
     """Return what was seen of a weight with its own second moments, on both sides, in the place of its rows'."""
     if not seen.sides:
         return seen
-    weight, layout = gathered(parameters[name]), seen.layout or Layout()
-    bias = gathered(parameters[seen.bias]) if seen.bias else None
+    weight, layout = gather_parameter(parameters[name]), seen.layout or Layout()
+    bias = gather_parameter(parameters[seen.bias]) if seen.bias else None
     with torch.no_grad(), matrix_of(weight, layout, bias, write=False) as matrix:
         wide = matrix.to(torch.complex128 if matrix.is_complex() else torch.float64)
         right = SecondMoment.of(wide.mT @ wide.conj(), wide.shape[1])
@@ -108,21 +108,21 @@ def _freeze_left_alone(
         basis = grown[row.name]
         if row.name in lost and basis.kept is None:
             reason = "protected together with a weight that is frozen from now on"
-            kept = local(parameters[row.name]).clone()
+            kept = local_tensor(parameters[row.name]).clone()
             frozen = Basis(row.name, basis.shape, Fate.FROZEN, reason, tasks=basis.tasks, kept=kept)
             grown.put(frozen)
             rows[number] = _line(frozen, basis, {})
     return rows
 
 
-def _grows(seen: Captured | None, old: Basis | None) -> bool:
+def _grows(seen: ParameterStatistics | None, old: Basis | None) -> bool:
     """Return whether a parameter's basis can grow by what was seen."""
     if seen is None or not seen.met or seen.reasons or (old and old.fate in (Fate.FROZEN, Fate.FULL)):
         return False
     return not _conflict(seen, old)
 
 
-def _conflict(seen: Captured, old: Basis | None) -> str:
+def _conflict(seen: ParameterStatistics, old: Basis | None) -> str:
     """Return why this task's use of a weight cannot be joined with its stored basis, or an empty string."""
     if old is None or not old.subspaces:
         return ""
@@ -133,7 +133,7 @@ def _conflict(seen: Captured, old: Basis | None) -> str:
     return ""
 
 
-def _choices(policy: Policy, uses: Mapping[Key, Use], device: torch.device) -> dict[Key, Choice]:
+def _choices(policy: Policy, uses: Mapping[Key, Use], device: torch.device) -> dict[Key, GrownBasis]:
     """Let the policy decide; weights that share rows and basis share the result.
 
     Only a joint policy needs the eigenvectors of all weights at once; otherwise one weight at a time is held. Each rank
@@ -145,7 +145,9 @@ def _choices(policy: Policy, uses: Mapping[Key, Use], device: torch.device) -> d
     work = _joint_choices if policy.joint else _single_choices
     heads = [members[0] for members in groups.values()]
     chosen = work(policy, {key: uses[key] for key in heads}, groups)
-    choices = collectives.shared([chosen.get(key) for key in heads], [uses[key].moment.owner for key in heads], device)
+    choices = collectives.broadcast_from_owners(
+        [chosen.get(key) for key in heads], [uses[key].moment.owner for key in heads], device
+    )
     return {key: choice for members, choice in zip(groups.values(), choices, strict=True) for key in members}
 
 
@@ -154,44 +156,46 @@ def _mine(uses: Mapping[Key, Use]) -> Iterator[tuple[Key, Use]]:
     return ((key, use) for key, use in uses.items() if use.moment.owner == group.rank())
 
 
-def _single_choices(policy: Policy, uses: Mapping[Key, Use], groups: Groups) -> dict[Key, Choice]:
+def _single_choices(policy: Policy, uses: Mapping[Key, Use], groups: Groups) -> dict[Key, GrownBasis]:
     """Decide on one weight after the other: the eigenvectors of one are held at a time."""
-    choices: dict[Key, Choice] = {}
-    with failures.together():
+    choices: dict[Key, GrownBasis] = {}
+    with failures.raise_on_all_ranks():
         for key, use in _mine(uses):
             candidate = _examined(policy, use, key)
             choices[key] = _chosen(candidate, _ranks(policy, {key: candidate.spectra})[key], use)
     return choices
 
 
-def _joint_choices(policy: Policy, uses: Mapping[Key, Use], groups: Groups) -> dict[Key, Choice]:
+def _joint_choices(policy: Policy, uses: Mapping[Key, Use], groups: Groups) -> dict[Key, GrownBasis]:
     """Show the policy the spectra of all weights at once."""
-    with failures.together():
+    with failures.raise_on_all_ranks():
         candidates = {key: _examined(policy, use, key) for key, use in _mine(uses)}
-    known = collectives.everyone({key: candidate.spectra for key, candidate in candidates.items()})
+    known = collectives.all_gather_object({key: candidate.spectra for key, candidate in candidates.items()})
     spectra = {key: found for part in known for key, found in part.items()}
-    with failures.together():
+    with failures.raise_on_all_ranks():
         ranks = _ranks(policy, {member: spectra[members[0]] for members in groups.values() for member in members})
         return {key: _chosen(candidate, ranks[key], uses[key]) for key, candidate in candidates.items()}
 
 
-def _examined(policy: Policy, use: Use, key: Key) -> Candidate:
+def _examined(policy: Policy, use: Use, key: Key) -> Eigenbasis:
     before = use.before
     stored = (before.basis, before.covariance) if before else (None, None)
     scale = before.scale if before else None
     rows = use.moment.rows.tolist()
-    if isinstance(use.moment, Sketch):
+    if isinstance(use.moment, FrequentDirections):
         basis = before.basis if before else None
-        return examine_sketch(policy, use.moment.factor, use.moment.trace(), rows, basis, tasks=use.tasks, name=key[0])
+        return decompose_sketch(
+            policy, use.moment.factor, use.moment.trace(), rows, basis, tasks=use.tasks, name=key[0]
+        )
     matrix = use.moment.matrix
-    return examine(policy, matrix, rows, *stored, scale=scale, tasks=use.tasks, name=key[0])
+    return decompose(policy, matrix, rows, *stored, scale=scale, tasks=use.tasks, name=key[0])
 
 
-def _chosen(candidate: Candidate, ranks: tuple[int, ...], use: Use) -> Choice:
+def _chosen(candidate: Eigenbasis, ranks: tuple[int, ...], use: Use) -> GrownBasis:
     before = use.before
-    if isinstance(use.moment, Sketch):  # more directions than it has are not known
+    if isinstance(use.moment, FrequentDirections):  # more directions than it has are not known
         ranks = tuple(min(rank, spectrum.above(0.0)) for rank, spectrum in zip(ranks, candidate.spectra, strict=True))
-    return choose(candidate, ranks, *((before.basis, before.scale) if before else (None, None)))
+    return grow_basis(candidate, ranks, *((before.basis, before.scale) if before else (None, None)))
 
 
 def _ranks(policy: Policy, spectra: Mapping[Key, tuple[Spectrum, ...]]) -> dict[Key, tuple[int, ...]]:
@@ -207,7 +211,9 @@ def _ranks(policy: Policy, spectra: Mapping[Key, tuple[Spectrum, ...]]) -> dict[
     }
 
 
-def _settled(name: str, parameter: Tensor, seen: Captured | None, old: Basis | None, uncovered: str) -> Basis:
+def _settled(
+    name: str, parameter: Tensor, seen: ParameterStatistics | None, old: Basis | None, uncovered: str
+) -> Basis:
     """Return the basis of a parameter that does not grow: as it was, free, or frozen."""
     if old is not None and old.fate in (Fate.FROZEN, Fate.FULL):
         return old
@@ -218,22 +224,22 @@ def _settled(name: str, parameter: Tensor, seen: Captured | None, old: Basis | N
     if uncovered == "train":
         text = f'{reason}; trained all the same (uncovered="train"): old outputs may move'
         return old if old is not None and old.subspaces else Basis(name, shape, Fate.FREE, text)
-    return Basis(name, shape, Fate.FROZEN, reason, kept=local(parameter).clone())
+    return Basis(name, shape, Fate.FROZEN, reason, kept=local_tensor(parameter).clone())
 
 
 def _protected(
     name: str,
     parameter: Tensor,
     bias: Tensor | None,
-    seen: Captured,
+    seen: ParameterStatistics,
     old: Basis | None,
-    choices: Mapping[MatrixSide, Choice],
+    choices: Mapping[MatrixSide, GrownBasis],
     task: str,
 ) -> Basis:
     """Return the grown basis with its anchors."""
     layout = seen.layout or Layout()
     subspaces: dict[Side, Subspace] = dict(old.subspaces) if old else {}
-    part = part_of(parameter, layout, joint=bias is not None)
+    part = shard_view(parameter, layout, joint=bias is not None)
     with torch.no_grad(), matrix_of(parameter, layout, bias, write=False) as matrix:
         for side, choice in choices.items():
             tasks = len(old.tasks) if old else 0
@@ -253,7 +259,7 @@ def _protected(
         subspaces=subspaces,
         tasks=(*(old.tasks if old else ()), task),
         bias=seen.bias,
-        kept=local(parameter).clone() if full and bias is None else None,
+        kept=local_tensor(parameter).clone() if full and bias is None else None,
     )
     basis.history = (*(old.history if old else ()), basis.rank)
     return basis
@@ -274,7 +280,7 @@ def _why(full: bool, own: bool, task: str) -> str:
 
 
 def _anchored(
-    matrix: Tensor, part: Part, side: MatrixSide, choice: Choice, old: Subspace | None, tasks: int
+    matrix: Tensor, part: ShardView, side: MatrixSide, choice: GrownBasis, old: Subspace | None, tasks: int
 ) -> Subspace:
     """Anchor a grown basis; columns that were protected before keep the anchor they had."""
     anchors = part.anchor(matrix, choice.basis, side)
@@ -296,7 +302,7 @@ def _anchored(
     )
 
 
-def _member_rows(choice: Choice, old: Subspace | None, tasks: int) -> Tensor | None:
+def _member_rows(choice: GrownBasis, old: Subspace | None, tasks: int) -> Tensor | None:
     """Return which directions span which task's own subspace, `[tasks + 1, g, k]`, or `None` if no policy said it."""
     if choice.members is None:
         return None
@@ -307,7 +313,7 @@ def _member_rows(choice: Choice, old: Subspace | None, tasks: int) -> Tensor | N
     return members
 
 
-def _used_rows(matrix: Tensor, part: Part, index: Tensor, size: int, old: Subspace | None) -> Subspace:
+def _used_rows(matrix: Tensor, part: ShardView, index: Tensor, size: int, old: Subspace | None) -> Subspace:
     """Anchor the looked-up rows, of `size`; rows that were protected before keep the anchor they had."""
     if old is not None:
         index = torch.unique(torch.cat([old.basis, index]))
@@ -325,7 +331,7 @@ def _used_rows(matrix: Tensor, part: Part, index: Tensor, size: int, old: Subspa
     )
 
 
-def _line(basis: Basis, old: Basis | None, choices: Mapping[MatrixSide, Choice]) -> ParameterReport:
+def _line(basis: Basis, old: Basis | None, choices: Mapping[MatrixSide, GrownBasis]) -> ParameterReport:
     """Return the report's line of one parameter."""
     main = basis.main
     if main is None:

@@ -1,7 +1,7 @@
 """From second moments to bases: the stored basis of one weight's side grows, or is chosen anew, by one task.
 
-Two phases, so that a policy can see all weights before it decides: `examine` diagonalises, `Policy.ranks` decides,
-`choose` builds. Shapes: second moments `K` `[g, s, s]`, bases `U` `[g, s, k]`, zero padded where groups differ in
+Two phases, so that a policy can see all weights before it decides: `decompose` diagonalises, `Policy.ranks` decides,
+`grow_basis` builds. Shapes: second moments `K` `[g, s, s]`, bases `U` `[g, s, k]`, zero padded where groups differ in
 rank.
 
 Appending follows GPM (Saha et al. 2021): the new directions are eigenvectors of the residual
@@ -26,7 +26,7 @@ from ..subspace.linalg import complement, eigh, largest_eigenvalue, polish
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Eigenbasis:
     """Everything that is known of one side of one weight before the policy decides.
 
     `moment` `[g, s, s]` is the new task's, `covariance` `[g, s, s]` the merged one (accumulate only). `values`
@@ -45,12 +45,12 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
+class GrownBasis:
     """A side after one more task.
 
     `basis` `[g, s, k]` float32 (complex64) with `ranks` per group; `spectrum` `[g, s]` the eigenvalues the policy
     saw; `energy` the share of the new task's energy inside `basis`; `dropped` the share of the old directions that is
-    no longer in it (0 when appending); `covariance` `[g, s, s]` to hand to the next `examine` (accumulate only);
+    no longer in it (0 when appending); `covariance` `[g, s, s]` to hand to the next `decompose` (accumulate only);
     `scale` `[g, k]` how strongly each direction is kept, `None`: fully; `members` `[g, k]` which directions span the
     new task's own subspace, where the policy says so; `renewed` tells that stored columns were replaced.
     """
@@ -66,7 +66,7 @@ class Choice:
     renewed: bool = False
 
 
-def examine(
+def decompose(
     policy: Policy,
     moment: Tensor,
     rows: Sequence[int],
@@ -76,11 +76,11 @@ def examine(
     scale: Tensor | None = None,
     tasks: int = 0,
     name: str = "",
-) -> Candidate:
+) -> Eigenbasis:
     """Diagonalise the new task's second moment `[g, s, s]` of `rows` `[g]` rows against what is stored.
 
-    `basis` `[g, s, k]`, `covariance` `[g, s, s]` and `scale` `[g, k]` are those of the last `Choice`, `None` for the
-    first task; `tasks` counts the tasks before.
+    `basis` `[g, s, k]`, `covariance` `[g, s, s]` and `scale` `[g, k]` are those of the last `GrownBasis`, `None`
+    for the first task; `tasks` counts the tasks before.
 
     Raises:
         ShapeError: the stored tensors do not fit `moment`.
@@ -102,9 +102,9 @@ def examine(
     )
 
 
-def choose(
-    candidate: Candidate, take: Sequence[int], basis: Tensor | None = None, scale: Tensor | None = None
-) -> Choice:
+def grow_basis(
+    candidate: Eigenbasis, take: Sequence[int], basis: Tensor | None = None, scale: Tensor | None = None
+) -> GrownBasis:
     """Return the side's new basis from the policy's decision `take`, one number per group.
 
     Appended columns follow the stored columns `basis` `[g, s, k]`, which stay bitwise as they are; `scale` `[g, k]`
@@ -124,7 +124,7 @@ def choose(
     renewed = candidate.policy.merge != "append"
     scales = _scales(candidate, take, grown, None if renewed else scale)
     exact = not renewed and scales is None
-    return Choice(
+    return GrownBasis(
         basis=grown,
         ranks=ranks,
         spectrum=candidate.values,
@@ -137,7 +137,7 @@ def choose(
     )
 
 
-def _scales(candidate: Candidate, take: Sequence[int], grown: Tensor, before: Tensor | None) -> Tensor | None:
+def _scales(candidate: Eigenbasis, take: Sequence[int], grown: Tensor, before: Tensor | None) -> Tensor | None:
     """Return the scales `[g, k]` of all directions, zero padded like the basis; `None` if all are kept fully."""
     found = []
     for group, (spectrum, number) in enumerate(zip(candidate.spectra, take, strict=True)):
@@ -154,7 +154,7 @@ def _scales(candidate: Candidate, take: Sequence[int], grown: Tensor, before: Te
     return scales
 
 
-def _members(candidate: Candidate, take: Sequence[int], grown: Tensor) -> Tensor | None:
+def _members(candidate: Eigenbasis, take: Sequence[int], grown: Tensor) -> Tensor | None:
     """Return which directions span the new task's own subspace, `[g, k]`; `None` if the policy does not say."""
     found = [candidate.policy.members(s, number) for s, number in zip(candidate.spectra, take, strict=True)]
     if any(mask is None for mask in found):
@@ -168,7 +168,7 @@ def _members(candidate: Candidate, take: Sequence[int], grown: Tensor) -> Tensor
 
 def _examine_sum(
     policy: Policy, moment: Tensor, merged: Tensor, rows: Sequence[int], tasks: int, name: str
-) -> Candidate:
+) -> Eigenbasis:
     """Diagonalise the merged second moment (or odds); nothing counts as covered or kept."""
     values, vectors = eigh(merged, name=name)
     spectra = tuple(
@@ -176,12 +176,12 @@ def _examine_sum(
         for value, count in zip(values, rows, strict=True)
     )
     covariance = merged if policy.merge == "accumulate" else None
-    return Candidate(name, policy, moment, covariance, values, tuple(vectors), None, spectra)
+    return Eigenbasis(name, policy, moment, covariance, values, tuple(vectors), None, spectra)
 
 
 def _examine_residual(
     policy: Policy, moment: Tensor, rows: Sequence[int], basis: Tensor | None, tasks: int, name: str
-) -> Candidate:
+) -> Eigenbasis:
     """Diagonalise the new task's second moment outside the stored basis, group by group."""
     groups, size = moment.shape[:2]
     kept = (basis != 0).any(dim=1).sum(dim=1).tolist() if basis is not None else [0] * groups
@@ -190,7 +190,7 @@ def _examine_residual(
         spectra = tuple(
             _spectrum(moment[i], values[i], float(values[i, 0]), int(rows[i]), tasks, name) for i in range(groups)
         )
-        return Candidate(name, policy, moment, None, values, tuple(whole), None, spectra)
+        return Eigenbasis(name, policy, moment, None, values, tuple(whole), None, spectra)
     found = []
     for group in range(groups):
         frame = complement(basis[group]).to(moment)
@@ -203,7 +203,7 @@ def _examine_residual(
         for i, (_, top, _, _) in enumerate(found)
     )
     frames, vectors = tuple(item[0] for item in found), tuple(item[3] for item in found)
-    return Candidate(name, policy, moment, None, values, vectors, frames, spectra)
+    return Eigenbasis(name, policy, moment, None, values, vectors, frames, spectra)
 
 
 def _spectrum(
@@ -223,7 +223,7 @@ def _energies(moment: Tensor, basis: Tensor) -> Tensor:
     return (basis.conj() * (moment @ basis)).real.double().sum(-2)
 
 
-def _grown(candidate: Candidate, take: Sequence[int], ranks: tuple[int, ...], basis: Tensor | None) -> Tensor:
+def _grown(candidate: Eigenbasis, take: Sequence[int], ranks: tuple[int, ...], basis: Tensor | None) -> Tensor:
     """Return the stored columns, if they count as kept, followed by the taken eigenvectors: `[g, s, max(ranks)]`."""
     moment = candidate.moment
     dtype = torch.complex64 if moment.is_complex() else torch.float32

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import OptionError, ShapeError
 from ..policies.base import Policy, Spectrum
-from .grow import Candidate
+from .grow import Eigenbasis
 
 
 def check_sketchable(policy: Policy) -> None:
@@ -30,7 +30,7 @@ def check_sketchable(policy: Policy) -> None:
         )
 
 
-def examine_sketch(
+def decompose_sketch(
     policy: Policy,
     factor: Tensor,
     total: Tensor,
@@ -39,7 +39,7 @@ def examine_sketch(
     *,
     tasks: int = 0,
     name: str = "",
-) -> Candidate:
+) -> Eigenbasis:
     """Return the candidate directions of a sketch `B` `[g, l, s]` of rows with the energy `total` `[g]`.
 
     Raises:
@@ -67,4 +67,4 @@ def examine_sketch(
         )
     identity = torch.eye(frames[0].shape[1], dtype=factor.dtype, device=factor.device)
     vectors = tuple(identity for _ in frames)
-    return Candidate(name, policy, values[..., None], None, values, vectors, tuple(frames), tuple(spectra))
+    return Eigenbasis(name, policy, values[..., None], None, values, vectors, tuple(frames), tuple(spectra))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..covariance.accumulator import Captured
-from ..covariance.sketch import Sketch
+from ..covariance.accumulator import ParameterStatistics
+from ..covariance.sketch import FrequentDirections
 from ..report import ParameterReport
 from ..subspace.basis import Fate
 
@@ -51,7 +51,7 @@ def untrained_note(names: Sequence[str]) -> str | None:
     )
 
 
-def few_rows_note(captured: Mapping[str, Captured], rows: Sequence[ParameterReport]) -> str | None:
+def few_rows_note(captured: Mapping[str, ParameterStatistics], rows: Sequence[ParameterReport]) -> str | None:
     """Say that a task gave fewer than ten rows for each direction it keeps."""
     seen = {name: [int(moment.rows.sum()) for moment in found.sides.values()] for name, found in captured.items()}
     few = [(row, min(seen[row.name])) for row in rows if seen.get(row.name)]
@@ -65,13 +65,13 @@ def few_rows_note(captured: Mapping[str, Captured], rows: Sequence[ParameterRepo
     )
 
 
-def sketch_note(captured: Mapping[str, Captured]) -> str | None:
+def sketch_note(captured: Mapping[str, ParameterStatistics]) -> str | None:
     """Say how far the second moments of wide weights may be off, by the bound of their sketches."""
     bounds = [
         (float(moment.bound.max()), name, moment.kept)
         for name, found in captured.items()
         for moment in found.sides.values()
-        if isinstance(moment, Sketch)
+        if isinstance(moment, FrequentDirections)
     ]
     if not bounds:
         return None

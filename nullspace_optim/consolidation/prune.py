@@ -24,7 +24,7 @@ Moments = Mapping[str, Mapping[str, SecondMoment]]
 
 
 @dataclass(frozen=True)
-class Thinned:
+class PrunedParameter:
     """One parameter: directions before and after, and the largest share of a task's energy that was given up."""
 
     name: str
@@ -39,7 +39,7 @@ class PruneReport:
 
     bound: float
     tasks: tuple[str, ...]
-    parameters: tuple[Thinned, ...]
+    parameters: tuple[PrunedParameter, ...]
     left_alone: dict[str, str]
 
     @property
@@ -65,7 +65,7 @@ class PruneReport:
 
 
 @torch.no_grad()
-def thinned(store: BasisStore, moments: Moments, bound: float) -> tuple[BasisStore, PruneReport]:
+def prune_store(store: BasisStore, moments: Moments, bound: float) -> tuple[BasisStore, PruneReport]:
     """Return a store without redundant directions and a report; `store` is unchanged.
 
     Args:
@@ -73,7 +73,7 @@ def thinned(store: BasisStore, moments: Moments, bound: float) -> tuple[BasisSto
         moments: for every task the second moment of the rows that met each weight.
         bound: share of every task's energy that may be given up at each parameter, 0..1.
     """
-    rest, rows, left_alone = store.copy(), list[Thinned](), dict[str, str]()
+    rest, rows, left_alone = store.copy(), list[PrunedParameter](), dict[str, str]()
     for name, basis in store.items():
         if not basis.subspaces:
             continue
@@ -103,7 +103,7 @@ def _reason(basis: Basis, found: Mapping[str, SecondMoment]) -> str:
     return ""
 
 
-def _without_redundant(basis: Basis, found: Mapping[str, SecondMoment], bound: float) -> tuple[Basis, Thinned]:
+def _without_redundant(basis: Basis, found: Mapping[str, SecondMoment], bound: float) -> tuple[Basis, PrunedParameter]:
     ((side, subspace),) = basis.subspaces.items()
     shares = torch.stack([_shares(subspace.basis, moment.matrix) for moment in found.values()])
     used = (subspace.basis != 0).any(dim=1)
@@ -115,7 +115,7 @@ def _without_redundant(basis: Basis, found: Mapping[str, SecondMoment], bound: f
     kept[order[:count]] = False
     lost = float(sums[count - 1]) if count else 0.0
     smaller = _restricted(subspace, kept.reshape(used.shape), side == "right", lost)
-    row = Thinned(basis.name, subspace.rank, smaller.rank, lost)
+    row = PrunedParameter(basis.name, subspace.rank, smaller.rank, lost)
     if not count:
         return basis, row
     fate = Fate.PROTECTED if basis.fate is Fate.FULL else basis.fate

@@ -19,15 +19,15 @@ from ..model.storage import storage_pointer
 from ..subspace.layout import Layout
 from .rows import Patches, Rows
 from .second_moment import SecondMoment
-from .sketch import Sketch, SketchedCovariance
+from .sketch import FrequentDirections, SketchedCovariance
 
-Moment = SecondMoment | Sketch
+Moment = SecondMoment | FrequentDirections
 WeightSide = Literal["right", "left"]
 _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 
 @dataclass
-class Captured:
+class ParameterStatistics:
     """What is known of one parameter: its layout, the second moment of each side, the embedding rows used, and why
     not.
 
@@ -53,7 +53,7 @@ class _Waiting:
     shapes: dict[str, Sequence[int]]
 
 
-class Tally:
+class StatisticsAccumulator:
     """Sums over all batches of one capture."""
 
     def __init__(
@@ -176,11 +176,11 @@ class Tally:
         self._queue.clear()
         self._touched.clear()
 
-    def captured(self, name: str, shape: Sequence[int]) -> Captured:
+    def captured(self, name: str, shape: Sequence[int]) -> ParameterStatistics:
         """Return what is known of one parameter of `shape`."""
         if name in self._declared:
             declared = {side: moment for (owner, side), moment in self._moments.items() if owner == name}
-            return Captured(layout=self._layouts[name], sides=declared, met=True)
+            return ParameterStatistics(layout=self._layouts[name], sides=declared, met=True)
         bias = self._joint_bias(name)
         sides: dict[WeightSide, Moment] = {}
         known: tuple[WeightSide, ...] = ("right", "left")
@@ -193,7 +193,7 @@ class Tally:
             if name in partners and self._joint_bias(weight) != name:
                 reasons.setdefault(f"read by aten.{partners[name]} as bias")
         used = self._used.get(name)
-        return Captured(
+        return ParameterStatistics(
             layout=self._layouts.get(name),
             sides=sides,
             row_index=None if used is None else _indices(used),
@@ -269,7 +269,7 @@ class Tally:
         device = rows.source.device
         try:
             if self._sketch is not None and size > self._sketch.above and not dtype.is_complex:
-                return Sketch(groups, size, self._sketch.size, dtype=dtype, device=device)
+                return FrequentDirections(groups, size, self._sketch.size, dtype=dtype, device=device)
             return SecondMoment(groups, size, dtype=dtype, device=device, batch_frobenius=self._batch_frobenius)
         except (RuntimeError, MemoryError) as error:
             if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..distributed import collectives, group
 from ..subspace.layout import Layout
-from .accumulator import Moment, Tally, WeightSide
+from .accumulator import Moment, StatisticsAccumulator, WeightSide
 from .second_moment import SecondMoment
-from .sketch import Sketch
+from .sketch import FrequentDirections
 
 Key = tuple[str, WeightSide]
 Shape = tuple[int, int, int, torch.dtype]  # groups, size, rows of the sketch (0: none), dtype
@@ -37,12 +37,12 @@ class Summary:
     rows: list[Tensor] = field(default_factory=list)
 
 
-def reduce_tally(tally: Tally, device: torch.device) -> None:
+def reduce_statistics(tally: StatisticsAccumulator, device: torch.device) -> None:
     """Make `tally` know what all ranks have seen; sums are complete on their owners."""
-    if group.ranks() == 1:
+    if group.world_size() == 1:
         return
     mine, local = _summarised(tally)
-    told = collectives.everyone(mine)
+    told = collectives.all_gather_object(mine)
     whole = _united(told)
     classes = _classes(told)
     owners = _owners([_shape(told, numbers)[1] for numbers in classes])
@@ -73,18 +73,18 @@ def reduce_tally(tally: Tally, device: torch.device) -> None:
 def _send(moments: Sequence[Moment], owner: int) -> None:
     """Add the sums of all ranks up on `owner`; the others let go of theirs."""
     whole = [moment for moment in moments if isinstance(moment, SecondMoment)]
-    collectives.add_up([part for moment in whole for part in moment.parts()], owner)
-    for sketch in (moment for moment in moments if isinstance(moment, Sketch)):
-        for number, factor in enumerate(collectives.gathered(sketch.factor, owner)):
+    collectives.all_reduce_sum_([part for moment in whole for part in moment.parts()], owner)
+    for sketch in (moment for moment in moments if isinstance(moment, FrequentDirections)):
+        for number, factor in enumerate(collectives.gather(sketch.factor, owner)):
             if number != owner:
                 sketch.join(factor, torch.zeros_like(sketch.squares), torch.zeros_like(sketch.lost))
-        collectives.add_up([sketch.squares, sketch.lost])
+        collectives.all_reduce_sum_([sketch.squares, sketch.lost])
     if group.rank() != owner:
         for moment in moments:
             moment.discard()
 
 
-def _summarised(tally: Tally) -> tuple[Summary, list[Moment]]:
+def _summarised(tally: StatisticsAccumulator) -> tuple[Summary, list[Moment]]:
     """Return what `tally` knows and its distinct second moments, in the order of their numbers."""
     state = tally.state()
     local = list({id(moment): moment for moment in state["moments"].values()}.values())
@@ -147,19 +147,19 @@ def _shape(told: Sequence[Summary], numbers: Sequence[int | None]) -> Shape:
 
 
 def _shape_of(moment: Moment) -> Shape:
-    return moment.groups, moment.size, moment.kept if isinstance(moment, Sketch) else 0, moment.dtype
+    return moment.groups, moment.size, moment.kept if isinstance(moment, FrequentDirections) else 0, moment.dtype
 
 
 def _empty(shape: Shape, device: torch.device) -> Moment:
     groups, size, kept, dtype = shape
     if kept:
-        return Sketch(groups, size, kept, dtype=dtype, device=device)
+        return FrequentDirections(groups, size, kept, dtype=dtype, device=device)
     return SecondMoment(groups, size, dtype=dtype, device=device)
 
 
 def _owners(sizes: Sequence[int]) -> list[int]:
     """Give every second moment a rank, largest first, so that the cubic work is spread evenly."""
-    loads = [0] * group.ranks()
+    loads = [0] * group.world_size()
     owners = [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         owners[index] = loads.index(min(loads))
@@ -167,6 +167,6 @@ def _owners(sizes: Sequence[int]) -> list[int]:
     return owners
 
 
-def union(names: set[str]) -> set[str]:
+def union_over_ranks(names: set[str]) -> set[str]:
     """Return all names that are in the set of any rank."""
-    return set().union(*collectives.everyone(names))
+    return set().union(*collectives.all_gather_object(names))

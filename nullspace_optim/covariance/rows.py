@@ -22,7 +22,7 @@ from ..subspace.layout import Layout
 CHUNK_BYTES = 64 * 2**20
 
 
-class Place(NamedTuple):
+class WeightBlock(NamedTuple):
     """Where rows of length `K` belong: a side of a layout, positions `start + step * k`, and the groups they touch."""
 
     layout: Layout
@@ -38,7 +38,7 @@ class Rows:
     """The rows of one product: `source` and how they become blocks `[g, n, size]` of one side of a weight."""
 
     source: Tensor
-    place: Place
+    place: WeightBlock
     size: int
     append_one: bool = False
 
@@ -142,9 +142,9 @@ class Patches:
     append_one: bool = False
 
     @property
-    def place(self) -> Place:
+    def place(self) -> WeightBlock:
         """Convolutions contract the right side."""
-        return Place(self.kernel.layout, "right", 0, 1, None, (0, -1))
+        return WeightBlock(self.kernel.layout, "right", 0, 1, None, (0, -1))
 
     @property
     def key(self) -> tuple[Any, ...]:

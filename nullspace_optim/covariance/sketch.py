@@ -39,7 +39,7 @@ class SketchedCovariance:
             )
 
 
-class Sketch:
+class FrequentDirections:
     """Frequent Directions of the rows of each group: what `SecondMoment` is for wide weights.
 
     `squares` `[g, s]` is the exact sum of squares per feature; `lost` `[g]` is `D` of the bound.
@@ -129,7 +129,7 @@ class Sketch:
         self._filled[group] = self.kept - 1 if len(squares) >= self.kept else len(scaled)
         self.lost[group] += float(cut)
 
-    def merge(self, other: Sketch) -> None:
+    def merge(self, other: FrequentDirections) -> None:
         """Add the rows that another sketch of the same shape has seen."""
         self.join(other.factor, other.squares, other.lost)
         self.rows += other.rows
@@ -141,13 +141,13 @@ class Sketch:
         self.squares += squares.to(self.squares)
         self.lost += lost.to(self.lost)
 
-    def clone(self) -> Sketch:
+    def clone(self) -> FrequentDirections:
         """Return an independent copy."""
         return self.leading(self.size)
 
-    def leading(self, size: int) -> Sketch:
+    def leading(self, size: int) -> FrequentDirections:
         """Return a copy restricted to the first `size` features; the bound holds for it as well."""
-        twin = Sketch.__new__(Sketch)
+        twin = FrequentDirections.__new__(FrequentDirections)
         twin.owner, twin.size, twin.rows = self.owner, size, self.rows.clone()
         twin.squares, twin.lost = self.squares[:, :size].clone(), self.lost.clone()
         twin._buffer, twin._filled = self._buffer[..., :size].clone(), list(self._filled)

@@ -1,9 +1,8 @@
-"""Several processes: what ranks tell each other. Everything is a no-op in one process.
+"""Collectives of the default process group; no-ops in one process.
 
-The ranks of the default process group are replicas (DDP) or shards (FSDP2) of one training run. Three rules keep them
-from waiting for each other for ever: a rank that fails says so before anybody communicates again (`together`), what the
-ranks must have in common is compared before it is used (`agree`), and sums are exchanged once a consolidation, in
-buckets (`add_up`).
+The ranks are replicas (DDP) or shards (FSDP2) of one training run. Three rules prevent deadlocks. A failing rank
+announces it before the next collective (`failures.raise_on_all_ranks`). Facts that ranks must share are compared before
+they are used (`check_equal_on_all_ranks`). Sums are exchanged once a consolidation, in buckets (`all_reduce_sum_`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..errors import ConsolidationError
-from .group import is_dtensor, rank, ranks, wired
+from .group import is_dtensor, rank, to_backend_device, world_size
 
 BUCKET = 64 * 2**20  # bytes that travel together
 SAME_WEIGHTS = 1e-3  # relative difference of norms that ranks with equal weights may show
@@ -29,18 +28,18 @@ T = TypeVar("T")
 Facts = Iterable[tuple[str, str]]
 
 
-def everyone(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """Return the `value` of every rank, in order (plain objects, pickled between the processes of one run)."""
-    if ranks() == 1:
+    if world_size() == 1:
         return [value]
-    found: list[Any] = [None] * ranks()
+    found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, value)
     return found
 
 
-def from_rank(source: int, value: T) -> T:
+def broadcast_object(source: int, value: T) -> T:
     """Return the `value` of rank `source` on every rank; tensors in it arrive on the same kind of device."""
-    if ranks() == 1:
+    if world_size() == 1:
         return value
     packed = pytree.tree_map_only(Tensor, lambda tensor: _Sent(tensor.detach().cpu(), tensor.device.type), value)
     box: list[Any] = [packed if rank() == source else None]
@@ -60,15 +59,15 @@ class _Sent:
 
 
 @torch.no_grad()
-def add_up(tensors: Sequence[Tensor], owner: int | None = None, group: Any = None) -> None:
+def all_reduce_sum_(tensors: Sequence[Tensor], owner: int | None = None, group: Any = None) -> None:
     """Replace every tensor by its sum over the ranks, in place and a bucket at a time.
 
     With `owner` only that rank receives the sums; the others' tensors are undefined afterwards.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return
     for bucket in _buckets(tensors):
-        flat = wired(_flat(bucket))
+        flat = to_backend_device(_flat(bucket))
         if owner is None:
             dist.all_reduce(flat, group=group)
         else:
@@ -78,10 +77,10 @@ def add_up(tensors: Sequence[Tensor], owner: int | None = None, group: Any = Non
 
 
 @torch.no_grad()
-def gathered(tensor: Tensor, owner: int) -> list[Tensor]:
+def gather(tensor: Tensor, owner: int) -> list[Tensor]:
     """Return the `tensor` of every rank, all of one shape, on rank `owner`; an empty list elsewhere."""
-    sent = wired(tensor.contiguous())
-    found = [torch.empty_like(sent) for _ in range(ranks())] if rank() == owner else None
+    sent = to_backend_device(tensor.contiguous())
+    found = [torch.empty_like(sent) for _ in range(world_size())] if rank() == owner else None
     dist.gather(sent, found, dst=owner)
     return found or []
 
@@ -114,21 +113,21 @@ def _unflatten(flat: Tensor, bucket: Sequence[Tensor]) -> None:
         start += target.numel()
 
 
-def shared(values: Sequence[T | None], owners: Sequence[int], device: torch.device) -> list[T]:
+def broadcast_from_owners(values: Sequence[T | None], owners: Sequence[int], device: torch.device) -> list[T]:
     """Return the flat dataclasses `values` on every rank; the i-th is known to rank `owners[i]` only.
 
     Their tensors travel in buckets and arrive on `device`.
     """
     found: list[Any] = list(values)
-    for source in sorted(set(owners)) if ranks() > 1 else []:
+    for source in sorted(set(owners)) if world_size() > 1 else []:
         mine = [index for index, owner in enumerate(owners) if owner == source]
         bodies = [_body(found[index]) for index in mine] if rank() == source else None
-        outlines = from_rank(source, bodies)
+        outlines = broadcast_object(source, bodies)
         tensors = [t for index in mine for t in _tensors(found[index])] if rank() == source else []
         if rank() != source:
             tensors = [torch.empty(shape, dtype=dtype, device=device) for _, s in outlines or [] for shape, dtype in s]
         for bucket in _buckets(tensors):
-            flat = wired(_flat(bucket))
+            flat = to_backend_device(_flat(bucket))
             dist.broadcast(flat, src=source)
             if rank() != source:
                 _unflatten(flat, bucket)
@@ -162,7 +161,7 @@ def _filled(record: Any, tensors: Iterator[Tensor]) -> Any:
     return replace(record, **{name: next(tensors) for name in _tensor_fields(record)})
 
 
-def agree(facts: Facts, weights: Mapping[str, Tensor]) -> None:
+def check_equal_on_all_ranks(facts: Facts, weights: Mapping[str, Tensor]) -> None:
     """Refuse ranks that differ.
 
     `facts` are pairs (what, value) in an order that all ranks share; `weights` are the parameters by name, of which
@@ -171,10 +170,10 @@ def agree(facts: Facts, weights: Mapping[str, Tensor]) -> None:
     Raises:
         ConsolidationError: names the first difference, on every rank.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return
     mine = [(label, re.sub(r" at 0x[0-9a-f]+", "", value)) for label, value in facts]
-    told = everyone(mine)
+    told = all_gather_object(mine)
     for number, other in enumerate(told):
         for here, there in zip_longest(told[0], other):
             if here != there:
@@ -197,7 +196,7 @@ def _agree_weights(weights: Mapping[str, Tensor]) -> None:
     if not weights:
         return
     marks = [torch.stack([p.detach().double().abs().norm(), p.detach().double().abs().sum()]) for p in weights.values()]
-    told = everyone(torch.stack([mark.cpu() for mark in marks]))
+    told = all_gather_object(torch.stack([mark.cpu() for mark in marks]))
     for number, other in enumerate(told):
         apart = (other - told[0]).abs() > SAME_WEIGHTS * told[0].abs()
         if bool(apart.any()):

@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import errors
 from ..errors import ConsolidationError, NullSpaceError
-from .collectives import everyone
-from .group import ranks, wired
+from .collectives import all_gather_object
+from .group import to_backend_device, world_size
 
 
 @contextmanager
-def together(*, communicating: bool = False) -> Iterator[None]:
+def raise_on_all_ranks(*, communicating: bool = False) -> Iterator[None]:
     """Run a block on every rank; if it fails on one, it fails on all of them with the same message.
 
     The error names the rank; it is of the same class if it is one of this library or an `OSError`, otherwise a
@@ -26,7 +26,7 @@ def together(*, communicating: bool = False) -> Iterator[None]:
     same ones in the same order on every rank: before each of them the ranks ask each other whether one has failed, so
     that nobody waits for it. Any other block communicates only where all ranks do so before they can fail.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         yield
         return
     failure: BaseException | None = None
@@ -38,7 +38,7 @@ def together(*, communicating: bool = False) -> Iterator[None]:
         failure = None if asking.told else error
     if not asking.told and not _one_failed(failure is not None):
         return
-    told = everyone(None if failure is None else _told(failure))
+    told = all_gather_object(None if failure is None else _told(failure))
     if failure is not None and not isinstance(failure, Exception):
         raise failure
     number, words = next((number, words) for number, words in enumerate(told) if words is not None)
@@ -47,7 +47,7 @@ def together(*, communicating: bool = False) -> Iterator[None]:
 
 def _one_failed(here: bool) -> bool:
     """Return whether any rank says that it has failed."""
-    flag = wired(torch.tensor([float(here)]))
+    flag = to_backend_device(torch.tensor([float(here)]))
     dist.all_reduce(flag)
     return bool(flag)
 

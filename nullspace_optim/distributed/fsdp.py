@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from .group import is_dtensor, ranks, wired
+from .group import is_dtensor, to_backend_device, world_size
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ def shard_of(parameter: Any) -> Shard | None:
 
 
 @torch.no_grad()
-def joined(block: Tensor, dim: int, shard: Shard) -> Tensor:
+def all_gather_uneven(block: Tensor, dim: int, shard: Shard) -> Tensor:
     """Return the blocks of all ranks of `shard.group`, one after the other along `dim` (sizes may differ)."""
     count = dist.get_world_size(shard.group)
-    sizes = [wired(torch.zeros(1, dtype=torch.int64)) for _ in range(count)]
-    dist.all_gather(sizes, wired(torch.tensor([block.shape[dim]])), group=shard.group)
+    sizes = [to_backend_device(torch.zeros(1, dtype=torch.int64)) for _ in range(count)]
+    dist.all_gather(sizes, to_backend_device(torch.tensor([block.shape[dim]])), group=shard.group)
     lengths = [int(size) for size in sizes]
-    padded = wired(block.new_zeros(*block.shape[:dim], max(lengths), *block.shape[dim + 1 :]))
+    padded = to_backend_device(block.new_zeros(*block.shape[:dim], max(lengths), *block.shape[dim + 1 :]))
     padded.narrow(dim, 0, block.shape[dim]).copy_(block)
     pieces = [torch.empty_like(padded) for _ in range(count)]
     dist.all_gather(pieces, padded, group=shard.group)
@@ -70,7 +70,7 @@ def joined(block: Tensor, dim: int, shard: Shard) -> Tensor:
 
 def sharded_modules(model: nn.Module) -> list[Any]:
     """Return the modules of `model` that `fully_shard` was applied to."""
-    if ranks() == 1 and not dist.is_initialized():
+    if world_size() == 1 and not dist.is_initialized():
         return []
     from torch.distributed.fsdp import FSDPModule
 

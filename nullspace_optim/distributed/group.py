@@ -10,17 +10,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def ranks() -> int:
+def world_size() -> int:
     """Return how many processes take part: 1 unless a process group of several is initialised."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Return the number of this process, 0 if it is alone."""
-    return dist.get_rank() if ranks() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def wired(tensor: Tensor) -> Tensor:
+def to_backend_device(tensor: Tensor) -> Tensor:
     """Return `tensor` where the process group can send it: NCCL sends from the GPU only."""
     if tensor.device.type == "cpu" and dist.get_backend() == "nccl":
         return tensor.cuda()
@@ -33,7 +33,7 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def local(tensor: Any) -> Tensor:
+def local_tensor(tensor: Any) -> Tensor:
     """Return what this rank holds of a DTensor, detached and in the same memory; any other tensor detached."""
     if not hasattr(tensor, "to_local"):
         plain: Tensor = tensor.detach()

@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from .merge import Merged
 from .options import IGSP
-from .report import ExpertReport, LayerReport, Status, Trainable
+from .report import ExpertReport, LayerReport, PhaseStatus, TrainableCount
 
-__all__ = ["IGSP", "ExpertReport", "LayerReport", "Merged", "Status", "Trainable"]
+__all__ = ["IGSP", "ExpertReport", "LayerReport", "Merged", "PhaseStatus", "TrainableCount"]

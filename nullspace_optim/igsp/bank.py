@@ -8,23 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..model.loader import Pass
+from ..model.loader import LoaderPass
 from ..report import ParameterReport
 from ..subspace.basis import Fate
 from ..verification.probes import record_probe
-from .moe.experts import Silent
-from .moe.layer import ExpertLayer, Scope
-from .moe.sites import find_sites, refuse_narrow
+from .moe.experts import Stateless
+from .moe.layer import ExpertLayer, RoutingContext
+from .moe.sites import find_target_modules, refuse_narrow
 from .options import IGSP
-from .report import ExpertReport, LayerReport, Trainable
+from .report import ExpertReport, LayerReport, TrainableCount
 
 CHILD = "igsp"
 
 
-class Bank(Silent):
+class ExpertBank(Stateless):
     """One `ExpertLayer` a layer, as children whose names are those of the layers with ``/`` for ``.``."""
 
-    def __init__(self, layers: list[ExpertLayer], scope: Scope) -> None:
+    def __init__(self, layers: list[ExpertLayer], scope: RoutingContext) -> None:
         super().__init__()
         self.scope = scope
         self.handles: list[Any] = []
@@ -51,7 +51,7 @@ class Bank(Silent):
         return experts, routers
 
 
-def installed(model: nn.Module, options: IGSP) -> Bank:
+def install_experts(model: nn.Module, options: IGSP) -> ExpertBank:
     """Put experts beside the layers of `model` that the options name; return their bank.
 
     Raises:
@@ -62,10 +62,10 @@ def installed(model: nn.Module, options: IGSP) -> Bank:
             f"{type(model).__name__} already carries experts (its attribute '{CHILD}'): detach() the optimizer that "
             "put them there, or take an unchanged copy of the model"
         )
-    sites, scope = find_sites(model, options.patterns), Scope()
+    sites, scope = find_target_modules(model, options.patterns), RoutingContext()
     refuse_narrow(sites, options.width)
     layers = [ExpertLayer(site, options, scope, number, _device(site.module)) for number, site in enumerate(sites)]
-    bank = Bank(layers, scope)
+    bank = ExpertBank(layers, scope)
     for site, layer in zip(sites, layers):
         bank.handles.append(site.module.register_forward_hook(layer.attend, with_kwargs=True))
     bank.train(model.training)
@@ -77,7 +77,9 @@ def _device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-def recorded_task(work: Pass, samples: Any, batches: int, options: str) -> tuple[dict[str, Tensor], dict[str, object]]:
+def record_task(
+    work: LoaderPass, samples: Any, batches: int, options: str
+) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Return probe tensors and record of the task, for `BasisStore.probes` and `.tasks`."""
     probe = record_probe(work, samples)
     record: dict[str, object] = {
@@ -90,8 +92,8 @@ def recorded_task(work: Pass, samples: Any, batches: int, options: str) -> tuple
     return {"digests": probe.digests, "sketches": probe.sketches, "norms": probe.norms}, record
 
 
-def finished_report(
-    bank: Bank, work: Pass, batches: int, layers: list[LayerReport], trained: Trainable, reason: str
+def report_task(
+    bank: ExpertBank, work: LoaderPass, batches: int, layers: list[LayerReport], trained: TrainableCount, reason: str
 ) -> ExpertReport:
     """Return the report of a task whose experts have been frozen."""
     experts, routers = bank.count()

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..subspace.basis import Basis, Fate, Subspace
 from ..subspace.projection import anchor
-from .bank import CHILD, Bank
+from .bank import CHILD, ExpertBank
 from .options import IGSP
 
 PARTS = {"input": ("down",), "both": ("down", "up"), "structural": (), "none": ()}
 
 
-def constrained(bank: Bank, parameters: Mapping[str, Tensor], options: IGSP) -> Iterator[Basis]:
+def yield_constraints(bank: ExpertBank, parameters: Mapping[str, Tensor], options: IGSP) -> Iterator[Basis]:
     """Yield a basis for a shared router, and in phase 2 for each surviving expert.
 
     A shared router keeps the logits of all experts for what it saw in finished tasks (`W x` for `x` in that span);

@@ -70,7 +70,7 @@ def _gates(layer: ExpertLayer, number: int, seen: Tensor | None) -> Tensor | Non
     if inputs is None:
         return None
     choice = router.top_k(router.logits(inputs, record.weight), layer.options.top_k)
-    found = router.dense(router.Choice(record.experts[choice.experts], choice.gates), layer.size)
+    found = router.dense(router.RoutingChoice(record.experts[choice.experts], choice.gates), layer.size)
     if float((found.amax(dim=0) - found.amin(dim=0)).max()) > SAME:
         return None
     return found.mean(dim=0)

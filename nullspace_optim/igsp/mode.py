@@ -18,22 +18,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import ConsolidationError, OptionError
-from ..model.loader import Pass, observe
+from ..model.loader import LoaderPass, run_batches
 from ..model.names import named_parameters
-from ..model.restore import untouched
+from ..model.restore import restored_model
 from ..optimizer.mode import Host
 from ..protection.step_hooks import is_zero
 from ..subspace.basis import Extension
 from . import state
-from .bank import CHILD, Bank, finished_report, installed, recorded_task
-from .constraints import constrained
+from .bank import CHILD, ExpertBank, install_experts, record_task, report_task
+from .constraints import yield_constraints
 from .merge import Merged, merge
 from .moe.layer import AGNOSTIC, CURRENT, GIVEN, PLAIN
 from .moe.regularization import geom, mass, prices
 from .moe.router import logits
 from .options import IGSP
-from .param_group import Trainees
-from .report import ExpertReport, Status, Trainable
+from .param_group import ExpertParamGroup
+from .report import ExpertReport, PhaseStatus, TrainableCount
 from .state import all_or_nothing
 
 log = logging.getLogger("nullspace_optim.igsp")
@@ -45,8 +45,8 @@ class IgspMode:
     def __init__(self, options: IGSP) -> None:
         self.options = options
         self.host: Any = None
-        self.bank: Bank | None = None
-        self.trainees = Trainees(options)
+        self.bank: ExpertBank | None = None
+        self.trainees = ExpertParamGroup(options)
         self.counts = [0, 0]
         self.phase_steps = [0, 0]
         self.reason = "the first task begins"
@@ -59,7 +59,7 @@ class IgspMode:
         return {**self.__dict__, "host": None}
 
     @property
-    def experts(self) -> Bank:
+    def experts(self) -> ExpertBank:
         """The experts of all layers."""
         assert self.bank is not None
         return self.bank
@@ -70,7 +70,7 @@ class IgspMode:
         self.trainees.base = host.bases[-1]
         if self.bank is None:
             self.trainees.check()
-            self.bank = installed(host.owner(), self.options)
+            self.bank = install_experts(host.owner(), self.options)
             self.trainees.open(host.bases)
             self._begin()
         host.protection.amend = self.add_penalty
@@ -158,11 +158,11 @@ class IgspMode:
         parameters = named_parameters(self.host.owner())
         for name in [name for name in store if name.startswith(f"{CHILD}.")]:
             store.remove(name)
-        for basis in constrained(self.experts, parameters, self.options):
+        for basis in yield_constraints(self.experts, parameters, self.options):
             store.put(basis)
         self.host.take(store, {name: parameters[name] for name in store})
 
-    def consolidated(self, work: Pass) -> ExpertReport:
+    def consolidated(self, work: LoaderPass) -> ExpertReport:
         """Freeze the task's experts, extend bases, keep its router and begin the next task.
 
         Raises:
@@ -176,19 +176,19 @@ class IgspMode:
         with all_or_nothing(self):
             if scope.first_phase:
                 self.settle(f"the task ended after {scope.steps} steps in phase 1")
-            with untouched(work.model, work.loader), self._collecting():
-                first, batches = observe(work)
+            with restored_model(work.model, work.loader), self._collecting():
+                first, batches = run_batches(work)
             layers = [layer.report() for layer in self.experts.layers]
             for layer in self.experts.layers:
                 layer.finish(self.options.outlier)
-            trained = Trainable(*self.counts, *self.phase_steps)
+            trained = TrainableCount(*self.counts, *self.phase_steps)
             scope.tasks.append(work.task)
             scope.steps = 0
-            with untouched(work.model, work.loader), self.task(work.task):
-                probe, record = recorded_task(work, first, batches, repr(self.options))
+            with restored_model(work.model, work.loader), self.task(work.task):
+                probe, record = record_task(work, first, batches, repr(self.options))
             self.host.store.probes[work.task] = probe
             self.host.store.tasks.append(record)
-            report = finished_report(self.experts, work, batches, layers, trained, self.reason)
+            report = report_task(self.experts, work, batches, layers, trained, self.reason)
             self._begin()
             self._guard()
         self.reason = f"task '{work.task}' was consolidated"
@@ -208,11 +208,11 @@ class IgspMode:
     @property
     def state(self) -> Extension:
         """Experts, routers, bases, phase and counters."""
-        return state.packed(self)
+        return state.pack_state(self)
 
     @state.setter
     def state(self, extension: Extension) -> None:
-        state.restored(self, extension)
+        state.restore_state(self, extension)
         self.trainees.refresh(self.experts)
 
     @contextmanager
@@ -246,16 +246,16 @@ class IgspMode:
         number, seen = tasks.index(task), {}
         try:
             if loader is not None:
-                with untouched(model, loader), self._collecting(number):
-                    observe(Pass(model, {}, loader, task, forward, progress=False))
+                with restored_model(model, loader), self._collecting(number):
+                    run_batches(LoaderPass(model, {}, loader, task, forward, progress=False))
         finally:
             seen = {layer.name: inputs for layer in layers if len(inputs := layer.collect())}
         return merge(layers, model, task, number, seen)
 
-    def status(self) -> Status:
+    def status(self) -> PhaseStatus:
         """Return phase, step and reason."""
         scope = self.experts.scope
-        return Status(
+        return PhaseStatus(
             task=len(scope.tasks) + 1,
             phase=1 if scope.first_phase else 2,
             step=self.phase_steps[0 if scope.first_phase else 1],

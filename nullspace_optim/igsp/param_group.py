@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from ..errors import OptionError
-from .bank import Bank
+from .bank import ExpertBank
 from .moe.layer import ExpertLayer
 from .options import IGSP
 
@@ -19,7 +19,7 @@ MARK = "igsp"
 FACTOR = 100.0
 
 
-class Trainees:
+class ExpertParamGroup:
     """One marked group of the last base optimizer; the mark survives state dicts and copies."""
 
     base: Optimizer
@@ -75,7 +75,7 @@ class Trainees:
         """Return the parameters of `base` that are not ours: the backbone."""
         return [p for group in base.param_groups if not group.get(MARK) for p in group["params"]]
 
-    def refresh(self, bank: Bank) -> None:
+    def refresh(self, bank: ExpertBank) -> None:
         """Let the group hold exactly what trains now; delete the optimizer state of what left."""
         wanted = [p for layer in bank.layers for p in layer.trainable().values()]
         stay = {id(p) for p in wanted}

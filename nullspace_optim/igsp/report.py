@@ -9,7 +9,7 @@ from ..report import ConsolidationReport
 
 
 @dataclass(frozen=True)
-class Status:
+class PhaseStatus:
     """Where the mode is: `phase` 1 or 2 (of the task at work), steps in it, and why it began.
 
     `trainable` counts parameters that train now. By layer: `converged` is the step at which its router had converged
@@ -65,7 +65,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class Trainable:
+class TrainableCount:
     """Trainable parameters of one task in both phases, and how many steps each took."""
 
     first: int
@@ -89,7 +89,7 @@ class ExpertReport(ConsolidationReport):
     """
 
     layers: tuple[LayerReport, ...] = field(default=())
-    trainable: Trainable = field(default=Trainable(0, 0, 0, 0))
+    trainable: TrainableCount = field(default=TrainableCount(0, 0, 0, 0))
     reason: str = ""
     experts: int = 0
     routers: int = 0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import BasisFileError
 from ..subspace.basis import Extension
-from .moe.convergence import Convergence, Watch
+from .moe.convergence import Convergence, ConvergenceMonitor
 from .moe.experts import PARTS, Expert, shapes
 from .moe.layer import ExpertLayer, TaskRouter
 from .moe.router import Prototype
@@ -26,7 +26,7 @@ SUMS = ("flow", "origin", "centre", "window", "previous")
 SOURCE = "the experts in this file or checkpoint"
 
 
-def packed(mode: Any) -> Extension:
+def pack_state(mode: Any) -> Extension:
     """Return record and tensors of an `IgspMode`; the tensors share memory with it."""
     scope, tensors = mode.experts.scope, {}
     layers = []
@@ -73,8 +73,8 @@ def _tensors(layer: ExpertLayer) -> dict[str, Tensor]:
     return found
 
 
-def restored(mode: Any, extension: Extension) -> None:
-    """Let an `IgspMode` become what `packed` described.
+def restore_state(mode: Any, extension: Extension) -> None:
+    """Let an `IgspMode` become what `pack_state` described.
 
     Raises:
         BasisFileError: the experts belong to another architecture or to other options; nothing was changed.
@@ -142,7 +142,7 @@ def _prepared(layer: ExpertLayer, record: Any, number: int, extension: Extension
             getattr(expert, part).data = take(f"fresh/{place}/{part}", *sizes[part])
         fresh.append(expert)
     weight = nn.Parameter(take("router", len(members) + len(fresh), inputs + 1), bool(entry["router_trains"]))
-    watch = Watch(options, weight)
+    watch = ConvergenceMonitor(options, weight)
     for name in SUMS:
         present = f"{number}/watch/{name}" in extension.tensors
         rows = len(extension.tensors[f"{number}/watch/flow"])

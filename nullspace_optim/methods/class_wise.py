@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..distributed.group import ranks
+from ..distributed.group import world_size
 from ..errors import BatchError, OptionError
 from ..model.batches import Forward, feeder
-from ..model.restore import untouched
+from ..model.restore import restored_model
 from ..optimizer.optimizer import NullSpaceOptimizer
 from ..policies.cgp import CGP
 from ..report import ConsolidationReport
@@ -41,7 +41,7 @@ def consolidate_classes(
     policy = optimizer.policy
     if not isinstance(policy, CGP):
         raise OptionError(f"consolidate_classes needs policy=CGP(...), which joins like classes; not {policy!r}")
-    if ranks() > 1:
+    if world_size() > 1:
         raise OptionError(
             "consolidate_classes sees the classes of one process only; consolidate class by class yourself, the same "
             "classes in the same order on every rank (a rank may give an empty loader)"
@@ -61,7 +61,7 @@ def _split(
     """Return the batches and the prototype of every class."""
     parts: dict[int, list[tuple[Any, Tensor, Tensor]]] = {}
     model = optimizer.model
-    with untouched(model, loader), torch.no_grad():
+    with restored_model(model, loader), torch.no_grad():
         run = feeder(model, forward)
         for batch in loader:
             wanted, outputs = labels(batch), run(batch)

@@ -126,22 +126,22 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             stack.extend(getattr(node, "__dict__", {}).values())
 
 
-def detached(tree: Any) -> Any:
+def detach(tree: Any) -> Any:
     """Return the same tree with detached tensors; objects of unknown type are returned as they are."""
     if isinstance(tree, Tensor):
         return tree.detach()
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(detached(v) for v in tree))
+        return type(tree)(*(detach(v) for v in tree))
     if type(tree) in (list, tuple, set):
-        return type(tree)(detached(v) for v in tree)
+        return type(tree)(detach(v) for v in tree)
     if isinstance(tree, dict):
         twin = copy.copy(tree)
         for key, value in tree.items():
-            twin[key] = detached(value)
+            twin[key] = detach(value)
         return twin
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         record: Any = copy.copy(tree)
         for field in dataclasses.fields(tree):
-            object.__setattr__(record, field.name, detached(getattr(tree, field.name)))
+            object.__setattr__(record, field.name, detach(getattr(tree, field.name)))
         return record
     return tree

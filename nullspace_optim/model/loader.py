@@ -21,7 +21,7 @@ ENDLESS = 100_000
 
 
 @dataclass(frozen=True)
-class Pass:
+class LoaderPass:
     """What one consolidation looks at: the model, its trainable parameters by name, and how batches reach it.
 
     `outside` counts the tensors that the optimizer trains and the model does not hold.
@@ -42,7 +42,7 @@ def current_parameters(model: nn.Module) -> Callable[[], Mapping[str, Tensor]] |
     return present_parameters(model) if sharded_modules(model) else None
 
 
-def make_runner(work: Pass) -> Forward:
+def make_runner(work: LoaderPass) -> Forward:
     """Return the function that feeds one batch, `restart`ed, FSDP2 blocks sharded again before each batch."""
     restart = getattr(work.forward, "restart", None)
     if restart is not None:
@@ -59,7 +59,7 @@ def make_runner(work: Pass) -> Forward:
 
 
 @contextmanager
-def name_batch_in_errors(work: Pass, number: int) -> Iterator[None]:
+def name_batch_in_errors(work: LoaderPass, number: int) -> Iterator[None]:
     """Say in an error which batch it came from."""
     try:
         yield
@@ -69,7 +69,7 @@ def name_batch_in_errors(work: Pass, number: int) -> Iterator[None]:
         raise
 
 
-def bound_batches(work: Pass) -> Iterator[Any]:
+def bound_batches(work: LoaderPass) -> Iterator[Any]:
     """Yield the batches that have samples, at most `max_batches`, under a progress bar.
 
     Raises:
@@ -94,7 +94,7 @@ def bound_batches(work: Pass) -> Iterator[Any]:
             )
 
 
-def observe(work: Pass) -> tuple[Any, int]:
+def run_batches(work: LoaderPass) -> tuple[Any, int]:
     """Run the model on every batch and watch nothing; return the first samples and the number of batches.
 
     Raises:

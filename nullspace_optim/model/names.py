@@ -10,7 +10,7 @@ from torch import Tensor, nn
 WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
-def canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """Return `name` without the components that compile, FSDP and checkpoint wrappers and parametrizations insert."""
     parts = [part for part in name.split(".") if part not in WRAPPER_COMPONENTS]
     if len(parts) >= 3 and parts[-3] == "parametrizations" and parts[-1] == "original":
@@ -20,12 +20,12 @@ def canonical(name: str) -> str:
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every parameter of `model` once, by canonical name (tied weights keep their first name)."""
-    return {canonical(name): parameter for name, parameter in model.named_parameters()}
+    return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return every buffer of `model` once, by canonical name."""
-    return {canonical(name): buffer for name, buffer in model.named_buffers()}
+    return {canonical_name(name): buffer for name, buffer in model.named_buffers()}
 
 
 def names_by_identity(model: nn.Module) -> Mapping[int, str]:
@@ -43,6 +43,6 @@ def present_parameters(model: nn.Module) -> Callable[[], dict[str, Tensor]]:
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                full = canonical(f"{prefix}.{name}" if prefix else name)
+                full = canonical_name(f"{prefix}.{name}" if prefix else name)
                 places.setdefault(id(parameter), (full, module._parameters, name))
     return lambda: {full: table[name] for full, table, name in places.values()}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .names import canonical
+from .names import canonical_name
 
 
 class ModelHook:
@@ -60,7 +60,7 @@ def freeze_statistics(model: nn.Module, buffers: Collection[str]) -> list[Any]:
     """
     handles: list[Any] = []
     for prefix, module in model.named_modules():
-        if not any(canonical(f"{prefix}.{name}").lstrip(".") in buffers for name in _statistics(module)):
+        if not any(canonical_name(f"{prefix}.{name}").lstrip(".") in buffers for name in _statistics(module)):
             continue
         hooks = FrozenStatistics()
         handles.append(module.register_forward_pre_hook(hooks.before, prepend=True))

@@ -15,7 +15,7 @@ from ..distributed.fsdp import reshard
 
 
 @contextmanager
-def untouched(model: nn.Module, loader: Any = None) -> Iterator[None]:
+def restored_model(model: nn.Module, loader: Any = None) -> Iterator[None]:
     """Put `model` into evaluation mode; restore train flags per module, buffers and all random state on exit, also
     after an error.
 

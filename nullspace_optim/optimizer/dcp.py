@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..distributed.failures import together
+from ..distributed.failures import raise_on_all_ranks
 from ..distributed.fsdp import reshard
 from ..files import basis_file
 from ..model.names import names_by_identity
-from .engine import Core
+from .engine import Engine
 
 SOURCE = "the distributed checkpoint"
 
@@ -33,7 +33,7 @@ class Checkpoint:
     All ranks must take part in both.
     """
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Engine) -> None:
         """Look at everything that `core` holds."""
         self._core = core
 
@@ -60,7 +60,7 @@ class Checkpoint:
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
         core = self._core
-        with together():
+        with raise_on_all_ranks():
             record = json.loads(state["protection"]["record"])
             store = basis_file.loads(state["protection"]["bases"], SOURCE)
         set_state_dict(core.owner(), core.bases, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

@@ -1,6 +1,6 @@
 """The mutable parts behind one wrapper: bases, store, guards, the model and the hooks on all of them.
 
-Frameworks may subclass or rebind the wrapper itself; everything that changes lives in its `Core`.
+Frameworks may subclass or rebind the wrapper itself; everything that changes lives in its `Engine`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import LBFGS, Optimizer
 
 from ..consolidation.options import ConsolidationOptions
-from ..distributed.collectives import agree
-from ..distributed.failures import together
+from ..distributed.collectives import check_equal_on_all_ranks
+from ..distributed.failures import raise_on_all_ranks
 from ..distributed.fsdp import refuse_tensor_parallel, refuse_unsupported, reshard, sharded_modules
-from ..distributed.group import local, ranks
+from ..distributed.group import local_tensor, world_size
 from ..errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError
 from ..model.find import find_model
 from ..model.names import named_buffers, named_parameters
@@ -34,7 +34,7 @@ from .checks import check_fit, check_shapes, facts_of
 from .mode import Mode
 
 
-class Core:
+class Engine:
     """Bases, options, store, guards and hooks of one wrapper."""
 
     def __init__(self, bases: list[Optimizer], options: dict[str, Any]) -> None:
@@ -239,7 +239,7 @@ class Core:
 
     def adopt(self, store: BasisStore) -> None:
         """Take over a loaded store; every anchor is compared with the weights before the next step."""
-        with together():
+        with raise_on_all_ranks():
             self.check(store)
             self.extend(store)
         self.settle(store)
@@ -251,10 +251,10 @@ class Core:
             BasisFileError, ShapeError: the bases do not belong to the model's parameters.
             ConsolidationError: the ranks have loaded different bases.
         """
-        with together():
+        with raise_on_all_ranks():
             parameters = self.wrapped(self.owner())
             check_fit(store, parameters)
-        agree(facts_of(self.options, parameters, store, digests=True), parameters)
+        check_equal_on_all_ranks(facts_of(self.options, parameters, store, digests=True), parameters)
         for name, basis in store.items():
             _place(basis, parameters[name].device)
         self.take(local_store(store, parameters), parameters)
@@ -296,7 +296,7 @@ class Core:
         self.parameters = {**self.parameters, **parameters}
         self.protection.rebuild(self.store, self.parameters)
         model = self.owner()
-        if ranks() > 1:  # what all ranks have measured with
+        if world_size() > 1:  # what all ranks have measured with
             for name in store.buffers.keys() & (buffers := named_buffers(model)).keys():
                 buffers[name].detach().copy_(store.buffers[name])
         self.install(model)
@@ -305,8 +305,8 @@ class Core:
 class BeforeEvaluation(ModelHook):
     """Forward pre-hook of the model: an evaluation sees exact weights. Copies of the model carry it without effect."""
 
-    def __init__(self, core: Core | None = None) -> None:
-        self.core: Callable[[], Core | None] = (lambda: None) if core is None else weakref.ref(core)
+    def __init__(self, core: Engine | None = None) -> None:
+        self.core: Callable[[], Engine | None] = (lambda: None) if core is None else weakref.ref(core)
         self.copied = core is None
 
     def __call__(self, model: nn.Module, args: Any) -> None:
@@ -316,7 +316,7 @@ class BeforeEvaluation(ModelHook):
             pending = tuple(g.parameter for g in core.protection.guards.values() if g.pending and not g.edited)
             with ExitStack() as versions:  # a graph that waits for its backward pass stays usable
                 for parameter in pending:
-                    versions.enter_context(_unsafe_preserve_version_counter(local(parameter)))
+                    versions.enter_context(_unsafe_preserve_version_counter(local_tensor(parameter)))
                 reshard(model)
                 core.protection.make_exact()
             for guard in core.protection.guards.values():
@@ -354,7 +354,7 @@ def check_bases(bases: list[Any]) -> None:
 
 
 def _check_base(base: Any) -> None:
-    if isinstance(getattr(base, "_core", None), Core):
+    if isinstance(getattr(base, "_core", None), Engine):
         raise OptionError("base is a NullSpaceOptimizer already: one wrapper is enough, use it or its detach()")
     if not isinstance(base, Optimizer) or not hasattr(base, "state") or not hasattr(base, "defaults"):
         raise OptionError(
@@ -371,7 +371,7 @@ def _check_base(base: Any) -> None:
             f"{type(base).__name__} moves the weights during the backward pass, outside step(), where kept directions "
             "cannot be held; use an optimizer that moves them in step()"
         )
-    if any(isinstance(getattr(hook, "__self__", None), Core) for hook in base._optimizer_step_pre_hooks.values()):
+    if any(isinstance(getattr(hook, "__self__", None), Engine) for hook in base._optimizer_step_pre_hooks.values()):
         raise OptionError(
             f"this {type(base).__name__} is wrapped already: call detach() on its NullSpaceOptimizer first"
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import OptionError
-from ..model.loader import Pass
+from ..model.loader import LoaderPass
 from ..protection.step_hooks import Protection
 from ..report import ConsolidationReport
 from ..subspace.basis import BasisStore, Extension
@@ -53,7 +53,7 @@ class Mode(Protocol):
     def after_step(self, base: Optimizer) -> None:
         """Called after each step of `base`, after weights were corrected."""
 
-    def consolidated(self, work: Pass) -> ConsolidationReport:
+    def consolidated(self, work: LoaderPass) -> ConsolidationReport:
         """Finish the task at work; all or nothing."""
 
     @property

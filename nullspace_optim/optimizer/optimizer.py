@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..consolidation.consolidate import consolidate, measure
-from ..consolidation.prune import PruneReport, thinned
+from ..consolidation.prune import PruneReport, prune_store
 from ..covariance.second_moment import SecondMoment
 from ..covariance.sketch import SketchedCovariance
-from ..distributed.collectives import agree, everyone
-from ..distributed.failures import together
-from ..distributed.group import local, ranks
+from ..distributed.collectives import all_gather_object, check_equal_on_all_ranks
+from ..distributed.failures import raise_on_all_ranks
+from ..distributed.group import local_tensor, world_size
 from ..errors import NullSpaceWarning, OptionError
 from ..model.batches import Forward
 from ..model.find import unwrap
-from ..model.loader import Pass
+from ..model.loader import LoaderPass
 from ..model.names import named_buffers
-from ..model.restore import untouched
+from ..model.restore import restored_model
 from ..options import check_number
 from ..policies.base import Policy
 from ..policies.energy import Energy
@@ -43,12 +43,12 @@ from ..subspace.matrix import matrix_of
 from ..verification.drift import moved_buffers
 from ..verification.probes import Probe, assemble, compare, find_samples, record_probe
 from .checks import facts_of
-from .engine import Core, check_bases
+from .engine import Engine, check_bases
 from .mode import Mode, ModeOptions, built
-from .torch_optimizer import OptimizerContract
+from .torch_optimizer import WrappedOptimizer
 
 
-class NullSpaceOptimizer(OptimizerContract):
+class NullSpaceOptimizer(WrappedOptimizer):
     """Wrap `base` so that directions which consolidated tasks used keep their values exactly.
 
     Args:
@@ -96,7 +96,7 @@ class NullSpaceOptimizer(OptimizerContract):
         if norm_stats not in ("frozen", "train"):
             raise OptionError(f"norm_stats={norm_stats!r}: expected one of 'frozen', 'train'")
         chosen = built(mode)
-        if chosen is not None and ranks() > 1:
+        if chosen is not None and world_size() > 1:
             raise OptionError(
                 f"mode={mode!r} runs in one process so far: its phases would not advance together on all ranks; use "
                 'mode="null-space" in several processes'
@@ -115,7 +115,7 @@ class NullSpaceOptimizer(OptimizerContract):
             "on_full": on_full,
             "covariance": covariance,
         }
-        core = Core(bases, options)
+        core = Engine(bases, options)
         if model is not None:
             core.model = weakref.ref(unwrap(model))
         self._attach(core)
@@ -172,10 +172,12 @@ class NullSpaceOptimizer(OptimizerContract):
         """
         core = self._core
         task = name if name is not None else f"task {len(core.store.tasks) + 1}"
-        with together():
+        with raise_on_all_ranks():
             parameters = core.trainable()
-        agree(facts_of(core.options, parameters, core.store, task=task), parameters)
-        work = Pass(self.model, parameters, loader, task, forward, max_batches, progress, core.outside(self.model))
+        check_equal_on_all_ranks(facts_of(core.options, parameters, core.store, task=task), parameters)
+        work = LoaderPass(
+            self.model, parameters, loader, task, forward, max_batches, progress, core.outside(self.model)
+        )
         if core.mode is not None:
             return self._announced(core.mode.consolidated(work))
         with torch.inference_mode(False), core.protection.exactly(), core.evaluated() as moment:  # bases outlive a mode
@@ -253,7 +255,7 @@ class NullSpaceOptimizer(OptimizerContract):
         look at a task before they train it (CODE-CL, InfLoRA), and what figures of spectra and angles are made of.
         """
         core = self._core
-        work = Pass(self.model, core.trainable(), loader, "measured", forward, max_batches, progress)
+        work = LoaderPass(self.model, core.trainable(), loader, "measured", forward, max_batches, progress)
         return measure(work, core.measuring)
 
     def prune(
@@ -293,9 +295,9 @@ class NullSpaceOptimizer(OptimizerContract):
             moments = {}
             for name in known:
                 feed = (forwards.get(name), max_batches, progress)
-                work = Pass(self.model, core.trainable(), loaders[name], name, *feed)
+                work = LoaderPass(self.model, core.trainable(), loaders[name], name, *feed)
                 moments[name] = measure(work, core.measuring)
-            rest, report = thinned(core.store, moments, bound)
+            rest, report = prune_store(core.store, moments, bound)
             core.take(rest, core.parameters)
         core.protection.mark()
         return report
@@ -338,15 +340,17 @@ class NullSpaceOptimizer(OptimizerContract):
         stored = self._core.store.probes[str(record["name"])]
         before = Probe(stored["digests"], tuple(record["layers"]), stored["sketches"], stored["norms"])
         model = self.model
-        with untouched(model, loader):
-            with together():
+        with restored_model(model, loader):
+            with raise_on_all_ranks():
                 mine = find_samples(loader, before.digests, limit)
-            found = {key: sample for part in reversed(everyone(mine)) for key, sample in part.items()}
+            found = {key: sample for part in reversed(all_gather_object(mine)) for key, sample in part.items()}
             samples = assemble(found, before.digests)
             if samples is None:
                 return None
             with self._routed(str(record["name"])):
-                after = record_probe(Pass(model, self._core.trainable(), loader, str(record["name"]), forward), samples)
+                after = record_probe(
+                    LoaderPass(model, self._core.trainable(), loader, str(record["name"]), forward), samples
+                )
         return compare(before, after)
 
     def _routed(self, task: str) -> AbstractContextManager[None]:
@@ -366,7 +370,7 @@ class NullSpaceOptimizer(OptimizerContract):
         for guard in self._core.protection.guards.values():
             basis = guard.stored
             if basis.kept is not None:
-                basis.kept = local(guard.parameter).clone()
+                basis.kept = local_tensor(guard.parameter).clone()
             if basis.subspaces:
                 with matrix_of(guard.parameter, basis.layout, guard.bias, write=False) as matrix:
                     for side, subspace in basis.subspaces.items():

@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..distributed.failures import together
+from ..distributed.failures import raise_on_all_ranks
 from ..distributed.group import rank
 from ..errors import BasisFileError, NullSpaceWarning, OptionError
 from ..files import basis_file, schema, validate
 from ..files.state_dict import join_states, pop_protection, seal, split_states
 from ..subspace.basis import Fate
 from .dcp import Checkpoint
-from .engine import Core
+from .engine import Engine
 
 
-class OptimizerContract(Optimizer):
-    """An optimizer that hands everything on to the bases of its `Core`."""
+class WrappedOptimizer(Optimizer):
+    """An optimizer that hands everything on to the bases of its `Engine`."""
 
-    _core: Core
+    _core: Engine
 
-    def _attach(self, core: Core) -> None:
+    def _attach(self, core: Engine) -> None:
         """Become the wrapper of `core` (the optimizer's own tables are made with a placeholder first)."""
         super().__init__([torch.empty(0)], {})
         self._core = core
@@ -198,11 +198,11 @@ class OptimizerContract(Optimizer):
 
         Of several processes all must call it; rank 0 writes, the others wait until the file is complete.
         """
-        with together():
+        with raise_on_all_ranks():
             self._core.follow_replaced()
             self._core.protection.check_anchors()
         whole = self._core.snapshot()
-        with together():
+        with raise_on_all_ranks():
             if rank() == 0:
                 basis_file.save(whole, path)
 
@@ -224,7 +224,7 @@ class OptimizerContract(Optimizer):
             BasisFileError: the file is damaged, foreign or names parameters that the model lacks.
             ShapeError: a basis does not fit its parameter.
         """
-        with together():
+        with raise_on_all_ranks():
             store = basis_file.load(path)
         with torch.inference_mode(False):
             self._core.adopt(store)
@@ -242,7 +242,7 @@ class OptimizerContract(Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._attach(Core(state["bases"], state["options"]))
+        self._attach(Engine(state["bases"], state["options"]))
         self._core.parameters = state["parameters"]
         self._core.store.replace(state["store"])
         self._core.protection.rebuild(self._core.store, self._core.parameters)

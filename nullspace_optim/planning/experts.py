@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from ..errors import OptionError
 from ..igsp.constraints import PARTS
 from ..igsp.moe.experts import shapes
-from ..igsp.moe.sites import Site, find_sites, refuse_narrow
+from ..igsp.moe.sites import TargetModule, find_target_modules, refuse_narrow
 from ..igsp.options import IGSP
 
 FLOAT, INDEX = 4, 8
 
 
 @dataclass(frozen=True)
-class Place:
+class ExpertPlace:
     """One layer with experts: its name, widths `d` and `o`, and the samples and tokens of one batch that reach it."""
 
     name: str
@@ -60,13 +60,13 @@ class ExpertCost:
         return self.frozen + self.bases + self.routers
 
 
-def places_of(model: nn.Module, run: Callable[[], Any], options: IGSP) -> list[Place]:
+def places_of(model: nn.Module, run: Callable[[], Any], options: IGSP) -> list[ExpertPlace]:
     """Return where `options` puts experts beside the layers of `model`; `run()` is its forward pass on a batch.
 
     Raises:
         OptionError: no layer matches, one has no linear layer inside, or experts are too wide for one.
     """
-    sites, seen, handles = find_sites(model, options.patterns), dict[str, tuple[int, int]](), []
+    sites, seen, handles = find_target_modules(model, options.patterns), dict[str, tuple[int, int]](), []
     refuse_narrow(sites, options.width)
     for site in sites:
         handles.append(site.module.register_forward_hook(_noting(site, seen), with_kwargs=True))
@@ -76,10 +76,10 @@ def places_of(model: nn.Module, run: Callable[[], Any], options: IGSP) -> list[P
     finally:
         for handle in handles:
             handle.remove()
-    return [Place(site.name, site.inputs, site.outputs, *seen.get(site.name, (0, 0))) for site in sites]
+    return [ExpertPlace(site.name, site.inputs, site.outputs, *seen.get(site.name, (0, 0))) for site in sites]
 
 
-def _noting(site: Site, seen: dict[str, tuple[int, int]]) -> Callable[..., None]:
+def _noting(site: TargetModule, seen: dict[str, tuple[int, int]]) -> Callable[..., None]:
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         samples = x.shape[1] if site.batch_axis == 1 and x.ndim == 3 else x.shape[0]
@@ -89,7 +89,7 @@ def _noting(site: Site, seen: dict[str, tuple[int, int]]) -> Callable[..., None]
     return note
 
 
-def predict_experts(places: Sequence[Place], options: IGSP, kept: int, tasks: int) -> ExpertCost:
+def predict_experts(places: Sequence[ExpertPlace], options: IGSP, kept: int, tasks: int) -> ExpertCost:
     """Return the cost of `tasks` tasks each of which keeps `kept` of its candidates in every layer.
 
     Raises:
@@ -113,7 +113,7 @@ def predict_experts(places: Sequence[Place], options: IGSP, kept: int, tasks: in
     )
 
 
-def _layer(place: Place, options: IGSP, kept: int, tasks: int) -> ExpertCost:
+def _layer(place: ExpertPlace, options: IGSP, kept: int, tasks: int) -> ExpertCost:
     d, o, r = place.inputs, place.outputs, options.width
     one = sum(math.prod(shape) for shape in shapes(options.kind, r, d, o).values())
     history = used = fresh = survive = routers = 0

@@ -16,7 +16,7 @@ from ..policies.inflora import InfLoRA
 from ..policies.keeplora import KeepLoRA
 from ..policies.rank_budget import RankBudget
 from ..policies.split_lora import SplitLoRA
-from .experts import ExpertCost, Place
+from .experts import ExpertCost, ExpertPlace
 from .predict import Conditions, Prediction, consolidation
 from .shapes import Survey
 
@@ -167,7 +167,7 @@ def _consolidation(found: Survey, conditions: Conditions) -> list[str]:
 
 
 def experts_document(
-    model: str, inputs: str, options: IGSP, tasks: int, places: Sequence[Place], costs: Sequence[ExpertCost]
+    model: str, inputs: str, options: IGSP, tasks: int, places: Sequence[ExpertPlace], costs: Sequence[ExpertCost]
 ) -> dict[str, Any]:
     """Return the plan of experts as plain values."""
     return {
@@ -185,7 +185,7 @@ def experts_page(
     inputs: str,
     options: IGSP,
     tasks: int,
-    places: Sequence[Place],
+    places: Sequence[ExpertPlace],
     costs: Sequence[ExpertCost],
     parameters: int,
     forward: int,

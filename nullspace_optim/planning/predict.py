@@ -66,7 +66,7 @@ class Conditions:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryCost:
     """Bytes that protection holds on one device.
 
     `bases` and `anchors` are stored; `kept` are the values of frozen and full parameters and the buffers;
@@ -86,8 +86,8 @@ class Memory:
         """All of them."""
         return sum(getattr(self, part.name) for part in fields(self))
 
-    def __add__(self, other: Memory) -> Memory:
-        return Memory(**{part.name: getattr(self, part.name) + getattr(other, part.name) for part in fields(self)})
+    def __add__(self, other: MemoryCost) -> MemoryCost:
+        return MemoryCost(**{part.name: getattr(self, part.name) + getattr(other, part.name) for part in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,14 @@ class Prediction:
 
     share: float
     full: int
-    memory: Memory
-    per_device: Memory
+    memory: MemoryCost
+    per_device: MemoryCost
     step_flops: int
     step_flops_per_device: int
 
 
 @dataclass(frozen=True)
-class Pass:
+class ConsolidationCost:
     """The cost of one consolidation; it does not depend on the rank.
 
     FLOPs of the forward passes (of all samples, and three times of the few that are remembered by digest), of the
@@ -154,14 +154,14 @@ def predict(survey: Survey, rank: Rank, conditions: Conditions | None = None) ->
     )
 
 
-def consolidation(survey: Survey, conditions: Conditions | None = None) -> Pass:
+def consolidation(survey: Survey, conditions: Conditions | None = None) -> ConsolidationCost:
     """Return what one consolidation of `conditions.samples` samples costs."""
     conditions = conditions or Conditions()
     entry = 2 * FLOAT if conditions.precise else FLOAT
     copies = 2 if conditions.batch_frobenius else 1
     batches = conditions.samples / survey.batch
     extra = AGAIN * min(SAMPLES, survey.batch, conditions.samples)
-    return Pass(
+    return ConsolidationCost(
         samples=conditions.samples,
         forward_flops=round(survey.forward_flops * (conditions.samples + extra) / survey.batch),
         moment_flops=round(sum(moment.flops for moment in survey.moments) * batches),
@@ -273,7 +273,7 @@ class _Cost:
         sides = (side for side in self.ranks if not self._crosses(side, devices))
         return max((self._anchor(side, devices) for side in sides), default=0)
 
-    def memory(self, devices: int, bases: dict[tuple[int, int], int]) -> Memory:
+    def memory(self, devices: int, bases: dict[tuple[int, int], int]) -> MemoryCost:
         """Return the bytes on one device; bases of weights that share rows are entered in `bases` once."""
         weight, conditions = self.weight, self.conditions
         g, _, d = weight.matrix
@@ -286,7 +286,7 @@ class _Cost:
         lookup, difference = self.rows * d * max(FLOAT, weight.itemsize), self.difference(devices)
         gradients = conditions.project == "gradient" or (conditions.project == "both" and not weight.joint)
         complemented = difference or (gradients and not self.immovable)
-        return Memory(
+        return MemoryCost(
             bases=self.rows * INDEX,
             anchors=anchors + self.part(lookup, devices),
             kept=self.part(weight.bytes, devices) if self.immovable else 0,
@@ -295,17 +295,17 @@ class _Cost:
         )
 
 
-def _memory(survey: Survey, costs: list[_Cost], conditions: Conditions, devices: int) -> Memory:
+def _memory(survey: Survey, costs: list[_Cost], conditions: Conditions, devices: int) -> MemoryCost:
     shared: dict[tuple[int, int], int] = {}
-    memory = Memory()
+    memory = MemoryCost()
     for cost in costs:
         memory += cost.memory(devices, shared)
     frozen = sum(_part(item.bytes, item.shape, devices) for item in survey.frozen)
     residual = max((cost.residual(devices) for cost in costs), default=0)
-    memory += Memory(workspaces=residual)
+    memory += MemoryCost(workspaces=residual)
     entry = 2 * FLOAT if conditions.precise else FLOAT
     kept = sum(moment.groups * moment.size**2 * entry for moment in survey.moments) if conditions.accumulate else 0
-    return memory + Memory(bases=sum(shared.values()), kept=frozen + survey.buffers, covariances=kept)
+    return memory + MemoryCost(bases=sum(shared.values()), kept=frozen + survey.buffers, covariances=kept)
 
 
 def _part(amount: int, shape: tuple[int, ...], devices: int) -> int:

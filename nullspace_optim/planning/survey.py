@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..capture.capture import Capture
-from ..covariance.accumulator import Captured
+from ..covariance.accumulator import ParameterStatistics
 from ..covariance.sketch import SketchedCovariance
 from ..errors import OptionError
 from ..model.names import named_buffers, named_parameters
@@ -111,7 +111,7 @@ def _training(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
 
 
 def _weights(
-    parameters: Mapping[str, Tensor], captured: Mapping[str, Captured], sketch: SketchedCovariance | None
+    parameters: Mapping[str, Tensor], captured: Mapping[str, ParameterStatistics], sketch: SketchedCovariance | None
 ) -> tuple[tuple[Weight, ...], tuple[Moment, ...]]:
     """Return the weights that meet rows and the second moments they share."""
     numbers: dict[int, int] = {}

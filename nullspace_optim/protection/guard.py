@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..distributed.collectives import add_up
-from ..distributed.group import local
+from ..distributed.collectives import all_reduce_sum_
+from ..distributed.group import local_tensor
 from ..errors import OptionError
 from ..subspace.basis import Basis, Side, Subspace
 from ..subspace.linalg import complement
@@ -29,7 +29,7 @@ from ..subspace.projection import (
     subtract_coordinates_,
     yield_anchor_,
 )
-from ..subspace.shards import Part, crossing_sides, local_basis, part_of
+from ..subspace.shards import ShardView, crossing_sides, local_basis, shard_view
 from .workspace import Workspace
 
 Precision = Literal["exact", "fast"]
@@ -48,7 +48,7 @@ class Guard:
     bias: Tensor | None = None
     workspace: Workspace = field(default_factory=Workspace)
     stored: Basis = field(init=False)
-    part: Part = field(init=False)
+    part: ShardView = field(init=False)
     across: list[Subspace] = field(init=False)
     complements: dict[Side, Tensor] = field(default_factory=dict)
     previous: list[Tensor] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Guard:
 
     def __post_init__(self) -> None:
         self.stored = self.basis
-        self.part = part_of(self.parameter, self.basis.layout, joint=self.bias is not None)
+        self.part = shard_view(self.parameter, self.basis.layout, joint=self.bias is not None)
         self.across = [] if self.basis.kept is not None else crossing_sides(self.basis, self.part)
         self.basis = local_basis(self.basis, self.part)
 
@@ -106,7 +106,7 @@ class Guard:
 
     def remember(self) -> None:
         """Copy the parameter (and a bias folded in) before the base moves it."""
-        blocks = [local(p) for p in self.members]
+        blocks = [local_tensor(p) for p in self.members]
         if not self.previous:
             self.previous = [torch.empty_like(p, memory_format=torch.preserve_format) for p in blocks]
         for copy, block in zip(self.previous, blocks):
@@ -115,7 +115,7 @@ class Guard:
     @property
     def unmoved(self) -> bool:
         """True if everything still is, bit for bit, what `remember` copied (waits for the device)."""
-        return all(torch.equal(copy, local(p)) for copy, p in zip(self.previous, self.members))
+        return all(torch.equal(copy, local_tensor(p)) for copy, p in zip(self.previous, self.members))
 
     def correct(self, weights: Sequence[Tensor] | None = None) -> None:
         """Anchor form on every side: `W <- W - (W U - A) U^H`.
@@ -132,7 +132,7 @@ class Guard:
     def align(self, weights: Sequence[Tensor]) -> None:
         """Give other weights, in the place of `members`, everything that is kept."""
         if self.basis.kept is not None:
-            local(weights[0]).copy_(self.basis.kept)
+            local_tensor(weights[0]).copy_(self.basis.kept)
         else:
             self.correct(weights)
 
@@ -207,7 +207,7 @@ class Guard:
             for subspace in self.across:
                 assert subspace.side != "rows" and self.part.shard is not None
                 inside = anchor(matrix, subspace.basis, subspace.side)
-                add_up([inside], group=self.part.shard.group)
+                all_reduce_sum_([inside], group=self.part.shard.group)
                 subtract_coordinates_(matrix, inside, subspace.basis, subspace.side)
 
     def drift(self) -> float:
@@ -215,7 +215,7 @@ class Guard:
         NaN where one is not a number), of a sharded parameter within this rank's block.
         """
         if self.basis.kept is not None:
-            return relative(local(self.parameter), self.basis.kept)
+            return relative(local_tensor(self.parameter), self.basis.kept)
         drifts = [0.0]
         with matrix_of(self.parameter, self.basis.layout, self.bias, write=False) as matrix:
             for subspace in self.basis.subspaces.values():
@@ -227,7 +227,7 @@ class Guard:
 def _mark(parameter: Tensor) -> tuple[int, ...]:
     if not hasattr(parameter, "to_local"):
         return parameter.data_ptr(), parameter._version
-    held = local(parameter)
+    held = local_tensor(parameter)
     return held.data_ptr(), held._version, parameter._version
 
 

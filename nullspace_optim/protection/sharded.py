@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..distributed.collectives import add_up
-from ..distributed.group import local
+from ..distributed.collectives import all_reduce_sum_
+from ..distributed.group import local_tensor
 from ..subspace.basis import Subspace
 from ..subspace.matrix import matrix_of
 from ..subspace.projection import anchor, subtract_coordinates_
@@ -67,7 +67,7 @@ def correct_across(moves: Sequence[tuple[Guard, Sequence[Tensor], bool]], *, sof
     flags = [moved for guard, _, moved in moves for _ in guard.across]
     sums = [side.coordinates() for side in sides]
     marks = torch.tensor(flags, dtype=sums[0].real.dtype, device=sums[0].device)
-    add_up([*sums, marks], group=_group(sides[0].guard))
+    all_reduce_sum_([*sums, marks], group=_group(sides[0].guard))
     for side, found, mark in zip(sides, sums, marks, strict=True):
         residual = torch.where(mark > 0, found - side.subspace.anchor.to(found.dtype), torch.zeros_like(found))
         side.subtract(side.yielded(residual) if softly else residual)
@@ -87,14 +87,14 @@ def drifts(guards: Mapping[str, Guard]) -> dict[str, float]:
         crossing = [_Side(guard, side, guard.members) for guard in shards.values() for side in guard.across]
         sums = [side.coordinates() for side in crossing]
         group = _group(next(iter(shards.values())))
-        add_up(sums, group=group)
+        all_reduce_sum_(sums, group=group)
         totals = {id(side.subspace): total for side, total in zip(crossing, sums, strict=True)}
         for name, guard in shards.items():
             for row in _squares(guard, totals):
                 keys.append(name)
                 rows.append(row)
         table = torch.stack(rows) if rows else torch.zeros(0, 3, dtype=torch.float64)
-        add_up([table], group=group)
+        all_reduce_sum_([table], group=group)
         for name, (moved, kept, weight) in zip(keys, table.sqrt().tolist(), strict=True):
             size = max(kept, FLOOR * weight)
             drift = moved / size if size else moved
@@ -105,7 +105,7 @@ def drifts(guards: Mapping[str, Guard]) -> dict[str, float]:
 def _squares(guard: Guard, totals: Mapping[int, Tensor]) -> list[Tensor]:
     """Return this rank's summands of `||W U - A||^2`, `||A||^2` and `||W||^2`, one row `[3]` a side."""
     if guard.basis.kept is not None:
-        held = local(guard.parameter)
+        held = local_tensor(guard.parameter)
         return [_row(held - guard.basis.kept, guard.basis.kept, held * 0)]
     rows = []
     with matrix_of(guard.parameter, guard.basis.layout, guard.bias, write=False) as matrix:

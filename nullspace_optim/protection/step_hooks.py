@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from ..distributed.failures import together
-from ..distributed.group import local
+from ..distributed.failures import raise_on_all_ranks
+from ..distributed.group import local_tensor
 from ..errors import OptionError, StaleAnchorError
 from ..subspace.basis import BasisStore
 from ..subspace.projection import exact_products
@@ -172,11 +172,11 @@ class Protection:
     def _put_back_moved(self, moves: list[tuple[Guard, list[Tensor], bool]], foreign: bool) -> bool:
         """Correct what a step moved; return True if an exact correction is still owed."""
         owed = False
-        with exact_products(local(moves[0][0].parameter).device):  # once, not for every product
+        with exact_products(local_tensor(moves[0][0].parameter).device):  # once, not for every product
             for number, (guard, members, moved) in enumerate(moves):
                 if guard.immovable:
                     if foreign or guard.edited:
-                        local(guard.parameter).copy_(_kept(guard))
+                        local_tensor(guard.parameter).copy_(_kept(guard))
                 elif moved and self.options.project != "gradient":
                     moved = id(guard.parameter) not in self._idle or not guard.unmoved
                     moves[number] = (guard, members, moved)
@@ -229,7 +229,7 @@ class Protection:
         pending = [guard for guard in self.guards.values() if guard.pending and not guard.edited]
         saved = [(guard, [p.detach().clone() for p in guard.members]) for guard in pending]
         try:
-            with together():
+            with raise_on_all_ranks():
                 self.check_anchors()
             yield
         except BaseException:

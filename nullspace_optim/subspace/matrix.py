@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..distributed.fsdp import shard_of
-from ..distributed.group import local
+from ..distributed.group import local_tensor
 from .layout import Layout
-from .shards import padded, part_of
+from .shards import padded, shard_view
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def matrix_of(parameter: Tensor, layout: Layout, bias: Tensor | None = None, *, 
     values, makes a graph that waits for its backward pass unusable. Of a sharded parameter it is this rank's block of
     the stack (see `shards`).
     """
-    part = part_of(parameter, layout, joint=bias is not None)
+    part = shard_view(parameter, layout, joint=bias is not None)
     weight, added = (None if p is None else _block(p, part.padded) for p in (parameter, bias))
     assert weight is not None
     matrix = layout.to_matrix(weight)
@@ -45,12 +45,12 @@ def matrix_of(parameter: Tensor, layout: Layout, bias: Tensor | None = None, *, 
 def _block(parameter: Tensor, fill: bool) -> Tensor:
     """Return this rank's block of `parameter`, in its own memory unless it is to be filled up with zeros."""
     shard = shard_of(parameter) if fill else None
-    return local(parameter) if shard is None else padded(parameter, shard)
+    return local_tensor(parameter) if shard is None else padded(parameter, shard)
 
 
 def _write_block(parameter: Tensor, block: Tensor) -> None:
     """Write a block that was filled up with zeros back into its parameter."""
-    held = local(parameter)
+    held = local_tensor(parameter)
     if block.data_ptr() != held.data_ptr():
         shard = shard_of(parameter)
         assert shard is not None

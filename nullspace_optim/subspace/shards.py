@@ -16,9 +16,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..distributed.collectives import add_up
-from ..distributed.fsdp import Shard, joined, shard_of
-from ..distributed.group import local
+from ..distributed.collectives import all_reduce_sum_
+from ..distributed.fsdp import Shard, all_gather_uneven, shard_of
+from ..distributed.group import local_tensor
 from .basis import Basis, BasisStore, Side, Subspace
 from .layout import Layout
 from .projection import anchor
@@ -27,7 +27,7 @@ ALL = slice(None)
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardView:
     """The block `[groups, outputs, inputs]` of the stack `[g, m, d]` that a rank holds.
 
     Where a block is no such box (channels of a grouped convolution), it is `padded`: the whole stack with zeros in
@@ -64,7 +64,7 @@ class Part:
         """Return this block's anchor: `W U`, `U^H W` or the rows of its own `matrix`; summed where it crosses ranks."""
         found = anchor(matrix, self.directions(basis, side), side)
         if side in self.crossing and self.shard is not None:
-            add_up([found], group=self.shard.group)
+            all_reduce_sum_([found], group=self.shard.group)
         return found
 
     def cut(self, whole: Tensor, subspace: Subspace) -> Tensor:
@@ -85,13 +85,13 @@ class Part:
             return block
         if self.padded:
             whole = block.clone()
-            add_up([whole], group=self.shard.group)
+            all_reduce_sum_([whole], group=self.shard.group)
             return whole
         if side == "rows":
-            return joined(block, 0 if self.outputs != ALL else 1, self.shard)
+            return all_gather_uneven(block, 0 if self.outputs != ALL else 1, self.shard)
         if self.groups != ALL:
-            return joined(block, 0, self.shard)
-        return joined(block, 1 if side == "right" else 2, self.shard)
+            return all_gather_uneven(block, 0, self.shard)
+        return all_gather_uneven(block, 1 if side == "right" else 2, self.shard)
 
     def _mine(self, whole: Tensor, side: Side) -> Tensor:
         """Return a mask over a padded anchor: 1 where the entries come from this rank's channels."""
@@ -102,10 +102,10 @@ class Part:
         return mask
 
 
-WHOLE = Part()
+WHOLE = ShardView()
 
 
-def part_of(parameter: Tensor, layout: Layout, *, joint: bool = False) -> Part:
+def shard_view(parameter: Tensor, layout: Layout, *, joint: bool = False) -> ShardView:
     """Return which part of the matrices of `parameter` this rank holds; with `joint`, a bias is one more input."""
     shard = shard_of(parameter)
     if shard is None:
@@ -113,49 +113,49 @@ def part_of(parameter: Tensor, layout: Layout, *, joint: bool = False) -> Part:
     held = slice(shard.start, shard.stop)
     if layout.kind == "batched":
         return (
-            Part(shard, groups=held),
-            Part(shard, outputs=held, crossing=("left",)),
-            Part(shard, inputs=held, crossing=("right",)),
+            ShardView(shard, groups=held),
+            ShardView(shard, outputs=held, crossing=("left",)),
+            ShardView(shard, inputs=held, crossing=("right",)),
         )[shard.dim]
     if layout.kind == "matrix" or (layout.kind == "transposed" and layout.groups == 1):
         outputs, inputs = (0, 1) if layout.kind == "matrix" else (1, 0)
         if shard.dim == outputs:
-            return Part(shard, outputs=held, crossing=("left",))
+            return ShardView(shard, outputs=held, crossing=("left",))
         if shard.dim == inputs and not joint:
             each = math.prod(parameter.shape[2:])
-            return Part(shard, inputs=slice(shard.start * each, shard.stop * each), crossing=("right",))
+            return ShardView(shard, inputs=slice(shard.start * each, shard.stop * each), crossing=("right",))
     if layout.kind == "grouped" and shard.dim == 0:
-        return Part(shard, padded=True, crossing=("left",))
-    return Part(shard, padded=True, crossing=("right", "left", "rows"))
+        return ShardView(shard, padded=True, crossing=("left",))
+    return ShardView(shard, padded=True, crossing=("right", "left", "rows"))
 
 
-def gathered(parameter: Tensor) -> Tensor:
+def gather_parameter(parameter: Tensor) -> Tensor:
     """Return all of `parameter` in the memory of every rank (itself unless it is sharded; then all must ask)."""
     shard = shard_of(parameter)
-    return parameter if shard is None else joined(local(parameter), shard.dim, shard)
+    return parameter if shard is None else all_gather_uneven(local_tensor(parameter), shard.dim, shard)
 
 
 def padded(parameter: Tensor, shard: Shard) -> Tensor:
     """Return the whole `parameter` with zeros in place of what other ranks hold."""
-    block = local(parameter)
+    block = local_tensor(parameter)
     whole = block.new_zeros(parameter.shape)
     whole.narrow(shard.dim, shard.start, shard.stop - shard.start).copy_(block)
     return whole
 
 
-def local_basis(basis: Basis, part: Part) -> Basis:
+def local_basis(basis: Basis, part: ShardView) -> Basis:
     """Return `basis` as this rank's block sees it, without the sides that cross ranks."""
     if part.shard is None:
         return basis
     return replace(basis, subspaces={s: _cut(v, part) for s, v in basis.subspaces.items() if s not in part.crossing})
 
 
-def crossing_sides(basis: Basis, part: Part) -> list[Subspace]:
+def crossing_sides(basis: Basis, part: ShardView) -> list[Subspace]:
     """Return the sides of `basis` that cross ranks, with the block's own rows of `U`."""
     return [_cut(v, part) for side, v in basis.subspaces.items() if side in part.crossing and v.rank]
 
 
-def _cut(subspace: Subspace, part: Part) -> Subspace:
+def _cut(subspace: Subspace, part: ShardView) -> Subspace:
     scale = None if subspace.scale is None else subspace.scale[part.groups]
     basis, ranks = part.directions(subspace.basis, subspace.side), part.ranks(subspace.ranks)
     return replace(subspace, basis=basis, ranks=ranks, scale=scale)
@@ -176,7 +176,7 @@ def _mapped(store: BasisStore, parameters: Mapping[str, Tensor], *, cut: bool) -
     changed = False
     for name, basis in store.items():
         joint = basis.bias is not None
-        part = part_of(parameters[name], basis.layout, joint=joint) if name in parameters else WHOLE
+        part = shard_view(parameters[name], basis.layout, joint=joint) if name in parameters else WHOLE
         if part.shard is None:
             continue
         changed = True
@@ -193,4 +193,4 @@ def _kept(kept: Tensor | None, shard: Shard, *, cut: bool) -> Tensor | None:
         return None
     if cut:
         return kept.narrow(shard.dim, shard.start, shard.stop - shard.start).clone()
-    return joined(kept, shard.dim, shard)
+    return all_gather_uneven(kept, shard.dim, shard)

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..distributed.collectives import add_up
+from ..distributed.collectives import all_reduce_sum_
 from ..distributed.fsdp import shard_of
-from ..distributed.group import local
+from ..distributed.group import local_tensor
 from ..subspace.projection import exact_products
 
 PROBES = 8
@@ -50,7 +50,7 @@ class Displacement:
 
 
 def _sketch(parameter: Tensor) -> Tensor:
-    matrix = local(parameter).flatten(1)
+    matrix = local_tensor(parameter).flatten(1)
     matrix = matrix.to(torch.float32) if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
     generator = torch.Generator().manual_seed(matrix.shape[1])
     signs = torch.randint(0, 2, (matrix.shape[1], PROBES), generator=generator) * 2 - 1
@@ -64,5 +64,5 @@ def summed_norm(block: Tensor, parameter: Tensor) -> float:
     if shard is None:
         return float(block.norm())
     square = block.detach().double().square().sum()[None]
-    add_up([square], group=shard.group)
+    all_reduce_sum_([square], group=shard.group)
     return float(square.sqrt())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.fsdp import shard_of
-from ..distributed.group import local
+from ..distributed.group import local_tensor
 from ..subspace.basis import Basis, BasisStore, Fate
 from ..subspace.matrix import matrix_of
 from ..subspace.projection import project_gradient_
@@ -37,16 +37,16 @@ def allowed_drift(
     sizes = {name: displacement.size(parameter) or 0.0 for name, parameter in free.items()}
     assumed = not any(sizes.values())
     before = flat_outputs(run())
-    saved = {name: local(parameter).clone() for name, parameter in free.items()}
+    saved = {name: local_tensor(parameter).clone() for name, parameter in free.items()}
     generator = torch.Generator().manual_seed(0)
     try:
         for name, parameter in free.items():
-            size = ASSUMED_UPDATE * summed_norm(local(parameter), parameter) if assumed else sizes[name]
+            size = ASSUMED_UPDATE * summed_norm(local_tensor(parameter), parameter) if assumed else sizes[name]
             _move(parameter, store[name], size, generator)
         after = flat_outputs(run())
     finally:
         for name, parameter in free.items():
-            local(parameter).copy_(saved[name])
+            local_tensor(parameter).copy_(saved[name])
     if after.shape != before.shape:
         return float("nan"), assumed
     return float((after - before).norm() / before.norm().clamp_min(1e-30)), assumed
@@ -67,7 +67,7 @@ def _move(parameter: Tensor, basis: Basis, size: float, generator: torch.Generat
     shard = shard_of(parameter)
     if shard is not None:
         update = update.narrow(shard.dim, shard.start, shard.stop - shard.start)
-    local(parameter).add_(update.to(parameter.dtype))
+    local_tensor(parameter).add_(update.to(parameter.dtype))
 
 
 def moved_buffers(store: BasisStore, buffers: Mapping[str, Tensor]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ..capture.capture import Capture
 from ..distributed import failures
 from ..model.batches import samples_in, tensors_of
-from ..model.loader import Pass, current_parameters, make_runner
+from ..model.loader import LoaderPass, current_parameters, make_runner
 from ..subspace.projection import exact_products
 
 WIDTH = 64
@@ -153,12 +153,12 @@ def compare(before: Probe, after: Probe) -> dict[str, float]:
 Run = Callable[[Any], Any]
 
 
-def record_probe(work: Pass, samples: Any) -> Probe:
+def record_probe(work: LoaderPass, samples: Any) -> Probe:
     """Run the model on `samples` and return the probe of its layers and outputs."""
     recorder = Recorder()
     capture = Capture(work.parameters, rows="all", statistics=False, present=current_parameters(work.model))
     capture.observe = recorder.observe
     run = make_runner(work)
-    with failures.together(communicating=True), capture:
+    with failures.raise_on_all_ranks(communicating=True), capture:
         outputs = capture.batch(lambda: run(samples))
     return recorder.finish(outputs, digests_of(samples))

@@ -42,7 +42,7 @@ PLACES = (
     ("relevance", "relevance.py", "probe", None),
     ("moments", "second_moment.py", "update", None),
     ("eigh", "linalg.py", "eigh", None),
-    ("bases", "grow.py", "choose", None),
+    ("bases", "grow.py", "grow_basis", None),
     ("probe", "probes.py", "record_probe", None),
     ("estimate", "drift.py", "allowed_drift", None),
 )

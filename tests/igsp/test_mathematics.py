@@ -11,8 +11,16 @@ import nullspace_optim.igsp.moe.pruning as pruning
 import nullspace_optim.igsp.moe.regularization as regularizer
 import nullspace_optim.igsp.moe.router as router
 from nullspace_optim import IGSP, PruningError
-from nullspace_optim.igsp.moe.convergence import Watch
-from nullspace_optim.igsp.moe.experts import Expert, extended, fresh_directions, merged_weight, mix, spanned, stack
+from nullspace_optim.igsp.moe.convergence import ConvergenceMonitor
+from nullspace_optim.igsp.moe.experts import (
+    Expert,
+    extend_basis,
+    fresh_directions,
+    merged_weight,
+    mix,
+    span_rows,
+    stack,
+)
 from nullspace_optim.subspace.linalg import orthogonality_error
 
 
@@ -62,18 +70,18 @@ def test_a_new_expert_changes_nothing_and_its_rows_leave_the_history_alone() -> 
 def test_extended_holds_old_and_new_directions_and_keeps_the_old_columns() -> None:
     basis = torch.linalg.qr(torch.randn(12, 3)).Q
     rows = torch.cat([torch.randn(2, 12), basis.T[:1] * 3])
-    grown = extended(basis, rows)
+    grown = extend_basis(basis, rows)
     assert grown.shape == (12, 5), "a direction that is there already is not added"
     assert torch.equal(grown[:, :3], basis) and orthogonality_error(grown) < 1e-6
     torch.testing.assert_close(rows - rows @ grown @ grown.T, torch.zeros_like(rows), atol=1e-5, rtol=0)
-    assert extended(torch.eye(12), rows).shape == (12, 12)
-    assert extended(basis, torch.zeros(3, 12)) is basis
+    assert extend_basis(torch.eye(12), rows).shape == (12, 12)
+    assert extend_basis(basis, torch.zeros(3, 12)) is basis
 
 
 def test_merged_weight_equals_the_layer_with_its_experts() -> None:
     linear, parts, x = nn.Linear(7, 4), random_stack("lora"), torch.randn(6, 7)
     gates = torch.softmax(torch.randn(5), dim=0)
-    choice = router.Choice(torch.arange(5).expand(6, 5), gates.expand(6, 5))
+    choice = router.RoutingChoice(torch.arange(5).expand(6, 5), gates.expand(6, 5))
     expected = linear(x) + mix(x, parts, choice, 0.3)
     with torch.no_grad():
         linear.weight.copy_(merged_weight(linear.weight, parts, gates, 0.3))
@@ -111,7 +119,7 @@ def test_candidates_and_history_start_alike_however_many_there_are() -> None:
 def test_spanned_holds_the_energy_with_the_fewest_directions_and_keeps_the_old_columns(energy: float) -> None:
     basis = torch.linalg.qr(torch.randn(12, 2)).Q
     rows = torch.randn(30, 12) * torch.logspace(0, -3, 12)
-    grown = spanned(basis, rows, energy)
+    grown = span_rows(basis, rows, energy)
     assert torch.equal(grown[:, :2], basis) and orthogonality_error(grown) < 1e-6
     share = float((rows @ grown).square().sum() / rows.square().sum())
     assert share >= energy - 1e-6
@@ -183,7 +191,7 @@ def test_a_router_that_stands_still_has_converged_and_one_that_drifts_has_not() 
     torch.manual_seed(0)
     weight = 8 * torch.nn.functional.normalize(torch.randn(4, 9), dim=1)
     for drift, settled in ((0.0, True), (6.0, False)):
-        watch, moved = Watch(IGSP(window=3), weight), weight.clone()
+        watch, moved = ConvergenceMonitor(IGSP(window=3), weight), weight.clone()
         for step in range(1, 31):
             inputs = torch.randn(16, 9)
             scores = inputs @ moved.T

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..options import IGSP
 from . import router
-from .experts import Silent
-from .router import FLOOR, Choice
+from .experts import Stateless
+from .router import FLOOR, RoutingChoice
 
 KEPT_INPUTS = 64  # forwards since the last step whose gate inputs the regularization sees
 
 
-class Watch(Silent):
+class ConvergenceMonitor(Stateless):
     """Running sums over the training forwards of one layer in phase 1.
 
     Buffers, `[E]` each unless they are None: `flow`, the running mean of the gates (not normalised); `window`, sum of
@@ -45,10 +45,10 @@ class Watch(Silent):
         self.register_buffer("previous", None)
 
     @torch.no_grad()
-    def take(self, inputs: Tensor, scores: Tensor, choice: Choice) -> None:
+    def take(self, inputs: Tensor, scores: Tensor, choice: RoutingChoice) -> None:
         """Note one training forward: gate inputs `[n, d + 1]`, scores without noise `[n, E]` and what was chosen."""
         self.recent = [*self.recent[1 - KEPT_INPUTS :], inputs]
-        gates = router.dense(Choice(choice.experts, choice.gates.detach()), scores.shape[1]).sum(dim=0)
+        gates = router.dense(RoutingChoice(choice.experts, choice.gates.detach()), scores.shape[1]).sum(dim=0)
         probabilities = torch.softmax(scores.detach(), dim=-1).sum(dim=0)
         count = gates.new_full((1,), float(len(inputs)))
         self.sums.append(torch.cat([gates, probabilities, count, inputs.sum(dim=0)]))

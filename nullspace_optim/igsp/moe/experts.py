@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...subspace.linalg import orthonormalise, polish
-from .router import Choice
+from .router import RoutingChoice
 
 Kind = Literal["lora", "bottleneck"]
 Stack = dict[str, Tensor]
@@ -24,7 +24,7 @@ Stack = dict[str, Tensor]
 PARTS = {"lora": ("down", "up"), "bottleneck": ("down", "up", "down_bias", "up_bias")}
 
 
-class Silent(nn.Module):
+class Stateless(nn.Module):
     """A module that neither writes nor expects keys in a state dict, and hands its input on when it is called."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -38,7 +38,7 @@ class Silent(nn.Module):
         return x
 
 
-class Expert(Silent):
+class Expert(Stateless):
     """One trainable expert; `up` starts at zero, so that a new expert changes nothing."""
 
     def __init__(self, down: Tensor, out: int, kind: Kind) -> None:
@@ -67,7 +67,7 @@ def stack(experts: Any, kind: Kind, history: Stack) -> Stack:
     }
 
 
-def mix(x: Tensor, experts: Stack, choice: Choice, scale: float) -> Tensor:
+def mix(x: Tensor, experts: Stack, choice: RoutingChoice, scale: float) -> Tensor:
     """Return `sum_e gate_e f_e(x)` `[n, ..., o]` for the samples `x` `[n, ..., d]`.
 
     Only the chosen experts are computed, `2 k r (d + o)` operations a token, without a host synchronisation: each
@@ -105,7 +105,7 @@ def fresh_directions(basis: Tensor, rank: int, count: int, generator: torch.Gene
     return polish(draw).mT.reshape(number, rank, size).contiguous().to(basis.device)
 
 
-def extended(basis: Tensor, rows: Tensor) -> Tensor:
+def extend_basis(basis: Tensor, rows: Tensor) -> Tensor:
     """Return an orthonormal basis `[s, k + j]` of the span of `basis` `[s, k]` and `rows` `[n, s]`.
 
     Directions of `rows` that the basis holds already (relative size below 1e-5) are not added. The stored columns stay
@@ -125,7 +125,7 @@ def _joined(basis: Tensor, found: Tensor) -> Tensor:
     return torch.cat([basis, polish(orthonormalise(found)).to(basis)], dim=1) if found.shape[1] else basis
 
 
-def spanned(basis: Tensor, rows: Tensor, energy: float) -> Tensor:
+def span_rows(basis: Tensor, rows: Tensor, energy: float) -> Tensor:
     """Return `basis` `[s, k]` with as few more orthonormal columns as hold the share `energy` of the rows `[n, s]`.
 
     The residual append of GPM: leading left singular vectors of what lies outside the basis.

@@ -16,16 +16,16 @@ from ...errors import OptionError
 from ..options import IGSP
 from ..report import LayerReport
 from . import pruning, router
-from .convergence import Watch
-from .experts import PARTS, Expert, Silent, Stack, extended, fresh_directions, mix, shapes, spanned, stack
-from .router import Choice, Prototype, nearest, prototype
-from .sites import Site
+from .convergence import ConvergenceMonitor
+from .experts import PARTS, Expert, Stack, Stateless, extend_basis, fresh_directions, mix, shapes, span_rows, stack
+from .router import Prototype, RoutingChoice, nearest, prototype
+from .sites import TargetModule
 
 CURRENT, AGNOSTIC, PLAIN, GIVEN = -1, -2, -3, -4
 
 
 @dataclass
-class Scope:
+class RoutingContext:
     """What all layers share: names of the finished tasks, which routing is asked for, and the step that seeds noise.
 
     `chosen` is the number of a finished task, CURRENT, AGNOSTIC, PLAIN or GIVEN; None leaves it to the situation:
@@ -45,7 +45,7 @@ class Scope:
         return self.first_phase and self.steps < options.warm
 
 
-class TaskRouter(Silent):
+class TaskRouter(Stateless):
     """Router and prototype of one finished task: `weight` `[E, d + 1]`, `experts` `[E]` numbers in the history."""
 
     weight: Tensor
@@ -60,7 +60,7 @@ class TaskRouter(Silent):
             self.register_buffer(name, value.detach().clone())
 
 
-class ExpertLayer(Silent):
+class ExpertLayer(Stateless):
     """Experts, routers and bases beside one layer.
 
     Buffers: `history_*`, the frozen experts `[H, ...]`; `inputs` `[d, k]` and `outputs` `[o, l]`, orthonormal bases of
@@ -75,7 +75,9 @@ class ExpertLayer(Silent):
     gates: Tensor
     floor: Tensor
 
-    def __init__(self, site: Site, options: IGSP, scope: Scope, number: int, device: torch.device) -> None:
+    def __init__(
+        self, site: TargetModule, options: IGSP, scope: RoutingContext, number: int, device: torch.device
+    ) -> None:
         super().__init__()
         self.name, self.options, self.scope, self.number = site.name, options, scope, number
         self.batch_axis = site.batch_axis
@@ -91,7 +93,7 @@ class ExpertLayer(Silent):
         self.members: list[int] = []
         self.candidates = 0
         self.router = nn.Parameter(torch.zeros(0, site.inputs + 1, device=device))
-        self.watch = Watch(options, self.router)
+        self.watch = ConvergenceMonitor(options, self.router)
         self.collected: list[Tensor] = []
 
     @property
@@ -119,7 +121,7 @@ class ExpertLayer(Silent):
         elif self.size and len(self.fresh):
             new[len(new) - len(self.fresh) :, -1] = self._head_start() / constant
         self.adopt_router(torch.cat([known, new]))
-        self.watch = Watch(self.options, self.router)
+        self.watch = ConvergenceMonitor(self.options, self.router)
 
     def _head_start(self) -> float:
         return router.head_start(self.size, len(self.fresh), self.options.noise)
@@ -218,7 +220,7 @@ class ExpertLayer(Silent):
         if len(collected) and len(self.router) and self.options.router == "shared" and self.options.shared_energy:
             lowest = router.lowest(collected, self.router.detach(), self.options.top_k)
             self.floor = torch.minimum(self.floor, lowest) if self.gates.shape[1] else lowest
-            self.gates = spanned(self.gates, collected, self.options.shared_energy)
+            self.gates = span_rows(self.gates, collected, self.options.shared_energy)
         if not len(collected):
             collected = self.router.new_zeros(1, self.widths[0] + 1)
         numbers = [*self.members, *range(self.size, self.size + len(self.fresh))]
@@ -226,8 +228,8 @@ class ExpertLayer(Silent):
         self.finished.append(TaskRouter(self.router, known, prototype(collected[:, :-1], outlier)))
         for expert in self.fresh:
             assert isinstance(expert, Expert)
-            self.inputs = extended(self.inputs, expert.down)
-            self.outputs = extended(self.outputs, expert.up)
+            self.inputs = extend_basis(self.inputs, expert.down)
+            self.outputs = extend_basis(self.outputs, expert.up)
         for part, value in stack(self.fresh, self.options.kind, self.history).items():
             setattr(self, f"history_{part}", value.detach())
         self.fresh = nn.ModuleList()
@@ -258,7 +260,7 @@ class ExpertLayer(Silent):
             return CURRENT
         return len(self.scope.tasks) - 1 if self.scope.tasks else PLAIN
 
-    def _route(self, inputs: Tensor, chosen: int) -> tuple[Stack, Choice | None]:
+    def _route(self, inputs: Tensor, chosen: int) -> tuple[Stack, RoutingChoice | None]:
         if chosen == CURRENT:
             return self.current_experts(), self._current(inputs)
         if self.options.router == "shared":
@@ -288,7 +290,7 @@ class ExpertLayer(Silent):
             history = {part: value[self.members] for part, value in history.items()}
         return stack(self.fresh, self.options.kind, history)
 
-    def _current(self, inputs: Tensor) -> Choice:
+    def _current(self, inputs: Tensor) -> RoutingChoice:
         scores = router.logits(inputs, self.router)
         if self.scope.warming(self.options) and self.training:  # noise alone decides
             scores = torch.zeros_like(scores)
@@ -304,12 +306,12 @@ class ExpertLayer(Silent):
             self.watch.take(inputs, scores, choice)
         return choice
 
-    def _of_task(self, inputs: Tensor, task: int) -> Choice | None:
+    def _of_task(self, inputs: Tensor, task: int) -> RoutingChoice | None:
         record = self.record(task)
         choice = router.top_k(router.logits(inputs, record.weight), self.options.top_k)
-        return Choice(record.experts[choice.experts], choice.gates)
+        return RoutingChoice(record.experts[choice.experts], choice.gates)
 
-    def _of_samples(self, inputs: Tensor, tasks: Tensor | None) -> Choice | None:
+    def _of_samples(self, inputs: Tensor, tasks: Tensor | None) -> RoutingChoice | None:
         """Route each sample with the router of its task in `tasks` `[n]`, with gates 0 where that is -1.
 
         None: the task whose prototype the sample resembles, if there is one.
@@ -328,9 +330,9 @@ class ExpertLayer(Silent):
             mine, width = (tasks == number).unsqueeze(1), choice.gates.shape[1]
             experts[:, :width] = torch.where(mine, choice.experts, experts[:, :width])
             gates[:, :width] = torch.where(mine, choice.gates, gates[:, :width])
-        return Choice(experts, gates)
+        return RoutingChoice(experts, gates)
 
-    def _shared(self, inputs: Tensor, tasks: Tensor | None) -> tuple[Stack, Choice | None]:
+    def _shared(self, inputs: Tensor, tasks: Tensor | None) -> tuple[Stack, RoutingChoice | None]:
         """Route by the one router of all tasks, as it is now; samples whose task is -1 in `tasks` `[n]` get gates 0."""
         experts, choice = self.history, None
         if self.scope.steps:
@@ -339,5 +341,5 @@ class ExpertLayer(Silent):
         elif len(self.finished):
             choice = self._of_task(inputs, len(self.finished) - 1)
         if choice is not None and tasks is not None:
-            choice = Choice(choice.experts, choice.gates * (tasks >= 0).unsqueeze(1))
+            choice = RoutingChoice(choice.experts, choice.gates * (tasks >= 0).unsqueeze(1))
         return experts, choice

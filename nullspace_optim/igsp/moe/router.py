@@ -1,7 +1,7 @@
 """Routing: which experts a sample uses, and whether a router has settled. Pure functions and one small counter.
 
 Shapes: gate inputs `[n, d + 1]` (one vector a sample and a constant), a router's weight `[E, d + 1]`, logits `[n, E]`,
-a `Choice` of `k` experts a sample `[n, k]`. Decisions are made sample by sample: no sample's result depends
+a `RoutingChoice` of `k` experts a sample `[n, k]`. Decisions are made sample by sample: no sample's result depends
 on its batch.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 FLOOR = 1e-6
 
 
-class Choice(NamedTuple):
+class RoutingChoice(NamedTuple):
     """`experts` `[n, k]`, int64 expert numbers; `gates` `[n, k]`, their weights (0 where an expert is not used)."""
 
     experts: Tensor
@@ -59,10 +59,10 @@ def logits(inputs: Tensor, weight: Tensor) -> Tensor:
         return inputs @ weight.float().mT
 
 
-def top_k(scores: Tensor, k: int) -> Choice:
+def top_k(scores: Tensor, k: int) -> RoutingChoice:
     """Return the `k` experts with the highest scores `[n, E]` (all if there are fewer), softmax over them as gates."""
     best = scores.topk(min(k, scores.shape[1]), dim=-1)
-    return Choice(best.indices, torch.softmax(best.values, dim=-1))
+    return RoutingChoice(best.indices, torch.softmax(best.values, dim=-1))
 
 
 def noise(scores: Tensor, deviation: float, *seed: int) -> Tensor:
@@ -74,7 +74,7 @@ def noise(scores: Tensor, deviation: float, *seed: int) -> Tensor:
     return deviation * torch.randn(scores.shape, generator=generator).to(scores.device, scores.dtype)
 
 
-def dense(choice: Choice, experts: int) -> Tensor:
+def dense(choice: RoutingChoice, experts: int) -> Tensor:
     """Return gates as a matrix `[n, experts]` with zeros for experts that are not chosen."""
     empty = choice.gates.new_zeros(len(choice.gates), experts)
     return empty.scatter(1, choice.experts, choice.gates)

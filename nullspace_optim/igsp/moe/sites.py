@@ -12,7 +12,7 @@ from ...errors import OptionError
 
 
 @dataclass(frozen=True)
-class Site:
+class TargetModule:
     """One layer: its module and name, widths of input and output, and which axis of its input counts samples."""
 
     name: str
@@ -22,7 +22,7 @@ class Site:
     batch_axis: int
 
 
-def find_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
+def find_target_modules(model: nn.Module, patterns: Iterable[str]) -> list[TargetModule]:
     """Return the modules of `model` whose name matches one of `patterns`, outermost only, in order.
 
     Raises:
@@ -47,7 +47,7 @@ def find_sites(model: nn.Module, patterns: Iterable[str]) -> list[Site]:
     return [_site(name, module, model) for name, module in found.items()]
 
 
-def refuse_narrow(sites: Iterable[Site], rank: int) -> None:
+def refuse_narrow(sites: Iterable[TargetModule], rank: int) -> None:
     """Refuse experts of a `rank` that does not fit beside one of `sites`.
 
     Raises:
@@ -61,14 +61,14 @@ def refuse_narrow(sites: Iterable[Site], rank: int) -> None:
             )
 
 
-def _site(name: str, module: nn.Module, model: nn.Module) -> Site:
+def _site(name: str, module: nn.Module, model: nn.Module) -> TargetModule:
     inner = [part for part in module.modules() if isinstance(part, nn.Linear)]
     if not inner:
         raise OptionError(
             f"IGSP(layers=...): '{name}' ({type(module).__name__}) holds no torch.nn.Linear, so its width is unknown; "
             "choose linear layers or blocks made of them"
         )
-    return Site(name, module, inner[0].in_features, inner[-1].out_features, _batch_axis(name, model))
+    return TargetModule(name, module, inner[0].in_features, inner[-1].out_features, _batch_axis(name, model))
 
 
 def _batch_axis(name: str, model: nn.Module) -> int:
