@@ -43,5 +43,9 @@ class BasisFileError(NullSpaceError):
     """A basis file or a protected checkpoint is damaged, foreign or does not fit the model."""
 
 
+class HookError(NullSpaceError, AttributeError):
+    """A hook of this library was asked for what it has not, such as source that torch.jit.script could compile."""
+
+
 class NullSpaceWarning(UserWarning):
     """Something a user of protection should know; the text says what to do."""

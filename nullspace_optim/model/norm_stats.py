@@ -1,4 +1,4 @@
-"""Keep running statistics that a past task relied on: such norm layers run as in `eval()` while everything else trains.
+"""Running statistics that a past task relied on: such norm layers run as in `eval()` while everything else trains.
 
 BatchNorm's running mean and variance move in every train-mode forward, whatever the optimizer does; so do the singular
 vectors of `spectral_norm`.
@@ -13,48 +13,40 @@ from typing import Any
 import torch
 from torch import nn
 
+from .hooks import ModelHook
 from .names import canonical_name
 
 
-class ModelHook:
-    """A forward hook of ours; `copied` is True on a model that was made by deepcopy or unpickling."""
+class UseRunningStatistics(ModelHook):
+    """Forward pre-hook of one norm layer: it runs as in `eval()` until `RestoreMode`."""
 
-    copied = False
-
-
-class FrozenStatistics(ModelHook):
-    """Forward hooks of one norm layer that switch it to evaluation for the duration of its forward."""
-
-    def __init__(self) -> None:
+    def __init__(self, owner: Any) -> None:
+        super().__init__(owner)
         self.interrupted: list[bool] = []
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, copied=True)
-
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward pre-hook: use the running statistics."""
-        self.interrupted.append(module.training)
-        module.training = False
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Forward hook (also after an error): back to the mode the user set."""
-        if self.interrupted:
-            module.training = self.interrupted.pop()
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Use the running statistics."""
+        if self.owner is not None:
+            self.interrupted.append(module.training)
+            module.training = False
 
 
-def remove_copied_hooks(model: nn.Module) -> None:
-    """Remove hooks of ours that came with a copy of a model, so that the copy's own optimizer can put its own."""
-    for module in model.modules():
-        for table in (module._forward_pre_hooks, module._forward_hooks):
-            for key, hook in list(table.items()):
-                owner = getattr(hook, "__self__", hook)
-                if isinstance(owner, ModelHook) and owner.copied:
-                    del table[key]
-                    module._forward_hooks_always_called.pop(key, None)
+class RestoreMode(ModelHook):
+    """Forward hook (called after an error too): back to the mode that the user set."""
+
+    def __init__(self, before: UseRunningStatistics) -> None:
+        super().__init__(before)
+        self.before = before
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Restore the flag that `before` has changed."""
+        if self.before.interrupted:
+            module.training = self.before.interrupted.pop()
 
 
-def freeze_statistics(model: nn.Module, buffers: Collection[str]) -> list[Any]:
-    """Hook every module of `model` that owns running statistics named in `buffers`; return the handles.
+def freeze_statistics(model: nn.Module, buffers: Collection[str], owner: object) -> list[Any]:
+    """Hook every module of `model` that owns running statistics named in `buffers`, while `owner` lives; return the
+    handles.
 
     Running statistics are those of norm layers and the singular vectors of `spectral_norm`, old and new.
     """
@@ -62,9 +54,9 @@ def freeze_statistics(model: nn.Module, buffers: Collection[str]) -> list[Any]:
     for prefix, module in model.named_modules():
         if not any(canonical_name(f"{prefix}.{name}").lstrip(".") in buffers for name in _statistics(module)):
             continue
-        hooks = FrozenStatistics()
-        handles.append(module.register_forward_pre_hook(hooks.before, prepend=True))
-        handles.append(module.register_forward_hook(hooks.after, always_call=True))
+        before = UseRunningStatistics(owner)
+        handles.append(module.register_forward_pre_hook(before, prepend=True))
+        handles.append(module.register_forward_hook(RestoreMode(before), always_call=True))
     return handles
 
 

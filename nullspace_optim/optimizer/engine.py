@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from ..distributed.fsdp import refuse_tensor_parallel, refuse_unsupported, resha
 from ..distributed.group import local_tensor, world_size
 from ..errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError
 from ..model.find import find_model
+from ..model.hooks import ModelHook, remove_idle_hooks
 from ..model.names import named_buffers, named_parameters
-from ..model.norm_stats import ModelHook, forget_compiled, freeze_statistics, remove_copied_hooks
+from ..model.norm_stats import forget_compiled, freeze_statistics
 from ..protection.averaged_weights import Evaluation, evaluated, refuse_unknown_modes
 from ..protection.step_hooks import Protection, ProtectionOptions
 from ..subspace.basis import BasisStore
@@ -145,11 +146,11 @@ class Engine:
 
     def install(self, model: nn.Module) -> None:
         """Hook `model` for norm statistics and exact evaluation."""
-        remove_copied_hooks(model)
+        remove_idle_hooks(model)
         read = {name for task in self.store.tasks for name in task.get("untrained", ())}  # type: ignore[attr-defined]
         self.unguarded = {id(p): name for name, p in named_parameters(model).items() if name in read - set(self.store)}
         first = bool(sharded_modules(model))  # FSDP2 gathers parameters in a pre-hook of its own
-        mine = [h for h in model._forward_pre_hooks.values() if isinstance(h, BeforeEvaluation) and h.core() is self]
+        mine = [h for h in model._forward_pre_hooks.values() if isinstance(h, BeforeEvaluation) and h.owner is self]
         if first or not mine:  # torch 2.6 compiles again where a hook is registered anew
             for handle in self.model_handles:
                 handle.remove()
@@ -157,7 +158,7 @@ class Engine:
         frozen = set(self.store.buffers) if self.options["norm_stats"] == "frozen" else set()
         if frozen != self.frozen:  # hooks that stay need no new compilation
             self.thaw()
-            self.norm_handles, self.frozen = freeze_statistics(model, frozen), frozen
+            self.norm_handles, self.frozen = freeze_statistics(model, frozen, self), frozen
             if self.norm_handles:
                 forget_compiled()
 
@@ -169,11 +170,14 @@ class Engine:
             forget_compiled()
         self.norm_handles, self.frozen = [], set()
 
-    def find_copied_model(self) -> None:
-        """After deepcopy or unpickling: hook the copy of the model, if there is one."""
+    def find_copied_model(self) -> bool:
+        """After deepcopy or unpickling: hook the copy of the model; return whether there is one."""
         self.copied = False
-        with suppress(ModelNotFoundError):
+        try:
             self.install(self.owner())
+        except ModelNotFoundError:
+            return False
+        return True
 
     def attach(self) -> None:
         """Hook every base, and let the mode begin."""
@@ -303,15 +307,11 @@ class Engine:
 
 
 class BeforeEvaluation(ModelHook):
-    """Forward pre-hook of the model: an evaluation sees exact weights. Copies of the model carry it without effect."""
+    """Forward pre-hook of the model: an evaluation sees exact weights."""
 
-    def __init__(self, core: Engine | None = None) -> None:
-        self.core: Callable[[], Engine | None] = (lambda: None) if core is None else weakref.ref(core)
-        self.copied = core is None
-
-    def __call__(self, model: nn.Module, args: Any) -> None:
+    def __call__(self, model: nn.Module, *args: Any) -> None:
         """Apply pending exact corrections before an evaluation forward."""
-        core = self.core()
+        core = self.owner
         if core is not None and not model.training and core.protection.inexact_steps:
             pending = tuple(g.parameter for g in core.protection.guards.values() if g.pending and not g.edited)
             with ExitStack() as versions:  # a graph that waits for its backward pass stays usable
@@ -322,9 +322,6 @@ class BeforeEvaluation(ModelHook):
             for guard in core.protection.guards.values():
                 if any(guard.parameter is parameter for parameter in pending):
                     guard.mark()
-
-    def __reduce__(self) -> tuple[type[BeforeEvaluation], tuple[()]]:
-        return BeforeEvaluation, ()
 
 
 def check_bases(bases: list[Any]) -> None:

@@ -248,6 +248,8 @@ class WrappedOptimizer(Optimizer):
         self._core.protection.rebuild(self._core.store, self._core.parameters)
         self._core.protection.owed = state["owed"]
         self._core.copied = bool(self._core.store.tasks)
+        if self._core.store.buffers:  # a forward pass before the first step must not move them
+            self._core.copied = not self._core.find_copied_model()
         self.__dict__.update(state["attributes"])
 
     def __repr__(self) -> str:
