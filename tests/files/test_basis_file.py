@@ -34,7 +34,7 @@ from nullspace_optim.subspace.layout import Layout
 
 SOFT = "soft.weight/right/"
 LEFT = "visual.proj/left/basis"
-FIXTURE = Path(__file__).parent / "data" / "schema1.safetensors"
+FIXTURE = Path(__file__).parents[1] / "data" / "schema1.safetensors"
 posix = pytest.mark.skipif(os.name == "nt", reason="modes and links of POSIX file systems")
 
 
