@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from counts import counted
+from measured import BATCH, Measured, agrees
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -23,7 +25,6 @@ from nullspace_optim.planning.experts import places_of, predict_experts
 from nullspace_optim.planning.predict import Conditions, by_rank, consolidation, predict
 from nullspace_optim.planning.shapes import Moment
 from nullspace_optim.planning.survey import survey
-from tests.planning.test_predict import BATCH, Measured, agrees, counted
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

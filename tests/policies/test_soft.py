@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import reference_impl as slow
 import torch
+from spectra import consolidate, moment_of, task_rows
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
@@ -15,7 +16,6 @@ from nullspace_optim import CODECL, OWM, SGP, VPTNSP, Fate, NullSpaceOptimizer, 
 from nullspace_optim.consolidation.grow import GrownBasis
 from nullspace_optim.subspace.linalg import orthogonality_error, orthonormalise
 from nullspace_optim.subspace.projection import anchor, project_difference_, shift_anchor_, yield_anchor_
-from tests.policies.test_policies import consolidate, moment_of, task_rows
 
 SOFT: tuple[Policy, ...] = (SGP(0.97), CODECL(), OWM(), VPTNSP(0.9))
 POLICIES = pytest.mark.parametrize("policy", SOFT, ids=lambda policy: type(policy).__name__)

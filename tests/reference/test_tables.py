@@ -1,8 +1,7 @@
-"""The published tables: data, networks, schedules, GPM's own rule, resuming, and what counts as reproduced."""
+"""The published tables: schedules, Adam-NSCL, resuming, the command, and what counts as reproduced."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 from collections.abc import Sequence
@@ -11,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from sklearn.utils import shuffle
+from table_runs import Images, SmallResNet, nscl_protocol, small
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,185 +21,17 @@ from reference.errors import ExperimentError
 from reference.tables import methods, runs
 from reference.tables.__main__ import main
 from reference.tables.data import (
-    MNIST_FILES,
     PermutedMNIST,
     SplitCIFAR100,
-    _read_webp,
-    read_cifar100,
-    read_mnist,
 )
-from reference.tables.methods import METHODS, ByLayer, chosen_methods
-from reference.tables.networks import Dropout, PermutedMLP, PreActivationBlock, SplitAlexNet, SplitResNet18
+from reference.tables.methods import METHODS, chosen_methods
+from reference.tables.networks import PermutedMLP
 from reference.tables.protocols import PROTOCOLS, Protocol
 from reference.tables.published import Published, verdict
 from reference.tables.report import as_published, comparable, read_runs, report
 from reference.tables.runs import Run
-from reference.tables.sessions import KeptNorms, ReleasedTrustRegions, TrustRegions
-from reference.tables.training import Patience, augmented, train
-
-Images = dict[str, tuple[Tensor, Tensor]]
-
-
-@pytest.fixture
-def digits() -> Images:
-    """Eighty pictures in the shape of MNIST: eight blobs of each class."""
-    labels = torch.arange(10).repeat(8)
-    pixels = torch.randint(0, 60, (80, 784), dtype=torch.uint8)
-    for i, label in enumerate(labels.tolist()):
-        pixels[i, 78 * label : 78 * label + 40] += 150
-    return {"train": (pixels, labels), "test": (pixels[:40], labels[:40])}
-
-
-def small(images: Images, **settings: object) -> Protocol:
-    return replace(
-        PROTOCOLS["pmnist"], **{"read": lambda root: images, "tasks": 3, "epochs": 2, "samples": 30, **settings}
-    )  # type: ignore[arg-type]
-
-
-# data
-
-
-def test_mnist_is_read_in_full_and_permuted_as_in_the_papers_loader(data_root: Path) -> None:
-    images = read_mnist(data_root)
-    assert images["train"][0].shape == (60_000, 784) and images["test"][1].bincount().min() > 800
-    tasks = PermutedMNIST(images, seed=2)
-    seeds = shuffle(np.arange(10), random_state=2)
-    for task in (0, 7):
-        pixels, labels = tasks.part(task, "train")
-        assert pixels.shape == (54_000, 784) and len(tasks.part(task, "validation")[1]) == 6_000
-        image = (images["train"][0][6_000].float() / 255 - 0.1307) / 0.3081
-        expected = shuffle(image.numpy(), random_state=int(seeds[task]) * 100 + task)
-        assert np.allclose(pixels[0].numpy(), expected, atol=1e-6) and labels[0] == images["train"][1][6_000]
-    more = PermutedMNIST(images, seed=2, held_out=0.25)
-    assert [len(more.part(7, part)[1]) for part in ("train", "validation", "test")] == [45_000, 15_000, 10_000]  # type: ignore[arg-type]
-
-
-def test_cifar100_is_split_into_ten_tasks_of_ten_classes(data_root: Path) -> None:
-    test = _read_webp(data_root / "cifar100" / "test.npz", 10_000)
-    tasks = SplitCIFAR100({"train": test, "test": test}, seed=1)
-    train, validation, whole = (tasks.part(3, part) for part in ("train", "validation", "test"))  # type: ignore[arg-type]
-    assert [len(part[1]) for part in (train, validation, whole)] == [950, 50, 1_000]
-    assert sorted(set(whole[1].tolist())) == list(range(10))
-    more = SplitCIFAR100({"train": test, "test": test}, seed=1, held_out=0.2)
-    split = [more.part(3, part)[0] for part in ("validation", "train", "test")]  # type: ignore[arg-type]
-    assert [len(images) for images in split] == [200, 800, 1_000] and torch.equal(split[0][:50], validation[0])
-    assert torch.equal(torch.cat(split[:2])[50:], train[0])
-    both = torch.cat([train[0], validation[0]])
-    assert both.mean().abs() < 0.3 and 0.8 < both.std() < 1.2
-    assert torch.allclose(both.double().mean(), whole[0].double().mean())
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (None, None, r"t10k-labels-idx1-ubyte\.gz is missing"),
-        ("t10k-labels-idx1-ubyte", b"no gzip", "cannot be unpacked"),
-        (
-            "t10k-labels-idx1-ubyte",
-            gzip.compress(b"\0\0\x08\x01\0\0\0\1\7", mtime=0),
-            "9 bytes and number 2049, expected 10008",
-        ),
-    ],
-    ids=["missing", "no gzip", "cut off"],  # from the values, an id would differ between workers
-)
-def test_missing_and_damaged_files_of_mnist_are_named(
-    tmp_path: Path, name: str | None, content: bytes | None, message: str
-) -> None:
-    folder = tmp_path / "mnist"
-    folder.mkdir()
-    for images, labels, count in MNIST_FILES.values():
-        header = (2051).to_bytes(4, "big") + bytes(12)
-        (folder / f"{images}.gz").write_bytes(gzip.compress(header + bytes(count * 784), 1))
-        if images.startswith("train"):
-            (folder / f"{labels}.gz").write_bytes(gzip.compress((2049).to_bytes(4, "big") + bytes(4 + count), 1))
-    if name and content:
-        (folder / f"{name}.gz").write_bytes(content)
-    with pytest.raises(ExperimentError, match=message):
-        read_mnist(tmp_path)
-
-
-def test_missing_and_damaged_files_of_cifar_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ExperimentError, match="neither cifar100"):
-        read_cifar100(tmp_path)
-    (tmp_path / "cifar100").mkdir()
-    with pytest.raises(ExperimentError, match=r"train\.npz is missing"):
-        read_cifar100(tmp_path)
-    np.savez(tmp_path / "cifar100" / "train.npz", webp=np.zeros(3, np.uint8), end=np.array([3]), fine=np.zeros(1))
-    with pytest.raises(ExperimentError, match=r"train\.npz is damaged"):
-        read_cifar100(tmp_path)
-    (tmp_path / "cifar100").rename(tmp_path / "cifar-100-python")
-    with pytest.raises(ExperimentError, match="cifar-100-python"):
-        read_cifar100(tmp_path)
-
-
-# networks and training
-
-
-def test_networks_have_the_published_sizes_and_no_biases() -> None:
-    mlp, alexnet = PermutedMLP(), SplitAlexNet()
-    assert [tuple(p.shape) for p in mlp.parameters()] == [(100, 784), (100, 100), (10, 100)]
-    shapes = [tuple(p.shape) for p in alexnet.parameters() if p.ndim > 1]
-    assert shapes[:5] == [(64, 3, 4, 4), (128, 64, 3, 3), (256, 128, 2, 2), (2048, 1024), (2048, 2048)]
-    assert shapes[5:] == [(10, 2048)] * 10 and not list(alexnet.buffers())
-    images = torch.randn(4, 3, 32, 32)
-    assert not torch.equal(alexnet.eval()(images, 0), alexnet(images, 1))
-    assert not torch.allclose(alexnet(images, 0)[:2], alexnet(images[:2], 0))  # the statistics are the batch's own
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("p", [0.2, 0.5])
-def test_dropout_drops_each_value_by_itself_and_keeps_the_mean(p: float, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    module, shape = Dropout(p), (40, 8, 9, 7)
-    x = torch.ones(shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-    first, second = module(x), module(x)
-    assert first.is_contiguous(memory_format=torch.channels_last)
-    values = set(first.detach().float().unique().tolist())
-    assert values == {0.0, torch.tensor(1 / (1 - p), dtype=dtype).item()}
-    dropped = [(out == 0).float() for out in (first, second)]
-    sd = (p * (1 - p)) ** 0.5
-    for axis in range(4):  # no row, column, channel or image is dropped more often than chance allows
-        share = dropped[0].mean(dim=[i for i in range(4) if i != axis])
-        assert (share - p).abs().max() < 5 * sd / (first.numel() / shape[axis]) ** 0.5
-    assert abs(dropped[0].mean() - p) < 4 * sd / first.numel() ** 0.5
-    together = (dropped[0] * dropped[1]).mean()
-    neighbours = (dropped[0].flatten()[1:] * dropped[0].flatten()[:-1]).mean()
-    assert abs(together - p**2) < 0.01 and abs(neighbours - p**2) < 0.01
-    (gradient,) = torch.autograd.grad(first.sum(), x)
-    assert torch.equal(gradient, first.detach())
-    torch.manual_seed(0)
-    assert torch.equal(module(x), first)
-    assert torch.equal(module.eval()(x), x)
-
-
-def test_the_resnet_has_the_published_sizes_and_running_statistics() -> None:
-    model = SplitResNet18()
-    shapes = [tuple(p.shape) for p in model.parameters() if p.ndim == 4]
-    assert len(shapes) == 20 and shapes[0] == (64, 3, 3, 3) and shapes[-1] == (512, 512, 3, 3)
-    assert [s for s in shapes if s[2:] == (1, 1)] == [(128, 64, 1, 1), (256, 128, 1, 1), (512, 256, 1, 1)]
-    body = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("heads"))
-    assert body == 11_159_232 + 2 * 3_904  # convolutions, norms
-    assert model.norm.running_mean is not None
-    seen = []
-    hook = model.norm.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
-    assert model(torch.randn(2, 3, 32, 32), 4).shape == (2, 10) and seen == [(2, 512, 4, 4)]
-    hook.remove()
-
-
-def test_augmentation_is_a_crop_of_the_padded_image_sometimes_mirrored() -> None:
-    images = torch.rand(40, 2, 6, 6) + 1
-    torch.manual_seed(3)
-    made = augmented(images, padding=2)
-    kinds = set()
-    for image, result in zip(images, made):
-        padded = functional.pad(image, (2, 2, 2, 2))
-        windows = {(i, j): padded[:, i : i + 6, j : j + 6] for i in range(5) for j in range(5)}
-        found = [(False, *at) for at, window in windows.items() if torch.equal(window, result)]
-        found += [(True, *at) for at, window in windows.items() if torch.equal(window.flip(2), result)]
-        assert len(found) == 1
-        kinds |= set(found)
-    assert len(kinds) > 20 and {mirror for mirror, _, _ in kinds} == {False, True}
-    assert {down for _, down, _ in kinds} == {right for _, _, right in kinds} == set(range(5))
+from reference.tables.sessions import KeptNorms
+from reference.tables.training import Patience, train
 
 
 def test_rates_are_halved_after_shares_of_the_epochs(digits: Images) -> None:
@@ -247,33 +77,6 @@ def test_a_method_may_change_the_protocol_and_its_results_say_so(digits: Images,
         Run(small(digits, cosine=True), own, 1, digits, tmp_path).finish()
     with pytest.raises(ExperimentError, match="own: has settings for pmnist only"):
         own.on(PROTOCOLS["cifar100"])
-
-
-class SmallResNet(nn.Module):
-    """A convolution, a block and two heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 4, 3, padding=1, bias=False)
-        self.blocks = nn.Sequential(PreActivationBlock(4, 6, 2))
-        self.norm = nn.BatchNorm2d(6)
-        self.heads = nn.ModuleList(nn.Linear(6, 10) for _ in range(3))
-
-    def forward(self, images: Tensor, task: int = 0) -> Tensor:
-        return self.heads[task](self.norm(self.blocks(self.first(images))).relu().mean(dim=(2, 3)))  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def colours() -> Images:
-    labels = torch.arange(30).repeat(8)
-    pixels = torch.randint(0, 120, (240, 3, 32, 32), dtype=torch.uint8)
-    pixels[torch.arange(240), labels % 3, labels % 10] += 120
-    return {"train": (pixels, labels), "test": (pixels[:60], labels[:60])}
-
-
-def nscl_protocol(images: Images, **settings: object) -> Protocol:
-    changed = {"network": SmallResNet, "tasks": 3, "epochs": 2, "batch": 8, "samples": 40, **settings}
-    return replace(PROTOCOLS["cifar100-resnet"], read=lambda root: images, **changed)  # type: ignore[arg-type]
 
 
 def test_the_penalty_on_norms_is_ewcs_formula() -> None:
@@ -434,106 +237,6 @@ def test_validation_images_come_in_a_new_order_in_each_epoch(digits: Images, mon
     assert protocol.settings()["shuffled"] and "shuffled" not in replace(protocol, patience=None).settings()
 
 
-def gpm_as_released(matrices: list[np.ndarray], threshold: float, growth: float = 0.0) -> np.ndarray:
-    """GPM's memory of one layer after tasks whose samples are `[d, n]`, by singular values as in its formulas."""
-    memory = None
-    for task, samples in enumerate(matrices):
-        threshold += growth * (task > 0)
-        energy = np.square(np.linalg.svd(samples, compute_uv=False)).sum()
-        residual = samples if memory is None else samples - memory @ memory.T @ samples
-        left, values, _ = np.linalg.svd(residual, full_matrices=False)
-        shares = np.square(values) / energy
-        if memory is None:
-            memory = left[:, : int((np.cumsum(shares) < threshold).sum())]
-            continue
-        covered, count = 1 - np.square(values).sum() / energy, 0
-        while covered < threshold:
-            covered += shares[count]
-            count += 1
-        memory = np.hstack([memory, left[:, :count]])
-    assert memory is not None
-    return memory
-
-
-def test_gpm_protects_what_its_formulas_protect(data_root: Path) -> None:
-    protocol = PROTOCOLS["pmnist"]
-    tasks = PermutedMNIST(read_mnist(data_root), seed=2)
-    torch.manual_seed(0)
-    model = PermutedMLP()
-    optimizer = METHODS["gpm"].optimizer(model, protocol)
-    assert isinstance(optimizer, NullSpaceOptimizer)
-    inputs: list[list[np.ndarray]] = [[], [], []]
-    for task in range(3):
-        samples = tasks.part(task, "train")[0][:300]
-        with torch.no_grad():
-            first = model.lin1(samples).relu()
-            second = model.lin2(first).relu()
-        for layer, rows in zip(inputs, (samples, first, second)):
-            layer.append(rows.double().numpy().T)
-        optimizer.consolidate([samples], progress=False)
-    for layer, (name, threshold) in zip(inputs, protocol.thresholds.items()):
-        memory = gpm_as_released(layer, threshold)
-        basis = optimizer.bases[f"{name}.weight"].U.double().numpy()
-        assert basis.shape == memory.shape
-        assert np.abs(basis @ basis.T - memory @ memory.T).max() < 2e-3, name
-
-
-def test_gpm_protects_what_its_formulas_protect_in_convolutions(data_root: Path) -> None:
-    protocol = PROTOCOLS["cifar100"]
-    images = _read_webp(data_root / "cifar100" / "test.npz", 10_000)
-    tasks = SplitCIFAR100({"train": images, "test": images}, seed=2)
-    torch.manual_seed(0)
-    model = SplitAlexNet().eval()
-    model.layers.requires_grad_(False)
-    optimizer = METHODS["gpm"].optimizer(model, protocol)
-    assert isinstance(optimizer, NullSpaceOptimizer)
-    layers = [block[0] for block in model.convolutions]  # type: ignore[index]
-    inputs: list[list[np.ndarray]] = [[] for _ in layers]
-
-    def patches(layer: nn.Conv2d, rows: list[np.ndarray], seen: Tensor) -> None:
-        windows = np.lib.stride_tricks.sliding_window_view(seen.double().numpy(), layer.kernel_size, axis=(2, 3))
-        rows.append(windows.transpose(1, 4, 5, 0, 2, 3).reshape(layer.weight[0].numel(), -1))
-
-    for task in range(2):
-        samples = tasks.part(task, "train")[0][:10]
-        hooks = [
-            layer.register_forward_pre_hook(lambda module, args, rows=rows: patches(module, rows, args[0]))
-            for layer, rows in zip(layers, inputs)
-        ]
-        with torch.no_grad():
-            model(samples, task)
-        for hook in hooks:
-            hook.remove()
-        optimizer.consolidate([samples], forward=lambda x, task=task: model(x, task), progress=False)
-    for i, rows in enumerate(inputs):
-        memory = gpm_as_released(rows, protocol.thresholds[""], protocol.growth)
-        basis = optimizer.bases[f"convolutions.{i}.0.weight"].U.double().numpy()
-        assert basis.shape == memory.shape, i
-        assert np.abs(basis @ basis.T - memory @ memory.T).max() < 5e-3, i
-
-
-def test_gpm_under_sgd_projects_each_gradient_of_the_network(digits: Images) -> None:
-    protocol = small(digits)
-    tasks = PermutedMNIST(digits, seed=1)
-    model = PermutedMLP()
-    optimizer = METHODS["gpm"].optimizer(model, protocol)
-    assert isinstance(optimizer, NullSpaceOptimizer)
-    optimizer.consolidate([tasks.part(0, "train")[0]], progress=False)
-    images, labels = tasks.part(1, "train")
-    functional.cross_entropy(model(images), labels).backward()
-    expected = {
-        name: parameter.detach().double()
-        - protocol.rate * parameter.grad.double() @ (torch.eye(parameter.shape[1]) - u @ u.T).double()
-        for (name, parameter), u in zip(
-            model.named_parameters(), (basis.U.double() for basis in optimizer.bases.values())
-        )
-        if parameter.grad is not None
-    }
-    optimizer.step()
-    for name, parameter in model.named_parameters():
-        assert torch.allclose(parameter.double(), expected[name], atol=1e-6), name
-
-
 # runs
 
 
@@ -579,162 +282,6 @@ def test_a_run_with_a_head_for_each_task_goes_on_to_the_same_numbers(
 ) -> None:
     protocol = nscl_protocol(colours, thresholds={"": 0.9}, augment=False, milestones=())
     killed_and_taken_up(protocol, method, colours, tmp_path, monkeypatch, stops=(2,))
-
-
-def released_memory(
-    rows: list[npt.NDArray[np.float64]], thresholds: list[float]
-) -> tuple[npt.NDArray[np.float64], list[npt.NDArray[np.float64]]]:
-    """What TRGP's code keeps of one layer's inputs `[n, d]` of each task, and the subspaces of the tasks."""
-    memory, spans = np.zeros((rows[0].shape[1], 0)), []
-    for x, threshold in zip(rows, thresholds):
-        total, old = (x**2).sum(), memory.shape[1]
-        left, values, _ = np.linalg.svd((x - x @ memory @ memory.T).T, full_matrices=False)
-        both, energies = np.hstack([memory, left]), np.hstack([((x @ memory) ** 2).sum(0), values**2])
-        order, held = np.argsort(energies)[::-1], 0.0
-        chosen = []
-        for index in order:
-            if held >= threshold * total:
-                break
-            held += energies[index]
-            chosen.append(index)
-        new = [index for index in chosen if index > old]
-        if not old:
-            new = chosen = list(range((np.cumsum(values**2) < threshold * total).sum()))
-        spans.append(both[:, chosen])
-        memory = np.hstack([memory, both[:, new]])
-    return memory, spans
-
-
-@pytest.mark.parametrize("growth", [0.0, -0.4])  # -0.4: the last task has stored directions alone in deeper layers
-def test_trgp_as_released_keeps_what_its_code_keeps(
-    digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, growth: float
-) -> None:
-    monkeypatch.setattr(ByLayer, "precise", True)  # moments in float64: close singular values are told apart
-    run = Run(small(digits, growth=growth), METHODS["trgp-released"], 1, digits, tmp_path)
-    assert isinstance(run.session, ReleasedTrustRegions) and isinstance(run.optimizer, NullSpaceOptimizer)
-    names, inputs, scaled = ("lin1.weight", "lin2.weight", "fc1.weight"), [], []
-
-    def recorded(self: Run, task: int, images: Tensor) -> None:
-        plain = [w for name, w in self.model.named_parameters() if name.endswith(("weight", "original"))]
-        layers = [images.flatten(1)]
-        for weight in plain[:2]:
-            layers.append((layers[-1] @ weight.detach().T).relu())
-        inputs.append([layer.double().numpy() for layer in layers])
-        with self.session.scoring(task):
-            scaled.append(float((self.model(images, task).detach() - layers[-1] @ plain[2].detach().T).norm()))
-        protect(self, task, images)
-
-    protect = Run._protect
-    monkeypatch.setattr(Run, "_protect", recorded)
-    run.finish()
-    assert scaled[0] < 1e-5 and min(scaled[1:]) > 1e-3
-    assert run.optimizer.verify().ok
-    ranks = run.state["ranks"]
-    assert (ranks[1]["lin2.weight"] == ranks[2]["lin2.weight"]) == (growth < 0)
-    for layer, name in enumerate(names):
-        first = run.protocol.thresholds[name.removesuffix(".weight")]
-        memory, spans = released_memory([task[layer] for task in inputs], [first + growth * t for t in range(3)])
-        basis = run.optimizer.bases[name].subspaces["right"].basis[0].double().numpy()
-        assert basis.shape == memory.shape
-        assert np.allclose(basis @ basis.T, memory @ memory.T, atol=1e-5)
-        found = [span[0].double().numpy() for span in run.session.spans[name].values()]
-        assert [span.shape for span in found] == [span.shape for span in spans]
-        for span, expected in zip(found, spans):
-            assert np.allclose(span @ span.T, expected @ expected.T, atol=1e-5)
-
-
-def test_trgp_as_released_finds_related_tasks_by_the_gradient_of_the_sample(digits: Images, tmp_path: Path) -> None:
-    run = Run(small(digits), METHODS["trgp-released"], 1, digits, tmp_path)
-    run.finish()
-    assert isinstance(run.session, ReleasedTrustRegions)
-    data = run.tasks.part(2, "train")
-    run.session.gradients(2, data)
-    gradients = {name: weight.grad.clone() for name, weight in run.session.weights().items() if weight.grad is not None}
-    for number, candidates in ((2, ["task 2"]), (3, ["task 1", "task 2", "task 3"])):
-        found = run.session.directions(number, (data[0][:1], data[1][:1]), data)
-        for name, spans in run.session.spans.items():
-            projected = {task: gradients[name] @ spans[task][0] @ spans[task][0].T for task in candidates}
-            share = {task: float(part.norm() / gradients[name].norm()) for task, part in projected.items()}
-            best = sorted((task for task in share if share[task] > 0.2), key=lambda task: share[task])[-2:]
-            assert set(found.get(name, {})) == set(best)
-            assert all(torch.equal(found[name][task], spans[task]) for task in best)
-    assert found
-
-
-@pytest.mark.filterwarnings("ignore::nullspace_optim.NullSpaceWarning")
-def test_trgp_as_released_on_split_cifar100_trains_norms_and_relates_the_third_task_to_both(
-    colours: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    protocol = nscl_protocol(colours, thresholds={"": 0.9}, augment=False, milestones=())
-    norms: list[Tensor] = []
-
-    def recorded(self: Run, task: int, images: Tensor) -> None:
-        norms.append(torch.cat([p.detach().clone() for name, p in self.model.named_parameters() if "norm" in name]))
-        protect(self, task, images)
-
-    protect = Run._protect
-    monkeypatch.setattr(Run, "_protect", recorded)
-    Run(protocol, METHODS["trgp"], 1, colours, tmp_path).finish()
-    assert torch.equal(norms[0], norms[1]) and torch.equal(norms[1], norms[2])
-    run = Run(protocol, METHODS["trgp-released"], 1, colours, tmp_path)
-    run.finish()
-    assert not torch.equal(norms[3], norms[4]) and not torch.equal(norms[4], norms[5])
-    assert isinstance(run.session, ReleasedTrustRegions) and run.session.threshold == 0.5
-    run.session.threshold = 0.0
-    for spans in run.session.spans.values():
-        spans.pop("task 3", None)
-    data = run.tasks.part(2, "train")
-    found = run.session.directions(2, data, data)
-    assert sum(set(origins) == {"task 1", "task 2"} for origins in found.values()) > 2
-
-
-def test_trgp_as_released_finds_related_tasks_without_dropout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pixels, labels = torch.randint(0, 255, (60, 3, 32, 32), dtype=torch.uint8), torch.arange(10).repeat(6)
-    images = {"train": (pixels, labels), "test": (pixels, labels)}
-    protocol = replace(PROTOCOLS["cifar100"], read=lambda root: images, tasks=1, epochs=1, samples=6, patience=None)
-    seen: list[Tensor] = []
-    gradients = TrustRegions.gradients
-
-    def recorded(self: TrustRegions, task: int, data: tuple[Tensor, Tensor]) -> None:
-        gradients(self, task, data)
-        seen.append(self.model.get_parameter("layers.0.0.weight").grad.clone())  # type: ignore[union-attr]
-
-    monkeypatch.setattr(TrustRegions, "gradients", recorded)
-    for method in ("trgp", "trgp-released"):
-        run = Run(protocol, METHODS[method], 1, images, tmp_path)
-        run.finish()
-        assert isinstance(run.session, TrustRegions)
-        data = run.tasks.part(0, "train")
-        for _ in range(2):
-            run.model.train()
-            run.session.directions(0, data, data)
-    assert len(seen) == 4 and not torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
-
-
-def test_trgp_as_released_trains_weights_through_their_scaling(digits: Images, tmp_path: Path) -> None:
-    run = Run(small(digits, tasks=1), METHODS["trgp-released"], 1, digits, tmp_path)
-    run.finish()
-    assert isinstance(run.session, ReleasedTrustRegions)
-    data = run.tasks.part(0, "train")
-    run.session.begin(1, data, data)
-    mixing = run.optimizer.param_groups[1]["params"]
-    spans = [span for spans in run.session.related.values() for span in spans.values()]
-    assert len(mixing) == len(spans) == 3
-    with torch.no_grad():
-        for mix in mixing:
-            mix += torch.randn_like(mix) / 10
-    run.session.gradients(1, data)
-    weights = [w.detach().clone().requires_grad_() for w in run.session.weights().values() if w.ndim == 2]
-    rows = data[0].flatten(1)
-    for number, (weight, span, mix) in enumerate(zip(weights, spans, mixing)):
-        s, q = span[0], mix[0].detach()
-        rows = (rows if number == 0 else rows.relu()) @ (weight + weight @ s @ (q - torch.eye(len(q))) @ s.T).T
-    functional.cross_entropy(rows, data[1]).backward()
-    for found, weight in zip((w for w in run.session.weights().values() if w.ndim == 2), weights):
-        assert found.grad is not None and weight.grad is not None
-        assert torch.allclose(found.grad, weight.grad, atol=1e-6)
-    run.session.end()
-    assert not run.session.hooks
 
 
 def test_a_run_of_other_settings_is_not_taken_up(digits: Images, tmp_path: Path) -> None:
