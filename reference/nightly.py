@@ -28,7 +28,12 @@ PYTEST = ("-m", "pytest", "-q", "--timeout", "7200", "-p", "no:cacheprovider")
 RUNS = {
     "short tests": (),
     "nightly tests": ("-m", "nightly"),
-    "properties": ("--hypothesis-profile", "nightly", "tests/faults/test_invariants.py", "tests/test_projection.py"),
+    "properties": (
+        "--hypothesis-profile",
+        "nightly",
+        "tests/faults/test_invariants.py",
+        "tests/subspace/test_projection.py",
+    ),
 }
 
 

@@ -88,7 +88,7 @@ def test_figures_leave_no_global_state() -> None:
         "from stores import full_store; nullspace_optim.plots.overview(full_store())\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    paths = [str(Path(__file__).parent / "support"), str(Path(__file__).parents[1])]
     subprocess.run([sys.executable, "-c", code, *paths], check=True, timeout=300)
 
 

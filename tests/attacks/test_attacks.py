@@ -228,7 +228,7 @@ while True:
 def test_killed_while_saving_a_complete_file_remains(tmp_path: Path) -> None:
     path = tmp_path / "bases"
     for delay in (0.0, 0.011, 0.033):
-        command = [sys.executable, "-c", SAVING, str(path), str(TESTS), str(TESTS.parent)]
+        command = [sys.executable, "-c", SAVING, str(path), str(TESTS / "support"), str(TESTS.parent)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None and process.stdout.readline() == b"ready\n"
             time.sleep(delay)

@@ -209,7 +209,7 @@ def fails_and_changes_nothing(data: Dataset, kind: type[Exception], message: str
 def test_a_worker_process_that_dies_changes_nothing() -> None:
     """In a process of its own: torch raises again in every later signal of a child while the loader lives."""
     script = "from test_data_and_model import *; fails_and_changes_nothing(Broken(True), RuntimeError, 'worker')"
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
 

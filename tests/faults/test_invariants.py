@@ -1,7 +1,8 @@
 """What holds for every model, task, optimizer and moment: properties over random cases (see the profiles in conftest).
 
 Others stand where their subject is tested: projections are idempotent, commute with row permutations and leave the
-complement alone (`test_projection.py`); stores survive the round trip through a file (`test_persistence.py`).
+complement alone (`subspace/test_projection.py`); stores survive the round trip through a file
+(`files/test_basis_file.py`).
 """
 
 from __future__ import annotations

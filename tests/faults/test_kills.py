@@ -33,7 +33,7 @@ class Victims:
     """A process that forks children to be killed (see `victim.py`)."""
 
     def __init__(self, *options: str) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("victim.py")), *options]
+        command = [sys.executable, str(Path(__file__).parents[1] / "support" / "victim.py"), *options]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.server = subprocess.Popen(
             command,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from synthetic import QUICK, Layer, make
 from torch import nn
 from torch.optim import AdamW
 
 from nullspace_optim import IGSP, NullSpaceOptimizer, OptionError
-
-from .synthetic import QUICK, Layer, make
 
 
 def wrap(model: nn.Module, mode: object = None) -> NullSpaceOptimizer:

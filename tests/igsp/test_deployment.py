@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from synthetic import Layer, SyntheticTask, make, train
 from torch import nn
 from torch.optim import AdamW
 
 from nullspace_optim import IGSP, ConsolidationError, Merged, NullSpaceOptimizer, OptionError
-
-from .synthetic import Layer, SyntheticTask, make, train
 
 
 def deployed(opt: NullSpaceOptimizer, model: Layer, merged: Merged) -> Layer:

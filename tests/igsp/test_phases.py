@@ -6,12 +6,11 @@ import logging
 
 import pytest
 import torch
+from synthetic import QUICK, Layer, SyntheticTask, make, train
 from torch import nn
 from torch.optim import AdamW
 
 from nullspace_optim import IGSP, ConsolidationError, ExpertReport, NullSpaceOptimizer, OptionError, PruningError
-
-from .synthetic import QUICK, Layer, SyntheticTask, make, train
 
 
 @pytest.fixture(scope="module")

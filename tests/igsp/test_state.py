@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from synthetic import QUICK, Layer, SyntheticTask, make, train
 from torch import nn
 from torch.optim import AdamW
 
 from nullspace_optim import IGSP, BasisFileError, NullSpaceOptimizer
-
-from .synthetic import QUICK, Layer, SyntheticTask, make, train
 
 MOMENTS = [("phase 1", 7), ("mid-window", 33), ("phase 2", 330)]
 

@@ -18,7 +18,7 @@ import nullspace_optim
 from nullspace_optim import NullSpaceWarning
 from nullspace_optim.cli import _parser
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 # pages of one program each; others have tests of their own
 EXECUTED = ["index", "exactness", "files", "migration", "policies"]

@@ -151,7 +151,7 @@ def test_begin_lora_names_what_does_not_fit() -> None:
 def test_thresholds_of_the_lora_policies() -> None:
     import dataclasses
 
-    from test_policies import spectrum
+    from spectra import spectrum
 
     flat = spectrum([1.0] * 100)
     late = dataclasses.replace(flat, tasks=5)
@@ -237,7 +237,7 @@ def test_both_sides_of_a_prompt_are_the_papers_matrices() -> None:
 
 def test_the_elbow_is_the_second_difference_of_the_smoothed_spectrum() -> None:
     from scipy.ndimage import gaussian_filter1d
-    from test_policies import spectrum
+    from spectra import spectrum
 
     singular = torch.cat([torch.linspace(10, 5, 40), torch.linspace(1, 0.1, 160)]).double()
     smooth = gaussian_filter1d(singular.numpy(), 10, mode="reflect")[3:-3]

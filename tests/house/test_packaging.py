@@ -12,7 +12,7 @@ import pytest
 
 from reference import nightly
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DECLARED = {"torch", "open-clip-torch", "scipy", "numpy", "safetensors", "tqdm"}
 
 

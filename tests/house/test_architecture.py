@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "nullspace_optim"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 REFERENCE = sorted((ROOT / "reference").rglob("*.py"))

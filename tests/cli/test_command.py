@@ -14,7 +14,7 @@ from nullspace_optim.cli import main
 from nullspace_optim.files.basis_file import save
 from nullspace_optim.subspace.basis import BasisStore
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_plan import BATCH, Measured, agrees, counted
+from counts import counted
+from measured import BATCH, Measured, agrees
 from torch import Tensor, nn
 from torch.optim import AdamW
 

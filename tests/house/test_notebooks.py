@@ -17,7 +17,7 @@ pytest.importorskip("ipykernel", reason="notebooks need ipykernel: pip install '
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager  # noqa: E402
 from jupyter_client.manager import AsyncKernelManager  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LARGEST = 400_000  # bytes
 FOREIGN = ("/home/", "/tmp/", "/wo" + "rk/", "/Users/", "site-packages")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import reference_impl as slow
 import torch
-from test_policies import consolidate, moment_of, task_rows
+from spectra import consolidate, moment_of, task_rows
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
