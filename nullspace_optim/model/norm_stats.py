@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .names import canonical_name
+from .names import named_buffers
 
 
 class ModelHook:
@@ -59,8 +59,9 @@ def freeze_statistics(model: nn.Module, buffers: Collection[str]) -> list[Any]:
     Running statistics are those of norm layers and the singular vectors of `spectral_norm`, old and new.
     """
     handles: list[Any] = []
-    for prefix, module in model.named_modules():
-        if not any(canonical_name(f"{prefix}.{name}").lstrip(".") in buffers for name in _statistics(module)):
+    named = {id(buffer) for name, buffer in named_buffers(model).items() if name in buffers}
+    for module in model.modules():
+        if not any(id(module._buffers[name]) in named for name in _statistics(module)):
             continue
         hooks = FrozenStatistics()
         handles.append(module.register_forward_pre_hook(hooks.before, prepend=True))

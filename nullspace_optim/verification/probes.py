@@ -67,7 +67,7 @@ def sketch(output: Tensor) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(columns)
     signs = torch.randint(0, 2, (columns,), generator=generator).to(device=flat.device, dtype=flat.dtype) * 2 - 1
     with exact_products(flat.device):
-        return (flat.reshape(WIDTH, columns) @ signs).float(), flat.norm().float()
+        return (flat.reshape(WIDTH, columns) @ signs).float(), flat.double().norm().float()
 
 
 def flat_outputs(outputs: Any) -> Tensor:
