@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..covariance.accumulator import StatisticsAccumulator
-from ..model.storage import storage_pointer
+from ..model.storage import is_plain, storage_pointer
 from .aliases import CONSTANT, DATA, DERIVED, AliasTracker, Geometry, Kind, Origin
 from .operators import COPIES, VIEWS_OF_COPIES, WITHOUT_READING, Operator, tensors_among
 from .relevance import Relevance
@@ -57,6 +57,8 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
+        if any(hasattr(kind, "__tensor_flatten__") and kind.__name__ != "DTensor" for kind in types):
+            return NotImplemented  # a subclass made of plain tensors (jagged) runs on them, where they are seen
         operator = self._operators.get(func)
         if operator is None:
             operator = self._operators[func] = Operator.of(func)
@@ -64,7 +66,7 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if self.probing and self.relevance is not None:
             return self.relevance.backward(operator.name, func, args, kwargs)
-        if operator.composite:
+        if operator.composite and all(map(is_plain, tensors_among([*args, *kwargs.values()]))):
             with self:
                 output = func.decompose(*args, **kwargs)
             if output is not NotImplemented:
@@ -81,7 +83,9 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **kwargs)
         if self.relevance is not None and self.relevance.note is None:
             activations = [t for t, o in zip(operands, origins, strict=True) if o.kind is Kind.DATA]
-            if activations:
+            if any(t.requires_grad and not is_plain(t) for t in activations):
+                self.relevance.refuse(f"aten.{operator.name} reads activations that are sparse or nested")
+            elif activations:
                 self.relevance.watch(operator.name, args, activations, output)
         if known:
             self._sort(operator, operator.bind(args, kwargs), operands, origins, output)
