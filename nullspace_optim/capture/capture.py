@@ -28,6 +28,7 @@ from ..errors import OptionError
 from ..model.batches import detach, tensors_in
 from ..model.storage import tensor_key
 from .aliases import AliasTracker
+from .bypass import UNSEEN, BypassMode, graph_leaves
 from .dispatch import CaptureMode
 from .relevance import Relevance
 from .uses import OperatorHandlers
@@ -72,9 +73,10 @@ class Capture:
         distinct = {name: parameters[name] for name in dict.fromkeys(self._names.values())}
         self._memory = AliasTracker(distinct, buffers or {}, untrained or {}, present)
         self._in_step = in_step
-        self._tally = StatisticsAccumulator(
+        self._empty_tally = lambda: StatisticsAccumulator(
             dtype=dtype, batch_frobenius=batch_frobenius, statistics=statistics, sketch=sketch
         )
+        self._tally = self._empty_tally()
         self._relevance = Relevance() if rows == "relevant" else None
         self._joint = bias == "joint"
         self._batches = 0
@@ -133,7 +135,9 @@ class Capture:
             outputs = self._forward(run, active, counted)
             with torch.inference_mode(False), torch.no_grad():
                 self._tally.end_batch(self._batches)
-        except _InferenceTensorError:
+        except _RunAgain:
+            if not self._batches:  # what an unfinished first run has left
+                self._tally = self._empty_tally()
             return self.batch(run, counted=counted)
         finally:
             self._tally.drop_queue()
@@ -154,14 +158,9 @@ class Capture:
         uses = OperatorHandlers(self._memory, tally, relevance, joint=self._joint, observe=self.observe)
         watch = CaptureMode(self._memory, tally, relevance, uses)
         with _environment(gradients=relevance is not None), watch:
-            try:
-                outputs = run()
-                self._note_returned(outputs)
-            except RuntimeError as error:
-                if relevance is not None and "nference tensor" in str(error):
-                    relevance.refuse("the batch consists of inference tensors, which autograd cannot save")
-                    raise _InferenceTensorError from error
-                raise
+            outputs = self._run(run, watch)
+            self._note_returned(outputs)
+            self._note_reached(outputs, tally)
             probed = self._agree_on_probe(bool(uses.wanted()))
             gradients: list[Tensor | None] | None = None
             wanted = uses.wanted() if probed else []
@@ -172,6 +171,25 @@ class Capture:
             uses.settle(gradients)
             tally.flush()
         return detach(outputs)
+
+    def _run(self, run: Callable[[], Any], watch: CaptureMode) -> Any:
+        """Run the forward pass, again without gradients where it does not run with them, or as `torch.compile` was
+        loaded in the middle of it.
+        """
+        loaded, relevance = "torch._dynamo" in sys.modules, watch.relevance
+        try:
+            with BypassMode(watch):
+                outputs = run()
+        except Exception as error:
+            if not loaded and "torch._dynamo" in sys.modules:
+                raise _RunAgain from error
+            if relevance is not None and isinstance(error, RuntimeError) and any(w in str(error) for w in _NO_GRADIENT):
+                relevance.refuse(f"the model does not run with gradients ({str(error).splitlines()[0]})")
+                raise _RunAgain from error
+            raise
+        if not loaded and "torch._dynamo" in sys.modules:
+            raise _RunAgain
+        return outputs
 
     def _agree_on_probe(self, wanted: bool) -> bool:
         """Where ranks run in step, all of them or none run the probe: its backward pass communicates."""
@@ -187,9 +205,24 @@ class Capture:
             if self._memory.knows(tensor):
                 self._tally.refuse(self._memory.origin(tensor).names, "returned by the model")
 
+    def _note_reached(self, outputs: Any, tally: StatisticsAccumulator) -> None:
+        """A parameter in the graph of the outputs that no operator was seen to read was read by somebody else."""
+        names = {id(self._memory.present(name)): name for name in self._memory.parameters}
+        for variable, user in graph_leaves(outputs):
+            name = names.get(id(variable))
+            if name is not None and name not in tally.order:
+                tally.refuse([name], f"{UNSEEN} ({user})")
 
-class _InferenceTensorError(Exception):
-    """A batch has to be run again without autograd."""
+    def refuse(self, name: str, reason: str) -> None:
+        """Note why the parameter `name` cannot be protected."""
+        self._tally.refuse([self._names[name]], reason)
+
+
+class _RunAgain(Exception):  # noqa: N818
+    """A batch has to be run again, without autograd or eagerly."""
+
+
+_NO_GRADIENT = ("nference tensor", "grad", "backward", "derivative", "differentia")
 
 
 def _unique(parameters: Mapping[str, Tensor]) -> dict[str, str]:

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..covariance.accumulator import StatisticsAccumulator
-from ..model.storage import storage_pointer
+from ..model.storage import is_plain, storage_pointer
 from .aliases import CONSTANT, DATA, DERIVED, AliasTracker, Geometry, Kind, Origin
 from .operators import COPIES, VIEWS_OF_COPIES, WITHOUT_READING, Operator, tensors_among
 from .relevance import Relevance
@@ -41,6 +43,13 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._paused = False
         self._operators: dict[Any, Operator] = {}
 
+    supports_higher_order_operators = True
+
+    @property
+    def recording(self) -> bool:
+        """Whether what runs now belongs to the forward pass."""
+        return not (self._paused or self.probing)
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Record nothing of what runs inside."""
@@ -57,6 +66,10 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
+        if any(hasattr(kind, "__tensor_flatten__") and kind.__name__ != "DTensor" for kind in types):
+            return NotImplemented  # a subclass made of plain tensors (jagged) runs on them, where they are seen
+        if isinstance(func, HigherOrderOperator):
+            return self._run_unopened(func, args, kwargs)
         operator = self._operators.get(func)
         if operator is None:
             operator = self._operators[func] = Operator.of(func)
@@ -64,12 +77,22 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if self.probing and self.relevance is not None:
             return self.relevance.backward(operator.name, func, args, kwargs)
-        if operator.composite:
+        if operator.composite and all(map(is_plain, tensors_among([*args, *kwargs.values()]))):
             with self:
                 output = func.decompose(*args, **kwargs)
             if output is not NotImplemented:
                 return output
         return self._run(operator, func, args, kwargs)
+
+    def _run_unopened(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run a higher-order operator whose body is not seen: what it reads cannot be protected."""
+        operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        origins = [self.memory.origin(t) for t in operands if self.memory.knows(t)]
+        for origin in origins:
+            self.tally.refuse(origin.names, f"read by the higher-order operator {func.name()}")
+        if self.relevance is not None and not self.probing:
+            self.relevance.refuse(f"the higher-order operator {func.name()} reads activations")
+        return func(*args, **kwargs)
 
     def _run(self, operator: Operator, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run one forward operator; look closer if it reads anything that is known."""
@@ -81,7 +104,9 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output = func(*args, **kwargs)
         if self.relevance is not None and self.relevance.note is None:
             activations = [t for t, o in zip(operands, origins, strict=True) if o.kind is Kind.DATA]
-            if activations:
+            if any(t.requires_grad and not is_plain(t) for t in activations):
+                self.relevance.refuse(f"aten.{operator.name} reads activations that are sparse or nested")
+            elif activations:
                 self.relevance.watch(operator.name, args, activations, output)
         if known:
             self._sort(operator, operator.bind(args, kwargs), operands, origins, output)

@@ -81,6 +81,7 @@ PRODUCTS: dict[str, tuple[ContractionRule, ...]] = {
     "mm": _matrices(0, None),
     "addmm": _matrices(1, 0),
     "bmm": _batches(0, None),
+    "_sparse_addmm": _matrices(1, 0),
     "baddbmm": _batches(1, 0),
     "mv": _vectors(0),
     "addmv": _vectors(1),

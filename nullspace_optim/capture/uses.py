@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..covariance.accumulator import StatisticsAccumulator
 from ..covariance.rows import Kernel, Patches, Rows, convolution_kept
-from ..model.storage import storage_pointer
+from ..model.storage import as_plain, is_plain, storage_pointer
 from .aliases import AliasTracker, Kind, Origin
 from .operators import CONVOLUTIONS, EMBEDDINGS, PRODUCTS, ContractionRule, Operator, locate_block
 from .relevance import Relevance
@@ -136,7 +136,8 @@ class OperatorHandlers:
                 use = _counting_constants(met, other) or use
         position = PRODUCTS[operator.name][0].bias
         if position is not None and isinstance(bound[position], Tensor):
-            handled |= self._read_bias(operator, use, bound[position], by_id)
+            scaled = any(value != 1 for value in bound[3:5])  # beta and alpha: the bias's input is not the constant 1
+            handled |= self._read_bias(operator, None if scaled else use, bound[position], by_id)
         return handled
 
     def _meet(
@@ -154,7 +155,7 @@ class OperatorHandlers:
             return None
         _, m, d = where.layout.matrix_shape(shape)
         one = self._joint and where.side == "right" and where.layout.kind == "matrix"
-        taken = Rows(meeting.view(rows), where, (d if where.side == "right" else m) + one, one)
+        taken = Rows(meeting.view(as_plain(rows)), where, (d if where.side == "right" else m) + one, one)
         return self._record(operator, name, taken, output, lambda g: meeting.kept(g).ne(0).any(-1))
 
     def _record(
@@ -166,7 +167,7 @@ class OperatorHandlers:
             self._observe(name, output)
         if not known:
             return None
-        use = _Use(name, rows, output, kept, operator.label.split(".")[1])
+        use = _Use(name, rows, output, kept, operator.label.split(".")[1], all_rows=not is_plain(output))
         self._check_weight(name, rows)
         if self._relevance is not None or self._joint:
             self._uses.append(use)
@@ -245,8 +246,8 @@ class OperatorHandlers:
         self._tally.meet_rows(name)
         if self._observe is not None:
             self._observe(name, output)
-        simple = operator.name == "embedding" and index.device == output.device
-        use = _LookUp(name, index.detach().clone() + geometry.offset // row, shape[0], output, all_rows=not simple)
+        simple = operator.name == "embedding" and index.device == output.device and is_plain(index)
+        use = _LookUp(name, as_plain(index).detach().clone() + geometry.offset // row, shape[0], output, all_rows=not simple)
         if self._relevance is not None:
             self._uses.append(use)
         else:

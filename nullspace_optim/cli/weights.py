@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import BasisFileError
-from ..model.names import canonical_name
+from ..model.names import canonical_names
 
 SINGLE = ("open_clip_model.safetensors", "model.safetensors", "adapter_model.safetensors")
 INDEX = "model.safetensors.index.json"
@@ -31,8 +31,8 @@ class Weights(Mapping[str, Tensor]):
         self.path = path
         self._places: dict[str, tuple[Path, str]] = {}
         for file in _files(path):
-            for key in _keys(file):
-                name = rename(canonical_name(key))
+            for key, short in canonical_names(_keys(file)).items():
+                name = rename(short)
                 if name in self._places:
                     raise BasisFileError(f"{_shown(path)}: two tensors are called {name!a}; check --rename")
                 self._places[name] = file, key

@@ -24,6 +24,7 @@ from ..model.batches import first_samples
 from ..model.loader import LoaderPass, bound_batches, current_parameters, make_runner, name_batch_in_errors
 from ..model.names import named_buffers, named_parameters
 from ..model.restore import restored_model
+from ..model.storage import is_plain
 from ..protection.guard import Guard, Precision
 from ..report import ConsolidationReport
 from ..subspace.basis import BasisStore, Fate
@@ -128,6 +129,11 @@ def _refuse_unready(parameters: Mapping[str, Tensor]) -> None:
             raise ConsolidationError(
                 f"'{name}' is on the meta device and has no values yet: materialise the model and build the optimizer "
                 "from its parameters before consolidating"
+            )
+        if not is_plain(parameter):
+            raise ConsolidationError(
+                f"'{name}' is a {str(parameter.layout).removeprefix('torch.')} tensor, of which kept directions cannot "
+                "be corrected: make it a dense parameter (to_dense()), or give it requires_grad=False"
             )
         if any(size > 1 and step == 0 for size, step in zip(parameter.shape, parameter.stride())):
             raise ConsolidationError(

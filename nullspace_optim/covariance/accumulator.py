@@ -258,7 +258,8 @@ class StatisticsAccumulator:
 
     def _sum(self, waiting: _Waiting, sums: Sequence[Moment]) -> None:
         """Stream the blocks of rows into `sums`."""
-        for block, count in waiting.rows.blocks(waiting.mask, sums[0].dtype):
+        dtype = torch.promote_types(sums[0].dtype, waiting.rows.source.dtype)
+        for block, count in waiting.rows.blocks(waiting.mask, dtype):
             for moment in sums:
                 moment.update(block, waiting.rows.place.groups, count)
 

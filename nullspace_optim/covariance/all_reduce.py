@@ -6,6 +6,7 @@ shared a second moment on every rank go on sharing one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -53,6 +54,7 @@ def reduce_statistics(tally: StatisticsAccumulator, device: torch.device) -> Non
         moment = _empty(_shape(told, numbers), device) if index is None else local[index]
         if index is not None and sum(other[group.rank()] == index for other in classes) > 1:
             moment = moment.clone()
+        moment.widen(_shape(told, numbers)[3])
         moment.rows = torch.stack([told[r].rows[i] for r, i in enumerate(numbers) if i is not None]).sum(0)
         moment.owner = owner
         sums.setdefault(owner, []).append(moment)
@@ -138,12 +140,13 @@ def _classes(told: Sequence[Summary]) -> dict[tuple[int | None, ...], list[Key]]
 
 def _alike(told: Sequence[Summary], numbers: Sequence[int | None]) -> bool:
     """Return whether all ranks saw the same shape; where not, the layouts differ and the weight is refused anyway."""
-    return len({told[r].shapes[i] for r, i in enumerate(numbers) if i is not None}) == 1
+    return len({told[r].shapes[i][:3] for r, i in enumerate(numbers) if i is not None}) == 1
 
 
 def _shape(told: Sequence[Summary], numbers: Sequence[int | None]) -> Shape:
-    """Return the shape of a second moment from the first rank that has it."""
-    return next(told[r].shapes[i] for r, i in enumerate(numbers) if i is not None)
+    """Return the shape of a second moment from the first rank that has it, with the widest type of all ranks."""
+    shapes = [told[r].shapes[i] for r, i in enumerate(numbers) if i is not None]
+    return *shapes[0][:3], functools.reduce(torch.promote_types, (shape[3] for shape in shapes))
 
 
 def _shape_of(moment: Moment) -> Shape:

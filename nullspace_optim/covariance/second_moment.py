@@ -20,6 +20,22 @@ from torch import Tensor
 _SMALL_GROUP = 64
 _BLOCK = 256
 _COLUMNS, _NARROWEST = 8, 128
+_SMALL, _LARGE = 1e-12, 1e15  # float32 can sum the squares of rows between them
+_DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+def wide_dtype(rows: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which the squares of `rows` neither overflow nor vanish: `dtype`, or its double."""
+    if rows.is_meta or not rows.numel() or dtype not in _DOUBLE:
+        return dtype
+    largest = float(torch.linalg.vector_norm(rows, torch.inf)) if rows.is_complex() else _largest(rows)
+    return _DOUBLE[dtype] if largest > _LARGE or 0 < largest < _SMALL else dtype
+
+
+def _largest(rows: Tensor) -> float:
+    """Return the largest absolute value; NaN where there is one."""
+    low, high = rows.aminmax()
+    return max(-float(low), float(high))
 
 
 @contextmanager
@@ -83,7 +99,7 @@ class SecondMoment:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Accumulation type: float32 or float64."""
+        """Accumulation type: float32 or float64 (complex alike); rows that float32 cannot square make it double."""
         return self._sum.dtype
 
     @property
@@ -124,8 +140,10 @@ class SecondMoment:
             return
         if self.batch_frobenius and self._batch is None:
             self._batch = torch.zeros_like(self._sum)
+        rows = rows.detach().to(self.device)
+        self.widen(wide_dtype(rows, self.dtype))
         target = self._sum if self._batch is None else self._batch
-        rows = rows.detach().to(self.device, self.dtype)
+        rows = rows.to(self.dtype)
         self._half = True  # only the lower triangle is kept up to date, or exactly symmetric to the upper one
         with _full_precision(self.device):
             if self._one_by_one(len(index)):
@@ -134,6 +152,11 @@ class SecondMoment:
                 return
             gram = rows.mT @ rows.conj()
             target.index_add_(0, torch.tensor(index, device=self.device), gram)
+
+    def widen(self, dtype: torch.dtype) -> None:
+        """Go on in `dtype`, which holds all that the present type holds."""
+        self._sum = self._sum.to(dtype)
+        self._batch = None if self._batch is None else self._batch.to(dtype)
 
     def end_batch(self) -> None:
         """Close the batch: with `batch_frobenius`, normalise its Gram matrix and add it; otherwise do nothing."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import OptionError
+from .second_moment import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,16 @@ class FrequentDirections:
         index = list(range(self.groups)) if groups is None else list(groups)
         number = torch.full((len(index),), rows.shape[1]) if count is None else count.to("cpu", torch.int64)
         self.rows.index_add_(0, torch.tensor(index, dtype=torch.int64), number)
-        for group, block in zip(index, rows.detach().to(self._buffer), strict=True):
+        rows = rows.detach().to(self.device)
+        self.widen(wide_dtype(rows, self.dtype))
+        for group, block in zip(index, rows.to(self.dtype), strict=True):
             self.squares[group] += block.square().sum(0)
             if bool(torch.isfinite(self.squares[group]).all()):
                 self._append(group, block)
+
+    def widen(self, dtype: torch.dtype) -> None:
+        """Go on in `dtype`, which holds all that the present type holds."""
+        self.squares, self._buffer = self.squares.to(dtype), self._buffer.to(dtype)
 
     def _append(self, group: int, block: Tensor) -> None:
         while len(block):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import BatchError
+from .storage import is_plain
 
 Forward = Callable[[Any], Any]
 
@@ -90,9 +91,13 @@ def tensors_of(tree: Any) -> list[Tensor]:
 
 
 def samples_in(batch: Any) -> int | None:
-    """Return the common first dimension of all tensors of `batch`, None if there is none."""
-    sizes = {leaf.shape[0] if leaf.ndim else -1 for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)}
-    others = [leaf for leaf in pytree.tree_leaves(batch) if not isinstance(leaf, Tensor)]
+    """Return the common first dimension of all tensors of `batch`, None if there is none.
+
+    Sparse and nested tensors cannot be cut into samples by slices, so they have none.
+    """
+    leaves = pytree.tree_leaves(batch)
+    others = [leaf for leaf in leaves if not isinstance(leaf, Tensor) or not is_plain(leaf)]
+    sizes = {leaf.shape[0] if leaf.ndim else -1 for leaf in leaves if isinstance(leaf, Tensor) and is_plain(leaf)}
     return sizes.pop() if len(sizes) == 1 and -1 not in sizes and not others else None
 
 

@@ -14,8 +14,10 @@ from ..errors import ModelNotFoundError
 def unwrap(module: nn.Module) -> nn.Module:
     """Return the user's own module inside DDP, DataParallel and `torch.compile` wrappers."""
     while True:
-        inner = module._modules.get("_orig_mod")
-        if inner is None and isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner = None
+        if any(kind.__name__ == "OptimizedModule" for kind in type(module).__mro__):
+            inner = module._modules.get("_orig_mod")
+        elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = module.module
         if inner is None:
             return module

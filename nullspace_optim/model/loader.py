@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..distributed.fsdp import reshard, sharded_modules
-from ..errors import ConsolidationError
+from ..errors import BatchError, ConsolidationError
 from .batches import Forward, feeder, first_samples, samples_in
 from .names import present_parameters
 
@@ -69,16 +70,36 @@ def name_batch_in_errors(work: LoaderPass, number: int) -> Iterator[None]:
         raise
 
 
+def refuse_single_batch(loader: Any) -> None:
+    """Refuse a tensor or an array in the place of a loader: its rows would be taken for batches.
+
+    Raises:
+        BatchError: says how to pass one batch.
+    """
+    if isinstance(loader, (Tensor, np.ndarray)):
+        raise BatchError(
+            f"a {type(loader).__name__} of shape {tuple(loader.shape)} was passed where batches are expected: pass "
+            "[tensor] for one batch, or a DataLoader"
+        )
+
+
+def _length(loader: Any) -> int | None:
+    """Return the number of batches, `None` where the loader cannot tell it."""
+    try:
+        return len(loader)
+    except Exception:  # streams raise errors of any kind here
+        return None
+
+
 def bound_batches(work: LoaderPass) -> Iterator[Any]:
     """Yield the batches that have samples, at most `max_batches`, under a progress bar.
 
     Raises:
         ConsolidationError: a loader without length is endless.
+        BatchError: the loader is a single tensor.
     """
-    try:
-        total: int | None = len(work.loader)  # type: ignore[arg-type]
-    except TypeError:
-        total = None
+    refuse_single_batch(work.loader)
+    total = _length(work.loader)
     if work.max_batches is not None:
         total = work.max_batches if total is None else min(total, work.max_batches)
     limit = work.max_batches if work.max_batches is not None else (ENDLESS if total is None else None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,14 +19,23 @@ def canonical_name(name: str) -> str:
     return ".".join(parts)
 
 
+def canonical_names(names: Iterable[str]) -> dict[str, str]:
+    """Return the canonical name of each of `names`; names that would become one keep their full form."""
+    canonical = {name: canonical_name(name) for name in names}
+    count = Counter(canonical.values())
+    return {name: short if count[short] == 1 else name for name, short in canonical.items()}
+
+
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every parameter of `model` once, by canonical name (tied weights keep their first name)."""
-    return {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    found = dict(model.named_parameters())
+    return {name: found[full] for full, name in canonical_names(found).items()}
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return every buffer of `model` once, by canonical name."""
-    return {canonical_name(name): buffer for name, buffer in model.named_buffers()}
+    found = dict(model.named_buffers())
+    return {name: found[full] for full, name in canonical_names(found).items()}
 
 
 def names_by_identity(model: nn.Module) -> Mapping[int, str]:
@@ -43,6 +53,7 @@ def present_parameters(model: nn.Module) -> Callable[[], dict[str, Tensor]]:
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                full = canonical_name(f"{prefix}.{name}" if prefix else name)
+                full = f"{prefix}.{name}" if prefix else name
                 places.setdefault(id(parameter), (full, module._parameters, name))
-    return lambda: {full: table[name] for full, table, name in places.values()}
+    names = canonical_names(full for full, _, _ in places.values())
+    return lambda: {names[full]: table[name] for full, table, name in places.values()}

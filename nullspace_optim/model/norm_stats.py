@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .hooks import ModelHook
-from .names import canonical_name
+from .names import named_buffers
 
 
 class UseRunningStatistics(ModelHook):
@@ -51,8 +51,9 @@ def freeze_statistics(model: nn.Module, buffers: Collection[str], owner: object)
     Running statistics are those of norm layers and the singular vectors of `spectral_norm`, old and new.
     """
     handles: list[Any] = []
-    for prefix, module in model.named_modules():
-        if not any(canonical_name(f"{prefix}.{name}").lstrip(".") in buffers for name in _statistics(module)):
+    named = {id(buffer) for name, buffer in named_buffers(model).items() if name in buffers}
+    for module in model.modules():
+        if not any(id(module._buffers[name]) in named for name in _statistics(module)):
             continue
         before = UseRunningStatistics(owner)
         handles.append(module.register_forward_pre_hook(before, prepend=True))

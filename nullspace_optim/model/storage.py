@@ -22,4 +22,36 @@ def storage_pointer(tensor: Tensor) -> int:
 
 def tensor_key(tensor: Tensor) -> Key:
     """Return what two tensors share exactly if they hold the same elements in the same order."""
+    if not is_plain(tensor):
+        return 0, id(tensor), tensor.shape if not tensor.is_nested else torch.Size(), (), tensor.dtype
     return storage_pointer(tensor), int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether `tensor` is dense memory with strides: not sparse, nested, quantized or of another library."""
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
+
+
+def as_plain(tensor: Tensor) -> Tensor:
+    """Return the values of `tensor` as dense memory: zeros filled in, nested rows one after the other `[n, d]`."""
+    if is_plain(tensor):
+        return tensor
+    if tensor.is_nested:
+        parts = [part.reshape(-1, part.shape[-1]) if part.ndim else part.reshape(1, 1) for part in tensor.unbind()]
+        return torch.cat(parts) if parts else torch.zeros(0)
+    return tensor.dequantize() if tensor.is_quantized else tensor.to_dense()
+
+
+def plain_parts(tensor: Tensor) -> list[Tensor]:
+    """Return dense tensors that hold what `tensor` holds, without filling in the zeros of a sparse one."""
+    if is_plain(tensor):
+        return [tensor]
+    if tensor.is_nested:
+        return list(tensor.unbind())
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor.int_repr() if tensor.is_quantized else tensor.to_dense()]

@@ -20,6 +20,7 @@ _NEGATIVE = 1e-3
 _ORTHONORMAL = 1e-7
 _NEWTON_STEPS = 8
 _POWER_STEPS = 20
+_ORDINARY = (1e-6, 1e12)  # entries between them do not leave the range of float32 in what is done here
 
 
 def eigh(matrix: Tensor, *, name: str = "", scale: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -47,7 +48,9 @@ def eigh(matrix: Tensor, *, name: str = "", scale: float = 0.0) -> tuple[Tensor,
             f"second moment of '{name}' is not finite: its rows hold NaN or infinity, or their squares overflow; "
             "check the batches given to consolidate, or capture in float64"
         )
-    values, vectors = _first_finite(matrix, name)
+    unit = _unit(matrix)
+    values, vectors = _first_finite(matrix / unit, name)
+    values = values * unit
     lowest, largest = float(values.min()), float(values.max())
     if lowest < -_NEGATIVE * max(largest, scale):
         raise ConsolidationError(
@@ -56,6 +59,12 @@ def eigh(matrix: Tensor, *, name: str = "", scale: float = 0.0) -> tuple[Tensor,
             "the matrix was not captured from rows"
         )
     return values.clamp_(min=0).flip(-1), vectors.flip(-1)
+
+
+def _unit(matrix: Tensor) -> float:
+    """Return the power of two that the largest entry is near; 1 for matrices of ordinary size."""
+    largest = float(matrix.abs().max()) if matrix.numel() and not matrix.is_meta else 0.0
+    return 1.0 if largest == 0.0 or _ORDINARY[0] < largest < _ORDINARY[1] else math.ldexp(1.0, math.frexp(largest)[1])
 
 
 def _first_finite(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -102,13 +111,15 @@ def largest_eigenvalue(matrix: Tensor) -> Tensor:
     The result is never above the true value and in practice within a few per cent of it, at `O(s^2)` instead of
     `O(s^3)`.
     """
+    unit = _unit(matrix)
+    matrix = matrix / unit
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(matrix.shape[-1], 8, generator=generator).to(matrix)
     vectors = torch.nn.functional.normalize(matrix @ start, dim=-2)
     for _ in range(_POWER_STEPS):
         vectors = torch.nn.functional.normalize(matrix @ vectors, dim=-2)
     norms: Tensor = torch.linalg.vector_norm(matrix @ vectors, dim=-2)
-    return norms.amax(-1)
+    return norms.amax(-1) * unit
 
 
 def polish(basis: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:

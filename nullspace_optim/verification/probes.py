@@ -20,6 +20,7 @@ from ..capture.capture import Capture
 from ..distributed import failures
 from ..model.batches import samples_in, tensors_of
 from ..model.loader import LoaderPass, current_parameters, make_runner
+from ..model.storage import is_plain, plain_parts
 from ..subspace.projection import exact_products
 
 WIDTH = 64
@@ -60,19 +61,20 @@ class Recorder:
 
 def sketch(output: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sketch `[64]` and the norm `[]` of a tensor of any shape."""
-    flat = _reals(output)
+    flat = _reals(output) if is_plain(output) else flat_outputs(output)
     flat = flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32)
     columns = -(-flat.numel() // WIDTH)
     flat = torch.nn.functional.pad(flat, (0, columns * WIDTH - flat.numel()))
     generator = torch.Generator().manual_seed(columns)
     signs = torch.randint(0, 2, (columns,), generator=generator).to(device=flat.device, dtype=flat.dtype) * 2 - 1
     with exact_products(flat.device):
-        return (flat.reshape(WIDTH, columns) @ signs).float(), flat.norm().float()
+        return (flat.reshape(WIDTH, columns) @ signs).float(), flat.double().norm().float()
 
 
 def flat_outputs(outputs: Any) -> Tensor:
     """Return all floating tensors of an output tree as one vector."""
-    leaves = [_reals(t).float() for t in tensors_of(outputs) if t.is_floating_point() or t.is_complex()]
+    parts = [part for tensor in tensors_of(outputs) for part in plain_parts(tensor)]
+    leaves = [_reals(part).float() for part in parts if part.is_floating_point() or part.is_complex()]
     return torch.cat(leaves) if leaves else torch.zeros(0)
 
 
@@ -88,7 +90,7 @@ def digests_of(batch: Any) -> Tensor:
     """
     count = samples_in(batch)
     if count is None:
-        return torch.stack([_digest(tensors_of(batch))])
+        return torch.stack([_digest(part for tensor in tensors_of(batch) for part in plain_parts(tensor))])
     if count == 0:
         return torch.zeros(0, 16, dtype=torch.uint8)
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
