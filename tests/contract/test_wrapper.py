@@ -14,7 +14,8 @@ from cases import Setting, relative, small_mlp, take_steps
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer, lr_scheduler
 
-from nullspace_optim import NullSpaceOptimizer, NumericalRank, OptionError
+from nullspace_optim import NullSpaceOptimizer, NumericalRank
+from nullspace_optim.errors import OptionError
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 from torch import nn
 from torch.optim import AdamW
 
-from nullspace_optim import IGSP, NullSpaceOptimizer, OptionError
+from nullspace_optim import IGSP, NullSpaceOptimizer
+from nullspace_optim.errors import OptionError
 
 from .synthetic import QUICK, Layer, make
 

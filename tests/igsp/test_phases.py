@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from nullspace_optim import IGSP, ConsolidationError, ExpertReport, NullSpaceOptimizer, OptionError, PruningError
+from nullspace_optim import IGSP, ConsolidationError, NullSpaceOptimizer
+from nullspace_optim.errors import OptionError, PruningError
+from nullspace_optim.igsp import ExpertReport
 
 from .synthetic import QUICK, Layer, SyntheticTask, make, train
 
