@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from nullspace_optim import alignment_loss
+from nullspace_optim.clip import alignment_loss
 from reference.clip import Clip, assemble
 from reference.command import StopRequest, carried_out
 from reference.compact import save_compact

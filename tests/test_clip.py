@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nullspace_optim import BatchError, OptionError, ShapeError, alignment_loss, distillation_loss
+from nullspace_optim import ShapeError
+from nullspace_optim.clip import alignment_loss, distillation_loss
+from nullspace_optim.errors import BatchError, OptionError
 
 
 def unit(*shape: int) -> Tensor:

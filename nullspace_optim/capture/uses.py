@@ -247,7 +247,9 @@ class OperatorHandlers:
         if self._observe is not None:
             self._observe(name, output)
         simple = operator.name == "embedding" and index.device == output.device and is_plain(index)
-        use = _LookUp(name, as_plain(index).detach().clone() + geometry.offset // row, shape[0], output, all_rows=not simple)
+        use = _LookUp(
+            name, as_plain(index).detach().clone() + geometry.offset // row, shape[0], output, all_rows=not simple
+        )
         if self._relevance is not None:
             self._uses.append(use)
         else:

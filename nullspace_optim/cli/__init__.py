@@ -21,7 +21,7 @@ examples:
   python -m nullspace_optim inspect bases.safetensors
   python -m nullspace_optim verify bases.safetensors model.safetensors
   python -m nullspace_optim diff before.safetensors after.safetensors
-  python -m nullspace_optim export merged.safetensors vision.safetensors text.safetensors
+  python -m nullspace_optim export vision.safetensors bases.safetensors --only '^visual[.]'
   python -m nullspace_optim plan --model ViT-bigG-14 --devices 8
 """
 

@@ -11,7 +11,7 @@ import torch
 from ..errors import OptionError
 from ..files.basis_file import load
 from ..files.compare import Comparison, SideComparison, compare_stores
-from ..files.merge import renamed
+from ..files.rename import rename_store
 from ..formatting import plain, scientific, table
 from ..subspace.basis import BasisStore
 from .command import add, add_names, expression, renamer
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
         raise OptionError(f"--tolerance {options.tolerance}: expected a number in [0, inf)")
     first, second = (load(path) for path in (options.first, options.second))
     rename, only = renamer(options.rename), expression(options.only or "", "--only")
-    first = renamed(first, rename)
+    first = rename_store(first, rename)
     found = [one for one in compare_stores(first, second, options.tolerance) if only.search(one.name)]
     if options.only and not found:
         raise OptionError(f"nothing to compare: no parameter matches --only {options.only!a}")

@@ -6,7 +6,6 @@ import argparse
 import ast
 import json
 import os
-from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -14,18 +13,13 @@ from .. import policies
 from ..consolidation.grow_sketched import check_sketchable
 from ..covariance.sketch import SketchedCovariance
 from ..errors import OptionError
-from ..igsp.options import IGSP
-from ..methods.prompts import declare_tokens
-from ..planning.adapters import LORA, PROMPT, with_lora, with_prompt
-from ..planning.architectures import Architecture, build
-from ..planning.experts import places_of, predict_experts
-from ..planning.page import document, experts_document, experts_page, page
+from ..planning.architectures import build
+from ..planning.page import document, page
 from ..planning.predict import Conditions, Rank, by_fraction, by_rank, on_both_sides, predict
-from ..planning.survey import count_step, survey
+from ..planning.survey import survey
 from ..policies.base import Policy
 from ..policies.fixed_rank import FixedRank
 from ..policies.rank_budget import RankBudget
-from ..policies.vpt_nsp import VPTNSP
 from .command import add
 
 EXAMPLES = """
@@ -34,9 +28,6 @@ python -m nullspace_optim plan --model ViT-bigG-14 --policy 'Energy(0.99)' --dev
 python -m nullspace_optim plan --model vit_base_patch16_224 --policy 'FixedRank(64)' --json
 python -m nullspace_optim plan --model LlamaConfig --batch 8 --sequence 2048 --devices 64 --vocabulary 20000
 python -m nullspace_optim plan --model path/to/config.json --trainable 'model.layers.*'
-python -m nullspace_optim plan --model LlamaConfig --lora 16 --trainable '*_proj.weight' --policy KeepLoRA
-python -m nullspace_optim plan --model GPT2Config --prompt 50 --policy PEGP
-python -m nullspace_optim plan --model ViT-B-16 --mode 'IGSP(rank=16)' --tasks 11
 """
 FRACTIONS = "1/16,1/8,1/4,1/2,3/4"
 
@@ -50,8 +41,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         summary="predict memory and operations for a model, without its weights",
         description="Build a model on the meta device (no weights, no download), watch one forward pass as in a\n"
         "consolidation, and print what protection costs: bytes of bases and anchors, FLOPs of the correction beside\n"
-        "those of a training step, and one consolidation. Several devices share the weights by rows (FSDP2). With\n"
-        "--lora, --prompt or --mode only adapters, a prompt or experts train, beside a frozen backbone.",
+        "those of a training step, and one consolidation. Several devices share the weights by rows (FSDP2).",
         examples=EXAMPLES,
     )
     parser.add_argument(
@@ -84,40 +74,14 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         metavar="SIZE[,ABOVE]",
         help="sketch second moments wider than ABOVE (default 8192) by SIZE rows, as SketchedCovariance does",
     )
-    parser.add_argument(
-        "--lora",
-        type=int,
-        metavar="RANK",
-        help="plan for LoRA adapters beside the linear layers whose weights match --trainable (needs peft)",
-    )
-    parser.add_argument("--prompt", type=int, metavar="TOKENS", help="plan for a learned prompt of a language model")
-    parser.add_argument(
-        "--mode", metavar="IGSP", help="plan for experts instead: igsp, or with options as in Python: 'IGSP(rank=16)'"
-    )
-    parser.add_argument("--tasks", type=int, default=10, metavar="N", help="tasks of --mode (default 10)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: bytes and FLOPs as numbers")
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a configuration that is not here is an error, not a download
-    _refuse_together(options)
     model = build(options.model, batch=options.batch, sequence=options.sequence)
-    return _run_experts(options, model) if options.mode is not None else _run_bases(options, model)
-
-
-def _refuse_together(options: argparse.Namespace) -> None:
-    """Refuse options of which each asks for another plan."""
-    given = [name for name in ("lora", "prompt", "mode") if getattr(options, name) is not None]
-    if len(given) > 1:
-        raise OptionError(f"--{given[0]} and --{given[1]} ask for different plans: give one of them")
-    if options.prompt is not None and options.trainable != "*":
-        raise OptionError("--prompt trains the prompt alone: leave --trainable out")
-
-
-def _run_bases(options: argparse.Namespace, model: Architecture) -> int:
-    """Plan null-space protection of the model, of LoRA adapters beside its layers, or of a prompt."""
-    policy, trainable = parse_policy(options.policy), options.trainable
+    policy = parse_policy(options.policy)
     sketch = _sketch(options.sketch)
     if sketch is not None:
         check_sketchable(policy)
@@ -133,35 +97,17 @@ def _run_bases(options: argparse.Namespace, model: Architecture) -> int:
         rows_used=options.vocabulary,
     )
     rules = _rules(policy, options.fractions)
-    if options.lora is not None:
-        model, trainable = with_lora(model, options.lora, trainable), LORA
-    elif options.prompt is not None:
-        model, trainable = with_prompt(model, options.prompt, declare_tokens), PROMPT
     found = survey(
-        model.model, model.run, batch=options.batch, name=model.name, trainable=trainable, bias=options.bias,
+        model.model, model.run, batch=options.batch, name=model.name, trainable=options.trainable, bias=options.bias,
         sketch=sketch,
     )  # fmt: skip
-    if policy.from_weights or (options.prompt is not None and isinstance(policy, VPTNSP)):
+    if policy.from_weights:
         found = on_both_sides(found)
     predictions = {label: predict(found, rule, conditions) for label, rule in rules.items()}
     if options.json:
         print(json.dumps(document(found, model.inputs, policy, conditions, predictions), indent=2))
     else:
         print(page(found, model.inputs, policy, conditions, predictions))
-    return 0
-
-
-def _run_experts(options: argparse.Namespace, model: Architecture) -> int:
-    """Plan the experts of iGSP."""
-    mode: IGSP = _called(options.mode if options.mode != "igsp" else "IGSP", {"IGSP": IGSP}, "--mode")
-    places = places_of(model.model, model.run, mode)
-    costs = [predict_experts(places, mode, kept, options.tasks) for kept in range(mode.candidates + 1)]
-    shown = model.name, model.inputs, mode, options.tasks, places, costs
-    if options.json:
-        print(json.dumps(experts_document(*shown), indent=2))
-    else:
-        parameters = sum(p.numel() for p in model.model.parameters())
-        print(experts_page(*shown, parameters, count_step(model.run)[0]))
     return 0
 
 
@@ -172,12 +118,6 @@ def parse_policy(text: str) -> Policy:
         OptionError: not a call of a known policy, or arguments it refuses.
     """
     known = {name: kind for name in policies.__all__ if _is_policy(kind := getattr(policies, name))}
-    policy: Policy = _called(text, known, "--policy")
-    return policy
-
-
-def _called(text: str, known: Mapping[str, Any], option: str) -> Any:
-    """Return what `text` calls: one of the `known` classes, with literal arguments."""
     try:
         call = ast.parse(text.strip(), mode="eval").body
         if isinstance(call, ast.Name):
@@ -186,14 +126,14 @@ def _called(text: str, known: Mapping[str, Any], option: str) -> Any:
             raise ValueError("none of these")
         positional = [ast.literal_eval(argument) for argument in call.args]
         named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        return known[call.func.id](*positional, **named)
+        policy: Policy = known[call.func.id](*positional, **named)
     except (SyntaxError, ValueError, TypeError) as error:
         if isinstance(error, OptionError):
             raise
-        example = {"--policy": "Energy(0.99)"}.get(option, "IGSP(rank=16)")
         raise OptionError(
-            f"{option} {text!a}: expected a call such as {example} of one of {', '.join(known)} ({error})"
+            f"--policy {text!a}: expected a call such as Energy(0.99) of one of {', '.join(known)} ({error})"
         ) from error
+    return policy
 
 
 def _sketch(text: str | None) -> SketchedCovariance | None:

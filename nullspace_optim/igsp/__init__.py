@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-from .merge import Merged
 from .options import IGSP
 from .report import ExpertReport, LayerReport, PhaseStatus, TrainableCount
 
-__all__ = ["IGSP", "ExpertReport", "LayerReport", "Merged", "PhaseStatus", "TrainableCount"]
+__all__ = ["IGSP", "ExpertReport", "LayerReport", "PhaseStatus", "TrainableCount"]

@@ -27,7 +27,6 @@ from ..subspace.basis import Extension
 from . import state
 from .bank import CHILD, ExpertBank, install_experts, record_task, report_task
 from .constraints import yield_constraints
-from .merge import Merged, merge
 from .moe.layer import AGNOSTIC, CURRENT, GIVEN, PLAIN
 from .moe.regularization import geom, mass, prices
 from .moe.router import logits
@@ -196,10 +195,10 @@ class IgspMode:
         return report.after(time.perf_counter() - started)
 
     @contextmanager
-    def _collecting(self, chosen: int = CURRENT) -> Iterator[None]:
-        """Let every layer collect gate inputs, with the routing of the task at work or of a finished one."""
+    def _collecting(self) -> Iterator[None]:
+        """Let every layer collect gate inputs, with the routing of the task at work."""
         scope = self.experts.scope
-        before, scope.chosen, scope.collecting = scope.chosen, chosen, True
+        before, scope.chosen, scope.collecting = scope.chosen, CURRENT, True
         try:
             yield
         finally:
@@ -231,26 +230,6 @@ class IgspMode:
             yield
         finally:
             scope.chosen, scope.of_samples = before
-
-    def merge(self, task: str, loader: Any = None, forward: Any = None) -> Merged:
-        """Return the weights of a finished task with its experts merged, where its routing allows it.
-
-        Raises:
-            OptionError: no finished task has this name.
-            ConsolidationError: the loader gave no batches.
-        """
-        tasks, layers, model = self.experts.scope.tasks, self.experts.layers, self.host.owner()
-        if task not in tasks:
-            known = ", ".join(map(repr, tasks)) or "none"
-            raise OptionError(f"merge_experts({task!r}): no finished task has this name; known: {known}")
-        number, seen = tasks.index(task), {}
-        try:
-            if loader is not None:
-                with restored_model(model, loader), self._collecting(number):
-                    run_batches(LoaderPass(model, {}, loader, task, forward, progress=False))
-        finally:
-            seen = {layer.name: inputs for layer in layers if len(inputs := layer.collect())}
-        return merge(layers, model, task, number, seen)
 
     def status(self) -> PhaseStatus:
         """Return phase, step and reason."""

@@ -1,1 +1,24 @@
-"""Functions that single papers need beside a policy."""
+"""Functions that single papers need beside a policy, and declarations of rows that no product shows."""
+
+from __future__ import annotations
+
+from ..capture.declare import declare_rows, stand_in
+from .class_wise import consolidate_classes
+from .forward_scaling import ForwardScaling, shared_directions, trust_regions
+from .lora import begin_lora, inflora_rows, keeplora_rows, lora_rows
+from .prompts import declare_prompt, declare_tokens
+
+__all__ = [
+    "ForwardScaling",
+    "begin_lora",
+    "consolidate_classes",
+    "declare_prompt",
+    "declare_rows",
+    "declare_tokens",
+    "inflora_rows",
+    "keeplora_rows",
+    "lora_rows",
+    "shared_directions",
+    "stand_in",
+    "trust_regions",
+]

@@ -42,7 +42,7 @@ class Host(Protocol):
 
 
 class Mode(Protocol):
-    """The five methods of an optimizer's life, and the four that a user calls through the optimizer."""
+    """The five methods of an optimizer's life, and the three that a user calls through the optimizer."""
 
     def attach(self, host: Host) -> None:
         """Begin to serve `host` (after construction, and again for a copy)."""
@@ -71,9 +71,6 @@ class Mode(Protocol):
 
     def regularization(self) -> Tensor:
         """Return a scalar to add to the loss."""
-
-    def merge(self, task: str, loader: Any = None, forward: Any = None) -> Any:
-        """Return the weights of a plain model that does what this one does for a finished task."""
 
 
 @runtime_checkable

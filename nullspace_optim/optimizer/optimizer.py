@@ -225,17 +225,6 @@ class NullSpaceOptimizer(WrappedOptimizer):
         """
         return self._mode("regularization").regularization()
 
-    def merge_experts(self, task: str, loader: Iterable[Any] | None = None, *, forward: Forward | None = None) -> Any:
-        """Return `Merged`: weights of a plain model that does for the finished `task` what backbone and experts do.
-
-        Only linear layers with LoRA experts and routing that is the same for every sample are merged; with a `loader`,
-        for every sample of it. Nothing of this model changes.
-
-        Raises:
-            OptionError: the optimizer has no mode, or no finished task has this name.
-        """
-        return self._mode("merge_experts").merge(task, loader, forward)
-
     def _mode(self, asked: str) -> Mode:
         if self._core.mode is None:
             raise OptionError(f"{asked}() needs a mode with experts: NullSpaceOptimizer(base, model, mode='igsp')")

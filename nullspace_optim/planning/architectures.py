@@ -12,7 +12,7 @@ import importlib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -30,15 +30,12 @@ LIBRARIES = {"open_clip": "open_clip_torch", "timm": "timm", "transformers": "tr
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model on the meta device and a batch for it; `inputs` describes the batch, e.g. ``images 32x3x224x224``, and
-    `arguments` holds it by name.
-    """
+    """A model on the meta device and a batch for it; `inputs` describes the batch, e.g. ``images 32x3x224x224``."""
 
     name: str
     model: nn.Module
     run: Callable[[], Any]
     inputs: str
-    arguments: Mapping[str, Tensor]
 
 
 def build(name: str, *, batch: int = 32, sequence: int | None = None) -> Architecture:
@@ -63,7 +60,7 @@ def build(name: str, *, batch: int = 32, sequence: int | None = None) -> Archite
     positional = library != "transformers"
     run = (lambda: model(*inputs.values())) if positional else (lambda: model(**inputs))
     shown = f"{Path(rest).name if Path(rest).exists() else rest} ({library})"
-    return Architecture(shown, model, run, described, inputs)
+    return Architecture(shown, model, run, described)
 
 
 def _library_of(name: str) -> str:

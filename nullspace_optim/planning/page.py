@@ -4,38 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
 from textwrap import fill
 from typing import Any
 
 from ..formatting import operations, plain, size, table
-from ..igsp.options import IGSP
 from ..policies.base import Policy
 from ..policies.fixed_rank import FixedRank
-from ..policies.inflora import InfLoRA
-from ..policies.keeplora import KeepLoRA
 from ..policies.rank_budget import RankBudget
-from ..policies.split_lora import SplitLoRA
-from .experts import ExpertCost, ExpertPlace
 from .predict import Conditions, Prediction, consolidation
 from .shapes import Survey
 
 WIDE = 8192
 STATES = 16  # bytes a parameter in float32 training with AdamW: value, gradient, two moments
 HEADER = ["k/d", "bases", "anchors", "kept", "copies", "workspaces", "together", "a device", "a step", "of training"]
-EXPERTS = [
-    "kept",
-    "experts",
-    "frozen",
-    "bases",
-    "routers",
-    "together",
-    "phase 1",
-    "phase 2",
-    "forward",
-    "of it",
-    "a step",
-]
 
 
 def document(
@@ -125,10 +106,6 @@ def _notes(found: Survey, policy: Policy, conditions: Conditions, predictions: d
         notes.append("RankBudget spreads its directions by energy; the table spreads them evenly")
     if any(weight.joint for weight in found.weights):
         notes.append("bias=joint: a bias is one more input of its weight, which takes the anchor form at any rank")
-    if any(".lora_B." in weight.name for weight in found.weights) and isinstance(
-        policy, (InfLoRA, KeepLoRA, SplitLoRA)
-    ):
-        notes.append("begin_lora gives back what is stored of every B when the next task begins")
     if any(weight.lookup for weight in found.weights):
         used = "a quarter" if conditions.rows_used is None else str(conditions.rows_used)
         notes.append(f"of every embedding {used} of the rows are taken to be used (--vocabulary)")
@@ -164,58 +141,3 @@ def _consolidation(found: Survey, conditions: Conditions) -> list[str]:
             f"{sketched[0].sketched - 1} new directions a task there, and energies are lower bounds"
         )
     return lines
-
-
-def experts_document(
-    model: str, inputs: str, options: IGSP, tasks: int, places: Sequence[ExpertPlace], costs: Sequence[ExpertCost]
-) -> dict[str, Any]:
-    """Return the plan of experts as plain values."""
-    return {
-        "model": model,
-        "inputs": inputs,
-        "mode": repr(options),
-        "tasks": tasks,
-        "layers": [dataclasses.asdict(place) for place in places],
-        "kept": {str(cost.kept): {**dataclasses.asdict(cost), "stored": cost.stored} for cost in costs},
-    }
-
-
-def experts_page(
-    model: str,
-    inputs: str,
-    options: IGSP,
-    tasks: int,
-    places: Sequence[ExpertPlace],
-    costs: Sequence[ExpertCost],
-    parameters: int,
-    forward: int,
-) -> str:
-    """Return the plan of experts for people; `parameters` and `forward` FLOPs are those of the frozen backbone."""
-    heading = (
-        f"{plain(model)}: {parameters / 1e6:,.1f} M frozen parameters, forward {operations(forward)}; {inputs}\n"
-        f"iGSP: {options.kind} experts of rank {options.width} beside {len(places)} layers, {options.candidates} "
-        f"candidates a layer and task, the {options.top_k} best of them used; after {tasks} tasks:"
-    )
-    rows = [
-        [
-            str(cost.kept),
-            str(cost.experts),
-            *(size(part) for part in (cost.frozen, cost.bases, cost.routers, cost.stored)),
-            *(f"{number / 1e6:.3g} M" for number in cost.trainable),
-            operations(cost.forward_flops),
-            f"{cost.forward_flops / forward:.1%}" if forward else "",
-            operations(cost.step_flops),
-        ]
-        for cost in costs
-    ]
-    notes = [
-        "kept: candidates that survive their task in each layer, known afterwards only; experts: frozen ones of all "
-        "layers; frozen, bases, routers (with prototypes): bytes that stay",
-        "phase 1, phase 2: trainable parameters of the last task; forward: what routing and the chosen experts add to "
-        "the forward pass of a batch; a step: the correction in phase 2",
-        "every task is taken to route over all earlier experts, the most that routers can take",
-    ]
-    unreached = [place.name for place in places if not place.tokens]
-    if unreached:
-        notes.append(f"{len(unreached)} of these layers are not reached by this batch ({plain(unreached[0])}, ...)")
-    return "\n\n".join([heading, table(EXPERTS, rows), _wrapped(notes)])

@@ -27,26 +27,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from nullspace_optim import (
-    CGP,
-    CODECL,
-    OSF,
-    OWM,
-    PEGP,
-    SGP,
-    TRGP,
-    VPTNSP,
-    EigenvalueRatio,
-    Energy,
-    InfLoRA,
-    KeepLoRA,
-    NullSpaceOptimizer,
-    NumericalRank,
-    Policy,
-    SplitLoRA,
-    TailEnergy,
-    consolidate_classes,
-)
+from nullspace_optim import OSF, SGP, Energy, NullSpaceOptimizer, NumericalRank, Policy, TailEnergy
+from nullspace_optim.methods import consolidate_classes
+from nullspace_optim.policies import CGP, CODECL, OWM, PEGP, TRGP, VPTNSP, EigenvalueRatio, InfLoRA, KeepLoRA, SplitLoRA
 from reference.benchmarks.outcome import Table, progress
 from reference.benchmarks.timing import in_turn, ratio
 from reference.benchmarks.workload import quiet

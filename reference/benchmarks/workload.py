@@ -14,15 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nullspace_optim import (
-    FixedRank,
-    NullSpaceOptimizer,
-    NullSpaceWarning,
-    Policy,
-    SketchedCovariance,
-    Spectrum,
-    clip_forward,
-)
+from nullspace_optim import FixedRank, NullSpaceOptimizer, NullSpaceWarning, Policy, SketchedCovariance, clip_forward
+from nullspace_optim.policies import Spectrum
 
 SMALLEST = {
     "embed_dim": 32,

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from nullspace_optim import CODECL, SGP, TRGP, EigenvalueRatio, Energy, NullSpaceOptimizer, Policy, Spectrum
+from nullspace_optim import SGP, Energy, NullSpaceOptimizer, Policy
+from nullspace_optim.policies import CODECL, TRGP, EigenvalueRatio, Spectrum
 from reference.errors import ExperimentError
 from reference.tables.protocols import Protocol
 from reference.tables.sessions import KeptNorms, ReleasedTrustRegions, Session, SharedConceptors, TrustRegions

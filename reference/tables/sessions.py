@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from nullspace_optim import Basis, ForwardScaling, NullSpaceOptimizer, shared_directions, trust_regions
+from nullspace_optim import Basis, NullSpaceOptimizer
+from nullspace_optim.methods import ForwardScaling, shared_directions, trust_regions
 from reference.tables.data import Labelled
 
 

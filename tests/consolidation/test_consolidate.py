@@ -296,7 +296,7 @@ def test_a_parameter_frozen_by_the_user_keeps_its_basis() -> None:
 
 
 def test_a_joint_policy_sees_all_weights() -> None:
-    from nullspace_optim import RankBudget
+    from nullspace_optim.policies import RankBudget
 
     model = _mlp()
     optimizer = _wrap(model, policy=RankBudget(0.25))

@@ -7,17 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from nullspace_optim import (
-    CODECL,
-    IGSP,
-    Energy,
-    Fate,
-    NullSpaceOptimizer,
-    NumericalRank,
-    OptionError,
-    Policy,
-    PruneReport,
-)
+from nullspace_optim import IGSP, Energy, Fate, NullSpaceOptimizer, NumericalRank, Policy
+from nullspace_optim.consolidation.prune import PruneReport
+from nullspace_optim.errors import OptionError
+from nullspace_optim.policies import CODECL
 
 
 def rows(seed: int, scales: list[float]) -> Tensor:

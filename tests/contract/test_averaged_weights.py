@@ -12,7 +12,8 @@ from cases import Case, Setting, layer_rows, relative, setting, span_drift, take
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from nullspace_optim import SGP, CaptureError, FixedRank, NullSpaceOptimizer, NumericalRank, OptionError
+from nullspace_optim import SGP, FixedRank, NullSpaceOptimizer, NumericalRank
+from nullspace_optim.errors import CaptureError, OptionError
 
 schedulefree = pytest.importorskip("schedulefree")
 Build = Callable[[Any], Optimizer]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from nullspace_optim import FixedRank, NullSpaceOptimizer, OptionError
+from nullspace_optim import FixedRank, NullSpaceOptimizer
+from nullspace_optim.errors import OptionError
 
 pytestmark = pytest.mark.fault(36, 110)
 

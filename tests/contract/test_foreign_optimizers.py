@@ -9,7 +9,8 @@ import pytest
 from cases import Case, Setting, relative, setting
 from torch.optim import SGD, AdamW
 
-from nullspace_optim import NullSpaceOptimizer, NumericalRank, OptionError, StaleAnchorError
+from nullspace_optim import NullSpaceOptimizer, NumericalRank, StaleAnchorError
+from nullspace_optim.errors import OptionError
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from nullspace_optim import (
     BasisFileError,
-    ModelNotFoundError,
     NullSpaceOptimizer,
     NullSpaceWarning,
     NumericalRank,
     ShapeError,
     StaleAnchorError,
 )
+from nullspace_optim.errors import ModelNotFoundError
 
 OLD = {6: torch.randn(6, 24, generator=torch.Generator().manual_seed(1)),
        20: torch.randn(20, 24, generator=torch.Generator().manual_seed(2))}  # fmt: skip

@@ -15,7 +15,8 @@ from torch import nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer, lr_scheduler
 from wrapped import wrap
 
-from nullspace_optim import NullSpaceOptimizer, NumericalRank, OptionError
+from nullspace_optim import NullSpaceOptimizer, NumericalRank
+from nullspace_optim.errors import OptionError
 
 # ---- identity ----
 

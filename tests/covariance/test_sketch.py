@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from nullspace_optim import Energy, FixedRank, NullSpaceOptimizer, OptionError, SketchedCovariance, TailEnergy
+from nullspace_optim import Energy, FixedRank, NullSpaceOptimizer, SketchedCovariance, TailEnergy
 from nullspace_optim.covariance.sketch import FrequentDirections
+from nullspace_optim.errors import OptionError
 
 SIZE, ROWS = 120, 20
 

@@ -12,7 +12,8 @@ import torch.distributed.checkpoint as dcp
 from models import Everything, Plain, compare, momentum, results, rows, seeded, tokens, train, two_tasks, wrap
 from processes import SHARDS_NEEDED, SHARDS_ON_CPU, run_scenarios
 
-from nullspace_optim import VPTNSP, FixedRank
+from nullspace_optim import FixedRank
+from nullspace_optim.policies import VPTNSP
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 SHARDED = fsdp_scenarios.SCENARIOS

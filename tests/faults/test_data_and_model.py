@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from nullspace_optim import CaptureError, ConsolidationError, Energy, Fate, NullSpaceOptimizer, NumericalRank
+from nullspace_optim import ConsolidationError, Energy, Fate, NullSpaceOptimizer, NumericalRank
+from nullspace_optim.errors import CaptureError
 
 ROWS = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from nullspace_optim import BatchError, alignment_loss, distillation_loss
+from nullspace_optim.clip import alignment_loss, distillation_loss
+from nullspace_optim.errors import BatchError
 
 
 def outputs(scale: float = 10.0, seed: int = 0) -> dict[str, Tensor]:

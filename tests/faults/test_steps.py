@@ -12,15 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from nullspace_optim import (
-    ConsolidationError,
-    Fate,
-    NullSpaceOptimizer,
-    NumericalRank,
-    OptionError,
-    ShapeError,
-    StaleAnchorError,
-)
+from nullspace_optim import ConsolidationError, Fate, NullSpaceOptimizer, NumericalRank, ShapeError, StaleAnchorError
+from nullspace_optim.errors import OptionError
 
 OLD = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
 NEW = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))

@@ -7,7 +7,8 @@ from synthetic import QUICK, Layer, make
 from torch import nn
 from torch.optim import AdamW
 
-from nullspace_optim import IGSP, NullSpaceOptimizer, OptionError
+from nullspace_optim import IGSP, NullSpaceOptimizer
+from nullspace_optim.errors import OptionError
 
 
 def wrap(model: nn.Module, mode: object = None) -> NullSpaceOptimizer:

@@ -10,7 +10,9 @@ from synthetic import QUICK, Layer, SyntheticTask, make, train
 from torch import nn
 from torch.optim import AdamW
 
-from nullspace_optim import IGSP, ConsolidationError, ExpertReport, NullSpaceOptimizer, OptionError, PruningError
+from nullspace_optim import IGSP, ConsolidationError, NullSpaceOptimizer
+from nullspace_optim.errors import OptionError, PruningError
+from nullspace_optim.igsp import ExpertReport
 
 
 @pytest.fixture(scope="module")

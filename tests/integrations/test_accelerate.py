@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 from two_tasks import build_net, data, example, holding, loader, same_weights, wrap
 
-from nullspace_optim import NullSpaceOptimizer, OptionError, unwrap
+from nullspace_optim import NullSpaceOptimizer, unwrap
+from nullspace_optim.errors import OptionError
 
 accelerate = pytest.importorskip("accelerate")
 

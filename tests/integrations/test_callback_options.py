@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from two_tasks import build_net, loader, wrap
 
-from nullspace_optim import OptionError
+from nullspace_optim.errors import OptionError
 from nullspace_optim.integrations.callback import TaskOptions, Tasks
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from two_tasks import build_net, data, example, holding, loader, relative, same_weights, wrap
 
-from nullspace_optim import OptionError, unwrap
+from nullspace_optim import unwrap
+from nullspace_optim.errors import OptionError
 
 pytest.importorskip("lightning")
 NAMES = ["lightning.pytorch", "pytorch_lightning"]

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from two_tasks import example, holding, relative, same_weights
 
-from nullspace_optim import PEGP, Fate, NullSpaceOptimizer, NumericalRank, Policy, declare_tokens
+from nullspace_optim import Fate, NullSpaceOptimizer, NumericalRank, Policy
+from nullspace_optim.methods import declare_tokens
+from nullspace_optim.policies import PEGP
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

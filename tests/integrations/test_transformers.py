@@ -13,7 +13,8 @@ from torch.optim import AdamW
 from torch.utils.data import Dataset
 from two_tasks import example, holding, relative, same_weights
 
-from nullspace_optim import NullSpaceOptimizer, NumericalRank, OptionError, unwrap
+from nullspace_optim import NullSpaceOptimizer, NumericalRank, unwrap
+from nullspace_optim.errors import OptionError
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

@@ -11,19 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from nullspace_optim import (
-    CODECL,
-    TRGP,
-    CaptureError,
-    Energy,
-    Fate,
-    ForwardScaling,
-    NullSpaceOptimizer,
-    OptionError,
-    declare_rows,
-    shared_directions,
-    trust_regions,
-)
+from nullspace_optim import Energy, Fate, NullSpaceOptimizer
+from nullspace_optim.errors import CaptureError, OptionError
+from nullspace_optim.methods import ForwardScaling, declare_rows, shared_directions, trust_regions
+from nullspace_optim.policies import CODECL, TRGP
 
 
 class Net(nn.Module):

@@ -11,19 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from nullspace_optim import (
-    CGP,
-    PEGP,
-    VPTNSP,
-    BatchError,
-    Energy,
-    Fate,
-    InfLoRA,
-    KeepLoRA,
-    NullSpaceOptimizer,
-    NumericalRank,
-    OptionError,
-    SplitLoRA,
+from nullspace_optim import Energy, Fate, NullSpaceOptimizer, NumericalRank
+from nullspace_optim.errors import BatchError, OptionError
+from nullspace_optim.methods import (
     begin_lora,
     consolidate_classes,
     declare_prompt,
@@ -33,6 +23,7 @@ from nullspace_optim import (
     keeplora_rows,
     lora_rows,
 )
+from nullspace_optim.policies import CGP, PEGP, VPTNSP, InfLoRA, KeepLoRA, SplitLoRA
 
 peft = pytest.importorskip("peft")
 

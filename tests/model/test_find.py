@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from nullspace_optim import BatchError, Fate, ModelNotFoundError, NullSpaceOptimizer, NumericalRank, clip_forward
+from nullspace_optim import Fate, NullSpaceOptimizer, NumericalRank, clip_forward
+from nullspace_optim.errors import BatchError, ModelNotFoundError
 
 ROWS = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
 

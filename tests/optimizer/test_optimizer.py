@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from nullspace_optim import Energy, Fate, NullSpaceOptimizer, OptionError, StaleAnchorError
+from nullspace_optim import Energy, Fate, NullSpaceOptimizer, StaleAnchorError
+from nullspace_optim.errors import OptionError
 
 
 def test_three_tasks_in_a_row_with_one_argument() -> None:

@@ -12,8 +12,9 @@ from spectra import consolidate, moment_of, task_rows
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from nullspace_optim import CODECL, OWM, SGP, VPTNSP, Fate, NullSpaceOptimizer, Policy, StaleAnchorError
+from nullspace_optim import SGP, Fate, NullSpaceOptimizer, Policy, StaleAnchorError
 from nullspace_optim.consolidation.grow import GrownBasis
+from nullspace_optim.policies import CODECL, OWM, VPTNSP
 from nullspace_optim.subspace.linalg import orthogonality_error, orthonormalise
 from nullspace_optim.subspace.projection import anchor, project_difference_, shift_anchor_, yield_anchor_
 

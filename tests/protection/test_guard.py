@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW
 
-from nullspace_optim import Fate, NullSpaceOptimizer, NumericalRank, OptionError, StaleAnchorError
+from nullspace_optim import Fate, NullSpaceOptimizer, NumericalRank, StaleAnchorError
+from nullspace_optim.errors import OptionError
 
 OLD = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
 NEW = torch.randn(16, 24, generator=torch.Generator().manual_seed(1))

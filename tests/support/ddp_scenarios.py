@@ -17,26 +17,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from nullspace_optim import (
-    CGP,
-    CODECL,
     OSF,
-    OWM,
     SGP,
-    TRGP,
-    VPTNSP,
-    CaptureError,
     ConsolidationError,
-    EigenvalueRatio,
     Energy,
     FixedRank,
     NullSpaceOptimizer,
-    OptionError,
-    RankBudget,
     SketchedCovariance,
     TailEnergy,
-    consolidate_classes,
-    declare_rows,
 )
+from nullspace_optim.errors import CaptureError, OptionError
+from nullspace_optim.methods import consolidate_classes, declare_rows
+from nullspace_optim.policies import CGP, CODECL, OWM, TRGP, VPTNSP, EigenvalueRatio, RankBudget
 
 POLICIES = {
     "energy": Energy(0.9),

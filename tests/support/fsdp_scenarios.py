@@ -33,18 +33,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from nullspace_optim import (
-    VPTNSP,
-    CaptureError,
-    ConsolidationError,
-    Fate,
-    FixedRank,
-    NullSpaceOptimizer,
-    OptionError,
-)
+from nullspace_optim import ConsolidationError, Fate, FixedRank, NullSpaceOptimizer
 from nullspace_optim.consolidation.consolidate import stored_bytes
+from nullspace_optim.errors import CaptureError, OptionError
 from nullspace_optim.planning.predict import Conditions, by_rank, predict
 from nullspace_optim.planning.survey import survey
+from nullspace_optim.policies import VPTNSP
 
 
 def sharded(model: nn.Module, **options: Any) -> Any:
