@@ -16,7 +16,8 @@ from table_runs import Images, SmallResNet, nscl_protocol, small
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nullspace_optim import Energy, NullSpaceOptimizer, NullSpaceWarning, Spectrum
+from nullspace_optim import Energy, NullSpaceOptimizer, NullSpaceWarning
+from nullspace_optim.policies import Spectrum
 from reference.errors import ExperimentError
 from reference.tables import methods, runs
 from reference.tables.__main__ import main
