@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from html import escape
 from math import isnan
 
 
@@ -50,3 +52,15 @@ def format_bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return f"{count} B"
+
+
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return `rows` under `header` as an HTML table."""
+    lines = [("th", header), *(("td", row) for row in rows)]
+    body = "".join("<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>" for tag, row in lines)
+    return f"<table>{body}</table>"
+
+
+def name_some(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, quoted, with dots where there are more."""
+    return ", ".join(f"'{name}'" for name in names[:most]) + (", ..." if len(names) > most else "")

@@ -83,11 +83,15 @@ def _rows(basis: Basis, places: Mapping[str, str]) -> list[list[str]]:
 
 def _totals(store: BasisStore) -> str:
     fates = Counter(basis.fate.value for basis in store.values())
-    used = [subspace for basis in store.values() for subspace in basis.subspaces.values()]
+    sides = [subspace for basis in store.values() for subspace in basis.subspaces.values()]
+    tables = [subspace for subspace in sides if subspace.side == "rows"]
+    used = [subspace for subspace in sides if subspace.side != "rows"]
     rank, dimension = sum(s.rank for s in used), sum(s.dimension for s in used)
     lines = [f"parameters: {', '.join(f'{count} {fate}' for fate, count in fates.items()) or 'none'}"]
     if dimension:
         lines.append(f"directions: {rank} of {dimension} used ({rank / dimension:.1%})")
+    if tables:
+        lines.append(f"rows of tables: {sum(s.rank for s in tables)} of {sum(s.dimension for s in tables)} frozen")
     kinds: Counter[str] = Counter()
     for key, tensor in tensors_of(store):
         kinds[key.split("/")[0] if key.startswith(("buffer/", "probe/")) else key.split("/")[-1]] += tensor.nbytes

@@ -17,7 +17,7 @@ from ..formatting import plain, scientific, table
 from ..protection.guard import Guard
 from ..protection.step_hooks import ROUNDED
 from ..subspace.basis import Basis, BasisStore
-from ..verification.drift import moved_buffers
+from ..verification.verify import moved_buffers
 from .command import add, add_names, expression, renamer
 from .weights import Weights
 

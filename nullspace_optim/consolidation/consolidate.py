@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,29 +18,28 @@ from ..capture.capture import Capture
 from ..covariance.second_moment import SecondMoment
 from ..distributed import collectives, failures, group
 from ..distributed.fsdp import sharded_modules
-from ..distributed.group import local_tensor
 from ..errors import ConsolidationError
 from ..model.batches import first_samples
 from ..model.loader import LoaderPass, bound_batches, current_parameters, make_runner, name_batch_in_errors
 from ..model.names import named_buffers, named_parameters
 from ..model.restore import restored_model
 from ..model.storage import is_plain
-from ..protection.guard import Guard, Precision
 from ..report import ConsolidationReport
 from ..subspace.basis import BasisStore, Fate
 from ..subspace.projection import exact_products
-from ..verification.displacement import Displacement
-from ..verification.drift import allowed_drift
 from ..verification.probes import record_probe
+from ..verification.verify import RecentSamples
+from .describe import Seen, describe
 from .fates import settle_fates
-from .notes import few_rows_note, half_precision_note, outside_note, sketch_note, untrained_note, warnings_about
 from .options import ConsolidationOptions
 
 
 def consolidate(
-    work: LoaderPass, store: BasisStore, options: ConsolidationOptions, displacement: Displacement
+    work: LoaderPass, store: BasisStore, options: ConsolidationOptions, recent: RecentSamples
 ) -> tuple[BasisStore, ConsolidationReport]:
     """Return the bases after one more task and a report; `store` and the model are unchanged.
+
+    `recent` holds first samples of earlier tasks, whose drift is reported, and takes those of this one.
 
     Raises:
         ConsolidationError: no batches, a task name used twice, an endless loader, or no free dimension left with
@@ -52,63 +51,38 @@ def consolidate(
         _check(work, store)
     with restored_model(work.model, work.loader):
         _share_buffers(work.model)
+        buffers = {name: buffer.detach().clone() for name, buffer in named_buffers(work.model).items()}
         capture = _capture(work, options)
-        first, batches = _observe(work, capture)
+        seen = _observe(work, capture)
         device = next(iter(work.parameters.values())).device
         capture.reduce(device)
         with exact_products(device):
             grown, rows = settle_fates(
                 work.parameters, capture.captured, store, work.task, options.policy, options.uncovered
             )
-        probe = record_probe(work, first)
-        with failures.raise_on_all_ranks(communicating=True):
-            drift, assumed = allowed_drift(work.parameters, grown, displacement, lambda: make_runner(work)(first))
-        for buffer in sorted(capture.buffers_read - set(grown.buffers)):
-            grown.buffers[buffer] = named_buffers(work.model)[buffer].detach().clone()
-    grown.probes[work.task] = {"digests": probe.digests, "sketches": probe.sketches, "norms": probe.norms}
-    untrained = sorted(capture.untrained_read - set(grown))
+        probe = record_probe(work, seen.first)
+        drift = recent.drift(work, store)
+    for name in sorted(capture.buffers_read - set(grown.buffers)):
+        grown.buffers[name] = buffers[name]
+    grown.probes[work.task] = probe.tensors
     grown.tasks.append(
         {
             "name": work.task,
             "policy": repr(options.policy),
-            "batches": batches,
-            "layers": list(probe.layers),
-            "untrained": untrained,
+            "batches": seen.batches,
+            **probe.record,
+            "untrained": sorted(capture.untrained_read - set(grown)),
         }
     )
-    report = ConsolidationReport(
-        task=work.task,
-        model=type(work.model).__name__,
-        policy=repr(options.policy),
-        batches=batches,
-        parameters=tuple(rows),
-        drift_allowed=drift,
-        assumed_update=assumed,
-        seconds=time.perf_counter() - started,
-        bytes=stored_bytes(grown),
-        transient_bytes=_transient_bytes(work.parameters, grown, options.precision),
-        warnings=tuple(warnings_about(work.model, work.forward, rows)),
-        notes=tuple(
-            filter(
-                None,
-                [
-                    capture.relevance_note,
-                    untrained_note(untrained),
-                    sketch_note(capture.captured),
-                    few_rows_note(capture.captured, rows),
-                    half_precision_note(work.parameters),
-                    outside_note(work.model, work.outside),
-                ],
-            )
-        ),
-    )
+    report = describe(work, seen, capture, grown, rows, options)
     if options.on_full == "raise" and report.of(Fate.FULL):
         raise ConsolidationError(
             f"no free direction is left in '{report.of(Fate.FULL)[0].name}' after task '{work.task}'; "
             "nothing was changed. "
             'Lower the policy\'s threshold, release() the parameter, or use on_full="warn" to freeze it'
         )
-    return grown, report
+    recent.keep(work.task, seen.first, work.forward)
+    return grown, replace(report, drift=drift, seconds=time.perf_counter() - started)
 
 
 def _check(work: LoaderPass, store: BasisStore) -> None:
@@ -186,41 +160,41 @@ def _capture(work: LoaderPass, options: ConsolidationOptions) -> Capture:
     )
 
 
-def _observe(work: LoaderPass, capture: Capture) -> tuple[Any, int]:
-    """Run the model on every batch under `capture`; return the first samples and the number of batches, of all ranks.
+def _observe(work: LoaderPass, capture: Capture) -> Seen:
+    """Run the model on every batch under `capture`; return what was seen by all ranks.
 
     Replicas run through their loaders independently. Ranks that hold shards of one model must run it at the same time:
     one whose loader has ended joins in with samples that do not count.
     """
     observe = _observe_shards if sharded_modules(work.model) else _observe_replica
     with capture:
-        first, number = observe(work, capture)
-    numbers = collectives.all_gather_object(number)
-    if not any(numbers):
+        seen = observe(work, capture)
+    everywhere = collectives.all_gather_object((seen.batches, seen.samples))
+    if not any(batches for batches, _ in everywhere):
         raise ConsolidationError(f"the loader of task '{work.task}' gave no batches; nothing was changed")
-    return collectives.broadcast_object([n > 0 for n in numbers].index(True), first), sum(numbers)
+    first, fed = collectives.broadcast_object([n > 0 for n, _ in everywhere].index(True), (seen.first, seen.fed))
+    counted = [samples for _, samples in everywhere]
+    total = None if None in counted else sum(samples for samples in counted if samples)
+    return Seen(first, sum(batches for batches, _ in everywhere), total, fed)
 
 
-def _observe_replica(work: LoaderPass, capture: Capture) -> tuple[Any, int]:
-    first, number, run = None, 0, make_runner(work)
+def _observe_replica(work: LoaderPass, capture: Capture) -> Seen:
+    seen, run = Seen(), make_runner(work)
     with failures.raise_on_all_ranks():
         for batch in bound_batches(work):
-            if not number:
-                first = first_samples(batch)
-            with name_batch_in_errors(work, number):
+            with name_batch_in_errors(work, seen.batches):
                 capture.batch(lambda batch=batch: run(batch))  # type: ignore[misc]
-            number += 1
-    return first, number
+            seen.take(work, batch)
+    return seen
 
 
-def _observe_shards(work: LoaderPass, capture: Capture) -> tuple[Any, int]:
-    batches, first, number, run = iter(bound_batches(work)), None, 0, make_runner(work)
+def _observe_shards(work: LoaderPass, capture: Capture) -> Seen:
+    batches, seen, run = iter(bound_batches(work)), Seen(), make_runner(work)
     ended, lent = object(), None
     for turn in count():
         with failures.raise_on_all_ranks():
             batch = next(batches, ended)
-            if turn == 0 and batch is not ended:
-                first = first_samples(batch)
+            first = first_samples(batch) if turn == 0 and batch is not ended else None
         having = collectives.all_gather_object(batch is not ended)
         if not any(having):
             break
@@ -228,24 +202,8 @@ def _observe_shards(work: LoaderPass, capture: Capture) -> tuple[Any, int]:
             lent = collectives.broadcast_object(having.index(True), first)
         mine = batch is not ended
         samples = batch if mine else lent
-        with failures.raise_on_all_ranks(communicating=True), name_batch_in_errors(work, number):
+        with failures.raise_on_all_ranks(communicating=True), name_batch_in_errors(work, seen.batches):
             capture.batch(lambda samples=samples: run(samples), counted=mine)  # type: ignore[misc]
-        number += mine
-    return first, number
-
-
-def stored_bytes(store: BasisStore) -> int:
-    """Return the bytes of all bases, anchors, kept values and stored covariances (shared tensors once)."""
-    tensors: dict[int, Tensor] = {}
-    for basis in store.values():
-        parts = [basis.kept]
-        for subspace in basis.subspaces.values():
-            parts += [subspace.basis, subspace.anchor, subspace.covariance, subspace.scale]
-        tensors.update({part.data_ptr(): part for part in parts if part is not None and part.numel()})
-    return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _transient_bytes(parameters: Mapping[str, Tensor], store: BasisStore, precision: Precision) -> int:
-    kept = ((name, basis) for name, basis in store.items() if basis.fate is Fate.PROTECTED and name in parameters)
-    guards = (Guard(parameters[name], basis) for name, basis in kept)
-    return sum(local_tensor(guard.parameter).nbytes for guard in guards if guard.wants_difference(precision))
+        if mine:
+            seen.take(work, batch)
+    return seen

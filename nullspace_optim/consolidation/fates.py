@@ -77,7 +77,7 @@ def settle_fates(
         else:
             basis = _settled(name, parameter, seen, old, uncovered)
         grown.put(basis)
-        rows.append(_line(basis, old, mine))
+        rows.append(_line(parameter, basis, old, mine, seen))
     return grown, _freeze_left_alone(parameters, store, grown, rows)
 
 
@@ -111,7 +111,7 @@ def _freeze_left_alone(
             kept = local_tensor(parameters[row.name]).clone()
             frozen = Basis(row.name, basis.shape, Fate.FROZEN, reason, tasks=basis.tasks, kept=kept)
             grown.put(frozen)
-            rows[number] = _line(frozen, basis, {})
+            rows[number] = replace(_line(parameters[row.name], frozen, basis, {}, None), met=row.met)
     return rows
 
 
@@ -331,15 +331,25 @@ def _used_rows(matrix: Tensor, part: ShardView, index: Tensor, size: int, old: S
     )
 
 
-def _line(basis: Basis, old: Basis | None, choices: Mapping[MatrixSide, GrownBasis]) -> ParameterReport:
+def _line(
+    parameter: Tensor,
+    basis: Basis,
+    old: Basis | None,
+    choices: Mapping[MatrixSide, GrownBasis],
+    seen: ParameterStatistics | None,
+) -> ParameterReport:
     """Return the report's line of one parameter."""
-    main = basis.main
+    main, rows = basis.main, basis.subspaces.get("rows")
+    still = parameter.numel() if basis.fate in (Fate.FROZEN, Fate.FULL) else 0
+    if rows is not None and not still:
+        still = rows.rank * (parameter.numel() // max(1, len(parameter)))
+    line = ParameterReport(
+        basis.name, basis.fate, basis.reason, numbers=parameter.numel(), still=still, met=seen is not None and seen.met
+    )
     if main is None:
-        return ParameterReport(basis.name, basis.fate, basis.reason)
-    return ParameterReport(
-        basis.name,
-        basis.fate,
-        basis.reason,
+        return line
+    return replace(
+        line,
         side="+".join(basis.subspaces),
         rank=main.rank,
         dimension=main.dimension,
@@ -347,4 +357,11 @@ def _line(basis: Basis, old: Basis | None, choices: Mapping[MatrixSide, GrownBas
         energy=min(subspace.energy for subspace in basis.subspaces.values()),
         dropped=max((choice.dropped for choice in choices.values()), default=0.0),
         held=None if main.scale is None else main.held,
+        leading=max((_leading(choice.spectrum) for choice in choices.values()), default=float("nan")),
     )
+
+
+def _leading(spectrum: Tensor) -> float:
+    """Return the largest share of its group's energy that one of the eigenvalues `[g, s]` has."""
+    values = spectrum.double().clamp_min(0)
+    return float((values.amax(-1) / values.sum(-1).clamp_min(1e-300)).max()) if values.numel() else float("nan")

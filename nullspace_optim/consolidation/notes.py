@@ -1,4 +1,4 @@
-"""What a consolidation says beside its table: warnings that should be acted on, notes that limit the promise."""
+"""Warnings of a consolidation, which ask for action, and notes, which limit what was promised. One line a kind."""
 
 from __future__ import annotations
 
@@ -10,35 +10,113 @@ from torch import Tensor, nn
 
 from ..covariance.accumulator import ParameterStatistics
 from ..covariance.sketch import FrequentDirections
-from ..report import ParameterReport
-from ..subspace.basis import Fate
+from ..formatting import name_some
+from ..report import ParameterReport, still_share
+from ..subspace.basis import BasisStore, Fate
 
 NEARLY_FULL = 0.9
 ENOUGH = 10
+MASSIVE = 0.99
+WAYS_OUT = 'lower the policy\'s threshold, prune(), release() a name, or train with project="both"'
 
 
-def warnings_about(model: nn.Module, forward: Any, rows: Sequence[ParameterReport]) -> Iterator[str]:
-    """Yield what a user should act on: nothing protected, one tower only, parameters that are full or nearly so."""
-    free = [row for row in rows if row.fate is Fate.FREE]
-    silent = [row.name for row in free if row.reason.startswith("not read")]
-    if len(silent) == len(rows):
+def warnings_about(
+    model: nn.Module, forward: Any, rows: Sequence[ParameterReport], task: str, store: BasisStore
+) -> Iterator[str]:
+    """Yield what a user should act on: what was not read, what can no longer learn, what the threshold cuts off.
+
+    `rows` are the lines of the report of `task`, `store` the bases after it.
+    """
+    unmet = [row.name for row in rows if not row.met]
+    if len(unmet) == len(rows):
         yield (
-            "nothing is protected: the forward pass read none of the trained parameters "
-            "(another copy of the model, or weights that were copied before?)"
+            f"nothing of '{task}' is protected: the forward pass read none of the trained parameters (another copy of "
+            "the model, merged adapters, or weights that were copied before?)"
         )
     clip_towers = hasattr(model, "encode_image") and hasattr(model, "encode_text")
-    if silent and clip_towers and forward is None:
+    if unmet and clip_towers and forward is None:
         yield (
-            f"only one tower was run: {len(silent)} parameters are free and old image-text logits are not protected; "
-            "pass forward=clip_forward(model, tokens)"
+            f"only one tower was run: {len(unmet)} parameters were not read by '{task}', so its image-text logits are "
+            "not protected; pass forward=clip_forward(model, tokens)"
         )
-    if any("uncovered" in row.reason for row in free):
+    if any("uncovered" in row.reason for row in rows if row.fate is Fate.FREE):
         yield 'parameters that are used but cannot be protected are trained (uncovered="train"): old outputs may move'
-    for row in rows:
-        if row.fate is Fate.FULL:
-            yield f"'{row.name}' has no free direction left and is frozen from now on"
-        elif row.dimension and row.dimension - row.free >= NEARLY_FULL * row.dimension:
-            yield f"'{row.name}' is nearly full: {row.rank} of {row.dimension} directions are protected"
+    yield from _about_rows(rows)
+    yield from _about_room(rows, task)
+    gates = [row.name for row in rows if _is_closed_gate(row, store)]
+    if gates:
+        yield (
+            f"{len(gates)} factors of activations are all zero and frozen ({name_some(gates)}): what they gate stays "
+            'off for good; release() them, or use uncovered="train"'
+        )
+
+
+def _about_rows(rows: Sequence[ParameterReport]) -> Iterator[str]:
+    """Yield what the task's inputs leave unprotected."""
+    weights = [row for row in rows if row.met and row.dimension]
+    if weights and not any(row.rank for row in weights):
+        yield f"no input row of any of the {len(weights)} weights counts: nothing of this task is protected"
+    massive = [row for row in weights if row.leading >= MASSIVE and row.energy < 1 - 1e-9 and row.dimension > 1]
+    if massive:
+        row = massive[0]
+        yield (
+            f"one direction holds over {MASSIVE:.0%} of the energy of {len(massive)} weights ('{row.name}': "
+            f"{row.leading:.2%}, rank {row.rank} of {row.dimension}): inputs of ordinary size are cut off by an energy "
+            "threshold; use NumericalRank(), or scale the inputs"
+        )
+
+
+def _about_room(rows: Sequence[ParameterReport], task: str) -> Iterator[str]:
+    """Yield what can learn no longer, or hardly."""
+    share = still_share(rows)
+    if share > 0.5:
+        numbers: dict[str, int] = {}
+        for row in rows:
+            if row.still:
+                reason = row.reason if row.fate in (Fate.FROZEN, Fate.FULL) else "rows of a table that were looked up"
+                numbers[reason] = numbers.get(reason, 0) + row.still
+        reason = max(numbers, key=lambda name: numbers[name])
+        yield f"{share:.0%} of the trained numbers are frozen from now on, most of them because: {reason}"
+    full = [row.name for row in rows if row.fate is Fate.FULL and row.reason.endswith(f"after task '{task}'")]
+    if full:
+        names = name_some(full)
+        yield f"{len(full)} weights have no free direction left and are frozen from now on ({names}): {WAYS_OUT}"
+    close = [
+        row for row in rows if row.fate is Fate.PROTECTED and row.added and _used(row) >= NEARLY_FULL * row.dimension
+    ]
+    if close:
+        row = max(close, key=lambda row: _used(row) / row.dimension)
+        names = name_some([row.name for row in close])
+        yield (
+            f"{len(close)} weights are nearly full ({names}; '{row.name}': {row.rank} of {row.dimension} directions "
+            f"are protected): {WAYS_OUT}"
+        )
+
+
+def _used(row: ParameterReport) -> int:
+    return row.dimension - row.free
+
+
+def _is_closed_gate(row: ParameterReport, store: BasisStore) -> bool:
+    """Return whether a parameter is a factor of activations, frozen while it is zero."""
+    kept = store[row.name].kept if row.met and row.fate is Fate.FROZEN and "aten.mul" in row.reason else None
+    return kept is not None and kept.numel() > 0 and not bool(kept.any())
+
+
+def coverage_note(loader: Any, samples: int | None, dataset: int | None) -> str | None:
+    """Say that samples of the data set were not seen: dropped, or drawn with replacement."""
+    sampler = getattr(loader, "sampler", None)
+    if getattr(sampler, "replacement", False):
+        return (
+            f"the loader draws {samples} of {dataset} samples with replacement: samples that were not drawn are not "
+            "protected; consolidate with a loader that reads each sample once"
+        )
+    if samples is None or dataset is None or samples >= dataset:
+        return None
+    return (
+        f"{samples} of the {dataset} samples of the data set were seen (drop_last, max_batches or a sampler): the "
+        "others are not protected; consolidate with a loader that reads each sample once"
+    )
 
 
 def untrained_note(names: Sequence[str]) -> str | None:

@@ -86,10 +86,10 @@ def record_task(
         "name": work.task,
         "policy": options,
         "batches": batches,
-        "layers": list(probe.layers),
+        **probe.record,
         "untrained": [],
     }
-    return {"digests": probe.digests, "sketches": probe.sketches, "norms": probe.norms}, record
+    return probe.tensors, record
 
 
 def report_task(
@@ -108,8 +108,6 @@ def report_task(
         policy="iGSP",
         batches=batches,
         parameters=tuple(rows),
-        drift_allowed=0.0,
-        assumed_update=False,
         seconds=0.0,
         bytes=stored,
         transient_bytes=0,

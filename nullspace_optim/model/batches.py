@@ -62,6 +62,40 @@ def _arguments(batch: Any, accepted: Mapping[str, inspect.Parameter]) -> tuple[t
     )
 
 
+def describe_feed(model: nn.Module, forward: Forward | None, batch: Any) -> tuple[str, str | None]:
+    """Return how `batch` was read, and, where that was a guess, a note that says so.
+
+    A guess: elements of a tuple that were left out beyond one (labels follow inputs), or taken for something that may
+    be labels, and a list of tensors of which the first alone was fed.
+    """
+    if forward is not None:
+        return "the whole batch, to forward=", None
+    args, kwargs = _arguments(batch, inspect.signature(model.forward).parameters)
+    fed = ", ".join([*map(_describe, args), *(f"{key}={_describe(value)}" for key, value in kwargs.items())])
+    if not isinstance(batch, (tuple, list)) or hasattr(batch, "_fields"):
+        return fed, None
+    left, first = len(batch) - len(args), batch[0]
+    views = isinstance(first, (tuple, list)) and len(first) > 1 and all(isinstance(t, Tensor) for t in first)
+    shape = first.shape[1:] if isinstance(first, Tensor) else ()
+    alike = [t for t in batch if isinstance(t, Tensor) and t.ndim > 1 and t.shape[1:] == shape]
+    if views:
+        guess = f"the first of {len(first)} tensors in the batch's first item was fed"
+    elif len(args) == 1 and len(alike) > 1:
+        guess = f"the first of {len(batch)} tensors of the batch was fed, of which {len(alike)} look like inputs"
+    elif left and len(batch) > 2:
+        guess = f"{len(args)} of {len(batch)} items of the batch were fed, in their order"
+    else:
+        return fed, None
+    return fed, f"how the batch is read is a guess: {guess}; pass forward= to decide"
+
+
+def _describe(value: Any) -> str:
+    """Return the kind of one argument: `float32 [64, 3, 32, 32]` for a tensor."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
+
+
 def _keywords(batch: Mapping[Any, Any], accepted: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
     if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         return {str(key): value for key, value in batch.items()}

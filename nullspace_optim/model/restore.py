@@ -42,6 +42,19 @@ def restored_model(model: nn.Module, loader: Any = None) -> Iterator[None]:
         restore_random()
 
 
+@contextmanager
+def fixed_seed(seed: int = 0) -> Iterator[None]:
+    """Run the body with random numbers that are the same every time; the random state is restored on exit."""
+    restore = _random_state(None)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        restore()
+
+
 def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in module._buffers.items() if buffer is not None]
 

@@ -30,7 +30,7 @@ from ..protection.averaged_weights import Evaluation, evaluated, refuse_unknown_
 from ..protection.step_hooks import Protection, ProtectionOptions
 from ..subspace.basis import BasisStore
 from ..subspace.shards import local_store, whole_store
-from ..verification.displacement import Displacement
+from ..verification.verify import RecentSamples
 from .checks import check_fit, check_shapes, facts_of
 from .mode import Mode
 
@@ -53,7 +53,7 @@ class Engine:
         )
         self.protection = Protection(ProtectionOptions(project=options["project"], precision=options["precision"]))
         self.store = BasisStore()
-        self.displacement = Displacement()
+        self.recent = RecentSamples()
         self.parameters: dict[str, Tensor] = {}
         self.model: Callable[[], nn.Module | None] = lambda: None
         self.base_handles: list[Any] = []
@@ -70,9 +70,7 @@ class Engine:
             self.find_copied_model()
         self._warn_unguarded(base)
         self.follow_replaced()
-        if self.mode is None:
-            self.displacement.remember(p for group in base.param_groups for p in group["params"])
-        else:
+        if self.mode is not None:
             self.mode.before_step(base)
         return self.protection.before_step(base, args, kwargs)
 

@@ -22,14 +22,14 @@ from ..consolidation.consolidate import consolidate, measure
 from ..consolidation.prune import PruneReport, prune_store
 from ..covariance.second_moment import SecondMoment
 from ..covariance.sketch import SketchedCovariance
-from ..distributed.collectives import all_gather_object, check_equal_on_all_ranks
+from ..distributed.collectives import check_equal_on_all_ranks
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.group import local_tensor, world_size
 from ..errors import NullSpaceWarning, OptionError
 from ..model.batches import Forward
 from ..model.find import unwrap
 from ..model.loader import LoaderPass
-from ..model.names import named_buffers
+from ..model.names import named_buffers, named_parameters
 from ..model.restore import restored_model
 from ..options import check_number
 from ..policies.base import Policy
@@ -38,10 +38,16 @@ from ..protection.guard import Precision
 from ..protection.sharded import drifts
 from ..protection.step_hooks import Project
 from ..report import ConsolidationReport, VerifyReport
-from ..subspace.basis import Basis
+from ..subspace.basis import Basis, Capacity
 from ..subspace.matrix import matrix_of
-from ..verification.drift import moved_buffers
-from ..verification.probes import Probe, assemble, compare, find_samples, record_probe
+from ..verification.verify import (
+    Outcome,
+    compare_outputs,
+    lost_parameters,
+    moved_buffers,
+    output_bounds,
+    rounding_limits,
+)
 from .checks import facts_of
 from .engine import Engine, check_bases
 from .mode import Mode, ModeOptions, built
@@ -181,12 +187,11 @@ class NullSpaceOptimizer(WrappedOptimizer):
         if core.mode is not None:
             return self._announced(core.mode.consolidated(work))
         with torch.inference_mode(False), core.protection.exactly(), core.evaluated() as moment:  # bases outlive a mode
-            grown, report = consolidate(work, core.store, core.measuring, core.displacement)
+            grown, report = consolidate(work, core.store, core.measuring, core.recent)
             core.take(grown, parameters)
             core.align()
             moment.keep_changes = True
         core.protection.mark()
-        core.displacement.forget()
         return self._announced(report)
 
     def _announced(self, report: ConsolidationReport) -> ConsolidationReport:
@@ -303,53 +308,54 @@ class NullSpaceOptimizer(WrappedOptimizer):
 
         Without a loader: the invariant `||W U - A|| / ||A||` per parameter and every buffer that moved. With the
         loader of a consolidated task (in any order, without augmentation): also the output drift per layer on the
-        samples that `consolidate` remembered by digest, and the first layer that breaks. `tolerance` is 1e-5 by
-        default, or what half precision rounds (2^-8 for bfloat16, 2^-11 for float16 parameters).
+        samples that `consolidate` remembered by digest, and the first layer that breaks; the loader is read once.
+        `tolerance` is 1e-5 by default, or what half precision rounds (2^-8 for bfloat16, 2^-11 for float16 parameters,
+        times the factor by which the weight has grown).
         """
         core = self._core
         core.follow_replaced()
-        limit = core.protection.tolerance if tolerance is None else tolerance
         core.protection.make_exact()
-        layers, missing = {}, []
+        model, store = self.model, core.store
+        outcome, harmless = Outcome({}, (), ()), False
+        bounds = output_bounds(store)
         with core.evaluated():
             with torch.no_grad():
                 kept = drifts(core.protection.guards)
-            for record in core.store.tasks if loader is not None else []:
-                drift = self._probe_drift(record, loader, forward, max_batches)
-                if drift is None:
-                    missing.append(str(record["name"]))
-                else:
-                    layers[str(record["name"])] = drift
-        buffers = moved_buffers(core.store, named_buffers(self.model)) if core.store.buffers else ()
-        return VerifyReport(kept, buffers, layers, tuple(missing), limit)
-
-    def _probe_drift(
-        self, record: Mapping[str, Any], loader: Any, forward: Forward | None, limit: int | None
-    ) -> dict[str, float] | None:
-        stored = self._core.store.probes[str(record["name"])]
-        before = Probe(stored["digests"], tuple(record["layers"]), stored["sketches"], stored["norms"])
-        model = self.model
-        with restored_model(model, loader):
-            with raise_on_all_ranks():
-                mine = find_samples(loader, before.digests, limit)
-            found = {key: sample for part in reversed(all_gather_object(mine)) for key, sample in part.items()}
-            samples = assemble(found, before.digests)
-            if samples is None:
-                return None
-            with self._routed(str(record["name"])):
-                after = record_probe(
-                    LoaderPass(model, self._core.trainable(), loader, str(record["name"]), forward), samples
-                )
-        return compare(before, after)
+            present = named_parameters(model)
+            lost = lost_parameters(store, core.parameters, present)
+            moved = moved_buffers(store, named_buffers(model))
+            work = LoaderPass(model, present, loader or (), "verified", forward, max_batches)
+            if loader is not None and store.tasks:
+                outcome = compare_outputs(work, store, self._routed, bool(lost or moved))
+                drift = {task: list(layers.values())[-1] for task, layers in outcome.layers.items()}
+            elif moved:
+                with restored_model(model):
+                    drift = core.recent.drift(work, store)
+            if moved:
+                harmless = bool(drift) and all(drift[task] <= bounds[task] for task in drift)
+        return VerifyReport(
+            kept=kept,
+            buffers=() if harmless else moved,
+            harmless=moved if harmless else (),
+            layers=outcome.layers,
+            missing=outcome.missing,
+            foreign=outcome.foreign,
+            tolerance=core.protection.tolerance if tolerance is None else tolerance,
+            limits=rounding_limits(store, present) if tolerance is None else {},
+            lost=lost,
+            bounds=bounds,
+            tasks=tuple(str(record["name"]) for record in store.tasks),
+            asked=loader is not None,
+        )
 
     def _routed(self, task: str) -> AbstractContextManager[None]:
         return nullcontext() if self._core.mode is None else self._core.mode.task(task)
 
-    def capacity(self) -> dict[str, float]:
+    def capacity(self) -> Capacity:
         """Return the share of directions still free, by parameter name (0 for frozen and full, 1 for free
-        parameters).
+        parameters); its `mean` counts weights with a basis only.
         """
-        return {name: basis.free_share for name, basis in self._core.store.items()}
+        return Capacity(self._core.store)
 
     @torch.inference_mode(False)
     @torch.no_grad()

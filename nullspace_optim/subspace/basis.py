@@ -56,6 +56,9 @@ class Subspace:
     scale: Tensor | None = None
     members: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"Subspace({self.side!r}, rank {self.rank} of {self.dimension}, energy {self.energy:.4%})"
+
     @property
     def rank(self) -> int:
         """Protected directions, summed over groups."""
@@ -96,6 +99,10 @@ class Basis:
     bias: str | None = None
     kept: Tensor | None = None
 
+    def __repr__(self) -> str:
+        sides = ", ".join(f"{side} {s.rank} of {s.dimension}" for side, s in self.subspaces.items()) or self.reason
+        return f"Basis({self.name!r} {list(self.shape)}, {self.fate.value}: {sides})"
+
     @property
     def main(self) -> Subspace | None:
         """The subspace with the largest share of used directions (a parameter mostly has one)."""
@@ -132,6 +139,29 @@ class Basis:
         return share
 
 
+class Capacity(dict[str, float]):
+    """Share of directions still free, by parameter name; `mean` counts the directions of weights with a basis only."""
+
+    def __init__(self, store: Mapping[str, Basis]) -> None:
+        super().__init__({name: basis.free_share for name, basis in store.items()})
+        self._dimensions = {name: b.main.dimension for name, b in store.items() if b.main and "rows" not in b.subspaces}
+
+    @property
+    def mean(self) -> float:
+        """Free share of all directions of the weights that have a basis; 1 if there are none.
+
+        Biases, gains and tables of which rows are frozen are left out.
+        """
+        total = sum(self._dimensions.values())
+        free = sum(self[name] * dimension for name, dimension in self._dimensions.items())
+        return free / total if total else 1.0
+
+    def __repr__(self) -> str:
+        lowest = sorted(self._dimensions, key=lambda name: self[name])[:3]
+        names = ", ".join(f"'{name}' {self[name]:.0%}" for name in lowest)
+        return f"Capacity({self.mean:.0%} free in {len(self._dimensions)} weights; least: {names or 'none'})"
+
+
 @dataclass(frozen=True)
 class Extension:
     """What a mode keeps beside the bases: one record of plain JSON values and tensors by key."""
@@ -153,6 +183,10 @@ class BasisStore(Mapping[str, Basis]):
         self.buffers: dict[str, Tensor] = {}
         self.probes: dict[str, dict[str, Tensor]] = {}
         self.extension: Extension | None = None
+
+    def __repr__(self) -> str:
+        fates = ", ".join(f"{n} {f.value}" for f in Fate if (n := sum(b.fate is f for b in self.values())))
+        return f"BasisStore({len(self.tasks)} tasks; {fates or 'nothing protected'})"
 
     def __getitem__(self, name: str) -> Basis:
         return self._bases[name]

@@ -8,7 +8,7 @@ random-sign sketch `[64]` and a norm. The same samples met again tell by how muc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..capture.capture import Capture
 from ..distributed import failures
 from ..model.batches import samples_in, tensors_of
 from ..model.loader import LoaderPass, current_parameters, make_runner
+from ..model.restore import fixed_seed
 from ..model.storage import is_plain, plain_parts
 from ..subspace.projection import exact_products
 
@@ -27,36 +28,70 @@ WIDTH = 64
 OUTPUT = "(output)"
 
 
+Shapes = tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True)
 class Probe:
-    """Digests `[n, 16]` (uint8) of the samples, then per layer a sketch `[layers, 64]` and a norm `[layers]`."""
+    """Digests `[n, 16]` (uint8) of the samples, then per layer a sketch `[layers, 64]` and a norm `[layers]`.
+
+    `shapes` holds, per layer, those of the tensors that were sketched (of the output there may be several).
+    """
 
     digests: Tensor
     layers: tuple[str, ...]
     sketches: Tensor
     norms: Tensor
+    shapes: tuple[Shapes, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The part that is stored as tensors."""
+        return {"digests": self.digests, "sketches": self.sketches, "norms": self.norms}
+
+    @property
+    def record(self) -> dict[str, object]:
+        """The part that is stored as plain values."""
+        return {"layers": list(self.layers), "shapes": [[list(s) for s in shapes] for shapes in self.shapes]}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> Probe:
+        """Return the probe that was stored as `tensors` and `record`."""
+        shapes = tuple(tuple(tuple(s) for s in shapes) for shapes in record.get("shapes", ()))
+        return cls(tensors["digests"], tuple(record["layers"]), tensors["sketches"], tensors["norms"], shapes)
 
 
 class Recorder:
-    """Collects sketches of layer outputs in execution order; pass `observe` to the capture."""
+    """Collects sketches of layer outputs in execution order; pass `observe` to the capture.
 
-    def __init__(self) -> None:
+    Of an output that has grown since the probe `like` (a head with more classes) only the old part is sketched.
+    """
+
+    def __init__(self, like: Probe | None = None) -> None:
+        self._like = dict(zip(like.layers, like.shapes)) if like is not None else {}
         self.layers: list[str] = []
+        self.shapes: list[Shapes] = []
         self.sketches: list[Tensor] = []
         self.norms: list[Tensor] = []
 
     def observe(self, name: str, output: Tensor) -> None:
         """Record the output of one product with the weight `name`."""
         uses = sum(layer.split("#")[0] == name for layer in self.layers)
-        self.layers.append(name if not uses else f"{name}#{uses + 1}")
-        values, norm = sketch(output)
+        self._record(name if not uses else f"{name}#{uses + 1}", [output])
+
+    def _record(self, layer: str, outputs: Sequence[Tensor]) -> None:
+        outputs = narrow_outputs(outputs, self._like.get(layer, ()))
+        self.layers.append(layer)
+        self.shapes.append(tuple(tuple(output.shape) for output in outputs))
+        values, norm = sketch(outputs[0] if len(outputs) == 1 and layer != OUTPUT else flat_outputs(outputs))
         self.sketches.append(values)
         self.norms.append(norm)
 
     def finish(self, outputs: Any, digests: Tensor) -> Probe:
         """Record the model's final `outputs` and return the probe."""
-        self.observe(OUTPUT, flat_outputs(outputs))
-        return Probe(digests, tuple(self.layers), torch.stack(self.sketches).cpu(), torch.stack(self.norms).cpu())
+        self._record(OUTPUT, [t for t in tensors_of(outputs) if t.is_floating_point() or t.is_complex()])
+        sketches, norms = torch.stack(self.sketches).cpu(), torch.stack(self.norms).cpu()
+        return Probe(digests, tuple(self.layers), sketches, norms, tuple(self.shapes))
 
 
 def sketch(output: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,6 +104,18 @@ def sketch(output: Tensor) -> tuple[Tensor, Tensor]:
     signs = torch.randint(0, 2, (columns,), generator=generator).to(device=flat.device, dtype=flat.dtype) * 2 - 1
     with exact_products(flat.device):
         return (flat.reshape(WIDTH, columns) @ signs).float(), flat.double().norm().float()
+
+
+def narrow_outputs(outputs: Sequence[Tensor], shapes: Shapes) -> list[Tensor]:
+    """Return the leading part of each output that has grown along an axis since it had one of `shapes`."""
+    if len(outputs) != len(shapes):
+        return list(outputs)
+    parts = []
+    for output, shape in zip(outputs, shapes):
+        if is_plain(output) and output.ndim == len(shape) and all(n >= old for n, old in zip(output.shape, shape)):
+            output = output[tuple(slice(old) for old in shape)]
+        parts.append(output)
+    return parts
 
 
 def flat_outputs(outputs: Any) -> Tensor:
@@ -152,15 +199,15 @@ def compare(before: Probe, after: Probe) -> dict[str, float]:
     return drift
 
 
-Run = Callable[[Any], Any]
+def record_probe(work: LoaderPass, samples: Any, like: Probe | None = None) -> Probe:
+    """Run the model on `samples` and return the probe of its layers and outputs, comparable with the probe `like`.
 
-
-def record_probe(work: LoaderPass, samples: Any) -> Probe:
-    """Run the model on `samples` and return the probe of its layers and outputs."""
-    recorder = Recorder()
+    A model that draws random numbers draws the same ones every time.
+    """
+    recorder = Recorder(like)
     capture = Capture(work.parameters, rows="all", statistics=False, present=current_parameters(work.model))
     capture.observe = recorder.observe
     run = make_runner(work)
-    with failures.raise_on_all_ranks(communicating=True), capture:
+    with fixed_seed(), failures.raise_on_all_ranks(communicating=True), capture:
         outputs = capture.batch(lambda: run(samples))
     return recorder.finish(outputs, digests_of(samples))

@@ -44,7 +44,6 @@ PLACES = (
     ("eigh", "linalg.py", "eigh", None),
     ("bases", "grow.py", "grow_basis", None),
     ("probe", "probes.py", "record_probe", None),
-    ("estimate", "drift.py", "allowed_drift", None),
 )
 
 
@@ -181,7 +180,7 @@ def _gram_svd(x: Tensor) -> None:
 def _row(case: Case, rows: str, spent: Spent) -> tuple[str, ...]:
     plain, whole, parts = median(spent.forward), median(spent.whole), spent.parts
     growing = parts["forward"] + parts["relevance"] + parts["moments"]
-    rest = whole - growing - parts["eigh"] - parts["bases"] - parts["probe"] - parts["estimate"]
+    rest = whole - growing - parts["eigh"] - parts["bases"] - parts["probe"]
     columns = (parts[part] for part in ("forward", "relevance", "moments", "eigh", "bases"))
     return (
         f"{case.name}, {case.images} images",
@@ -201,7 +200,7 @@ def _pass_table(rows: Sequence[tuple[str, ...]], repeats: int) -> Table:
         "Consolidation of one task, seconds",
         (
             "model", "rows", "forward only", "consolidate", "ratio", "ratio of what grows with the data",
-            "forward, observed", "relevance", "second moments", "eigh", "bases", "probe, estimate", "rest",
+            "forward, observed", "relevance", "second moments", "eigh", "bases", "probe", "rest",
         ),
         tuple(rows),
         f"{repeats} pairs, forward-only and consolidation in turn, float32, random images. Forward, relevance and "

@@ -121,26 +121,30 @@ def test_the_report_prints_every_fate_and_adds_up() -> None:
         report = optimizer.consolidate([torch.randn(6, 24)], progress=False)
     assert report.fates == {Fate.FREE: 2, Fate.PROTECTED: 2, Fate.FULL: 1, Fate.FROZEN: 4}
     assert sum(report.fates.values()) == len(list(model.parameters()))
-    text = str(report)
+    text = report.table()
     for name, _ in model.named_parameters():
         assert len(re.findall(rf"^{re.escape(name)} ", text, re.MULTILINE)) == 1, name
     assert text.splitlines()[0].startswith("consolidated 'task 1' of Net with NumericalRank")
-    assert text.index("free (2)") < text.index("protected (2)") < text.index("full (1)") < text.index("frozen (4)")
-    assert re.search(r"cut-off energy lets outputs drift by \d+\.\d+%", text)
+    assert text.index("protected (2)") < text.index("full (1)") < text.index("free (2)") < text.index("frozen (4)")
     assert [row.free for row in report.of(Fate.PROTECTED)] == [18, 10]
     assert optimizer.capacity()["full.weight"] == optimizer.capacity()["norm.bias"] == 0.0
     assert optimizer.capacity()["later.weight"] == 1.0
 
 
-def test_the_allowed_drift_follows_the_threshold() -> None:
+def test_the_drift_of_earlier_tasks_is_measured_and_follows_the_threshold() -> None:
     drifts = []
     for policy in (Energy(0.5), Energy(0.95), NumericalRank()):
         torch.manual_seed(0)
-        model = _mlp()
+        model, rows = _mlp(), torch.randn(8, 24) * torch.logspace(0, -2, 24)
         optimizer = _wrap(model, policy=policy)
-        report = optimizer.consolidate([torch.randn(8, 24) * torch.logspace(0, -2, 24)], progress=False)
-        assert report.assumed_update
-        drifts.append(report.drift_allowed)
+        assert optimizer.consolidate([rows], progress=False).drift == {}
+        before = model(rows).detach()
+        _train(optimizer, model, torch.randn(64, 24), 20)
+        report = optimizer.consolidate([torch.randn(4, 24)], progress=False)
+        true = float((model(rows) - before).norm() / before.norm())
+        assert report.drift["task 1"] == pytest.approx(true, rel=0.5, abs=1e-6)
+        assert f"{report.drift['task 1']:.2%}" in str(report)
+        drifts.append(report.drift["task 1"])
     assert drifts[0] > drifts[1] > drifts[2]
     assert drifts[2] < 1e-5
 
@@ -149,7 +153,7 @@ def test_the_allowed_drift_follows_the_threshold() -> None:
 def test_a_full_parameter_is_frozen_with_a_warning() -> None:
     model, rows = _mlp(), torch.randn(64, 24)
     optimizer = _wrap(model)
-    with pytest.warns(UserWarning, match=r"'0\.weight' has no free direction left"):
+    with pytest.warns(UserWarning, match=r"no free direction left and .*\('0\.weight', '2\.weight'\): lower"):
         report = optimizer.consolidate([rows], progress=False)
     assert len(report.of(Fate.FULL)) == 2
     start = copy.deepcopy(model.state_dict())
@@ -161,7 +165,7 @@ def test_a_full_parameter_is_frozen_with_a_warning() -> None:
 @pytest.mark.fault(77)
 def test_a_nearly_full_parameter_is_announced() -> None:
     optimizer = _wrap(_model := _mlp())
-    with pytest.warns(UserWarning, match=r"'0\.weight' is nearly full: 22 of 24"):
+    with pytest.warns(UserWarning, match=r"'0\.weight': 22 of 24 directions are protected\): lower"):
         optimizer.consolidate([torch.randn(22, 24)], progress=False)
     assert _model is not None
 
@@ -343,7 +347,7 @@ def test_a_joint_bias_is_frozen_with_a_weight_that_is_used_without_it() -> None:
 def test_a_forward_that_reads_no_trained_parameter_is_announced() -> None:
     model = _mlp()
     twin = copy.deepcopy(model)
-    with pytest.warns(NullSpaceWarning, match="nothing is protected: the forward pass read none of the trained"):
+    with pytest.warns(NullSpaceWarning, match="nothing of 'task 1' is protected: the forward pass read none"):
         _wrap(model).consolidate([torch.randn(4, 24)], forward=twin, progress=False)
 
 
@@ -398,4 +402,5 @@ def test_outputs_whose_shape_depends_on_the_weights_are_no_obstacle() -> None:
         optimizer.zero_grad()
         (model.score(rows) - 0.1).square().mean().backward()
         optimizer.step()
-    assert "their shape depends on the weights" in str(optimizer.consolidate([rows], progress=False))
+    assert optimizer.consolidate([rows], progress=False).drift == {}
+    assert optimizer.consolidate([rows + 1], progress=False).drift["task 1"] >= 0

@@ -184,7 +184,7 @@ def test_any_flipped_byte_and_any_cut_is_refused(small_file: Path, share: float,
         load(mutant)
 
 
-PLACES = ["_capture", "grow", "record_probe", "allowed_drift", "stored_bytes", "named_buffers", "ConsolidationReport"]
+PLACES = ["_capture", "settle_fates", "record_probe", "describe", "named_buffers", "replace"]
 ERRORS: list[type[BaseException]] = [RuntimeError, KeyboardInterrupt, MemoryError, StopIteration, SystemExit]
 
 

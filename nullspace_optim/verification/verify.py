@@ -1,0 +1,152 @@
+"""Verification of what is kept: weights, buffers, and the outputs of finished tasks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..distributed.collectives import all_gather_object
+from ..distributed.failures import raise_on_all_ranks
+from ..model.batches import Forward
+from ..model.loader import LoaderPass
+from ..model.restore import restored_model
+from ..subspace.basis import BasisStore
+from .probes import Probe, assemble, compare, find_samples, record_probe
+
+RECENT = 3  # tasks whose first samples stay in memory
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+EXACT = 1e-3  # output drift that counts as broken where no energy was cut off
+FACTOR = 3.0
+
+
+class RecentSamples:
+    """First samples of the last tasks, in memory alone, so that the drift of their outputs can be measured later."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, tuple[Any, Forward | None]] = {}
+
+    def keep(self, task: str, samples: Any, forward: Forward | None) -> None:
+        """Keep copies of `samples`; those of the oldest task are dropped."""
+        copies = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), samples)
+        self._tasks = dict([*self._tasks.items(), (task, (copies, forward))][-RECENT:])
+
+    def drift(self, work: LoaderPass, store: BasisStore) -> dict[str, float]:
+        """Return the relative drift of the final output on the samples of each task, by name.
+
+        The model of `work` must be in evaluation mode (`restored_model`).
+        """
+        known = {str(record["name"]): record for record in store.tasks}
+        found = {}
+        for task, (samples, forward) in self._tasks.items():
+            if task in known:
+                before = Probe.of(store.probes[task], known[task])
+                after = record_probe(replace(work, task=task, forward=forward), samples, before)
+                found[task] = list(compare(before, after).values())[-1]
+        return found
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Output drift by task and layer, tasks without samples, tasks that another forward was run for."""
+
+    layers: dict[str, dict[str, float]]
+    missing: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+
+def compare_outputs(
+    work: LoaderPass, store: BasisStore, routed: Callable[[str], AbstractContextManager[None]], changed: bool
+) -> Outcome:
+    """Compare the model's outputs on the samples of every task that the loader of `work` holds, in one pass.
+
+    `routed` runs the model as it is for a task. `changed` tells that parameters or buffers are known to have moved.
+    """
+    before = {str(record["name"]): Probe.of(store.probes[str(record["name"])], record) for record in store.tasks}
+    layers, missing, foreign = {}, [], []
+    with restored_model(work.model, work.loader):
+        with raise_on_all_ranks():
+            mine = find_samples(work.loader, torch.cat([p.digests for p in before.values()]), work.max_batches)
+        found = {key: sample for part in reversed(all_gather_object(mine)) for key, sample in part.items()}
+        for task, probe in before.items():
+            samples = assemble(found, probe.digests)
+            if samples is None:
+                missing.append(task)
+                continue
+            with routed(task):
+                after = record_probe(replace(work, task=task), samples, probe)
+            drift = compare(probe, after)
+            if not changed and _ran_otherwise(probe, after, drift):
+                foreign.append(task)
+            else:
+                layers[task] = drift
+    return Outcome(layers, tuple(missing), tuple(foreign))
+
+
+def _ran_otherwise(before: Probe, after: Probe, drift: Mapping[str, float]) -> bool:
+    """Return whether outputs differ because another forward was run, not because weights moved.
+
+    Then other layers were read, outputs have other shapes, or no layer moved at all but what was made of them.
+    """
+    if set(before.layers) - set(after.layers) or (before.shapes and before.shapes[-1] != after.shapes[-1]):
+        return True
+    *inner, output = drift.values()
+    return bool(inner) and max(inner) <= EXACT and output > max(10 * EXACT, 100 * max(inner))
+
+
+def output_bounds(store: BasisStore) -> dict[str, float]:
+    """Return by task the output drift that counts as broken: 1e-3, or three times the root of the energy cut off."""
+    bounds = {}
+    for record in store.tasks:
+        task = str(record["name"])
+        kept = [s.energy for b in store.values() if task in b.tasks for s in b.subspaces.values()]
+        cut = max((1 - energy for energy in kept if not math.isnan(energy)), default=0.0)
+        bounds[task] = max(EXACT, FACTOR * math.sqrt(max(0.0, cut)))
+    return bounds
+
+
+@torch.no_grad()
+def rounding_limits(store: BasisStore, parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return what rounding allows kept directions of half-precision weights: `u ||W_t|| / ||W_0||`.
+
+    `u` is 2^-8 for bfloat16 and 2^-11 for float16; `||W_0||` is taken from the anchor, `||A|| sqrt(d / k)`.
+    """
+    limits = {}
+    for name, basis in store.items():
+        parameter = parameters.get(name)
+        unit = None if parameter is None else UNIT.get(parameter.dtype)
+        if parameter is None or unit is None:
+            continue
+        grown = [
+            float(parameter.float().norm()) * math.sqrt(s.rank / s.dimension) / max(float(s.anchor.norm()), 1e-30)
+            for s in basis.subspaces.values()
+            if s.rank
+        ]
+        limits[name] = unit * max([1.0, *grown])
+    return limits
+
+
+@torch.no_grad()
+def moved_buffers(store: BasisStore, buffers: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the names of buffers that differ from their value at the last consolidation that read them.
+
+    A buffer that has grown and begins as it was (a table made for longer sequences) has not moved.
+    """
+    return tuple(name for name, kept in store.buffers.items() if name not in buffers or _differs(buffers[name], kept))
+
+
+def _differs(buffer: Tensor, kept: Tensor) -> bool:
+    if buffer.ndim == kept.ndim and all(n >= old for n, old in zip(buffer.shape, kept.shape)):
+        buffer = buffer[tuple(slice(old) for old in kept.shape)]
+    return not torch.equal(buffer, kept.to(buffer.device))
+
+
+def lost_parameters(store: BasisStore, held: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Return the names with a basis whose tensor, of those `held`, is not the one `present` in the model."""
+    return tuple(name for name in store if name in held and present.get(name) is not held[name])
