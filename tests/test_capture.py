@@ -16,6 +16,7 @@ from nullspace_optim.capture.capture import Capture
 from nullspace_optim.covariance.accumulator import ParameterStatistics
 from nullspace_optim.covariance.rows import Patches
 from nullspace_optim.errors import CaptureError, OptionError
+from nullspace_optim.settings import Settings
 
 Kind = dict[str, Any]
 
@@ -23,7 +24,9 @@ Kind = dict[str, Any]
 def capture(module: nn.Module, *batches: Any, run: Callable[[Any], Any] | None = None, **options: Any) -> Capture:
     """Run `module` on every batch under a capture with all rows, unless told otherwise."""
     observer = Capture(
-        dict(module.named_parameters()), buffers=dict(module.named_buffers()), **{"rows": "all", **options}
+        dict(module.named_parameters()),
+        Settings(**{"rows": "all", **options}),
+        buffers=dict(module.named_buffers()),
     )
     with observer:
         for batch in batches:
@@ -451,7 +454,7 @@ def test_rule_f_a_tied_embedding_keeps_both_sides(rows: str) -> None:
 @pytest.mark.fault(31)
 def test_rule_f_names_of_one_tensor_have_one_fate() -> None:
     model = Tied()
-    observer = Capture(dict(model.named_parameters(remove_duplicate=False)), rows="all")
+    observer = Capture(dict(model.named_parameters(remove_duplicate=False)), Settings(rows="all"))
     observer.batch(lambda: model(torch.tensor([[1, 4]])))
     found = observer.captured
     assert found["head.weight"] is found["embed.weight"]
@@ -576,7 +579,7 @@ def test_nothing_is_left_on_model_or_random_state() -> None:
     model[0].weight.grad = torch.ones(5, 4)
     model[2].weight.requires_grad_(False)
     before = torch.get_rng_state()
-    observer = Capture(dict(model.named_parameters()))
+    observer = Capture(dict(model.named_parameters()), Settings())
     outputs = observer.batch(lambda: {"y": model(x), "more": [model(x)]})
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(model[0].weight.grad, torch.ones(5, 4)) and model[2].weight.grad is None
@@ -600,8 +603,11 @@ def test_buffers_that_were_read_are_listed() -> None:
 def test_observe_sees_products_in_execution_order() -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5, bias=False), nn.Linear(5, 3, bias=False))
     seen: list[tuple[str, tuple[int, ...]]] = []
-    observer = Capture(dict(model.named_parameters()), rows="all", statistics=False)
-    observer.observe = lambda name, output: seen.append((name, tuple(output.shape)))
+    observer = Capture(
+        dict(model.named_parameters()),
+        Settings(rows="all"),
+        observe=lambda name, output: seen.append((name, tuple(output.shape))),
+    )
     observer.batch(lambda: model(torch.tensor([1, 2])))
     assert seen == [("0.weight", (2, 4)), ("1.weight", (2, 5)), ("2.weight", (2, 3))]
     assert observer.order == ["0.weight", "1.weight", "2.weight"]
@@ -609,9 +615,9 @@ def test_observe_sees_products_in_execution_order() -> None:
 
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(OptionError, match="relevant"):
-        Capture({}, rows="some")  # type: ignore[arg-type]
+        Settings(rows="some")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="joint"):
-        Capture({}, bias="some")  # type: ignore[arg-type]
+        Settings(bias="some")  # type: ignore[arg-type]
 
 
 # --- relevance -------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer
 from nullspace_optim.cli import main
-from nullspace_optim.consolidation.consolidate import stored_bytes
+from nullspace_optim.consolidation.describe import stored_bytes
 from nullspace_optim.errors import OptionError
 from nullspace_optim.planning.architectures import build
 from nullspace_optim.planning.predict import Conditions, by_fraction, by_rank, consolidation, on_both_sides, predict

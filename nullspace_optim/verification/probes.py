@@ -20,6 +20,7 @@ from ..capture.capture import Capture
 from ..distributed import failures
 from ..model.batches import samples_in, tensors_of
 from ..model.loader import LoaderPass, current_parameters, make_runner
+from ..settings import Settings
 from ..subspace.projection import exact_products
 
 WIDTH = 64
@@ -156,8 +157,8 @@ Run = Callable[[Any], Any]
 def record_probe(work: LoaderPass, samples: Any) -> Probe:
     """Run the model on `samples` and return the probe of its layers and outputs."""
     recorder = Recorder()
-    capture = Capture(work.parameters, rows="all", statistics=False, present=current_parameters(work.model))
-    capture.observe = recorder.observe
+    present = current_parameters(work.model)
+    capture = Capture(work.parameters, Settings(rows="all"), present=present, observe=recorder.observe)
     run = make_runner(work)
     with failures.raise_on_all_ranks(communicating=True), capture:
         outputs = capture.batch(lambda: run(samples))
