@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import isfinite
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .errors import BatchError, OptionError, ShapeError
 from .model.find import unwrap
+from .options import check_choice
 
 Rows = Literal["both", "image", "text"]
 
@@ -95,8 +96,7 @@ def distillation_loss(student: Any, teacher: Any, *, temperature: float = 2.0, r
     """
     if not (isfinite(temperature) and temperature > 0):
         raise OptionError(f"temperature={temperature!r}: expected a number in (0, inf)")
-    if rows not in ("both", "image", "text"):
-        raise OptionError(f"rows={rows!r}: expected one of 'both', 'image', 'text'")
+    check_choice("rows", rows, get_args(Rows))
     pupil, master = read_outputs(student), read_outputs(teacher)
     _refuse_self(pupil, master)
     ours, theirs = pupil.logits(), master.logits().detach()

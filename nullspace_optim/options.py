@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from .errors import OptionError
 
@@ -21,3 +22,14 @@ def check_number(
     interval = f"{'[' if 'low' in closed else '('}{low:g}, {high:g}{']' if 'high' in closed else ')'}"
     advice = f"; {way_out}" if way_out else ""
     raise OptionError(f"{type(owner).__name__}({option}={value!r}): expected a number in {interval}{advice}")
+
+
+def check_choice(option: str, value: object, allowed: Sequence[object], *, owner: str = "") -> None:
+    """Raise unless `value` is one of `allowed`; `owner` names the class whose option it is.
+
+    Raises:
+        OptionError: names the option, the value found and those allowed.
+    """
+    if value not in allowed:
+        found = f"{owner}({option}={value!r})" if owner else f"{option}={value!r}"
+        raise OptionError(f"{found}: expected one of {', '.join(map(repr, allowed))}")

@@ -14,19 +14,18 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..covariance.accumulator import ParameterStatistics, StatisticsAccumulator
 from ..covariance.all_reduce import reduce_statistics, union_over_ranks
-from ..covariance.sketch import SketchedCovariance
 from ..distributed.collectives import all_gather_object
 from ..distributed.group import local_tensor
-from ..errors import OptionError
 from ..model.batches import detach, tensors_in
 from ..model.storage import tensor_key
+from ..settings import Settings
 from .aliases import AliasTracker
 from .bypass import UNSEEN, BypassMode, graph_leaves
 from .dispatch import CaptureMode
@@ -40,45 +39,35 @@ class Capture:
     def __init__(
         self,
         parameters: Mapping[str, Tensor],
+        options: Settings,
         *,
         buffers: Mapping[str, Tensor] | None = None,
         untrained: Mapping[str, Tensor] | None = None,
-        rows: Literal["relevant", "all"] = "relevant",
-        bias: Literal["freeze", "joint"] = "freeze",
-        dtype: torch.dtype = torch.float32,
-        batch_frobenius: bool = False,
-        statistics: bool = True,
         present: Callable[[], Mapping[str, Tensor]] | None = None,
-        in_step: bool = False,
-        sketch: SketchedCovariance | None = None,
+        observe: Callable[[str, Tensor], None] | None = None,
     ) -> None:
         """Watch `parameters` and `buffers`, by name; note which of the `untrained` parameters are read.
 
-        ``rows="relevant"`` leaves out rows that no output of the model depends on; ``bias="joint"`` extends the
-        rows of a weight by a constant 1 for its bias; `dtype` is what second moments are summed in;
-        `batch_frobenius` normalises each batch's Gram matrix (GNSP); without `statistics` no sums are kept,
-        only reasons, order and `observe`. `present` gives the tensors that stand for the parameters at this moment
-        where a framework swaps them (FSDP2); with `in_step`, all ranks run each batch at the same time.
-        `sketch` says which second moments are sketched.
-
-        Raises:
-            OptionError: an unknown value of `rows` or `bias`.
+        Of `options` it needs ``rows="relevant"``, which leaves out rows that no output of the model depends on,
+        ``bias="joint"``, which extends the rows of a weight by a constant 1 for its bias, and what second moments are
+        summed in, normalised and sketched by. `present` returns the tensors that stand for the parameters at this
+        moment where a framework swaps them (FSDP2); all ranks then run each batch at the same time. `observe(name,
+        output)` is called for every product with a parameter; no sums are kept then, only reasons and order.
         """
-        if rows not in ("relevant", "all"):
-            raise OptionError(f'rows is "relevant" or "all", not {rows!r}')
-        if bias not in ("freeze", "joint"):
-            raise OptionError(f'bias is "freeze" or "joint", not {bias!r}')
-        self.observe: Callable[[str, Tensor], None] | None = None
+        self._observe = observe
         self._names = _unique(parameters)
         distinct = {name: parameters[name] for name in dict.fromkeys(self._names.values())}
         self._memory = AliasTracker(distinct, buffers or {}, untrained or {}, present)
-        self._in_step = in_step
-        self._empty_tally = lambda: StatisticsAccumulator(
-            dtype=dtype, batch_frobenius=batch_frobenius, statistics=statistics, sketch=sketch
+        self._in_step = present is not None
+        self._empty_tally: Callable[[], StatisticsAccumulator] = lambda: StatisticsAccumulator(
+            dtype=options.dtype,
+            batch_frobenius=options.policy.batch_frobenius,
+            statistics=observe is None,
+            sketch=options.sketch,
         )
         self._tally = self._empty_tally()
-        self._relevance = Relevance() if rows == "relevant" else None
-        self._joint = bias == "joint"
+        self._relevance = Relevance() if options.rows == "relevant" else None
+        self._joint = options.bias == "joint"
         self._batches = 0
 
     def __enter__(self) -> Capture:
@@ -155,7 +144,7 @@ class Capture:
             if counted
             else StatisticsAccumulator(dtype=torch.float32, batch_frobenius=False, statistics=False)
         )
-        uses = OperatorHandlers(self._memory, tally, relevance, joint=self._joint, observe=self.observe)
+        uses = OperatorHandlers(self._memory, tally, relevance, joint=self._joint, observe=self._observe)
         watch = CaptureMode(self._memory, tally, relevance, uses)
         with _environment(gradients=relevance is not None), watch:
             outputs = self._run(run, watch)

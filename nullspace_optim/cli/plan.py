@@ -10,7 +10,6 @@ from fractions import Fraction
 from typing import Any
 
 from .. import policies
-from ..consolidation.grow_sketched import check_sketchable
 from ..covariance.sketch import SketchedCovariance
 from ..errors import OptionError
 from ..planning.architectures import build
@@ -20,6 +19,7 @@ from ..planning.survey import survey
 from ..policies.base import Policy
 from ..policies.fixed_rank import FixedRank
 from ..policies.rank_budget import RankBudget
+from ..settings import check_sketchable
 from .command import add
 
 EXAMPLES = """

@@ -9,33 +9,27 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import count
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..capture.capture import Capture
 from ..covariance.second_moment import SecondMoment
-from ..distributed import collectives, failures, group
-from ..distributed.fsdp import sharded_modules
+from ..distributed.communicator import Communicator
+from ..distributed.failures import raise_on_all_ranks
 from ..errors import ConsolidationError
-from ..model.batches import first_samples
-from ..model.loader import LoaderPass, bound_batches, current_parameters, make_runner, name_batch_in_errors
-from ..model.names import named_buffers, named_parameters
+from ..model.loader import LoaderPass
 from ..model.restore import restored_model
-from ..model.storage import is_plain
 from ..report import ConsolidationReport
+from ..settings import Settings
 from ..subspace.basis import BasisStore, Fate
 from ..subspace.projection import exact_products
-from ..verification.probes import record_probe
 from ..verification.verify import RecentSamples
-from .describe import Seen, describe
+from .describe import describe, remember_task
 from .fates import settle_fates
-from .options import ConsolidationOptions
+from .observe import observe
 
 
 def consolidate(
-    work: LoaderPass, store: BasisStore, options: ConsolidationOptions, recent: RecentSamples
+    work: LoaderPass, store: BasisStore, options: Settings, recent: RecentSamples, ranks: Communicator
 ) -> tuple[BasisStore, ConsolidationReport]:
     """Return the bases after one more task and a report; `store` and the model are unchanged.
 
@@ -47,42 +41,37 @@ def consolidate(
         CaptureError: non-finite rows or a weight that could not be observed.
     """
     started = time.perf_counter()
-    with failures.raise_on_all_ranks():
+    with raise_on_all_ranks():
         _check(work, store)
     with restored_model(work.model, work.loader):
-        _share_buffers(work.model)
-        buffers = {name: buffer.detach().clone() for name, buffer in named_buffers(work.model).items()}
-        capture = _capture(work, options)
-        seen = _observe(work, capture)
-        device = next(iter(work.parameters.values())).device
-        capture.reduce(device)
-        with exact_products(device):
-            grown, rows = settle_fates(
-                work.parameters, capture.captured, store, work.task, options.policy, options.uncovered
-            )
-        probe = record_probe(work, seen.first)
-        drift = recent.drift(work, store)
-    for name in sorted(capture.buffers_read - set(grown.buffers)):
-        grown.buffers[name] = buffers[name]
-    grown.probes[work.task] = probe.tensors
-    grown.tasks.append(
-        {
-            "name": work.task,
-            "policy": repr(options.policy),
-            "batches": seen.batches,
-            **probe.record,
-            "untrained": sorted(capture.untrained_read - set(grown)),
-        }
-    )
-    report = describe(work, seen, capture, grown, rows, options)
-    if options.on_full == "raise" and report.of(Fate.FULL):
-        raise ConsolidationError(
-            f"no free direction is left in '{report.of(Fate.FULL)[0].name}' after task '{work.task}'; "
-            "nothing was changed. "
-            'Lower the policy\'s threshold, release() the parameter, or use on_full="warn" to freeze it'
-        )
-    recent.keep(work.task, seen.first, work.forward)
-    return grown, replace(report, drift=drift, seconds=time.perf_counter() - started)
+        seen = observe(work, options, ranks)
+        with exact_products(seen.device):
+            grown, rows = settle_fates(work.parameters, seen.captured, store, work.task, options, ranks)
+        remember_task(work, options, seen, grown)
+        report = describe(work, options, seen, grown, rows, recent.drift(work, store))
+    if options.on_full == "raise":
+        _refuse_full(report)
+    recent.keep(work.task, seen.tally.first, work.forward)
+    return grown, replace(report, seconds=time.perf_counter() - started)
+
+
+def measure(work: LoaderPass, options: Settings, ranks: Communicator) -> dict[str, SecondMoment]:
+    """Return the second moment of every parameter that met rows, as `consolidate` would see it; nothing is kept.
+
+    Of a parameter that met rows on both sides it is that of the right one. In one process only.
+
+    Raises:
+        ConsolidationError: no batches, or several processes.
+    """
+    if options.sketch is not None:
+        raise ConsolidationError('measure() returns whole second moments: use covariance="exact"')
+    if ranks.size > 1:
+        raise ConsolidationError("measure() sees the batches of one process only; measure before the processes start")
+    with restored_model(work.model, work.loader):
+        captured = observe(work, options, ranks).captured
+    sides = {name: seen.sides for name, seen in captured.items() if seen.sides and not seen.reasons}
+    chosen = {name: found.get("right") or next(iter(found.values())) for name, found in sides.items()}
+    return {name: moment for name, moment in chosen.items() if isinstance(moment, SecondMoment)}
 
 
 def _check(work: LoaderPass, store: BasisStore) -> None:
@@ -104,11 +93,6 @@ def _refuse_unready(parameters: Mapping[str, Tensor]) -> None:
                 f"'{name}' is on the meta device and has no values yet: materialise the model and build the optimizer "
                 "from its parameters before consolidating"
             )
-        if not is_plain(parameter):
-            raise ConsolidationError(
-                f"'{name}' is a {str(parameter.layout).removeprefix('torch.')} tensor, of which kept directions cannot "
-                "be corrected: make it a dense parameter (to_dense()), or give it requires_grad=False"
-            )
         if any(size > 1 and step == 0 for size, step in zip(parameter.shape, parameter.stride())):
             raise ConsolidationError(
                 f"'{name}' {tuple(parameter.shape)} is an expanded tensor with strides {parameter.stride()}: several "
@@ -116,94 +100,10 @@ def _refuse_unready(parameters: Mapping[str, Tensor]) -> None:
             )
 
 
-def _share_buffers(model: nn.Module) -> None:
-    """Let every rank measure with the buffers of rank 0, as the next forward pass of DDP does."""
-    if group.world_size() > 1:
-        buffers = named_buffers(model)
-        kept = collectives.broadcast_object(0, {name: buffer.detach() for name, buffer in buffers.items()})
-        for name, buffer in buffers.items():
-            buffer.detach().copy_(kept[name])
-
-
-def measure(work: LoaderPass, options: ConsolidationOptions) -> dict[str, SecondMoment]:
-    """Return the second moment of every parameter that met rows, as `consolidate` would see it; nothing is kept.
-
-    Of a parameter that met rows on both sides it is that of the right one. In one process only.
-
-    Raises:
-        ConsolidationError: no batches, or several processes.
-    """
-    if options.sketch is not None:
-        raise ConsolidationError('measure() returns whole second moments: use covariance="exact"')
-    if group.world_size() > 1:
-        raise ConsolidationError("measure() sees the batches of one process only; measure before the processes start")
-    with restored_model(work.model, work.loader):
-        capture = _capture(work, options)
-        _observe(work, capture)
-    sides = {name: seen.sides for name, seen in capture.captured.items() if seen.sides and not seen.reasons}
-    chosen = {name: found.get("right") or next(iter(found.values())) for name, found in sides.items()}
-    return {name: moment for name, moment in chosen.items() if isinstance(moment, SecondMoment)}
-
-
-def _capture(work: LoaderPass, options: ConsolidationOptions) -> Capture:
-    return Capture(
-        work.parameters,
-        buffers=named_buffers(work.model),
-        untrained={n: p for n, p in named_parameters(work.model).items() if n not in work.parameters},
-        rows=options.rows,
-        bias=options.bias,
-        dtype=torch.float64 if options.policy.precise else torch.float32,
-        batch_frobenius=options.policy.batch_frobenius,
-        sketch=options.sketch,
-        present=current_parameters(work.model),
-        in_step=bool(sharded_modules(work.model)),
-    )
-
-
-def _observe(work: LoaderPass, capture: Capture) -> Seen:
-    """Run the model on every batch under `capture`; return what was seen by all ranks.
-
-    Replicas run through their loaders independently. Ranks that hold shards of one model must run it at the same time:
-    one whose loader has ended joins in with samples that do not count.
-    """
-    observe = _observe_shards if sharded_modules(work.model) else _observe_replica
-    with capture:
-        seen = observe(work, capture)
-    everywhere = collectives.all_gather_object((seen.batches, seen.samples))
-    if not any(batches for batches, _ in everywhere):
-        raise ConsolidationError(f"the loader of task '{work.task}' gave no batches; nothing was changed")
-    first, fed = collectives.broadcast_object([n > 0 for n, _ in everywhere].index(True), (seen.first, seen.fed))
-    counted = [samples for _, samples in everywhere]
-    total = None if None in counted else sum(samples for samples in counted if samples)
-    return Seen(first, sum(batches for batches, _ in everywhere), total, fed)
-
-
-def _observe_replica(work: LoaderPass, capture: Capture) -> Seen:
-    seen, run = Seen(), make_runner(work)
-    with failures.raise_on_all_ranks():
-        for batch in bound_batches(work):
-            with name_batch_in_errors(work, seen.batches):
-                capture.batch(lambda batch=batch: run(batch))  # type: ignore[misc]
-            seen.take(work, batch)
-    return seen
-
-
-def _observe_shards(work: LoaderPass, capture: Capture) -> Seen:
-    batches, seen, run = iter(bound_batches(work)), Seen(), make_runner(work)
-    ended, lent = object(), None
-    for turn in count():
-        with failures.raise_on_all_ranks():
-            batch = next(batches, ended)
-            first = first_samples(batch) if turn == 0 and batch is not ended else None
-        having = collectives.all_gather_object(batch is not ended)
-        if not any(having):
-            break
-        if turn == 0:
-            lent = collectives.broadcast_object(having.index(True), first)
-        mine = batch is not ended
-        samples = batch if mine else lent
-        with failures.raise_on_all_ranks(communicating=True), name_batch_in_errors(work, seen.batches):
-            capture.batch(lambda samples=samples: run(samples), counted=mine)  # type: ignore[misc]
-        if mine:
-            seen.take(work, batch)
-    return seen
+def _refuse_full(report: ConsolidationReport) -> None:
+    full = report.of(Fate.FULL)
+    if full:
+        raise ConsolidationError(
+            f"no free direction is left in '{full[0].name}' after task '{report.task}'; nothing was changed. "
+            'Lower the policy\'s threshold, release() the parameter, or use on_full="warn" to freeze it'
+        )

@@ -1,20 +1,18 @@
-"""Report of a consolidation, from what was seen and what is stored."""
+"""Record and report of one consolidation: what later runs compare with, and figures with warnings and notes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
-from ..capture.capture import Capture
 from ..distributed.group import local_tensor
-from ..model.batches import describe_feed, first_samples, samples_in
 from ..model.loader import LoaderPass
-from ..protection.guard import Guard, Precision
+from ..protection.guard import Guard
 from ..report import ConsolidationReport, ParameterReport
+from ..settings import Precision, Settings
 from ..subspace.basis import BasisStore, Fate
+from ..verification.probes import record_probe
 from .notes import (
     coverage_note,
     few_rows_note,
@@ -24,48 +22,43 @@ from .notes import (
     untrained_note,
     warnings_about,
 )
-from .options import ConsolidationOptions
+from .observe import Observation
 
 
-@dataclass
-class Seen:
-    """What a pass saw: the first samples, the numbers of batches and samples (`None`: a batch had no common first
-    axis), and how the first batch was fed, with a note where that was a guess.
-    """
-
-    first: Any = None
-    batches: int = 0
-    samples: int | None = 0
-    fed: tuple[str, str | None] = ("", None)
-
-    def take(self, work: LoaderPass, batch: Any) -> None:
-        """Count one batch."""
-        if not self.batches:
-            self.first = first_samples(batch)
-            self.fed = describe_feed(work.model, work.forward, batch)
-        count = samples_in(batch)
-        self.samples = None if count is None or self.samples is None else self.samples + count
-        self.batches += 1
+def remember_task(work: LoaderPass, options: Settings, seen: Observation, grown: BasisStore) -> None:
+    """Add to `grown` the task's record, the probe of its first samples, and the buffers its forward passes read."""
+    probe = record_probe(work, seen.tally.first)
+    grown.probes[work.task] = probe.tensors
+    for buffer in sorted(seen.capture.buffers_read - set(grown.buffers)):
+        grown.buffers[buffer] = seen.buffers[buffer]
+    grown.tasks.append(
+        {
+            "name": work.task,
+            "policy": repr(options.policy),
+            "batches": seen.tally.batches,
+            **probe.record,
+            "untrained": _untrained(seen, grown),
+        }
+    )
 
 
 def describe(
     work: LoaderPass,
-    seen: Seen,
-    capture: Capture,
+    options: Settings,
+    seen: Observation,
     grown: BasisStore,
     rows: Sequence[ParameterReport],
-    options: ConsolidationOptions,
+    drift: dict[str, float],
 ) -> ConsolidationReport:
-    """Return the report of the last task of `grown`, whose parameters `rows` describe."""
-    untrained: Any = grown.tasks[-1]["untrained"]
-    dataset = _dataset_length(work)
-    warnings = [*filter(None, [seen.fed[1]]), *warnings_about(work.model, work.forward, rows, work.task, grown)]
+    """Return the report of a consolidation that made `grown`, without duration; `drift` is that of earlier tasks."""
+    tally, dataset = seen.tally, _dataset_length(work)
+    warnings = [tally.fed[1], *warnings_about(work.model, work.forward, rows, work.task, grown)]
     notes = [
-        coverage_note(work.loader, seen.samples, dataset),
-        capture.relevance_note,
-        untrained_note(untrained),
-        sketch_note(capture.captured),
-        few_rows_note(capture.captured, rows),
+        coverage_note(work.loader, tally.samples, dataset),
+        seen.capture.relevance_note,
+        untrained_note(_untrained(seen, grown)),
+        sketch_note(seen.captured),
+        few_rows_note(seen.captured, rows),
         half_precision_note(work.parameters),
         outside_note(work.model, work.outside),
     ]
@@ -73,25 +66,31 @@ def describe(
         task=work.task,
         model=type(work.model).__name__,
         policy=repr(options.policy),
-        batches=seen.batches,
+        batches=tally.batches,
         parameters=tuple(rows),
         seconds=0.0,
         bytes=stored_bytes(grown),
         transient_bytes=_transient_bytes(work.parameters, grown, options.precision),
-        warnings=tuple(warnings),
-        notes=tuple(note for note in notes if note),
-        samples=seen.samples,
+        warnings=tuple(filter(None, warnings)),
+        notes=tuple(filter(None, notes)),
+        samples=tally.samples,
         dataset=dataset,
-        fed=seen.fed[0],
+        fed=tally.fed[0],
+        drift=drift,
     )
 
 
 def _dataset_length(work: LoaderPass) -> int | None:
-    """Return the number of samples of the loader's data set, `None` if it tells none."""
+    """Return the number of samples of the loader's data set, `None` if it has none that tells it."""
     try:
         return len(work.loader.dataset)  # type: ignore[attr-defined]
-    except Exception:  # no data set, or a stream that raises an error of any kind
+    except Exception:  # streams raise errors of any kind here
         return None
+
+
+def _untrained(seen: Observation, grown: BasisStore) -> list[str]:
+    """Return the parameters that forward passes read and that have no basis, as they are not trained."""
+    return sorted(seen.capture.untrained_read - set(grown))
 
 
 def stored_bytes(store: BasisStore) -> int:

@@ -1,14 +1,15 @@
-"""The fate of every parameter after one more task, and the basis that goes with it.
+"""Fates of all parameters after one more task, and the bases that go with them.
 
-Input: what `Capture` saw of each parameter. A weight whose rows are known grows its basis by what the policy takes; a
-parameter that was used in any other way is frozen; one that was not read stays free. Fates only get stricter.
+Input: the statistics that `Capture` has of each parameter. A weight whose rows are known grows its basis by what the
+policy takes; a parameter that was used in any other way is frozen; one that was not read stays free. Fates only get
+stricter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,13 @@ from torch import Tensor
 from ..covariance.accumulator import Moment, ParameterStatistics
 from ..covariance.second_moment import SecondMoment
 from ..covariance.sketch import FrequentDirections
-from ..distributed import collectives, failures, group
+from ..distributed.communicator import Communicator
+from ..distributed.failures import raise_on_all_ranks
 from ..distributed.group import local_tensor
 from ..errors import ConsolidationError
 from ..policies.base import Policy, Spectrum
 from ..report import ParameterReport
+from ..settings import Settings
 from ..subspace.basis import Basis, BasisStore, Fate, Side, Subspace
 from ..subspace.layout import Layout
 from ..subspace.matrix import matrix_of
@@ -53,11 +56,11 @@ def settle_fates(
     captured: Mapping[str, ParameterStatistics],
     store: BasisStore,
     task: str,
-    policy: Policy,
-    uncovered: Literal["freeze", "train"],
+    options: Settings,
+    ranks: Communicator,
 ) -> tuple[BasisStore, list[ParameterReport]]:
     """Return a store that protects `task` as well, and one report line a parameter; `store` is unchanged."""
-    grown = store.copy()
+    grown, policy = store.copy(), options.policy
     if policy.from_weights:
         captured = {name: _of_weight(name, parameters, seen) for name, seen in captured.items()}
     uses = {
@@ -66,7 +69,7 @@ def settle_fates(
         if _grows(captured.get(name), store.get(name))
         for side, moment in captured[name].sides.items()
     }
-    choices = _choices(policy, uses, next(iter(parameters.values())).device)
+    choices = _choices(policy, uses, next(iter(parameters.values())).device, ranks)
     rows = []
     for name, parameter in parameters.items():
         seen, old = captured.get(name), store.get(name)
@@ -75,10 +78,10 @@ def settle_fates(
             bias = parameters[seen.bias] if seen.bias else None
             basis = _protected(name, parameter, bias, seen, old, mine, task)
         else:
-            basis = _settled(name, parameter, seen, old, uncovered)
+            basis = _settled(name, parameter, seen, old, options.uncovered)
         grown.put(basis)
         rows.append(_line(parameter, basis, old, mine, seen))
-    return grown, _freeze_left_alone(parameters, store, grown, rows)
+    return grown, _freeze_orphaned_biases(parameters, store, grown, rows)
 
 
 def _of_weight(name: str, parameters: Mapping[str, Tensor], seen: ParameterStatistics) -> ParameterStatistics:
@@ -99,10 +102,10 @@ def _before(old: Basis | None, side: MatrixSide) -> tuple[Subspace | None, int]:
     return (None, 0) if old is None else (old.subspaces.get(side), len(old.tasks))
 
 
-def _freeze_left_alone(
+def _freeze_orphaned_biases(
     parameters: Mapping[str, Tensor], before: BasisStore, grown: BasisStore, rows: list[ParameterReport]
 ) -> list[ParameterReport]:
-    """Freeze biases whose weight protected them in `before` and, being frozen itself, no longer does in `grown`."""
+    """Freeze joint biases whose weight was protected in `before` and is frozen in `grown`."""
     lost = {old.bias for name, old in before.items() if old.bias and name in grown and grown[name].bias is None}
     for number, row in enumerate(rows):
         basis = grown[row.name]
@@ -133,48 +136,54 @@ def _conflict(seen: ParameterStatistics, old: Basis | None) -> str:
     return ""
 
 
-def _choices(policy: Policy, uses: Mapping[Key, Use], device: torch.device) -> dict[Key, GrownBasis]:
-    """Let the policy decide; weights that share rows and basis share the result.
+def _choices(
+    policy: Policy, uses: Mapping[Key, Use], device: torch.device, ranks: Communicator
+) -> dict[Key, GrownBasis]:
+    """Apply the policy; weights that share rows and basis share the result.
 
     Only a joint policy needs the eigenvectors of all weights at once; otherwise one weight at a time is held. Each rank
-    decides on the second moments that it owns and tells the others.
+    decides on the second moments that it owns; the results are broadcast.
     """
     groups: dict[tuple[int, ...], list[Key]] = {}
     for key, use in uses.items():
         groups.setdefault(use.identity, []).append(key)
     work = _joint_choices if policy.joint else _single_choices
     heads = [members[0] for members in groups.values()]
-    chosen = work(policy, {key: uses[key] for key in heads}, groups)
-    choices = collectives.broadcast_from_owners(
+    chosen = work(policy, {key: uses[key] for key in heads}, groups, ranks)
+    choices = ranks.broadcast_from_owners(
         [chosen.get(key) for key in heads], [uses[key].moment.owner for key in heads], device
     )
     return {key: choice for members, choice in zip(groups.values(), choices, strict=True) for key in members}
 
 
-def _mine(uses: Mapping[Key, Use]) -> Iterator[tuple[Key, Use]]:
+def _mine(uses: Mapping[Key, Use], ranks: Communicator) -> Iterator[tuple[Key, Use]]:
     """Yield the uses whose second moment this rank holds (all of them if there is one process)."""
-    return ((key, use) for key, use in uses.items() if use.moment.owner == group.rank())
+    return ((key, use) for key, use in uses.items() if use.moment.owner == ranks.rank)
 
 
-def _single_choices(policy: Policy, uses: Mapping[Key, Use], groups: Groups) -> dict[Key, GrownBasis]:
+def _single_choices(
+    policy: Policy, uses: Mapping[Key, Use], groups: Groups, ranks: Communicator
+) -> dict[Key, GrownBasis]:
     """Decide on one weight after the other: the eigenvectors of one are held at a time."""
     choices: dict[Key, GrownBasis] = {}
-    with failures.raise_on_all_ranks():
-        for key, use in _mine(uses):
+    with raise_on_all_ranks():
+        for key, use in _mine(uses, ranks):
             candidate = _examined(policy, use, key)
             choices[key] = _chosen(candidate, _ranks(policy, {key: candidate.spectra})[key], use)
     return choices
 
 
-def _joint_choices(policy: Policy, uses: Mapping[Key, Use], groups: Groups) -> dict[Key, GrownBasis]:
-    """Show the policy the spectra of all weights at once."""
-    with failures.raise_on_all_ranks():
-        candidates = {key: _examined(policy, use, key) for key, use in _mine(uses)}
-    known = collectives.all_gather_object({key: candidate.spectra for key, candidate in candidates.items()})
+def _joint_choices(
+    policy: Policy, uses: Mapping[Key, Use], groups: Groups, ranks: Communicator
+) -> dict[Key, GrownBasis]:
+    """Decide on the spectra of all weights at once."""
+    with raise_on_all_ranks():
+        candidates = {key: _examined(policy, use, key) for key, use in _mine(uses, ranks)}
+    known = ranks.all_gather_object({key: candidate.spectra for key, candidate in candidates.items()})
     spectra = {key: found for part in known for key, found in part.items()}
-    with failures.raise_on_all_ranks():
-        ranks = _ranks(policy, {member: spectra[members[0]] for members in groups.values() for member in members})
-        return {key: _chosen(candidate, ranks[key], uses[key]) for key, candidate in candidates.items()}
+    with raise_on_all_ranks():
+        taken = _ranks(policy, {member: spectra[members[0]] for members in groups.values() for member in members})
+        return {key: _chosen(candidate, taken[key], uses[key]) for key, candidate in candidates.items()}
 
 
 def _examined(policy: Policy, use: Use, key: Key) -> Eigenbasis:
@@ -303,7 +312,7 @@ def _anchored(
 
 
 def _member_rows(choice: GrownBasis, old: Subspace | None, tasks: int) -> Tensor | None:
-    """Return which directions span which task's own subspace, `[tasks + 1, g, k]`, or `None` if no policy said it."""
+    """Return which directions span which task's own subspace, `[tasks + 1, g, k]`, or `None` without members."""
     if choice.members is None:
         return None
     members = choice.members.new_zeros(tasks + 1, *choice.members.shape)

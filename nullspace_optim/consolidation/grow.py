@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import ConsolidationError, ShapeError
 from ..policies.base import Policy, Spectrum
 from ..subspace.conceptors import odds_of
-from ..subspace.linalg import complement, eigh, largest_eigenvalue, polish
+from ..subspace.linalg import append_directions, complement, eigh, largest_eigenvalue
 
 
 @dataclass(frozen=True)
@@ -226,26 +226,18 @@ def _energies(moment: Tensor, basis: Tensor) -> Tensor:
 def _grown(candidate: Eigenbasis, take: Sequence[int], ranks: tuple[int, ...], basis: Tensor | None) -> Tensor:
     """Return the stored columns, if they count as kept, followed by the taken eigenvectors: `[g, s, max(ranks)]`."""
     moment = candidate.moment
-    dtype = torch.complex64 if moment.is_complex() else torch.float32
+    dtype, double = (torch.complex64, torch.complex128) if moment.is_complex() else (torch.float32, torch.float64)
     grown = torch.zeros(*moment.shape[:2], max(ranks, default=0), dtype=dtype, device=moment.device)
     for group, (spectrum, number) in enumerate(zip(candidate.spectra, take, strict=True)):
         stored = grown[group, :, : spectrum.kept]
         if basis is not None:
             stored.copy_(basis[group, :, : spectrum.kept])
         if number:
-            frame = candidate.frames[group] if candidate.frames is not None else None
-            fresh = _fresh(candidate.vectors[group][:, :number], frame, stored)
-            grown[group, :, spectrum.kept : ranks[group]] = fresh
+            found = candidate.vectors[group][:, :number]
+            if candidate.frames is not None:
+                found = candidate.frames[group].to(double) @ found.to(double)
+            grown[group, :, : ranks[group]] = append_directions(stored, found, orthonormal=True)
     return grown
-
-
-def _fresh(vectors: Tensor, frame: Tensor | None, stored: Tensor) -> Tensor:
-    """Return taken eigenvectors as orthonormal columns `[s, t]`, orthogonal to the stored ones `[s, k]`."""
-    if frame is None:
-        return polish(vectors)
-    double = torch.complex128 if vectors.is_complex() else torch.float64
-    fresh, stored = frame.to(double) @ vectors.to(double), stored.to(double)
-    return polish(fresh - stored @ (stored.mH @ fresh))
 
 
 def _energy_taken(spectra: Sequence[Spectrum], take: Sequence[int]) -> float:

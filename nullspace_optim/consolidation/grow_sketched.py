@@ -11,23 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import OptionError, ShapeError
+from ..errors import ShapeError
 from ..policies.base import Policy, Spectrum
 from .grow import Eigenbasis
-
-
-def check_sketchable(policy: Policy) -> None:
-    """Refuse policies that need whole second moments.
-
-    Raises:
-        OptionError: the policy merges second moments over tasks, or keeps directions by part.
-    """
-    soft = type(policy).scale is not Policy.scale or type(policy).members is not Policy.members
-    if policy.merge != "append" or policy.batch_frobenius or soft:
-        raise OptionError(
-            f"{type(policy).__name__} needs whole second moments, a SketchedCovariance has none: "
-            'use covariance="exact", or a policy that appends, such as Energy or FixedRank'
-        )
 
 
 def decompose_sketch(

@@ -11,7 +11,7 @@ from typing import Literal
 
 from ..errors import OptionError
 from ..optimizer.mode import Mode
-from ..options import check_number
+from ..options import check_choice, check_number
 
 CHOICES = {
     "kind": ("lora", "bottleneck"),
@@ -112,10 +112,7 @@ class IGSP:
         if not self.patterns or not all(isinstance(pattern, str) and pattern for pattern in self.patterns):
             raise OptionError(f"IGSP(layers={self.layers!r}): expected a glob pattern of module names, or several")
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise OptionError(
-                    f"IGSP({name}={getattr(self, name)!r}): expected one of {', '.join(map(repr, allowed))}"
-                )
+            check_choice(name, getattr(self, name), allowed, owner="IGSP")
         for name, least in WHOLE.items():
             value = getattr(self, name)
             if not (value is None and name == "rank") and (type(value) is not int or value < least):

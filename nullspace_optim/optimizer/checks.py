@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from torch import Tensor
 
 from ..errors import BasisFileError, ShapeError
 from ..files.schema import digest
+from ..settings import Settings
 from ..subspace.basis import Basis, BasisStore
 
 
@@ -47,7 +47,7 @@ def check_shapes(store: Mapping[str, Basis], parameters: Mapping[str, Tensor]) -
 
 
 def facts_of(
-    options: Mapping[str, Any],
+    options: Settings,
     parameters: Mapping[str, Tensor],
     store: BasisStore,
     *,
@@ -58,7 +58,7 @@ def facts_of(
 
     With `digests` every byte of bases and anchors counts (a file that was just loaded), otherwise fates and ranks.
     """
-    for key, value in options.items():
+    for key, value in vars(options).items():
         yield f"option {key}", repr(value)
     if task is not None:
         yield "the name of this task", repr(task)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import LBFGS, Optimizer
 
-from ..consolidation.options import ConsolidationOptions
 from ..distributed.collectives import check_equal_on_all_ranks
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.fsdp import refuse_tensor_parallel, refuse_unsupported, reshard, sharded_modules
@@ -27,7 +26,8 @@ from ..model.hooks import ModelHook, remove_idle_hooks
 from ..model.names import named_buffers, named_parameters
 from ..model.norm_stats import forget_compiled, freeze_statistics
 from ..protection.averaged_weights import Evaluation, evaluated, refuse_unknown_modes
-from ..protection.step_hooks import Protection, ProtectionOptions
+from ..protection.step_hooks import Protection
+from ..settings import Settings
 from ..subspace.basis import BasisStore
 from ..subspace.shards import local_store, whole_store
 from ..verification.verify import RecentSamples
@@ -38,20 +38,11 @@ from .mode import Mode
 class Engine:
     """Bases, options, store, guards and hooks of one wrapper."""
 
-    def __init__(self, bases: list[Optimizer], options: dict[str, Any]) -> None:
+    def __init__(self, bases: list[Optimizer], options: Settings, mode: Mode | None = None) -> None:
         self.bases = bases
         self.options = options
-        self.mode: Mode | None = options["mode"]
-        self.measuring = ConsolidationOptions(
-            policy=options["policy"],
-            rows=options["rows"],
-            bias=options["bias"],
-            uncovered=options["uncovered"],
-            on_full=options["on_full"],
-            covariance=options["covariance"],
-            precision=options["precision"],
-        )
-        self.protection = Protection(ProtectionOptions(project=options["project"], precision=options["precision"]))
+        self.mode = mode
+        self.protection = Protection(options)
         self.store = BasisStore()
         self.recent = RecentSamples()
         self.parameters: dict[str, Tensor] = {}
@@ -153,7 +144,7 @@ class Engine:
             for handle in self.model_handles:
                 handle.remove()
             self.model_handles[:] = [model.register_forward_pre_hook(BeforeEvaluation(self), prepend=first)]
-        frozen = set(self.store.buffers) if self.options["norm_stats"] == "frozen" else set()
+        frozen = set(self.store.buffers) if self.options.norm_stats == "frozen" else set()
         if frozen != self.frozen:  # hooks that stay need no new compilation
             self.thaw()
             self.norm_handles, self.frozen = freeze_statistics(model, frozen, self), frozen

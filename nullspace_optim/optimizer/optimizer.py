@@ -23,6 +23,7 @@ from ..consolidation.prune import PruneReport, prune_store
 from ..covariance.second_moment import SecondMoment
 from ..covariance.sketch import SketchedCovariance
 from ..distributed.collectives import check_equal_on_all_ranks
+from ..distributed.communicator import communicator
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.group import local_tensor, world_size
 from ..errors import NullSpaceWarning, OptionError
@@ -34,10 +35,9 @@ from ..model.restore import restored_model
 from ..options import check_number
 from ..policies.base import Policy
 from ..policies.energy import Energy
-from ..protection.guard import Precision
 from ..protection.sharded import drifts
-from ..protection.step_hooks import Project
 from ..report import ConsolidationReport, VerifyReport
+from ..settings import Bias, NormStats, OnFull, Precision, Project, Rows, Settings, Uncovered
 from ..subspace.basis import Basis, Capacity
 from ..subspace.matrix import matrix_of
 from ..verification.verify import (
@@ -90,17 +90,15 @@ class NullSpaceOptimizer(WrappedOptimizer):
         policy: Policy | None = None,
         project: Project = "update",
         precision: Precision = "exact",
-        uncovered: Literal["freeze", "train"] = "freeze",
-        bias: Literal["freeze", "joint"] = "freeze",
-        norm_stats: Literal["frozen", "train"] = "frozen",
-        rows: Literal["relevant", "all"] = "relevant",
-        on_full: Literal["warn", "raise"] = "warn",
+        uncovered: Uncovered = "freeze",
+        bias: Bias = "freeze",
+        norm_stats: NormStats = "frozen",
+        rows: Rows = "relevant",
+        on_full: OnFull = "warn",
         covariance: Literal["exact"] | SketchedCovariance = "exact",
     ) -> None:
         bases: list[Any] = list(base) if isinstance(base, (list, tuple)) else [base]
         check_bases(bases)
-        if norm_stats not in ("frozen", "train"):
-            raise OptionError(f"norm_stats={norm_stats!r}: expected one of 'frozen', 'train'")
         chosen = built(mode)
         if chosen is not None and world_size() > 1:
             raise OptionError(
@@ -109,19 +107,18 @@ class NullSpaceOptimizer(WrappedOptimizer):
             )
         if chosen is not None and model is None:
             raise OptionError(f"mode={mode!r} adds experts to the model at once: pass it, model=")
-        options = {
-            "mode": chosen,
-            "policy": Energy() if policy is None else policy,
-            "project": project,
-            "precision": precision,
-            "uncovered": uncovered,
-            "bias": bias,
-            "norm_stats": norm_stats,
-            "rows": rows,
-            "on_full": on_full,
-            "covariance": covariance,
-        }
-        core = Engine(bases, options)
+        options = Settings(
+            policy=Energy() if policy is None else policy,
+            project=project,
+            precision=precision,
+            uncovered=uncovered,
+            bias=bias,
+            norm_stats=norm_stats,
+            rows=rows,
+            on_full=on_full,
+            covariance=covariance,
+        )
+        core = Engine(bases, options, chosen)
         if model is not None:
             core.model = weakref.ref(unwrap(model))
         self._attach(core)
@@ -134,7 +131,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
     @property
     def policy(self) -> Policy:
         """The policy that decides what is protected."""
-        return self._core.measuring.policy
+        return self._core.options.policy
 
     @property
     def model(self) -> nn.Module:
@@ -187,7 +184,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         if core.mode is not None:
             return self._announced(core.mode.consolidated(work))
         with torch.inference_mode(False), core.protection.exactly(), core.evaluated() as moment:  # bases outlive a mode
-            grown, report = consolidate(work, core.store, core.measuring, core.recent)
+            grown, report = consolidate(work, core.store, core.options, core.recent, communicator())
             core.take(grown, parameters)
             core.align()
             moment.keep_changes = True
@@ -250,7 +247,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         """
         core = self._core
         work = LoaderPass(self.model, core.trainable(), loader, "measured", forward, max_batches, progress)
-        return measure(work, core.measuring)
+        return measure(work, core.options, communicator())
 
     def prune(
         self,
@@ -290,7 +287,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
             for name in known:
                 feed = (forwards.get(name), max_batches, progress)
                 work = LoaderPass(self.model, core.trainable(), loaders[name], name, *feed)
-                moments[name] = measure(work, core.measuring)
+                moments[name] = measure(work, core.options, communicator())
             rest, report = prune_store(core.store, moments, bound)
             core.take(rest, core.parameters)
         core.protection.mark()

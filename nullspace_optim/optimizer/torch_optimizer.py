@@ -235,6 +235,7 @@ class WrappedOptimizer(Optimizer):
         return {
             "bases": core.bases,
             "options": core.options,
+            "mode": core.mode,
             "store": core.store,
             "parameters": core.parameters,
             "owed": core.protection.owed,
@@ -242,7 +243,7 @@ class WrappedOptimizer(Optimizer):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._attach(Engine(state["bases"], state["options"]))
+        self._attach(Engine(state["bases"], state["options"], state["mode"]))
         self._core.parameters = state["parameters"]
         self._core.store.replace(state["store"])
         self._core.protection.rebuild(self._core.store, self._core.parameters)
@@ -260,5 +261,6 @@ class WrappedOptimizer(Optimizer):
             if store
             else "nothing protected yet"
         )
-        settings = ", ".join(f"{key}={value!r}" for key, value in self._core.options.items())
+        options = {"mode": self._core.mode, **vars(self._core.options)}
+        settings = ", ".join(f"{key}={value!r}" for key, value in options.items())
         return f"NullSpaceOptimizer({bases}\n{settings}\ntasks: {len(store.tasks)}; parameters: {counts})"

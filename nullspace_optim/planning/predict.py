@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, fields, replace
 
 from ..errors import OptionError
 from ..model.batches import SAMPLES
-from ..protection.guard import Precision
-from ..protection.step_hooks import EXACT_EVERY, Project
+from ..options import check_choice
+from ..protection.step_hooks import EXACT_EVERY
+from ..settings import CHOICES, Precision, Project
 from ..subspace.projection import MatrixSide
 from .shapes import Moment, Survey, Weight
 
@@ -54,9 +55,8 @@ class Conditions:
                 raise OptionError(f"{name}={getattr(self, name)}: expected a whole number in [1, inf)")
         if isinstance(self.rows_used, int) and self.rows_used < 1:
             raise OptionError(f"rows_used={self.rows_used}: expected a whole number in [1, inf)")
-        for name, allowed in (("precision", ("exact", "fast")), ("project", ("update", "gradient", "both"))):
-            if getattr(self, name) not in allowed:
-                raise OptionError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, allowed))}")
+        for name in ("precision", "project"):
+            check_choice(name, getattr(self, name), CHOICES[name])
 
     def looked_up(self, weight: Weight) -> int:
         """Return how many rows of an embedding are used."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from ..covariance.accumulator import ParameterStatistics
 from ..covariance.sketch import SketchedCovariance
 from ..errors import OptionError
 from ..model.names import named_buffers, named_parameters
+from ..settings import Bias, Settings
 from ..subspace.layout import Layout
 from ..subspace.projection import MatrixSide
 from .shapes import Frozen, Moment, Survey, Weight
@@ -35,7 +36,7 @@ def survey(
     batch: int,
     name: str = "",
     trainable: str = "*",
-    bias: Literal["freeze", "joint"] = "freeze",
+    bias: Bias = "freeze",
     sketch: SketchedCovariance | None = None,
 ) -> Survey:
     """Return the survey of `model`, whose parameters are on the meta device; `run()` is its forward pass on a batch.
@@ -52,7 +53,7 @@ def survey(
         known = ", ".join(list(named_parameters(model))[:3])
         raise OptionError(f"trainable={trainable!r} matches no parameter; their names begin with: {known}")
     buffers = named_buffers(model)
-    capture = Capture(parameters, buffers=buffers, rows="all", bias=bias)
+    capture = Capture(parameters, Settings(rows="all", bias=bias), buffers=buffers)
     try:
         with capture:
             capture.batch(run)

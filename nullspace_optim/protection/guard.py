@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isnan
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..distributed.collectives import all_reduce_sum_
 from ..distributed.group import local_tensor
 from ..errors import OptionError
+from ..settings import Precision
 from ..subspace.basis import Basis, Side, Subspace
 from ..subspace.linalg import complement
 from ..subspace.matrix import matrix_of, relative
@@ -31,8 +31,6 @@ from ..subspace.projection import (
 )
 from ..subspace.shards import ShardView, crossing_sides, local_basis, shard_view
 from .workspace import Workspace
-
-Precision = Literal["exact", "fast"]
 
 
 @dataclass

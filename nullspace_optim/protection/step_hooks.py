@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import isnan
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,38 +18,18 @@ from torch.optim import LBFGS, Optimizer
 
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.group import local_tensor
-from ..errors import OptionError, StaleAnchorError
+from ..errors import StaleAnchorError
+from ..settings import Settings
 from ..subspace.basis import BasisStore
 from ..subspace.projection import exact_products
 from .averaged_weights import second_weights, state_keys
-from .guard import Guard, Precision, guard_low_precision
+from .guard import Guard, guard_low_precision
 from .sharded import correct_across, drifts
 from .workspace import Workspace
 
 EXACT_EVERY = 16
 STALE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 ROUNDED = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
-
-Project = Literal["update", "gradient", "both"]
-
-
-@dataclass(frozen=True)
-class ProtectionOptions:
-    """How kept directions are kept.
-
-    `project`: ``"update"`` corrects the weights after the base step (exact under any optimizer), ``"gradient"`` only
-    projects the gradient before it (as GPM, GNSP and PEFT's OSF do; leaks under most optimizers), ``"both"`` does the
-    first and also projects each gradient as it is accumulated. `precision`: ``"fast"`` uses low-precision products on
-    the update and an exact correction every 16th step.
-    """
-
-    project: Project = "update"
-    precision: Precision = "exact"
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("project", ("update", "gradient", "both")), ("precision", ("exact", "fast"))):
-            if getattr(self, name) not in allowed:
-                raise OptionError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(map(repr, allowed))}")
 
 
 class Protection:
@@ -60,7 +39,7 @@ class Protection:
     are there, before any is hidden.
     """
 
-    def __init__(self, options: ProtectionOptions) -> None:
+    def __init__(self, options: Settings) -> None:
         self.options = options
         self.guards: dict[str, Guard] = {}
         self.workspace = Workspace()

@@ -160,6 +160,20 @@ def orthonormalise(basis: Tensor) -> Tensor:
     return (factor * torch.sgn(diagonal).unsqueeze(-2)).to(basis.dtype)
 
 
+def append_directions(basis: Tensor, found: Tensor, *, orthonormal: bool) -> Tensor:
+    """Return `[U Q]` `[s, k + j]`: behind the basis `U` `[s, k]`, bit for bit, an orthonormal `Q` of its complement.
+
+    `Q` spans `(I - U U^H) F` for the columns `F` `[s, j]`, the residual append of GPM (Saha et al. 2021).
+    Columns that are `orthonormal` up to rounding, and orthogonal to `U`, need no QR decomposition.
+    """
+    if not found.shape[1]:
+        return basis
+    stored, wide = _double(basis), _double(found)
+    outside = wide - stored @ (stored.mH @ wide)
+    fresh = polish(outside if orthonormal else orthonormalise(outside))
+    return torch.cat([basis, fresh.to(basis)], dim=1)
+
+
 def complement(basis: Tensor) -> Tensor:
     """Return `N` `[..., d, d - k]` such that `[U N]` is orthogonal, for a basis `U` `[..., d, k]` in the same dtype.
 
@@ -201,15 +215,6 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     if left.shape[1] == 0 or right.shape[1] == 0:
         return torch.zeros(0, dtype=torch.float64)
     return torch.from_numpy(scipy.linalg.subspace_angles(left.numpy(), right.numpy()).copy())
-
-
-def orthogonality_error(basis: Tensor) -> float:
-    """Return `||U^H U - I||_2`, the largest over a stack `[..., s, k]`; zero columns are ignored."""
-    if basis.numel() == 0:
-        return 0.0
-    precise = _double(basis)
-    gram = precise.mH @ precise
-    return float(torch.linalg.matrix_norm(gram - _column_identity(gram), ord=2).amax())
 
 
 def _column_identity(gram: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from ..model.batches import samples_in, tensors_of
 from ..model.loader import LoaderPass, current_parameters, make_runner
 from ..model.restore import fixed_seed
 from ..model.storage import is_plain, plain_parts
+from ..settings import Settings
 from ..subspace.projection import exact_products
 
 WIDTH = 64
@@ -205,8 +206,8 @@ def record_probe(work: LoaderPass, samples: Any, like: Probe | None = None) -> P
     A model that draws random numbers draws the same ones every time.
     """
     recorder = Recorder(like)
-    capture = Capture(work.parameters, rows="all", statistics=False, present=current_parameters(work.model))
-    capture.observe = recorder.observe
+    present = current_parameters(work.model)
+    capture = Capture(work.parameters, Settings(rows="all"), present=present, observe=recorder.observe)
     run = make_runner(work)
     with fixed_seed(), failures.raise_on_all_ranks(communicating=True), capture:
         outputs = capture.batch(lambda: run(samples))

@@ -14,6 +14,7 @@ from torch.nn import functional
 from nullspace_optim.capture.capture import Capture
 from nullspace_optim.covariance.rows import Patches
 from nullspace_optim.errors import CaptureError
+from nullspace_optim.settings import Settings
 
 Kind = dict[str, Any]
 
@@ -375,7 +376,7 @@ def test_rule_f_a_tied_embedding_keeps_both_sides(rows: str) -> None:
 @pytest.mark.fault(31)
 def test_rule_f_names_of_one_tensor_have_one_fate() -> None:
     model = Tied()
-    observer = Capture(dict(model.named_parameters(remove_duplicate=False)), rows="all")
+    observer = Capture(dict(model.named_parameters(remove_duplicate=False)), Settings(rows="all"))
     observer.batch(lambda: model(torch.tensor([[1, 4]])))
     found = observer.captured
     assert found["head.weight"] is found["embed.weight"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nullspace_optim.capture.capture import Capture
 from nullspace_optim.covariance.accumulator import ParameterStatistics
+from nullspace_optim.settings import Settings
 
 Model = tuple[nn.Module, Callable[[], Any]]
 TEXT = {"context_length": 12, "vocab_size": 60, "width": 32, "heads": 2, "layers": 2}
@@ -161,7 +162,7 @@ MODELS: dict[str, tuple[Callable[[], Model], int, int, int, str]] = {
 
 def captured(model: nn.Module, run: Callable[[], Any], **options: Any) -> Capture:
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    observer = Capture(parameters, buffers=dict(model.named_buffers()), **options)
+    observer = Capture(parameters, Settings(**options), buffers=dict(model.named_buffers()))
     with observer:
         observer.batch(run)
     return observer

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from nullspace_optim.capture.capture import Capture
 from nullspace_optim.covariance.accumulator import ParameterStatistics
 from nullspace_optim.errors import CaptureError, OptionError
+from nullspace_optim.settings import Settings
 
 # --- biases ----------------------------------------------------------------------------------------------------------
 
@@ -128,7 +129,7 @@ def test_nothing_is_left_on_model_or_random_state() -> None:
     model[0].weight.grad = torch.ones(5, 4)
     model[2].weight.requires_grad_(False)
     before = torch.get_rng_state()
-    observer = Capture(dict(model.named_parameters()))
+    observer = Capture(dict(model.named_parameters()), Settings())
     outputs = observer.batch(lambda: {"y": model(x), "more": [model(x)]})
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(model[0].weight.grad, torch.ones(5, 4)) and model[2].weight.grad is None
@@ -152,8 +153,11 @@ def test_buffers_that_were_read_are_listed() -> None:
 def test_observe_sees_products_in_execution_order() -> None:
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 5, bias=False), nn.Linear(5, 3, bias=False))
     seen: list[tuple[str, tuple[int, ...]]] = []
-    observer = Capture(dict(model.named_parameters()), rows="all", statistics=False)
-    observer.observe = lambda name, output: seen.append((name, tuple(output.shape)))
+    observer = Capture(
+        dict(model.named_parameters()),
+        Settings(rows="all"),
+        observe=lambda name, output: seen.append((name, tuple(output.shape))),
+    )
     observer.batch(lambda: model(torch.tensor([1, 2])))
     assert seen == [("0.weight", (2, 4)), ("1.weight", (2, 5)), ("2.weight", (2, 3))]
     assert observer.order == ["0.weight", "1.weight", "2.weight"]
@@ -161,6 +165,6 @@ def test_observe_sees_products_in_execution_order() -> None:
 
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(OptionError, match="relevant"):
-        Capture({}, rows="some")  # type: ignore[arg-type]
+        Settings(rows="some")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="joint"):
-        Capture({}, bias="some")  # type: ignore[arg-type]
+        Settings(bias="some")  # type: ignore[arg-type]

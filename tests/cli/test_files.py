@@ -19,6 +19,7 @@ from nullspace_optim.errors import BasisFileError
 from nullspace_optim.files.basis_file import load, save
 from nullspace_optim.files.compare import compare_stores
 from nullspace_optim.files.rename import rename_store
+from nullspace_optim.settings import Settings
 from nullspace_optim.subspace.linalg import principal_angles
 
 
@@ -53,7 +54,7 @@ class Run:
         opt.consolidate([rows(0)], name="one", progress=False)
         opt.save(self.first)
         train(model, opt)
-        opt._core.measuring = type(opt._core.measuring)(policy=FixedRank(6))
+        opt._core.options = Settings(policy=FixedRank(6))
         opt.consolidate([rows(1)], name="two", progress=False)
         opt.save(self.second)
         train(model, opt)

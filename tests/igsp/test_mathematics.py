@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from reference_impl import orthogonality_error
 
 import nullspace_optim.igsp.moe.convergence as convergence
 import nullspace_optim.igsp.moe.pruning as pruning
@@ -20,7 +21,6 @@ from nullspace_optim.igsp.moe.experts import (
     span_rows,
     stack,
 )
-from nullspace_optim.subspace.linalg import orthogonality_error
 
 
 def random_stack(

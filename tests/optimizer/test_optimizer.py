@@ -30,7 +30,7 @@ def test_three_tasks_in_a_row_with_one_argument() -> None:
     for loader, before in zip(tasks, outputs):
         assert (model(loader[0][0]) - before).norm() / before.norm() < 0.05
     assert report.task == "task 3"
-    assert isinstance(optimizer._core.options["policy"], Energy)
+    assert isinstance(optimizer._core.options.policy, Energy)
     assert [optimizer.verify(loader).drift(f"task {i}") < 0.05 for i, loader in enumerate(tasks, 1)] == [True] * 3
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import reference_impl as slow
 import torch
+from reference_impl import orthogonality_error
 from spectra import consolidate, moment_of, task_rows
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
@@ -15,7 +16,7 @@ from torch.optim import SGD, AdamW
 from nullspace_optim import SGP, Fate, NullSpaceOptimizer, Policy, StaleAnchorError
 from nullspace_optim.consolidation.grow import GrownBasis
 from nullspace_optim.policies import CODECL, OWM, VPTNSP
-from nullspace_optim.subspace.linalg import orthogonality_error, orthonormalise
+from nullspace_optim.subspace.linalg import orthonormalise
 from nullspace_optim.subspace.projection import anchor, project_difference_, shift_anchor_, yield_anchor_
 
 SOFT: tuple[Policy, ...] = (SGP(0.97), CODECL(), OWM(), VPTNSP(0.9))

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from nullspace_optim.capture.capture import Capture
+from nullspace_optim.settings import Settings
 
 
 def capture(module: nn.Module, *batches: Any, run: Callable[[Any], Any] | None = None, **options: Any) -> Capture:
     """Run `module` on every batch under a capture with all rows, unless told otherwise."""
     observer = Capture(
-        dict(module.named_parameters()), buffers=dict(module.named_buffers()), **{"rows": "all", **options}
+        dict(module.named_parameters()),
+        Settings(**{"rows": "all", **options}),
+        buffers=dict(module.named_buffers()),
     )
     with observer:
         for batch in batches:

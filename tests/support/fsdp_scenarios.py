@@ -34,7 +34,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from nullspace_optim import ConsolidationError, Fate, FixedRank, NullSpaceOptimizer
-from nullspace_optim.consolidation.consolidate import stored_bytes
+from nullspace_optim.consolidation.describe import stored_bytes
 from nullspace_optim.errors import CaptureError, OptionError
 from nullspace_optim.planning.predict import Conditions, by_rank, predict
 from nullspace_optim.planning.survey import survey

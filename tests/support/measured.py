@@ -11,7 +11,7 @@ from counts import counted
 from torch import Tensor, nn
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer
-from nullspace_optim.consolidation.consolidate import stored_bytes
+from nullspace_optim.consolidation.describe import stored_bytes
 from nullspace_optim.planning.predict import Conditions, by_rank, predict
 from nullspace_optim.planning.shapes import Survey
 

@@ -190,3 +190,13 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """Angles, descending, from the cosines' singular values (inexact below 1e-7, which is enough for a twin)."""
     cosines = torch.linalg.svdvals(double(first).mH @ double(second))
     return torch.arccos(cosines.clamp(-1, 1)).sort(descending=True).values
+
+
+def orthogonality_error(basis: Tensor) -> float:
+    """Return `||U^H U - I||_2`, the largest over a stack `[..., s, k]`; zero columns are ignored."""
+    if basis.numel() == 0:
+        return 0.0
+    wide = basis.to(torch.complex128 if basis.is_complex() else torch.float64)
+    gram = wide.mH @ wide
+    used = (gram.diagonal(dim1=-2, dim2=-1).abs() > 0).to(gram.dtype)
+    return float(torch.linalg.matrix_norm(gram - torch.diag_embed(used), ord=2).amax())

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...subspace.linalg import orthonormalise, polish
+from ...subspace.linalg import append_directions, orthonormalise, polish
 from .router import RoutingChoice
 
 Kind = Literal["lora", "bottleneck"]
@@ -115,14 +115,8 @@ def extend_basis(basis: Tensor, rows: Tensor) -> Tensor:
     rest = new - stored @ (stored.mH @ new)
     size = float(torch.linalg.matrix_norm(new, ord=2)) if new.numel() else 0.0
     left, values, _ = torch.linalg.svd(rest, full_matrices=False)
-    return _joined(basis, left[:, values > 1e-5 * max(size, 1e-30)][:, : basis.shape[0] - basis.shape[1]])
-
-
-def _joined(basis: Tensor, found: Tensor) -> Tensor:
-    """Return `basis` `[s, k]` and behind it the float64 directions `found` `[s, j]`, nearly orthogonal to it."""
-    stored = basis.double()
-    found = found - stored @ (stored.mH @ found)
-    return torch.cat([basis, polish(orthonormalise(found)).to(basis)], dim=1) if found.shape[1] else basis
+    found = left[:, values > 1e-5 * max(size, 1e-30)][:, : basis.shape[0] - basis.shape[1]]
+    return append_directions(basis, found, orthonormal=False)
 
 
 def span_rows(basis: Tensor, rows: Tensor, energy: float) -> Tensor:
@@ -136,4 +130,4 @@ def span_rows(basis: Tensor, rows: Tensor, energy: float) -> Tensor:
     outside = torch.cat([inside[-1:], inside[-1] - inside])
     limit = max(1 - energy, 1e-12) * new.square().sum()
     count = min(int((outside > limit).sum()), basis.shape[0] - basis.shape[1])
-    return _joined(basis, left[:, :count])
+    return append_directions(basis, left[:, :count], orthonormal=False)

@@ -1,0 +1,144 @@
+"""One pass of a loader under `Capture`, in one process, on replicas or on shards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..capture.capture import Capture
+from ..covariance.accumulator import ParameterStatistics
+from ..distributed.communicator import Communicator
+from ..distributed.failures import raise_on_all_ranks
+from ..distributed.fsdp import sharded_modules
+from ..errors import ConsolidationError
+from ..model.batches import describe_feed, first_samples, samples_in
+from ..model.loader import LoaderPass, bound_batches, current_parameters, make_runner, name_batch_in_errors
+from ..model.names import named_buffers, named_parameters
+from ..settings import Settings
+
+
+@dataclass
+class Tally:
+    """Counts of one rank: the first samples, how they were fed (with a note where that was a guess), the number of
+    batches, and of samples (`None`: a batch had no common first axis).
+    """
+
+    first: Any = None
+    fed: tuple[str, str | None] = ("", None)
+    batches: int = 0
+    samples: int | None = 0
+
+    def take(self, work: LoaderPass, batch: Any) -> None:
+        """Count one batch."""
+        if not self.batches:
+            self.first, self.fed = first_samples(batch), describe_feed(work.model, work.forward, batch)
+        count = samples_in(batch)
+        self.samples = None if count is None or self.samples is None else self.samples + count
+        self.batches += 1
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Statistics of all batches of all ranks, their first samples, their number, and `buffers` as they were before."""
+
+    capture: Capture
+    buffers: Mapping[str, Tensor]
+    device: torch.device
+    tally: Tally
+
+    @property
+    def captured(self) -> Mapping[str, ParameterStatistics]:
+        """Statistics by parameter name."""
+        return self.capture.captured
+
+
+def observe(work: LoaderPass, options: Settings, ranks: Communicator) -> Observation:
+    """Run the model on every batch and return what its parameters met, on all ranks together.
+
+    Replicas run through their loaders independently. Ranks that hold shards of one model must run it at the same time:
+    one whose loader has ended joins in with samples that do not count.
+
+    Raises:
+        ConsolidationError: the loader gave no batches.
+    """
+    _share_buffers(work.model, ranks)
+    buffers = {name: buffer.detach().clone() for name, buffer in named_buffers(work.model).items()}
+    capture = _capture(work, options)
+    with capture:
+        if sharded_modules(work.model):
+            tally = _observe_shards(work, capture, ranks)
+        else:
+            tally = _observe_replica(work, capture)
+    tally = _sum_tallies(work, tally, ranks)
+    device = next(iter(work.parameters.values())).device
+    capture.reduce(device)
+    return Observation(capture, buffers, device, tally)
+
+
+def _sum_tallies(work: LoaderPass, tally: Tally, ranks: Communicator) -> Tally:
+    """Return the counts of all ranks, with the first samples of the first rank that has some."""
+    counts = ranks.all_gather_object((tally.batches, tally.samples))
+    batches = [number for number, _ in counts]
+    if not any(batches):
+        raise ConsolidationError(f"the loader of task '{work.task}' gave no batches; nothing was changed")
+    first, fed = ranks.broadcast_object([n > 0 for n in batches].index(True), (tally.first, tally.fed))
+    samples = [number for _, number in counts if number is not None]
+    return Tally(first, fed, sum(batches), sum(samples) if len(samples) == len(counts) else None)
+
+
+def _share_buffers(model: nn.Module, ranks: Communicator) -> None:
+    """Copy the buffers of rank 0 to every rank, as the next forward pass of DDP does."""
+    if ranks.size == 1:
+        return
+    buffers = named_buffers(model)
+    kept = ranks.broadcast_object(0, {name: buffer.detach() for name, buffer in buffers.items()})
+    for name, buffer in buffers.items():
+        buffer.detach().copy_(kept[name])
+
+
+def _capture(work: LoaderPass, options: Settings) -> Capture:
+    return Capture(
+        work.parameters,
+        options,
+        buffers=named_buffers(work.model),
+        untrained={n: p for n, p in named_parameters(work.model).items() if n not in work.parameters},
+        present=current_parameters(work.model),
+    )
+
+
+def _observe_replica(work: LoaderPass, capture: Capture) -> Tally:
+    """Return what this process saw."""
+    tally, run = Tally(), make_runner(work)
+    with raise_on_all_ranks():
+        for batch in bound_batches(work):
+            with name_batch_in_errors(work, tally.batches):
+                capture.batch(lambda batch=batch: run(batch))  # type: ignore[misc]
+            tally.take(work, batch)
+    return tally
+
+
+def _observe_shards(work: LoaderPass, capture: Capture, ranks: Communicator) -> Tally:
+    """Return what this rank saw; all ranks run each batch together."""
+    batches, tally, run = iter(bound_batches(work)), Tally(), make_runner(work)
+    ended, lent = object(), None
+    for turn in count():
+        with raise_on_all_ranks():
+            batch = next(batches, ended)
+            first = first_samples(batch) if turn == 0 and batch is not ended else None
+        having = ranks.all_gather_object(batch is not ended)
+        if not any(having):
+            break
+        if turn == 0:
+            lent = ranks.broadcast_object(having.index(True), first)
+        mine = batch is not ended
+        samples = batch if mine else lent
+        with raise_on_all_ranks(communicating=True), name_batch_in_errors(work, tally.batches):
+            capture.batch(lambda samples=samples: run(samples), counted=mine)  # type: ignore[misc]
+        if mine:
+            tally.take(work, batch)
+    return tally
