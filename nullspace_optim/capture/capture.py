@@ -11,7 +11,7 @@ reason why it cannot be protected, so the fates of all parameters add up.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Literal
@@ -160,7 +160,7 @@ class Capture:
         with _environment(gradients=relevance is not None), watch:
             outputs = self._run(run, watch)
             self._note_returned(outputs)
-            self._note_reached(outputs, tally)
+            reached = list(graph_leaves(outputs))
             probed = self._agree_on_probe(bool(uses.wanted()))
             gradients: list[Tensor | None] | None = None
             wanted = uses.wanted() if probed else []
@@ -170,6 +170,7 @@ class Capture:
         with torch.inference_mode(False), torch.no_grad():
             uses.settle(gradients)
             tally.flush()
+        self._note_reached(reached, tally)
         return detach(outputs)
 
     def _run(self, run: Callable[[], Any], watch: CaptureMode) -> Any:
@@ -205,10 +206,10 @@ class Capture:
             if self._memory.knows(tensor):
                 self._tally.refuse(self._memory.origin(tensor).names, "returned by the model")
 
-    def _note_reached(self, outputs: Any, tally: StatisticsAccumulator) -> None:
+    def _note_reached(self, leaves: Sequence[tuple[Tensor, str]], tally: StatisticsAccumulator) -> None:
         """A parameter in the graph of the outputs that no operator was seen to read was read by somebody else."""
         names = {id(self._memory.present(name)): name for name in self._memory.parameters}
-        for variable, user in graph_leaves(outputs):
+        for variable, user in leaves:
             name = names.get(id(variable))
             if name is not None and name not in tally.order:
                 tally.refuse([name], f"{UNSEEN} ({user})")
