@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from .aliases import AliasTracker
 from .bypass import UNSEEN, BypassMode, graph_leaves
 from .dispatch import CaptureMode
 from .relevance import Relevance
+from .shared import shared_statistics
 from .uses import OperatorHandlers
 
 
@@ -73,8 +75,12 @@ class Capture:
         distinct = {name: parameters[name] for name in dict.fromkeys(self._names.values())}
         self._memory = AliasTracker(distinct, buffers or {}, untrained or {}, present)
         self._in_step = in_step
-        self._empty_tally = lambda: StatisticsAccumulator(
-            dtype=dtype, batch_frobenius=batch_frobenius, statistics=statistics, sketch=sketch
+        self._empty_tally: Callable[[], StatisticsAccumulator] = partial(
+            StatisticsAccumulator,
+            dtype=dtype,
+            batch_frobenius=batch_frobenius,
+            statistics=statistics,
+            sketch=sketch,
         )
         self._tally = self._empty_tally()
         self._relevance = Relevance() if rows == "relevant" else None
@@ -93,7 +99,10 @@ class Capture:
     @property
     def captured(self) -> dict[str, ParameterStatistics]:
         """What is known of every parameter after the batches so far."""
-        found = {name: self._tally.captured(name, p.shape) for name, p in self._memory.parameters.items()}
+        parameters = self._memory.parameters
+        found = {name: self._tally.captured(name, p.shape) for name, p in parameters.items()}
+        for group in self._memory.shared:
+            found.update(shared_statistics({name: (found[name], parameters[name]) for name in group}))
         return {name: found[first] for name, first in self._names.items()}
 
     @property
@@ -211,7 +220,7 @@ class Capture:
         names = {id(self._memory.present(name)): name for name in self._memory.parameters}
         for variable, user in leaves:
             name = names.get(id(variable))
-            if name is not None and name not in tally.order:
+            if name is not None and not tally.order.keys() & {name, *self._memory.sharing(name)}:
                 tally.refuse([name], f"{UNSEEN} ({user})")
 
     def refuse(self, name: str, reason: str) -> None:

@@ -247,7 +247,9 @@ class OperatorHandlers:
         if self._observe is not None:
             self._observe(name, output)
         simple = operator.name == "embedding" and index.device == output.device and is_plain(index)
-        use = _LookUp(name, as_plain(index).detach().clone() + geometry.offset // row, shape[0], output, all_rows=not simple)
+        use = _LookUp(
+            name, as_plain(index).detach().clone() + geometry.offset // row, shape[0], output, all_rows=not simple
+        )
         if self._relevance is not None:
             self._uses.append(use)
         else:
@@ -283,6 +285,8 @@ class OperatorHandlers:
 
     def _fits(self, use: _Use, bias: Origin) -> bool:
         """Return whether the elements of a bias stand beside the rows of the weight that the product used."""
+        if self._memory.sharing(use.name):
+            return False  # of several parameters on one memory each would have its own bias
         where, geometry = use.rows.place, bias.geometry
         if geometry is None or len(geometry.size) != 1 or where.side != "right" or where.layout.kind == "batched":
             return False

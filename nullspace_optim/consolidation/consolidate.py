@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..capture.bypass import UNSEEN
 from ..capture.capture import Capture
 from ..covariance.second_moment import SecondMoment
 from ..distributed import collectives, failures, group
@@ -32,6 +33,7 @@ from ..subspace.projection import exact_products
 from ..verification.displacement import Displacement
 from ..verification.drift import allowed_drift
 from ..verification.probes import record_probe
+from ..verification.unread import NOT_REPEATABLE, reaching_parameters
 from .fates import settle_fates
 from .notes import few_rows_note, half_precision_note, outside_note, sketch_note, untrained_note, warnings_about
 from .options import ConsolidationOptions
@@ -56,6 +58,7 @@ def consolidate(
         first, batches = _observe(work, capture)
         device = next(iter(work.parameters.values())).device
         capture.reduce(device)
+        unknown = _find_unseen(work, capture, first)
         with exact_products(device):
             grown, rows = settle_fates(
                 work.parameters, capture.captured, store, work.task, options.policy, options.uncovered
@@ -93,6 +96,7 @@ def consolidate(
                 None,
                 [
                     capture.relevance_note,
+                    unknown,
                     untrained_note(untrained),
                     sketch_note(capture.captured),
                     few_rows_note(capture.captured, rows),
@@ -232,6 +236,16 @@ def _observe_shards(work: LoaderPass, capture: Capture) -> tuple[Any, int]:
             capture.batch(lambda samples=samples: run(samples), counted=mine)  # type: ignore[misc]
         number += mine
     return first, number
+
+
+def _find_unseen(work: LoaderPass, capture: Capture, first: Any) -> str | None:
+    """Let `capture` know of parameters that were read past it; return a note where that cannot be found out."""
+    unread = {name: work.parameters[name] for name, seen in capture.captured.items() if not seen.met}
+    with failures.raise_on_all_ranks(communicating=True):
+        reaching = reaching_parameters(unread, lambda: make_runner(work)(first))
+    for name in reaching or ():
+        capture.refuse(name, UNSEEN)
+    return NOT_REPEATABLE.format(next(iter(unread))) if reaching is None else None
 
 
 def stored_bytes(store: BasisStore) -> int:
