@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..model.storage import Key, storage_pointer, tensor_key
+from ..distributed.group import local_tensor
+from ..model.storage import Key, element_range, is_plain, overlapping_groups, storage_pointer, tensor_key
 
 
 class Kind(Enum):
@@ -89,9 +90,10 @@ class AliasTracker:
         self.parameters = dict(parameters)
         self.buffers = dict(buffers)
         self.untrained = dict(untrained)
+        self.shared = overlapping_groups({name: local_tensor(tensor) for name, tensor in parameters.items()})
         self.buffers_read: set[str] = set()
         self.untrained_read: set[str] = set()
-        self._untrained: dict[int, str] = {}
+        self._untrained: dict[int, list[tuple[int, int, str]]] = {}
         self._owners: dict[int, list[_Owner]] = {}
         self._storages: dict[int, Kind] = {}
         self._holders: dict[int, Tensor] = {}
@@ -107,12 +109,14 @@ class AliasTracker:
         for is_parameter, tensors in ((True, self._now(self.parameters)), (False, self.buffers)):
             for name, tensor in tensors.items():
                 pointer = storage_pointer(tensor)
-                if pointer:
-                    start = int(tensor.storage_offset()) * tensor.element_size()
-                    owner = _Owner(name, start, start + _extent(tensor) * tensor.element_size(), tensor, is_parameter)
+                if pointer and is_plain(tensor):
+                    owner = _Owner(name, *element_range(tensor), tensor, is_parameter)
                     self._owners.setdefault(pointer, []).append(owner)
-        self._untrained = {storage_pointer(t): name for name, t in self._now(self.untrained).items()}
-        self._untrained.pop(0, None)
+        self._untrained.clear()
+        for name, tensor in self._now(self.untrained).items():
+            pointer = storage_pointer(tensor)
+            if pointer and is_plain(tensor):
+                self._untrained.setdefault(pointer, []).append((*element_range(tensor), name))
 
     def _now(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return what stands for `tensors` at this moment; shards, which no forward pass reads, have no storage."""
@@ -120,6 +124,10 @@ class AliasTracker:
             return tensors
         there = self._present()
         return {name: there[name] for name in tensors if name in there}
+
+    def sharing(self, name: str) -> tuple[str, ...]:
+        """Return the names of all parameters whose memory overlaps that of `name`; none if it has its own."""
+        return next((group for group in self.shared if name in group), ())
 
     def present(self, name: str) -> Tensor:
         """Return the tensor that stands for the parameter `name` at this moment."""
@@ -143,7 +151,8 @@ class AliasTracker:
         if self._present is not None:
             self._look_again(pointer, tensor)
         if pointer in self._untrained:
-            self.untrained_read.add(self._untrained[pointer])
+            start, end = element_range(tensor)
+            self.untrained_read.update(n for low, high, n in self._untrained[pointer] if low < end and start < high)
         return pointer in self._owners or pointer in self._storages
 
     def _look_again(self, pointer: int, tensor: Tensor) -> None:
@@ -197,12 +206,11 @@ class AliasTracker:
         known = self._aliases.get(key)
         if known is not None:
             return known
-        start = int(tensor.storage_offset()) * tensor.element_size()
-        end = start + _extent(tensor) * tensor.element_size()
+        start, end = element_range(tensor)
         touched = [owner for owner in self._owners[pointer] if owner.start < end and start < owner.end]
         names = tuple(dict.fromkeys(owner.name for owner in touched if owner.is_parameter))
-        self.buffers_read.update(owner.name for owner in touched if not owner.is_parameter)
         if not names:
+            self.buffers_read.update(owner.name for owner in touched)
             return CONSTANT if touched else DATA
         owner = next(owner for owner in touched if owner.is_parameter)
         alone = len({(o.start, o.end) for o in touched}) == 1 and owner.start <= start and end <= owner.end
@@ -211,13 +219,6 @@ class AliasTracker:
         self._aliases[key] = origin
         self._held.append(tensor)
         return origin
-
-
-def _extent(tensor: Tensor) -> int:
-    """Return how many elements lie between the first and the last element of `tensor`, both included."""
-    if tensor.numel() == 0:
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _logical(tensor: Tensor, parameter: Tensor) -> Geometry | None:

@@ -93,7 +93,7 @@ def graph_leaves(outputs: Any) -> Iterator[tuple[Tensor, str]]:
 
     Views and copies between the two are passed over.
     """
-    stack = [(tensor.grad_fn, "") for tensor in tensors_in(outputs)]
+    stack: list[tuple[Any, str]] = [(tensor.grad_fn, "") for tensor in tensors_in(outputs)]
     visited = set()
     while stack:
         node, user = stack.pop()

@@ -11,8 +11,9 @@ reason why it cannot be protected, so the fates of all parameters add up.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -30,6 +31,7 @@ from .aliases import AliasTracker
 from .bypass import UNSEEN, BypassMode, graph_leaves
 from .dispatch import CaptureMode
 from .relevance import Relevance
+from .shared import shared_statistics
 from .uses import OperatorHandlers
 
 
@@ -59,7 +61,8 @@ class Capture:
         distinct = {name: parameters[name] for name in dict.fromkeys(self._names.values())}
         self._memory = AliasTracker(distinct, buffers or {}, untrained or {}, present)
         self._in_step = present is not None
-        self._empty_tally: Callable[[], StatisticsAccumulator] = lambda: StatisticsAccumulator(
+        self._empty_tally: Callable[[], StatisticsAccumulator] = partial(
+            StatisticsAccumulator,
             dtype=options.dtype,
             batch_frobenius=options.policy.batch_frobenius,
             statistics=observe is None,
@@ -82,7 +85,10 @@ class Capture:
     @property
     def captured(self) -> dict[str, ParameterStatistics]:
         """What is known of every parameter after the batches so far."""
-        found = {name: self._tally.captured(name, p.shape) for name, p in self._memory.parameters.items()}
+        parameters = self._memory.parameters
+        found = {name: self._tally.captured(name, p.shape) for name, p in parameters.items()}
+        for group in self._memory.shared:
+            found.update(shared_statistics({name: (found[name], parameters[name]) for name in group}))
         return {name: found[first] for name, first in self._names.items()}
 
     @property
@@ -149,7 +155,7 @@ class Capture:
         with _environment(gradients=relevance is not None), watch:
             outputs = self._run(run, watch)
             self._note_returned(outputs)
-            self._note_reached(outputs, tally)
+            reached = list(graph_leaves(outputs))
             probed = self._agree_on_probe(bool(uses.wanted()))
             gradients: list[Tensor | None] | None = None
             wanted = uses.wanted() if probed else []
@@ -159,6 +165,7 @@ class Capture:
         with torch.inference_mode(False), torch.no_grad():
             uses.settle(gradients)
             tally.flush()
+        self._note_reached(reached, tally)
         return detach(outputs)
 
     def _run(self, run: Callable[[], Any], watch: CaptureMode) -> Any:
@@ -194,12 +201,12 @@ class Capture:
             if self._memory.knows(tensor):
                 self._tally.refuse(self._memory.origin(tensor).names, "returned by the model")
 
-    def _note_reached(self, outputs: Any, tally: StatisticsAccumulator) -> None:
+    def _note_reached(self, leaves: Sequence[tuple[Tensor, str]], tally: StatisticsAccumulator) -> None:
         """A parameter in the graph of the outputs that no operator was seen to read was read by somebody else."""
         names = {id(self._memory.present(name)): name for name in self._memory.parameters}
-        for variable, user in graph_leaves(outputs):
+        for variable, user in leaves:
             name = names.get(id(variable))
-            if name is not None and name not in tally.order:
+            if name is not None and not tally.order.keys() & {name, *self._memory.sharing(name)}:
                 tally.refuse([name], f"{UNSEEN} ({user})")
 
     def refuse(self, name: str, reason: str) -> None:

@@ -285,6 +285,8 @@ class OperatorHandlers:
 
     def _fits(self, use: _Use, bias: Origin) -> bool:
         """Return whether the elements of a bias stand beside the rows of the weight that the product used."""
+        if self._memory.sharing(use.name):
+            return False  # of several parameters on one memory each would have its own bias
         where, geometry = use.rows.place, bias.geometry
         if geometry is None or len(geometry.size) != 1 or where.side != "right" or where.layout.kind == "batched":
             return False

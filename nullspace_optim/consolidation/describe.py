@@ -56,6 +56,7 @@ def describe(
     notes = [
         coverage_note(work.loader, tally.samples, dataset),
         seen.capture.relevance_note,
+        seen.unknown,
         untrained_note(_untrained(seen, grown)),
         sketch_note(seen.captured),
         few_rows_note(seen.captured, rows),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..capture.bypass import UNSEEN
 from ..capture.capture import Capture
 from ..covariance.accumulator import ParameterStatistics
 from ..distributed.communicator import Communicator
@@ -20,6 +21,7 @@ from ..model.batches import describe_feed, first_samples, samples_in
 from ..model.loader import LoaderPass, bound_batches, current_parameters, make_runner, name_batch_in_errors
 from ..model.names import named_buffers, named_parameters
 from ..settings import Settings
+from ..verification.unread import NOT_REPEATABLE, reaching_parameters
 
 
 @dataclass
@@ -44,12 +46,16 @@ class Tally:
 
 @dataclass(frozen=True)
 class Observation:
-    """Statistics of all batches of all ranks, their first samples, their number, and `buffers` as they were before."""
+    """Statistics of all batches of all ranks, their first samples, their number, and `buffers` as they were before.
+
+    `unknown` tells where it could not be found out whether unread parameters reach the outputs.
+    """
 
     capture: Capture
     buffers: Mapping[str, Tensor]
     device: torch.device
     tally: Tally
+    unknown: str | None = None
 
     @property
     def captured(self) -> Mapping[str, ParameterStatistics]:
@@ -77,7 +83,17 @@ def observe(work: LoaderPass, options: Settings, ranks: Communicator) -> Observa
     tally = _sum_tallies(work, tally, ranks)
     device = next(iter(work.parameters.values())).device
     capture.reduce(device)
-    return Observation(capture, buffers, device, tally)
+    return Observation(capture, buffers, device, tally, _find_unseen(work, capture, tally.first))
+
+
+def _find_unseen(work: LoaderPass, capture: Capture, first: Any) -> str | None:
+    """Let `capture` know of parameters that were read past it; return a note where that cannot be found out."""
+    unread = {name: work.parameters[name] for name, seen in capture.captured.items() if not seen.met}
+    with raise_on_all_ranks(communicating=True):
+        reaching = reaching_parameters(unread, lambda: make_runner(work)(first))
+    for name in reaching or ():
+        capture.refuse(name, UNSEEN)
+    return NOT_REPEATABLE.format(next(iter(unread))) if reaching is None else None
 
 
 def _sum_tallies(work: LoaderPass, tally: Tally, ranks: Communicator) -> Tally:

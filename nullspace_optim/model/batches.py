@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -16,6 +17,7 @@ from ..errors import BatchError
 from .storage import is_plain
 
 Forward = Callable[[Any], Any]
+PLAIN = (str, bytes, int, float, complex)
 
 
 def feeder(model: nn.Module, forward: Forward | None = None) -> Forward:
@@ -23,29 +25,44 @@ def feeder(model: nn.Module, forward: Forward | None = None) -> Forward:
 
     With `forward` given it decides alone. Otherwise: a tensor is the only argument; a mapping (or dataclass) gives
     the keys that `model.forward` accepts; a tuple or list gives its first item, or as many leading items as `forward`
-    has required positional parameters. Tensors are moved to the device of the model's first parameter.
+    has required positional parameters. NumPy arrays become tensors, floats in the type of the model's first parameter;
+    tensors are moved to that parameter's device.
     """
     if forward is not None:
         return forward
     accepted = inspect.signature(model.forward).parameters
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    first = next(model.parameters(), torch.empty(0))
 
     def run(batch: Any) -> Any:
         args, kwargs = _arguments(batch, accepted)
-        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))
+        args, kwargs = pytree.tree_map_only(np.ndarray, lambda a: _as_tensor(a, first.dtype), (args, kwargs))
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to(first.device), (args, kwargs))
         return model(*args, **kwargs)
 
     return run
 
 
+def _as_tensor(array: np.ndarray[Any, Any], dtype: torch.dtype) -> Any:
+    """Return numbers as a tensor, floats in `dtype`; arrays of strings or objects as they are."""
+    if array.dtype.kind not in "biufc":
+        return array
+    return torch.as_tensor(array, dtype=dtype if array.dtype.kind == "f" else None)
+
+
 def _arguments(batch: Any, accepted: Mapping[str, inspect.Parameter]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Split `batch` into positional and keyword arguments of a forward with parameters `accepted`."""
-    if isinstance(batch, Tensor):
+    if isinstance(batch, (Tensor, np.ndarray)):
         return (batch,), {}
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         batch = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
     if isinstance(batch, Mapping):
         return (), _keywords(batch, accepted)
+    leaves = pytree.tree_leaves(batch) if isinstance(batch, (list, tuple)) else []
+    if leaves and all(isinstance(leaf, PLAIN) for leaf in leaves):
+        raise BatchError(
+            f"a batch of {len(batch)} plain values ({type(leaves[0]).__name__}) holds no tensor; "
+            "make it one, or pass forward=, a callable that takes the batch and runs the model"
+        )
     if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)) and len(batch):
         required = [
             p

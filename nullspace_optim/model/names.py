@@ -38,6 +38,24 @@ def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: found[full] for full, name in canonical_names(found).items()}
 
 
+def original_names(model: nn.Module) -> set[str]:
+    """Return the canonical names of parameters from which a parametrization computes the weight of that name."""
+    full = (name for name, _ in model.named_parameters())
+    return {short for name, short in canonical_names(full).items() if ".parametrizations." in f".{name}" != f".{short}"}
+
+
+def fused_name(name: str) -> str | None:
+    """Return the weight that folding leaves in the place of the part `name`, `None` if it is no such part.
+
+    Parts are those of `weight_norm` and other parametrizations of several tensors, old and new, and of pruning.
+    """
+    *path, last = name.split(".")
+    if len(path) >= 2 and path[-2] == "parametrizations" and last.startswith("original"):
+        return ".".join([*path[:-2], path[-1]])
+    stem, mark, end = last.rpartition("_")
+    return ".".join([*path, stem]) if mark and end in ("g", "v", "orig") else None
+
+
 def names_by_identity(model: nn.Module) -> Mapping[int, str]:
     """Return `id(parameter) -> canonical name` for every parameter of `model`."""
     return {id(parameter): name for name, parameter in named_parameters(model).items()}

@@ -26,7 +26,7 @@ def restored_model(model: nn.Module, loader: Any = None) -> Iterator[None]:
     buffers = [
         (module, name, buffer, buffer.detach().clone()) for module in model.modules() for name, buffer in _own(module)
     ]
-    restore_random = _random_state(loader)
+    restore_random = random_state(loader)
     try:
         for module, _ in flags:
             module.training = False
@@ -45,7 +45,7 @@ def restored_model(model: nn.Module, loader: Any = None) -> Iterator[None]:
 @contextmanager
 def fixed_seed(seed: int = 0) -> Iterator[None]:
     """Run the body with random numbers that are the same every time; the random state is restored on exit."""
-    restore = _random_state(None)
+    restore = random_state(None)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def _own(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in module._buffers.items() if buffer is not None]
 
 
-def _random_state(loader: Any) -> Any:
+def random_state(loader: Any) -> Any:
     """Return a callable that restores the Python, NumPy, torch (CPU and CUDA) and the loader's own random state."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     used = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,43 @@ def tensor_key(tensor: Tensor) -> Key:
     if not is_plain(tensor):
         return 0, id(tensor), tensor.shape if not tensor.is_nested else torch.Size(), (), tensor.dtype
     return storage_pointer(tensor), int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def element_range(tensor: Tensor) -> tuple[int, int]:
+    """Return the bytes `[start, end)` of its storage between the first and the last element of `tensor`."""
+    extent = 0
+    if tensor.numel():
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + extent * tensor.element_size()
+
+
+def overlapping_groups(tensors: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
+    """Return the names of tensors whose bytes overlap, group by group, each in the order of `tensors`."""
+    places: dict[int, list[tuple[int, int, str]]] = {}
+    for name, tensor in tensors.items():
+        pointer = storage_pointer(tensor)
+        if pointer and is_plain(tensor) and tensor.numel():
+            places.setdefault(pointer, []).append((*element_range(tensor), name))
+    groups: list[list[str]] = []
+    for found in places.values():
+        reached = -1
+        for start, end, name in sorted(found):
+            if start >= reached:
+                groups.append([])
+            groups[-1].append(name)
+            reached = max(reached, end)
+    order = {name: number for number, name in enumerate(tensors)}
+    return [tuple(sorted(group, key=order.__getitem__)) for group in groups if len(group) > 1]
+
+
+def with_shared_memory(chosen: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `chosen` and those of `tensors` whose bytes overlap one of them, in the order of `tensors`."""
+    names = set(chosen)
+    for group in overlapping_groups(tensors):
+        if names & set(group):
+            names.update(group)
+    return {name: tensor for name, tensor in tensors.items() if name in names}
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..errors import BasisFileError, ShapeError
+from ..errors import BasisFileError, ShapeError, StaleAnchorError
 from ..files.schema import digest
+from ..model.names import fused_name, named_parameters
 from ..settings import Settings
 from ..subspace.basis import Basis, BasisStore
 
@@ -43,6 +44,26 @@ def check_shapes(store: Mapping[str, Basis], parameters: Mapping[str, Tensor]) -
     if wrong:
         raise ShapeError(
             f"shapes changed: {'; '.join(wrong[:5])}; use the model the bases were made with, or release() the name"
+        )
+
+
+def refuse_fused(store: Mapping[str, Basis], model: nn.Module) -> None:
+    """Refuse bases of parts (of `weight_norm`, of pruning) that were folded into one weight.
+
+    Raises:
+        StaleAnchorError: names the parts and the weight.
+    """
+    named: Mapping[str, Tensor] = named_parameters(model) if any(map(fused_name, store)) else {}
+    gone: dict[str, list[str]] = {}
+    for name in store:
+        fused = fused_name(name)
+        if fused in named and name not in named:
+            gone.setdefault(str(fused), []).append(name)
+    for fused, parts in gone.items():
+        raise StaleAnchorError(
+            f"{', '.join(map(repr, parts))} were folded into '{fused}' (a parametrization, weight_norm or pruning was "
+            "removed): the fused weight is a new weight that nothing protects. Fold before consolidating; or "
+            f"release() these names and consolidate the old tasks again, which protects '{fused}'"
         )
 
 

@@ -23,15 +23,16 @@ from ..distributed.group import local_tensor, world_size
 from ..errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError
 from ..model.find import find_model
 from ..model.hooks import ModelHook, remove_idle_hooks
-from ..model.names import named_buffers, named_parameters
+from ..model.names import named_buffers, named_parameters, original_names
 from ..model.norm_stats import forget_compiled, freeze_statistics
+from ..model.storage import with_shared_memory
 from ..protection.averaged_weights import Evaluation, evaluated, refuse_unknown_modes
 from ..protection.step_hooks import Protection
 from ..settings import Settings
 from ..subspace.basis import BasisStore
 from ..subspace.shards import local_store, whole_store
 from ..verification.verify import RecentSamples
-from .checks import check_fit, check_shapes, facts_of
+from .checks import check_fit, check_shapes, facts_of, refuse_fused
 from .mode import Mode
 
 
@@ -98,6 +99,7 @@ class Engine:
         model = self.model()
         if held == self.held or not self.parameters or model is None:
             return
+        refuse_fused(self.store, model)
         named = named_parameters(model)
         known = {name: p for name, p in self.parameters.items() if name in named and id(named[name]) in held}
         swapped = {name: named[name] for name, p in known.items() if named[name] is not p}
@@ -225,8 +227,11 @@ class Engine:
         self.follow_replaced()
         model = self.owner()
         wrapped = self.wrapped(model)
+        refuse_fused(self.store, model)
         self._refuse_foreign(model, wrapped)
         parameters = {name: p for name, p in wrapped.items() if p.requires_grad}
+        if not sharded_modules(model):  # one weight, whichever of its parameters is trained
+            parameters = with_shared_memory(parameters, wrapped)
         refuse_tensor_parallel(model, parameters)
         return parameters
 
@@ -289,6 +294,7 @@ class Engine:
         self.parameters = {**self.parameters, **parameters}
         self.protection.rebuild(self.store, self.parameters)
         model = self.owner()
+        self.protection.originals = original_names(model)
         if world_size() > 1:  # what all ranks have measured with
             for name in store.buffers.keys() & (buffers := named_buffers(model)).keys():
                 buffers[name].detach().copy_(store.buffers[name])

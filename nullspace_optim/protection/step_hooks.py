@@ -31,6 +31,11 @@ EXACT_EVERY = 16
 STALE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 ROUNDED = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
+FUSED = (
+    "It was the original of a parametrization; if that was removed, the original is gone and the fused weight is a "
+    "new weight. "
+)
+
 
 class Protection:
     """All guards of one optimizer and the hooks that run them.
@@ -45,6 +50,7 @@ class Protection:
         self.workspace = Workspace()
         self.inexact_steps = 0
         self.held: list[Tensor] = []
+        self.originals: set[str] = set()
         self.amend: Callable[[], None] = lambda: None
         self._copies: list[tuple[Tensor, Tensor]] = []
         self._hidden: list[tuple[Tensor, Tensor]] = []
@@ -277,8 +283,8 @@ class Protection:
         if not drift <= limit:
             raise StaleAnchorError(
                 f"'{guard.basis.name}' was changed outside the optimizer: its kept directions moved by {drift:.1e} "
-                f"(limit {limit:.0e}). If the new weights are meant (load_state_dict, EMA swap, merge), call "
-                "opt.reanchor(); otherwise restore them"
+                f"(limit {limit:.0e}). {FUSED if guard.basis.name in self.originals else ''}If the new weights "
+                "are meant (load_state_dict, EMA swap, merge), call opt.reanchor(); otherwise restore them"
             )
         guard.mark()
 

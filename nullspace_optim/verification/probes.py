@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..capture.capture import Capture
 from ..distributed import failures
-from ..model.batches import samples_in, tensors_of
+from ..model.batches import PLAIN, samples_in, tensors_of
 from ..model.loader import LoaderPass, current_parameters, make_runner
 from ..model.restore import fixed_seed
 from ..model.storage import is_plain, plain_parts
@@ -138,15 +139,22 @@ def digests_of(batch: Any) -> Tensor:
     """
     count = samples_in(batch)
     if count is None:
-        return torch.stack([_digest(part for tensor in tensors_of(batch) for part in plain_parts(tensor))])
+        parts = [part for tensor in tensors_of(batch) for part in plain_parts(tensor)]
+        return torch.stack([_digest(parts, pytree.tree_leaves(batch))])
     if count == 0:
         return torch.zeros(0, 16, dtype=torch.uint8)
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     return torch.stack([_digest(leaf[index] for leaf in leaves) for index in range(count)])
 
 
-def _digest(tensors: Iterable[Tensor]) -> Tensor:
+def _digest(tensors: Iterable[Tensor], others: Iterable[Any] = ()) -> Tensor:
+    """Return the digest `[16]` of tensors, and of the arrays and plain values among `others`."""
     state = hashlib.blake2b(digest_size=16)
+    for value in others:
+        if isinstance(value, np.ndarray):
+            state.update(value.tobytes() if value.dtype.kind != "O" else repr(value.tolist()).encode())
+        elif isinstance(value, PLAIN):
+            state.update(repr(value).encode())
     for tensor in tensors:
         state.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return torch.frombuffer(bytearray(state.digest()), dtype=torch.uint8)
