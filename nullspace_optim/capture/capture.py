@@ -2,9 +2,9 @@
 
 `Capture` runs forward passes under a `TorchDispatchMode` (`watching`). Whatever module, function or `@` led
 there, a product with a parameter ends in one of few operators; the operand that is the parameter is recognised
-by its bytes (`recognise`), the side of the weight follows from its strides (`operators`), and rows that no
+by its bytes (`aliases`), the side of the weight follows from its strides (`operators`), and rows that no
 output can depend on are left out (`relevance`). Rows stream into `SecondMoment`s `[g, s, s]`; weights that
-always meet the same rows share one (`tally`). Every operator that reads a parameter in another way gives a
+always meet the same rows share one (`StatisticsAccumulator`). Every operator that reads a parameter in another way gives a
 reason why it cannot be protected, so the fates of all parameters add up.
 """
 
@@ -29,7 +29,7 @@ from ..model.batches import detach, tensors_in
 from ..model.storage import tensor_key
 from .aliases import AliasTracker
 from .dispatch import CaptureMode
-from .relevance import Relevance
+from .relevance import ExitWatch, Relevance
 from .uses import OperatorHandlers
 
 
@@ -48,7 +48,6 @@ class Capture:
         batch_frobenius: bool = False,
         statistics: bool = True,
         present: Callable[[], Mapping[str, Tensor]] | None = None,
-        in_step: bool = False,
         sketch: SketchedCovariance | None = None,
     ) -> None:
         """Watch `parameters` and `buffers`, by name; note which of the `untrained` parameters are read.
@@ -57,8 +56,7 @@ class Capture:
         rows of a weight by a constant 1 for its bias; `dtype` is what second moments are summed in;
         `batch_frobenius` normalises each batch's Gram matrix (GNSP); without `statistics` no sums are kept,
         only reasons, order and `observe`. `present` gives the tensors that stand for the parameters at this moment
-        where a framework swaps them (FSDP2); with `in_step`, all ranks run each batch at the same time.
-        `sketch` says which second moments are sketched.
+        where a framework swaps them (FSDP2). `sketch` says which second moments are sketched.
 
         Raises:
             OptionError: an unknown value of `rows` or `bias`.
@@ -71,13 +69,13 @@ class Capture:
         self._names = _unique(parameters)
         distinct = {name: parameters[name] for name in dict.fromkeys(self._names.values())}
         self._memory = AliasTracker(distinct, buffers or {}, untrained or {}, present)
-        self._in_step = in_step
         self._tally = StatisticsAccumulator(
             dtype=dtype, batch_frobenius=batch_frobenius, statistics=statistics, sketch=sketch
         )
         self._relevance = Relevance() if rows == "relevant" else None
         self._joint = bias == "joint"
         self._batches = 0
+        self._gradients = False
 
     def __enter__(self) -> Capture:
         return self
@@ -128,23 +126,34 @@ class Capture:
         Raises:
             CaptureError: a row was not finite, or a weight was cast where it could not be followed.
         """
-        active = self._relevance if self._relevance is not None and self._relevance.note is None else None
+        relevance = None if self._relevance is None or self._relevance.refused else self._relevance
         try:
-            outputs = self._forward(run, active, counted)
+            outputs = self._run(run, relevance, counted)
             with torch.inference_mode(False), torch.no_grad():
                 self._tally.end_batch(self._batches)
-        except _InferenceTensorError:
-            return self.batch(run, counted=counted)
         finally:
             self._tally.drop_queue()
             self._memory.forget()
-            if active is not None:
-                active.forget()
+            if relevance is not None:
+                relevance.forget()
         self._batches += counted
         return outputs
 
+    def _run(self, run: Callable[[], Any], relevance: Relevance | None, counted: bool) -> Any:
+        """Run one batch without autograd, or, where the forward pass itself differentiates, with it."""
+        try:
+            return self._forward(run, relevance, counted)
+        except RuntimeError as error:
+            if relevance is None or "does not require grad" not in str(error):
+                raise
+            relevance.refuse("the forward pass differentiates")
+        self._tally.drop_queue()
+        self._memory.forget()
+        self._gradients = True
+        return self._forward(run, None, counted)
+
     def _forward(self, run: Callable[[], Any], relevance: Relevance | None, counted: bool) -> Any:
-        """Run the forward pass and, for relevance, the probe; hand the rows to the tally."""
+        """Run the forward pass, find the rows that count, and hand them to the tally."""
         self._memory.refresh()
         tally = (
             self._tally
@@ -152,44 +161,24 @@ class Capture:
             else StatisticsAccumulator(dtype=torch.float32, batch_frobenius=False, statistics=False)
         )
         uses = OperatorHandlers(self._memory, tally, relevance, joint=self._joint, observe=self.observe)
-        watch = CaptureMode(self._memory, tally, relevance, uses)
-        with _environment(gradients=relevance is not None), watch:
-            try:
-                outputs = run()
-                self._note_returned(outputs)
-            except RuntimeError as error:
-                if relevance is not None and "nference tensor" in str(error):
-                    relevance.refuse("the batch consists of inference tensors, which autograd cannot save")
-                    raise _InferenceTensorError from error
-                raise
-            probed = self._agree_on_probe(bool(uses.wanted()))
-            gradients: list[Tensor | None] | None = None
-            wanted = uses.wanted() if probed else []
-            if relevance is not None and relevance.note is None and wanted:
-                watch.probing = True
-                gradients = relevance.probe(outputs, wanted)
+        with ExitStack() as stack:
+            stack.enter_context(_environment(gradients=self._gradients))
+            if relevance is not None:
+                relevance.begin((*self._memory.parameters.values(), *self._memory.untrained.values()))
+                stack.enter_context(ExitWatch(relevance))
+            stack.enter_context(CaptureMode(self._memory, tally, relevance, uses))
+            outputs = run()
+        self._note_returned(outputs)
         with torch.inference_mode(False), torch.no_grad():
-            uses.settle(gradients)
+            uses.settle(None if relevance is None else relevance.trace(outputs, uses.held()))
             tally.flush()
         return detach(outputs)
-
-    def _agree_on_probe(self, wanted: bool) -> bool:
-        """Where ranks run in step, all of them or none run the probe: its backward pass communicates."""
-        if not self._in_step or self._relevance is None:
-            return wanted
-        told = all_gather_object((self._relevance.note, wanted))
-        self._relevance.note = next((note for note, _ in told if note), None)
-        return all(also for _, also in told)
 
     def _note_returned(self, outputs: Any) -> None:
         """A parameter that is itself an output (a logit bias) has been used, although no operator read it."""
         for tensor in tensors_in(outputs):
             if self._memory.knows(tensor):
                 self._tally.refuse(self._memory.origin(tensor).names, "returned by the model")
-
-
-class _InferenceTensorError(Exception):
-    """A batch has to be run again without autograd."""
 
 
 def _unique(parameters: Mapping[str, Tensor]) -> dict[str, str]:

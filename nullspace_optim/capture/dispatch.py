@@ -1,7 +1,7 @@
 """The dispatch mode that sees every operator of a forward pass.
 
 What reads a parameter is a view or a copy, whose result is followed, or it is one of the `uses` (a product, or
-a reason why the parameter cannot be protected). During the probe's backward pass nothing is recorded.
+a reason why the parameter cannot be protected).
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Sort what reads the parameters of `memory` into `uses` and `tally`."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.relevance = relevance
-        self.probing = False
         self.uses = uses
         self.memory, self.tally = memory, tally
         self._paused = False
@@ -54,7 +53,10 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run one operator and note what it read."""
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if self._paused:
             return func(*args, **kwargs)
         operator = self._operators.get(func)
@@ -62,8 +64,6 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operator = self._operators[func] = Operator.of(func)
         if operator.moves_shards:  # a parameter may get the address back that it had before
             return func(*args, **kwargs)
-        if self.probing and self.relevance is not None:
-            return self.relevance.backward(operator.name, func, args, kwargs)
         if operator.composite:
             with self:
                 output = func.decompose(*args, **kwargs)
@@ -79,12 +79,10 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = not operands or any([self.memory.knows(t) for t in operands])  # each is asked: reads are noted
         origins = [self.memory.origin(t) for t in operands] if known else [DATA] * len(operands)
         output = func(*args, **kwargs)
-        if self.relevance is not None and self.relevance.note is None:
-            activations = [t for t, o in zip(operands, origins, strict=True) if o.kind is Kind.DATA]
-            if activations:
-                self.relevance.watch(operator.name, args, activations, output)
         if known:
             self._sort(operator, operator.bind(args, kwargs), operands, origins, output)
+        if self.relevance is not None:
+            self.relevance.follow(operator, func, args, kwargs, output)
         return output
 
     def _sort(

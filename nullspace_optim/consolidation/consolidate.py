@@ -176,7 +176,6 @@ def _capture(work: LoaderPass, options: ConsolidationOptions) -> Capture:
         batch_frobenius=options.policy.batch_frobenius,
         sketch=options.sketch,
         present=current_parameters(work.model),
-        in_step=bool(sharded_modules(work.model)),
     )
 
 
