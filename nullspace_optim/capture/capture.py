@@ -4,8 +4,8 @@
 there, a product with a parameter ends in one of few operators; the operand that is the parameter is recognised
 by its bytes (`aliases`), the side of the weight follows from its strides (`operators`), and rows that no
 output can depend on are left out (`relevance`). Rows stream into `SecondMoment`s `[g, s, s]`; weights that
-always meet the same rows share one (`StatisticsAccumulator`). Every operator that reads a parameter in another way gives a
-reason why it cannot be protected, so the fates of all parameters add up.
+always meet the same rows share one (`StatisticsAccumulator`). Every operator that reads a parameter in another way
+gives a reason why it cannot be protected, so the fates of all parameters add up.
 """
 
 from __future__ import annotations

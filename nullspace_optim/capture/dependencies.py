@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .operators import Operator
+from .reach import Reach, anything
 
-# All elements of a tensor, none of them, or those of a mask of its shape.
-Reach = bool | Tensor
 Pullback = Callable[[Reach], Sequence[Reach]]
 LOWEST = -1e30
 
@@ -48,11 +47,6 @@ class Call:
 
 
 Rule = Callable[[Call], Pullback]
-
-
-def anything(reach: Reach) -> bool:
-    """Return whether `reach` holds any element."""
-    return reach if isinstance(reach, bool) else bool(reach.any())
 
 
 def _expanded(reach: Tensor, shape: Sequence[int]) -> Reach:
@@ -295,7 +289,8 @@ def _attention_mask(call: Call, length: int, keys: int) -> Tensor | None:
     allowed = given.clone() if given.dtype == torch.bool else given > lowest
     allowed = allowed.expand(*given.shape[:-2], length, keys)
     allowed = allowed.view(*[1] * (4 - allowed.ndim), *allowed.shape).any(1, keepdim=True)
-    return allowed | ~allowed.any(-1, keepdim=True)  # a query that may attend to nothing may attend to all
+    reaching: Tensor = allowed | ~allowed.any(-1, keepdim=True)  # a query that may attend to nothing may attend to all
+    return reaching
 
 
 def _rules(names: str, rule: Rule) -> dict[str, Rule]:

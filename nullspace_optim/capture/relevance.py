@@ -18,7 +18,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from ..model.batches import tensors_in
-from .dependencies import RULES, Call, Pullback, Reach, anything
+from .dependencies import RULES, Call, Pullback
 from .operators import WITHOUT_READING, Operator, tensors_among
+from .reach import Reach, ReachedStorages, Region, storage_identity, storage_reference
 
 _DROPOUTS = frozenset(("bernoulli", "bernoulli_", "native_dropout", "_fused_dropout"))
 _SHAPES = frozenset((*WITHOUT_READING, "_fused_sdp_choice", "is_pinned", "_assert_tensor_metadata", "resize_output"))
@@ -39,115 +40,6 @@ _EXITS = frozenset(
     "numpy __array__ tolist data_ptr __dlpack__ untyped_storage storage _typed_storage __deepcopy__ apply_ map_ map2_ "
     "__cuda_array_interface__".split()
 )
-
-
-class Region(NamedTuple):
-    """The elements of a strided tensor in its storage of `elements` numbers."""
-
-    key: int
-    elements: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    device: torch.device
-    whole: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Region:
-        """Return the region that `tensor` reads."""
-        storage = tensor.untyped_storage()
-        elements, offset = storage.nbytes() // tensor.element_size(), int(tensor.storage_offset())
-        size, stride = tuple(tensor.shape), tuple(tensor.stride())
-        whole = tensor.numel() == elements and not offset and _is_dense(size, stride)
-        return cls(storage._cdata, elements, size, stride, offset, tensor.device, whole)
-
-
-def _is_dense(size: Sequence[int], stride: Sequence[int]) -> bool:
-    """Return whether no two elements share a place and none is left out."""
-    step = 1
-    for length, stepped in sorted(zip(size, stride, strict=True), key=lambda axis: axis[1]):
-        if length != 1 and stepped != step:
-            return False
-        step *= length
-    return True
-
-
-class ReachedStorages:
-    """Which elements of each storage the output depends on, at one moment of the forward pass."""
-
-    def __init__(self) -> None:
-        self._masks: dict[int, Reach] = {}
-
-    def mark(self, region: Region, reach: Reach) -> None:
-        """Add elements of `region`; `reach` has its shape."""
-        held = self._masks.get(region.key, False)
-        if held is True or reach is False:
-            return
-        if reach is True and region.whole:
-            self._masks[region.key] = True
-            return
-        mask = self._flat(region, held)
-        if mask is None:
-            self._masks[region.key] = True
-            return
-        doubled = [d for d, (n, s) in enumerate(zip(region.size, region.stride, strict=True)) if n > 1 and not s]
-        size = tuple(1 if d in doubled else n for d, n in enumerate(region.size))
-        if isinstance(reach, Tensor):
-            reach = reach.to(region.device)
-            reach = reach.any(doubled, keepdim=True) if doubled else reach
-        if _overlaps(size, region.stride):
-            if anything(reach):
-                self._masks[region.key] = True
-            return
-        target = mask.as_strided(size, region.stride, region.offset)
-        target |= reach
-        self._masks[region.key] = True if bool(mask.all()) else mask
-
-    def keep(self, key: int) -> None:
-        """Add all elements of a storage."""
-        self._masks[key] = True
-
-    def take(self, region: Region) -> Reach:
-        """Return the elements of `region`."""
-        held = self._masks.get(region.key, False)
-        if isinstance(held, bool):
-            return held
-        mask = self._flat(region, held)
-        if mask is None:
-            return True
-        view = mask.as_strided(region.size, region.stride, region.offset)
-        if not bool(view.any()):
-            return False
-        return True if bool(view.all()) else view.clone()
-
-    def clear(self, region: Region) -> None:
-        """Forget the elements of `region`: what they held before was overwritten."""
-        held = self._masks.get(region.key, False)
-        if held is False or _overlaps(region.size, region.stride):
-            return
-        mask = None if region.whole else self._flat(region, held)
-        if region.whole:
-            del self._masks[region.key]
-        elif mask is not None:
-            mask.as_strided(region.size, region.stride, region.offset).fill_(False)
-            self._masks[region.key] = mask
-
-    def _flat(self, region: Region, held: Reach) -> Tensor | None:
-        """Return the mask of a storage `[elements]`; `None` where it was written in numbers of another width."""
-        if isinstance(held, bool):
-            return torch.full((region.elements,), held, dtype=torch.bool, device=region.device)
-        return held if held.numel() == region.elements else None
-
-
-def _overlaps(size: Sequence[int], stride: Sequence[int]) -> bool:
-    """Return whether two elements may share a place."""
-    reached = 0
-    for length, step in sorted(zip(size, stride, strict=True), key=lambda axis: axis[1]):
-        if length > 1:
-            if step <= reached:
-                return True
-            reached += step * (length - 1)
-    return False
 
 
 @dataclass(eq=False)
@@ -198,10 +90,10 @@ class Relevance:
 
     def leave(self, tensor: Tensor, name: str) -> None:
         """Note that the bytes of `tensor` are read where operators cannot be seen."""
-        if _key(tensor) in self._activations and not self.refused:
+        if storage_identity(tensor) in self._activations and not self.refused:
             region = Region.of(tensor)
             self._steps.append(_Step([region._replace(size=(region.elements,), stride=(1,), offset=0, whole=True)]))
-            self._say(f"Tensor.{name}", "it reads activations outside PyTorch")
+            self._say(f"Tensor.{name}", "the bytes of an activation are read outside PyTorch")
 
     def follow(
         self, operator: Operator, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any
@@ -219,7 +111,7 @@ class Relevance:
         if operator.name in _SHAPES and operator.native:
             self._create(operator, results, random)
             return
-        keys = [_key(tensor) for tensor in operands]
+        keys = [storage_identity(tensor) for tensor in operands]
         written = [bound[i] for i, _ in operator.writes if isinstance(bound[i], Tensor)]
         self._check_filled(operator, operands, keys, written)
         if starts or any(key in self._activations for key in keys):
@@ -236,7 +128,9 @@ class Relevance:
     @staticmethod
     def _is_view(operator: Operator, keys: Sequence[int | None], results: Sequence[Tensor]) -> bool:
         """Return whether an operator moved no numbers; the numbers of a storage are followed whatever views it has."""
-        return bool(results) and not operator.writes and all((key := _key(t)) and key in keys for t in results)
+        return (
+            bool(results) and not operator.writes and all((key := storage_identity(t)) and key in keys for t in results)
+        )
 
     def _record(
         self,
@@ -253,15 +147,15 @@ class Relevance:
             (position, tensor)
             for position, argument in enumerate(bound)
             for tensor in tensors_among([argument])
-            if _key(tensor) in self._activations and not self._only_written(operator, position)
+            if storage_identity(tensor) in self._activations and not self._only_written(operator, position)
         ]
         pullback = self._pullback(operator, func, bound, reads, results, written)
-        distinct = list({id(t): t for t in results if _key(t)}.values())
+        distinct = list({id(t): t for t in results if storage_identity(t)}.values())
         regions = [Region.of(tensor) for _, tensor in reads]
         self._steps.append(_Step(regions, [Region.of(t) for t in distinct], pullback, starts))
         changed = [*distinct, *(operands if not operator.native else ())]
         for tensor in changed:
-            if _key(tensor) not in self._unknown:
+            if storage_identity(tensor) not in self._unknown:
                 self._remember(self._activations, tensor)
 
     @staticmethod
@@ -282,15 +176,15 @@ class Relevance:
             return lambda reach: []
         rule = RULES.get(operator.name.rstrip("_")) if operator.native else None
         if rule is None or not results:
-            self._say(operator.label, "relevance does not know what it reads")
-        elif any(_key(tensor) is None for tensor in results):
-            self._say(operator.label, "its result cannot be followed")
+            self._say(operator.label, "it is not among the operators whose structure is known")
+        elif any(storage_identity(tensor) is None for tensor in results):
+            self._say(operator.label, "its result has no strided memory")
         elif not _is_number(results[0]) and any(_is_number(tensor) for _, tensor in reads):
-            self._say(operator.label, "it chooses by the values of activations")
+            self._say(operator.label, "its result is no floating-point number")
         else:
 
             def known(argument: Any) -> bool:
-                key = _key(argument)
+                key = storage_identity(argument)
                 parameter = isinstance(argument, torch.nn.Parameter) or key is None
                 touched = key in self._activations or key in self._unknown or any(argument is t for t in written)
                 return not (parameter or touched)
@@ -306,8 +200,8 @@ class Relevance:
         """Note new tensors of random numbers, and those that some operator has yet to fill."""
         if operator.name in _EMPTY or operator.name in _ZEROS:
             for tensor in results:
-                if tensor.numel() and (key := _key(tensor)):
-                    self._unwritten[key] = StorageWeakRef(tensor.untyped_storage()), operator.name in _ZEROS
+                if tensor.numel() and (key := storage_identity(tensor)):
+                    self._unwritten[key] = storage_reference(tensor), operator.name in _ZEROS
         for tensor in results if random else ():
             self._remember(self._unknown, tensor)
 
@@ -318,7 +212,7 @@ class Relevance:
         if not self._unwritten or (operator.is_view and not operator.writes):
             return
         for tensor in operands if not operator.native else written:
-            self._unwritten.pop(_key(tensor) or 0, None)
+            self._unwritten.pop(storage_identity(tensor) or 0, None)
         for tensor, key in zip(operands, keys, strict=True):
             if key not in self._unwritten or isinstance(tensor, torch.nn.Parameter):
                 continue
@@ -330,16 +224,16 @@ class Relevance:
 
     def _remember(self, storages: dict[int, StorageWeakRef], tensor: Tensor) -> None:
         """Keep the identity of the storage of `tensor`, not its bytes."""
-        key = _key(tensor)
+        key = storage_identity(tensor)
         if key is not None and key not in storages:
-            storages[key] = StorageWeakRef(tensor.untyped_storage())
+            storages[key] = storage_reference(tensor)
 
     def trace(self, outputs: Any, held: Sequence[Tensor]) -> Callable[[int], Reach] | None:
         """Follow the dependencies of `outputs` back; return the elements of each step's result that they reach.
 
         `held` are the tensors that the capture itself keeps alive. `None`: all rows count.
         """
-        returned = [tensor for tensor in tensors_in(outputs) if _key(tensor) in self._activations]
+        returned = [tensor for tensor in tensors_in(outputs) if storage_identity(tensor) in self._activations]
         reached = self._alive(returned, held)
         if self.refused:
             return None
@@ -376,11 +270,11 @@ class Relevance:
         """Return the storages of activations that more tensors hold than those returned, their bases and ours."""
         ours: dict[int, set[int]] = {}
         for tensor in (*returned, *held):
-            key = _key(tensor) or 0
+            key = storage_identity(tensor) or 0
             ours.setdefault(key, set()).add(id(tensor))
             if tensor._base is not None and _base_references(tensor) == self._idle_references:
                 ours[key].add(id(tensor._base))
-        alive = [key for key, reference in self._activations.items() if not reference.expired()]
+        alive = [key for key, reference in self._activations.items() if not reference.expired()]  # type: ignore[no-untyped-call]
         return [key for key in alive if _count(key) - self._idle_count > len(ours.get(key, ()))]
 
 
@@ -415,14 +309,6 @@ class ExitWatch(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 self._relevance.leave(args[0], func.__name__)
         return func(*args, **(kwargs or {}))
-
-
-def _key(tensor: Any) -> int | None:
-    """Return the identity of a tensor's storage; `None` for what has none (sparse and nested tensors)."""
-    try:
-        return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 def _count(key: int) -> int:

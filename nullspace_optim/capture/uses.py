@@ -18,8 +18,8 @@ from ..covariance.accumulator import StatisticsAccumulator
 from ..covariance.rows import Kernel, Patches, Rows, convolution_kept
 from ..model.storage import storage_pointer
 from .aliases import AliasTracker, Kind, Origin
-from .dependencies import Reach
 from .operators import CONVOLUTIONS, EMBEDDINGS, PRODUCTS, ContractionRule, Operator, locate_block
+from .reach import Reach, storage_identity, storage_reference
 from .relevance import Relevance
 
 BUILDS = "used to build another weight"
@@ -159,7 +159,7 @@ class OperatorHandlers:
         if self._relevance is not None:
             rows.source = rows.source.detach()  # a tensor of our own, told from those that others keep
         step = None if self._relevance is None else self._relevance.start()
-        storage = StorageWeakRef(output.untyped_storage())
+        storage = storage_reference(output)
         use = _Use(name, rows, storage, output.shape, step, kept, operator.label.split(".")[1])
         if self._relevance is not None or self._joint:
             self._uses.append(use)
@@ -257,7 +257,7 @@ class OperatorHandlers:
             if origin.kind is not Kind.ALIAS or bias.ndim != 1 or other.shape[-1:] != bias.shape or bound[2] != 1:
                 continue
             for use in reversed(self._uses):
-                if not isinstance(use, _Use) or use.output.cdata != other.untyped_storage()._cdata:
+                if not isinstance(use, _Use) or use.output.cdata != storage_identity(other):
                     continue
                 if use.bias is None and isinstance(use.rows, Rows) and self._fits(use, origin):
                     use.bias = origin.names[0]
