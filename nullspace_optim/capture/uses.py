@@ -90,8 +90,8 @@ class OperatorHandlers:
         self._uses.clear()
 
     def held(self) -> list[Tensor]:
-        """Return the activations that are kept alive here."""
-        return [use.rows.source for use in self._uses if isinstance(use, _Use)]
+        """Return the tensors that the capture keeps alive."""
+        return [*self._memory.held, *(use.rows.source for use in self._uses if isinstance(use, _Use))]
 
     def read(self, operator: Operator, bound: list[Any], by_id: dict[int, Origin], results: list[Tensor]) -> None:
         """Note the rows that met each parameter, or that the parameter was read in another way."""
