@@ -141,6 +141,11 @@ class AliasTracker:
         self._held.clear()
 
     @property
+    def held(self) -> list[Tensor]:
+        """The tensors that are kept alive until the batch ends."""
+        return self._held
+
+    @property
     def owned(self) -> Mapping[int, object]:
         """The storages of parameters and buffers, by address."""
         return self._owners
@@ -195,8 +200,9 @@ class AliasTracker:
             self._storages.pop(pointer, None)
             self._holders.pop(pointer, None)
             return
-        self._storages[pointer], self._holders[pointer] = origin.kind, tensor
-        self._held.append(tensor)
+        holder = tensor.detach()  # a tensor of our own: relevance tells it from those that the model keeps
+        self._storages[pointer], self._holders[pointer] = origin.kind, holder
+        self._held.append(holder)
         if origin.kind is Kind.ALIAS:
             self._aliases[tensor_key(tensor)] = origin
 

@@ -1,13 +1,12 @@
-"""Parameters that reach an output past the operators: through NumPy, an address, or code that autograd alone knows.
+"""Memory that is read past the operators: through NumPy, an address, or the body of a higher-order operator.
 
 `BypassMode` sees calls of torch's Python interface that hand memory to somebody else (`numpy`, `data_ptr`), and runs
 the bodies of higher-order operators (`cond`, `scan`, `flex_attention`) eagerly, where their operators are seen.
-`graph_leaves` walks the autograd graph of the outputs down to every parameter that they depend on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,23 +17,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..model.batches import tensors_in
 from .aliases import Kind
 from .dispatch import CaptureMode
 
 UNSEEN = "reached the output by a path that capture cannot see"
-_HANDED_OUT = {
-    getattr(Tensor, name): name
-    for name in ("numpy", "tolist", "data_ptr", "__array__", "__dlpack__", "__reduce_ex__", "__deepcopy__")
-}
-_HANDED_OUT[Tensor.__cuda_array_interface__.__get__] = "__cuda_array_interface__"
-_PASSING_ON = frozenset(
-    f"{name}Backward0"
-    for name in (
-        "T Transpose Permute View UnsafeView ReshapeAlias Alias Slice Select Split Expand Squeeze Unsqueeze AsStrided "
-        "Clone ToCopy"
-    ).split()
+# Methods by which the bytes of a tensor leave the sight of the dispatcher.
+_EXITS = frozenset(
+    "numpy __array__ tolist data_ptr __dlpack__ untyped_storage storage _typed_storage __deepcopy__ __reduce_ex__ "
+    "apply_ map_ map2_ __get__".split()
 )
+# Also used to look at a parameter's memory without reading it.
+_INSPECTED = frozenset(("untyped_storage", "storage", "_typed_storage"))
 
 
 class BypassMode(TorchFunctionMode):
@@ -52,9 +45,22 @@ class BypassMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             return self._run_body(func, args, kwargs)
-        if func in _HANDED_OUT and args and isinstance(args[0], Tensor) and self.watch.recording:
-            self._refuse(args[0], f"its memory was handed out by Tensor.{_HANDED_OUT[func]}")
+        name = getattr(func, "__name__", "")
+        if name in _EXITS and args and isinstance(args[0], Tensor) and self.watch.recording:
+            with torch._C.DisableTorchFunction():
+                self._leave(args[0], func, name)
         return func(*args, **kwargs)
+
+    def _leave(self, tensor: Tensor, func: Any, name: str) -> None:
+        """Note that somebody may read the bytes of `tensor`."""
+        if name == "__get__":
+            if func != Tensor.__cuda_array_interface__.__get__:  # type: ignore[attr-defined]
+                return
+            name = "__cuda_array_interface__"
+        if name not in _INSPECTED:
+            self._refuse(tensor, f"its memory was handed out by Tensor.{name}")
+        if self.watch.relevance is not None:
+            self.watch.relevance.leave(tensor, name)
 
     def _refuse(self, tensor: Tensor, reason: str) -> None:
         if self.watch.memory.knows(tensor):
@@ -86,22 +92,3 @@ class BypassMode(TorchFunctionMode):
 
 def _is_body(leaf: Any) -> bool:
     return callable(leaf) and not isinstance(leaf, (Tensor, OpOverload, type))
-
-
-def graph_leaves(outputs: Any) -> Iterator[tuple[Tensor, str]]:
-    """Yield every leaf that the autograd graph of `outputs` leads to, with the name of the node that uses it.
-
-    Views and copies between the two are passed over.
-    """
-    stack: list[tuple[Any, str]] = [(tensor.grad_fn, "") for tensor in tensors_in(outputs)]
-    visited = set()
-    while stack:
-        node, user = stack.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        if type(node).__name__ == "AccumulateGrad":
-            yield node.variable, user
-            continue
-        user = user if node.name() in _PASSING_ON and user else node.name()
-        stack.extend((following, user) for following, _ in node.next_functions)

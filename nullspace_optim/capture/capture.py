@@ -2,16 +2,16 @@
 
 `Capture` runs forward passes under a `TorchDispatchMode` (`watching`). Whatever module, function or `@` led
 there, a product with a parameter ends in one of few operators; the operand that is the parameter is recognised
-by its bytes (`recognise`), the side of the weight follows from its strides (`operators`), and rows that no
+by its bytes (`aliases`), the side of the weight follows from its strides (`operators`), and rows that no
 output can depend on are left out (`relevance`). Rows stream into `SecondMoment`s `[g, s, s]`; weights that
-always meet the same rows share one (`tally`). Every operator that reads a parameter in another way gives a
-reason why it cannot be protected, so the fates of all parameters add up.
+always meet the same rows share one (`StatisticsAccumulator`). Every operator that reads a parameter in another way
+gives a reason why it cannot be protected, so the fates of all parameters add up.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import TracebackType
@@ -28,9 +28,9 @@ from ..model.batches import detach, tensors_in
 from ..model.storage import tensor_key
 from ..settings import Settings
 from .aliases import AliasTracker
-from .bypass import UNSEEN, BypassMode, graph_leaves
+from .bypass import BypassMode
 from .dispatch import CaptureMode
-from .relevance import Relevance
+from .relevance.relevance import Relevance
 from .shared import shared_statistics
 from .uses import OperatorHandlers
 
@@ -60,7 +60,6 @@ class Capture:
         self._names = _unique(parameters)
         distinct = {name: parameters[name] for name in dict.fromkeys(self._names.values())}
         self._memory = AliasTracker(distinct, buffers or {}, untrained or {}, present)
-        self._in_step = present is not None
         self._empty_tally: Callable[[], StatisticsAccumulator] = partial(
             StatisticsAccumulator,
             dtype=options.dtype,
@@ -72,6 +71,7 @@ class Capture:
         self._relevance = Relevance() if options.rows == "relevant" else None
         self._joint = options.bias == "joint"
         self._batches = 0
+        self._gradients = False
 
     def __enter__(self) -> Capture:
         return self
@@ -125,25 +125,42 @@ class Capture:
         Raises:
             CaptureError: a row was not finite, or a weight was cast where it could not be followed.
         """
-        active = self._relevance if self._relevance is not None and self._relevance.note is None else None
+        relevance = None if self._relevance is None or self._relevance.refused else self._relevance
         try:
-            outputs = self._forward(run, active, counted)
+            outputs = self._run(run, relevance, counted)
             with torch.inference_mode(False), torch.no_grad():
                 self._tally.end_batch(self._batches)
-        except _RunAgain:
-            if not self._batches:  # what an unfinished first run has left
-                self._tally = self._empty_tally()
-            return self.batch(run, counted=counted)
         finally:
             self._tally.drop_queue()
             self._memory.forget()
-            if active is not None:
-                active.forget()
+            if relevance is not None:
+                relevance.forget()
         self._batches += counted
         return outputs
 
+    def _run(self, run: Callable[[], Any], relevance: Relevance | None, counted: bool) -> Any:
+        """Run one batch without autograd; again with it where the forward pass itself differentiates, and again where
+        `torch.compile` was loaded in the middle of it.
+        """
+        loaded = "torch._dynamo" in sys.modules
+        try:
+            return self._forward(run, relevance, counted)
+        except Exception as error:
+            if isinstance(error, RuntimeError) and "does not require grad" in str(error) and not self._gradients:
+                self._gradients = True
+                if relevance is not None:
+                    relevance.refuse("the forward pass differentiates")
+                    relevance = None
+            elif loaded or "torch._dynamo" not in sys.modules:
+                raise
+        self._tally.drop_queue()
+        self._memory.forget()
+        if not self._batches:  # what an unfinished first run has left
+            self._tally = self._empty_tally()
+        return self._forward(run, relevance, counted)
+
     def _forward(self, run: Callable[[], Any], relevance: Relevance | None, counted: bool) -> Any:
-        """Run the forward pass and, for relevance, the probe; hand the rows to the tally."""
+        """Run the forward pass, find the rows that count, and hand them to the tally."""
         self._memory.refresh()
         tally = (
             self._tally
@@ -152,48 +169,18 @@ class Capture:
         )
         uses = OperatorHandlers(self._memory, tally, relevance, joint=self._joint, observe=self._observe)
         watch = CaptureMode(self._memory, tally, relevance, uses)
-        with _environment(gradients=relevance is not None), watch:
-            outputs = self._run(run, watch)
-            self._note_returned(outputs)
-            reached = list(graph_leaves(outputs))
-            probed = self._agree_on_probe(bool(uses.wanted()))
-            gradients: list[Tensor | None] | None = None
-            wanted = uses.wanted() if probed else []
-            if relevance is not None and relevance.note is None and wanted:
-                watch.probing = True
-                gradients = relevance.probe(outputs, wanted)
-        with torch.inference_mode(False), torch.no_grad():
-            uses.settle(gradients)
-            tally.flush()
-        self._note_reached(reached, tally)
-        return detach(outputs)
-
-    def _run(self, run: Callable[[], Any], watch: CaptureMode) -> Any:
-        """Run the forward pass, again without gradients where it does not run with them, or as `torch.compile` was
-        loaded in the middle of it.
-        """
-        loaded, relevance = "torch._dynamo" in sys.modules, watch.relevance
-        try:
-            with BypassMode(watch):
-                outputs = run()
-        except Exception as error:
-            if not loaded and "torch._dynamo" in sys.modules:
-                raise _RunAgain from error
-            if relevance is not None and isinstance(error, RuntimeError) and any(w in str(error) for w in _NO_GRADIENT):
-                relevance.refuse(f"the model does not run with gradients ({str(error).splitlines()[0]})")
-                raise _RunAgain from error
-            raise
+        loaded = "torch._dynamo" in sys.modules
+        if relevance is not None:
+            relevance.begin((*self._memory.parameters.values(), *self._memory.untrained.values()))
+        with _environment(gradients=self._gradients), watch, BypassMode(watch):
+            outputs = run()
         if not loaded and "torch._dynamo" in sys.modules:
-            raise _RunAgain
-        return outputs
-
-    def _agree_on_probe(self, wanted: bool) -> bool:
-        """Where ranks run in step, all of them or none run the probe: its backward pass communicates."""
-        if not self._in_step or self._relevance is None:
-            return wanted
-        told = all_gather_object((self._relevance.note, wanted))
-        self._relevance.note = next((note for note, _ in told if note), None)
-        return all(also for _, also in told)
+            raise _CompilerLoaded
+        self._note_returned(outputs)
+        with torch.inference_mode(False), torch.no_grad():
+            uses.settle(None if relevance is None else relevance.trace(outputs, uses.held()))
+            tally.flush()
+        return detach(outputs)
 
     def _note_returned(self, outputs: Any) -> None:
         """A parameter that is itself an output (a logit bias) has been used, although no operator read it."""
@@ -201,24 +188,13 @@ class Capture:
             if self._memory.knows(tensor):
                 self._tally.refuse(self._memory.origin(tensor).names, "returned by the model")
 
-    def _note_reached(self, leaves: Sequence[tuple[Tensor, str]], tally: StatisticsAccumulator) -> None:
-        """A parameter in the graph of the outputs that no operator was seen to read was read by somebody else."""
-        names = {id(self._memory.present(name)): name for name in self._memory.parameters}
-        for variable, user in leaves:
-            name = names.get(id(variable))
-            if name is not None and not tally.order.keys() & {name, *self._memory.sharing(name)}:
-                tally.refuse([name], f"{UNSEEN} ({user})")
-
     def refuse(self, name: str, reason: str) -> None:
         """Note why the parameter `name` cannot be protected."""
         self._tally.refuse([self._names[name]], reason)
 
 
-class _RunAgain(Exception):  # noqa: N818
-    """A batch has to be run again, without autograd or eagerly."""
-
-
-_NO_GRADIENT = ("nference tensor", "grad", "backward", "derivative", "differentia")
+class _CompilerLoaded(Exception):  # noqa: N818
+    """`torch.compile` was imported in the middle of a forward pass, which was not run eagerly from there on."""
 
 
 def _unique(parameters: Mapping[str, Tensor]) -> dict[str, str]:

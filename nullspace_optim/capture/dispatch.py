@@ -1,7 +1,7 @@
 """The dispatch mode that sees every operator of a forward pass.
 
 What reads a parameter is a view or a copy, whose result is followed, or it is one of the `uses` (a product, or
-a reason why the parameter cannot be protected). During the probe's backward pass nothing is recorded.
+a reason why the parameter cannot be protected).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..covariance.accumulator import StatisticsAccumulator
 from ..model.storage import is_plain, storage_pointer
 from .aliases import CONSTANT, DATA, DERIVED, AliasTracker, Geometry, Kind, Origin
 from .operators import COPIES, VIEWS_OF_COPIES, WITHOUT_READING, Operator, tensors_among
-from .relevance import Relevance
+from .relevance.relevance import Relevance
 from .uses import OperatorHandlers
 
 
@@ -37,7 +37,6 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Sort what reads the parameters of `memory` into `uses` and `tally`."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.relevance = relevance
-        self.probing = False
         self.uses = uses
         self.memory, self.tally = memory, tally
         self._paused = False
@@ -48,7 +47,7 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @property
     def recording(self) -> bool:
         """Whether what runs now belongs to the forward pass."""
-        return not (self._paused or self.probing)
+        return not self._paused
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -63,7 +62,10 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run one operator and note what it read."""
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():
+            return self._dispatch(func, types, args, kwargs or {})
+
+    def _dispatch(self, func: Any, types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if self._paused:
             return func(*args, **kwargs)
         if any(hasattr(kind, "__tensor_flatten__") and kind.__name__ != "DTensor" for kind in types):
@@ -75,8 +77,6 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operator = self._operators[func] = Operator.of(func)
         if operator.moves_shards:  # a parameter may get the address back that it had before
             return func(*args, **kwargs)
-        if self.probing and self.relevance is not None:
-            return self.relevance.backward(operator.name, func, args, kwargs)
         if operator.composite and all(map(is_plain, tensors_among([*args, *kwargs.values()]))):
             with self:
                 output = func.decompose(*args, **kwargs)
@@ -90,7 +90,7 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         origins = [self.memory.origin(t) for t in operands if self.memory.knows(t)]
         for origin in origins:
             self.tally.refuse(origin.names, f"read by the higher-order operator {func.name()}")
-        if self.relevance is not None and not self.probing:
+        if self.relevance is not None:
             self.relevance.refuse(f"the higher-order operator {func.name()} reads activations")
         return func(*args, **kwargs)
 
@@ -102,14 +102,10 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = not operands or any([self.memory.knows(t) for t in operands])  # each is asked: reads are noted
         origins = [self.memory.origin(t) for t in operands] if known else [DATA] * len(operands)
         output = func(*args, **kwargs)
-        if self.relevance is not None and self.relevance.note is None:
-            activations = [t for t, o in zip(operands, origins, strict=True) if o.kind is Kind.DATA]
-            if any(t.requires_grad and not is_plain(t) for t in activations):
-                self.relevance.refuse(f"aten.{operator.name} reads activations that are sparse or nested")
-            elif activations:
-                self.relevance.watch(operator.name, args, activations, output)
         if known:
             self._sort(operator, operator.bind(args, kwargs), operands, origins, output)
+        if self.relevance is not None:
+            self.relevance.follow(operator, func, args, kwargs, output)
         return output
 
     def _sort(

@@ -157,7 +157,11 @@ def _place_batched(
 
 @dataclass(frozen=True)
 class Operator:
-    """What the schema of one operator says; `moves_shards`: it is one of those by which FSDP2 fills its parameters."""
+    """What the schema of one operator says.
+
+    `moves_shards`: it is one of those by which FSDP2 fills its parameters; `native`: it is PyTorch's own; `outs`: the
+    positions of arguments that are written and not read (``out=``).
+    """
 
     name: str
     label: str
@@ -167,6 +171,8 @@ class Operator:
     defaults: tuple[Any, ...]
     arguments: tuple[str, ...]
     moves_shards: bool = False
+    native: bool = True
+    outs: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, func: Any) -> Operator:
@@ -184,6 +190,10 @@ class Operator:
             defaults=tuple(a.default_value for a in schema.arguments),
             arguments=tuple(a.name for a in schema.arguments),
             moves_shards=space == "fsdp",
+            native=space == "aten",
+            outs=frozenset(
+                i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write and a.kwarg_only
+            ),
         )
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

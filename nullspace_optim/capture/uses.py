@@ -1,6 +1,6 @@
 """What reads a parameter, operator by operator of the table: the rows it met, or why it cannot be protected.
 
-`OperatorHandlers` keeps the uses of the current batch where they must wait (relevance is known after the probe, joint
+`OperatorHandlers` keeps the uses of the current batch where they must wait (relevance is known after the pass, joint
 biases after the addition that follows a product); otherwise rows are handed to the tally at once.
 """
 
@@ -12,37 +12,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..covariance.accumulator import StatisticsAccumulator
 from ..covariance.rows import Kernel, Patches, Rows, convolution_kept
 from ..model.storage import as_plain, is_plain, storage_pointer
 from .aliases import AliasTracker, Kind, Origin
 from .operators import CONVOLUTIONS, EMBEDDINGS, PRODUCTS, ContractionRule, Operator, locate_block
-from .relevance import Relevance
+from .relevance.reach import Reach, storage_identity, storage_reference
+from .relevance.relevance import Relevance
 
 BUILDS = "used to build another weight"
 QUEUE = 4
-# Writing to a product's output row by row leaves it that row's output.
-_ROWWISE_WRITES = frozenset(
-    f"{name}_"
-    for name in (
-        "add sub mul div relu gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu masked_fill neg "
-        "threshold mish celu exp pow clamp clamp_min"
-    ).split()
-)
 
 
 @dataclass(eq=False)
 class _Use:
-    """Rows that met a weight, and the output whose gradient tells which of them count."""
+    """Rows that met a weight in step `step` of the pass, and how elements of its output tell which of them count.
+
+    `output` is the storage that the output was written to; `None` if it has none.
+    """
 
     name: str
     rows: Rows | Patches
-    output: Tensor
+    output: StorageWeakRef | None
+    shape: torch.Size
+    step: int | None
     kept: Callable[[Tensor], Tensor]
     operator: str
     bias: str | None = None
-    all_rows: bool = False
 
 
 @dataclass(eq=False)
@@ -52,12 +50,12 @@ class _LookUp:
     name: str
     index: Tensor
     number: int
-    output: Tensor
-    all_rows: bool = False
+    shape: torch.Size
+    step: int | None
 
-    def kept(self, gradient: Tensor) -> Tensor:
-        """Return which of the looked-up rows have a gradient."""
-        return gradient.ne(0).any(-1)
+    def kept(self, reached: Tensor) -> Tensor:
+        """Return which of the looked-up rows were reached."""
+        return reached.any(-1)
 
 
 class OperatorHandlers:
@@ -76,17 +74,13 @@ class OperatorHandlers:
         self._memory, self._tally, self._joint, self._observe = memory, tally, joint, observe
         self._relevance = relevance
         self._uses: list[_Use | _LookUp] = []
-        self._checked: set[str] = set()
 
-    def settle(self, gradients: Sequence[Tensor | None] | None) -> None:
-        """Hand the rows of the batch to the tally; `gradients` of `wanted()` say which count, `None`: all."""
-        wanted = {id(use): i for i, use in enumerate(self._wanting())}
+    def settle(self, reached: Callable[[int], Reach] | None) -> None:
+        """Hand the rows of the batch to the tally; `reached` says which elements of a step's output count, `None`:
+        all.
+        """
         for use in self._uses:
-            mask: Tensor | None = None
-            if gradients is not None and id(use) in wanted:
-                gradient = gradients[wanted[id(use)]]
-                mask = use.kept(torch.zeros_like(use.output) if gradient is None else gradient)
-                mask = None if bool(mask.all()) else mask
+            mask = None if reached is None or use.step is None else _row_mask(use, reached(use.step))
             if isinstance(use, _LookUp):
                 self._tally.use_rows(use.name, use.index if mask is None else use.index[mask], use.number)
                 continue
@@ -95,12 +89,9 @@ class OperatorHandlers:
             self._tally.push(use.name, use.rows, mask, shape=self._memory.parameters[use.name].shape)
         self._uses.clear()
 
-    def wanted(self) -> list[Tensor]:
-        """Return the outputs whose gradients tell which rows count."""
-        return [use.output for use in self._wanting()]
-
-    def _wanting(self) -> list[_Use | _LookUp]:
-        return [use for use in self._uses if use.output.requires_grad and not use.all_rows]
+    def held(self) -> list[Tensor]:
+        """Return the tensors that the capture keeps alive."""
+        return [*self._memory.held, *(use.rows.source for use in self._uses if isinstance(use, _Use))]
 
     def read(self, operator: Operator, bound: list[Any], by_id: dict[int, Origin], results: list[Tensor]) -> None:
         """Note the rows that met each parameter, or that the parameter was read in another way."""
@@ -132,8 +123,7 @@ class OperatorHandlers:
             if other.kind in (Kind.ALIAS, Kind.DERIVED):
                 self._tally.refuse(origin.names, BUILDS)
             else:
-                met = self._meet(operator, meeting, origin, rows, output)
-                use = _counting_constants(met, other) or use
+                use = self._meet(operator, meeting, origin, rows, output) or use
         position = PRODUCTS[operator.name][0].bias
         if position is not None and isinstance(bound[position], Tensor):
             scaled = any(value != 1 for value in bound[3:5])  # beta and alpha: the bias's input is not the constant 1
@@ -167,24 +157,17 @@ class OperatorHandlers:
             self._observe(name, output)
         if not known:
             return None
-        use = _Use(name, rows, output, kept, operator.label.split(".")[1], all_rows=not is_plain(output))
-        self._check_weight(name, rows)
+        if self._relevance is not None:
+            rows.source = rows.source.detach()  # a tensor of our own, told from those that others keep
+        step = None if self._relevance is None else self._relevance.start()
+        storage, label = storage_reference(output) if is_plain(output) else None, operator.label.split(".")[1]
+        use = _Use(name, rows, storage, output.shape, None if storage is None else step, kept, label)
         if self._relevance is not None or self._joint:
             self._uses.append(use)
         else:
             self._tally.push(name, rows, None, shape=self._memory.parameters[name].shape)
             self._tally.flush(QUEUE)
         return use
-
-    def _check_weight(self, name: str, rows: Rows | Patches) -> None:
-        """A weight that is exactly zero hides from the probe what earlier weights do; it will not stay zero."""
-        if self._relevance is None or self._relevance.note is not None:
-            return
-        if name in self._checked:
-            return
-        self._checked.add(name)
-        if not bool(self._memory.present(name).detach().any()):
-            self._relevance.refuse(f"'{name}' is all zero, so no gradient passes through it")
 
     def _read_convolution(
         self, operator: Operator, bound: list[Any], by_id: dict[int, Origin], output: Tensor
@@ -208,8 +191,7 @@ class OperatorHandlers:
                 size = kernel.layout.matrix_shape(weight.shape)[2] + self._joint
                 spatial = len(kernel.size)
                 rows = Patches(inputs, kernel, size, self._joint)
-                met = self._record(operator, name, rows, output, lambda g: convolution_kept(g, spatial))
-                use = _counting_constants(met, other)
+                use = self._record(operator, name, rows, output, lambda g: convolution_kept(g, spatial))
         if isinstance(bias, Tensor):
             handled |= self._read_bias(operator, use, bias, by_id)
         return handled
@@ -247,9 +229,9 @@ class OperatorHandlers:
         if self._observe is not None:
             self._observe(name, output)
         simple = operator.name == "embedding" and index.device == output.device and is_plain(index)
-        use = _LookUp(
-            name, as_plain(index).detach().clone() + geometry.offset // row, shape[0], output, all_rows=not simple
-        )
+        step = self._relevance.start() if self._relevance is not None else None
+        index = as_plain(index).detach().clone() + geometry.offset // row
+        use = _LookUp(name, index, shape[0], output.shape, step if simple else None)
         if self._relevance is not None:
             self._uses.append(use)
         else:
@@ -276,7 +258,7 @@ class OperatorHandlers:
             if origin.kind is not Kind.ALIAS or bias.ndim != 1 or other.shape[-1:] != bias.shape or bound[2] != 1:
                 continue
             for use in reversed(self._uses):
-                if not isinstance(use, _Use) or storage_pointer(use.output) != storage_pointer(other):
+                if not isinstance(use, _Use) or use.output is None or use.output.cdata != storage_identity(other):
                     continue
                 if use.bias is None and isinstance(use.rows, Rows) and self._fits(use, origin):
                     use.bias = origin.names[0]
@@ -298,7 +280,7 @@ class OperatorHandlers:
         return (geometry.offset, geometry.size[0]) == (start, groups * m if number == -1 else number)
 
     def before_writing(self, operator: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Save rows that are about to be written; outputs written out of row order no longer tell their rows."""
+        """Save rows that are about to be written."""
         for target in operator.written(args, kwargs):
             pointer = storage_pointer(target)
             if not pointer:
@@ -307,14 +289,14 @@ class OperatorHandlers:
             for use in self._uses:
                 if isinstance(use, _Use) and storage_pointer(use.rows.source) == pointer:
                     use.rows.clone_source()
-                if storage_pointer(use.output) == pointer and operator.name not in _ROWWISE_WRITES:
-                    use.all_rows = True
 
 
-def _counting_constants(use: _Use | None, rows: Origin) -> _Use | None:
-    """Let all rows count that depend on no data (`A(eye)`, as DoRA does): the probe does not see such a product's
-    output where it is detached, and the outputs depend on it all the same.
-    """
-    if use is not None and rows.kind is Kind.CONSTANT:
-        use.all_rows = True
-    return use
+def _row_mask(use: _Use | _LookUp, reach: Reach) -> Tensor | None:
+    """Return which rows of a use reach the output, or `None` for all."""
+    if isinstance(reach, bool):
+        if reach:
+            return None
+        source = use.index if isinstance(use, _LookUp) else use.rows.source
+        reach = torch.zeros(use.shape, dtype=torch.bool, device=source.device)
+    mask = use.kept(reach)
+    return None if bool(mask.all()) else mask

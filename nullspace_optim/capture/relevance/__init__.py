@@ -1,0 +1,1 @@
+"""Rows that can reach the model's output, by the structure of one forward pass."""
