@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from nullspace_optim import NumericalRank
 from nullspace_optim.capture.capture import Capture
+from nullspace_optim.settings import Settings
 
 BATCH, TOKENS, WIDTH = 3, 6, 4
 
@@ -446,8 +448,11 @@ def check(seed: int) -> tuple[int, bool]:
     model, x = RandomModel(seed), torch.randn(BATCH, TOKENS, WIDTH).double()
     counts = {}
     for rows in ("all", "relevant"):
-        options: dict[str, Any] = {"dtype": torch.float64, "rows": rows}
-        observer = Capture(dict(model.named_parameters()), buffers=dict(model.named_buffers()), **options)
+        observer = Capture(
+            dict(model.named_parameters()),
+            Settings(rows=rows, policy=NumericalRank()),
+            buffers=dict(model.named_buffers()),
+        )
         with observer:
             observer.batch(lambda: model(x))
         counts[rows] = sum(int(side.rows.sum()) for seen in observer.captured.values() for side in seen.sides.values())

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from nullspace_optim import ConsolidationReport, NullSpaceOptimizer, NumericalRank
 from nullspace_optim.capture.capture import Capture
+from nullspace_optim.settings import Settings
 
 Loss = Callable[[], Tensor]
 
@@ -243,7 +244,7 @@ def test_what_leaves_autograd_is_protected_and_named_where_it_is_lost_from_sight
 
 
 def rows_and_note(model: nn.Module, run: Callable[[], Any], name: str) -> tuple[int, str | None]:
-    observer = Capture(dict(model.named_parameters()), buffers=dict(model.named_buffers()))
+    observer = Capture(dict(model.named_parameters()), Settings(), buffers=dict(model.named_buffers()))
     with observer:
         observer.batch(run)
     return int(observer.captured[name].sides["right"].rows.sum()), observer.relevance_note
@@ -335,7 +336,7 @@ def test_a_forward_pass_that_differentiates_counts_all_rows() -> None:
         x = x.clone().requires_grad_()
         return torch.autograd.grad(torch.tanh(layer(x)).sum(), x)[0][:2]
 
-    observer = Capture(dict(layer.named_parameters()))
+    observer = Capture(dict(layer.named_parameters()), Settings())
     x = torch.randn(9, 4)
     for _ in range(2):
         observer.batch(lambda: forces(x))
