@@ -347,7 +347,7 @@ def test_a_forward_that_reads_no_trained_parameter_is_announced() -> None:
         _wrap(model).consolidate([torch.randn(4, 24)], forward=twin, progress=False)
 
 
-def test_an_embedding_with_max_norm_keeps_its_used_rows_and_trains_the_others() -> None:
+def test_an_embedding_with_max_norm_keeps_used_rows_and_trains_the_others() -> None:
     model = nn.Sequential(nn.Embedding(10, 12, max_norm=1.0), nn.Linear(12, 4))
     optimizer, used = _wrap(model), torch.arange(4)
     report = optimizer.consolidate([used], progress=False)
@@ -360,7 +360,7 @@ def test_an_embedding_with_max_norm_keeps_its_used_rows_and_trains_the_others() 
 
 @pytest.mark.parametrize("how", ["requires_grad", "add_param_group", "after load"])
 @pytest.mark.fault(33)
-def test_a_parameter_that_was_read_before_it_was_trainable_does_not_train_in_silence(how: str, tmp_path: Any) -> None:
+def test_a_parameter_read_before_it_was_trainable_does_not_train_in_silence(how: str, tmp_path: Any) -> None:
     model = _mlp().append(nn.Linear(8, 4))
     backbone = list(model[0].parameters())
     model[0].requires_grad_(how == "add_param_group")

@@ -108,7 +108,7 @@ def test_the_weights_beside_the_parameters_meet_the_published_condition(name: st
 
 
 @EVERY
-def test_consolidation_measures_the_averaged_weights_and_changes_nothing_else(name: str) -> None:
+def test_consolidation_measures_the_averaged_weights_and_changes_no_others(name: str) -> None:
     task, base, optimizer = trained(name)
     z = {key: base.state[p]["z"].clone() for key, p in task.model.named_parameters()}
     training = weights(task.model)
@@ -140,7 +140,7 @@ def test_a_consolidation_in_training_mode_equals_one_in_evaluation_mode() -> Non
 
 
 @pytest.mark.parametrize("what", ["consolidate", "verify"])
-def test_a_failed_consolidation_and_a_verification_leave_every_bit_and_the_mode(what: str) -> None:
+def test_a_failed_consolidation_and_verify_leave_every_bit_and_the_mode(what: str) -> None:
     task, base, optimizer = trained("AdamW")
     optimizer.consolidate([task.old], progress=False)
     take_steps(optimizer, task.loss, 3)

@@ -58,7 +58,7 @@ def flatten(base: Optimizer) -> None:
         group["params"] = [nn.Parameter(flat)]
 
 
-def test_an_optimizer_that_is_flattened_after_a_consolidation_stops_at_its_next_step() -> None:
+def test_an_optimizer_flattened_after_a_consolidation_stops_at_its_next_step() -> None:
     model = network()
     optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model, policy=FixedRank(3))
     optimizer.consolidate([torch.randn(16, 12)], progress=False)
@@ -67,7 +67,7 @@ def test_an_optimizer_that_is_flattened_after_a_consolidation_stops_at_its_next_
         optimizer.step()
 
 
-def test_an_optimizer_that_is_flattened_before_a_consolidation_is_refused_there() -> None:
+def test_an_optimizer_flattened_before_a_consolidation_is_refused_there() -> None:
     model = network()
     optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model)
     flatten(optimizer)

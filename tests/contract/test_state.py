@@ -214,7 +214,7 @@ def test_bases_that_do_not_fit_change_nothing() -> None:
 
 
 @pytest.mark.fault(100)
-def test_other_weights_than_the_bases_were_made_for_are_found_at_the_next_step() -> None:
+def test_weights_that_the_bases_were_not_made_for_are_found_at_the_next_step() -> None:
     model = _model()
     optimizer = _wrap(model)
     optimizer.consolidate([OLD[6]], progress=False)

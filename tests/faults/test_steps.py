@@ -174,7 +174,7 @@ def test_protection_goes_on_where_a_parameter_was_frozen_for_a_while() -> None:
 
 
 @pytest.mark.fault(26)
-def test_a_layer_replaced_by_another_shape_is_named_with_both_shapes_until_released() -> None:
+def test_a_layer_replaced_by_another_shape_is_named_until_released() -> None:
     model = mlp()
     optimizer = wrap(model)
     model[2] = nn.Linear(16, 3)

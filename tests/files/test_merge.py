@@ -34,9 +34,7 @@ SHARES = st.lists(st.one_of(st.just(1.0), st.floats(0.01, 0.99)), max_size=SIZE)
 
 
 @given(SHARES, SHARES)
-def test_neither_conceptor_is_loosened_and_nothing_beyond_their_spans_is_kept(
-    one: list[float], two: list[float]
-) -> None:
+def test_neither_conceptor_is_loosened_and_nothing_outside_both_is_kept(one: list[float], two: list[float]) -> None:
     first, second = conceptor(1, one), conceptor(2, two)
     both = either(first, second)
     for part in (first, second):

@@ -91,7 +91,7 @@ def test_trust_regions_are_scored_by_the_first_gradient() -> None:
     assert trust_regions(optimizer, threshold=1.1) == {}
 
 
-def test_the_effective_weight_is_the_papers_formula_and_starts_as_the_plain_one() -> None:
+def test_the_effective_weight_is_the_papers_formula_and_starts_plain() -> None:
     model, optimizer = protected(TRGP(0.99))
     before = model(task(3)).detach()
     first_gradient(optimizer, model, task(0))
@@ -173,7 +173,7 @@ def test_shared_directions_lead_the_and_of_both_conceptors() -> None:
     assert found.shape == (1, 12, 3) and slow.principal_angles(found[0], leading).max() < 2e-3
 
 
-def test_under_sgd_the_weights_move_as_if_the_scaling_were_differentiated_through() -> None:
+def test_under_sgd_weights_move_as_if_the_scaling_were_differentiated() -> None:
     """The published forward differentiates `W S Q S^T` too; what that adds to the gradient is projected away."""
     model, optimizer = protected(TRGP(0.99), lambda m: SGD(m.parameters(), lr=0.1))
     first_gradient(optimizer, model, task(0))
@@ -302,7 +302,7 @@ def test_checkpoints_carry_the_mixing_of_every_task() -> None:
         assert torch.allclose(fresh(task(3)), expected, atol=1e-6)
 
 
-def test_weights_protected_later_are_scaled_by_their_groups_and_taken_up_from_a_checkpoint() -> None:
+def test_weights_protected_later_are_scaled_by_group_and_taken_up_again() -> None:
     model, fresh = Net(), Net()
     optimizer, other = (
         NullSpaceOptimizer(AdamW(m.parameters()), m, policy=TRGP(0.99), uncovered="train") for m in (model, fresh)

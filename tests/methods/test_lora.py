@@ -73,7 +73,7 @@ def relative(now: Tensor, then: Tensor) -> float:
 
 
 @pytest.mark.parametrize("method", ["inflora", "keeplora", "splitlora"])
-def test_a_lora_of_allowed_rows_leaves_old_outputs_alone_after_200_adamw_steps(method: str) -> None:
+def test_a_lora_of_allowed_rows_keeps_old_outputs_through_200_adamw_steps(method: str) -> None:
     model, optimizer = adapted(Energy(0.999999))
     train(optimizer, model, rows(0), 30)
     optimizer.consolidate([rows(0)], name="a", progress=False)

@@ -51,7 +51,7 @@ def test_the_difference_form_moves_the_anchor_alike() -> None:
     assert torch.allclose(moved, other, atol=1e-5) and torch.allclose(kept, followed, atol=1e-5)
 
 
-def test_a_scale_of_one_keeps_the_anchor_bit_for_bit_and_zero_protects_nothing() -> None:
+def test_a_scale_of_one_keeps_the_anchor_bitwise_and_zero_protects_nothing() -> None:
     weight, U = torch.randn(1, 6, 9), basis_of(9, 2).float()
     kept = anchor(weight, U, "right")
     first, moved = kept.clone(), weight + 1

@@ -188,7 +188,7 @@ def test_gradients_are_projected_alike_through_a_basis_and_its_complement(rows: 
 
 
 @pytest.mark.fault(12)
-def test_sparse_gradients_cannot_be_projected_and_the_message_says_what_to_do() -> None:
+def test_sparse_gradients_cannot_be_projected_and_the_error_says_what_to_do() -> None:
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True))
     optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, project="gradient")
     optimizer.consolidate([torch.tensor([[1, 2]])], progress=False)
@@ -295,7 +295,7 @@ def test_verify_between_forward_and_backward_is_harmless(dtype: torch.dtype, bia
     loss.backward()
 
 
-def test_release_of_one_parameter_keeps_what_the_others_owe_and_what_is_known_of_edits() -> None:
+def test_release_of_one_parameter_keeps_what_others_owe_and_known_edits() -> None:
     model = _mlp()
     optimizer = _wrap(model, precision="fast")
     _train(optimizer, model, 5)
