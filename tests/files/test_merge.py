@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
+from training import mlp
 
 from nullspace_optim import CODECL, IGSP, OWM, SGP, FixedRank, NullSpaceOptimizer, Policy
 from nullspace_optim.cli import main
@@ -81,7 +82,7 @@ def test_anchors_of_merged_soft_directions_are_those_of_the_weight(other: list[f
 
 def network() -> nn.Sequential:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 4))
+    return mlp(12, 10, 4)
 
 
 @pytest.mark.parametrize("policy", [SGP(0.9), CODECL(), OWM()], ids=lambda policy: type(policy).__name__)
