@@ -41,7 +41,7 @@ def test_distillation_is_its_formula(temperature: float) -> None:
         assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
-def test_distillation_has_the_gradient_of_the_divergence_and_is_least_at_the_teacher() -> None:
+def test_distillation_has_the_gradient_of_kl_and_is_least_at_the_teacher() -> None:
     student, teacher = outputs(4, 6, 9.0, grad=True), outputs(4, 6, 11.0)
     features = (student["image_features"], student["text_features"])
     one = torch.autograd.grad(distillation_loss(student, teacher), features)

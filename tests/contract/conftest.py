@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import Setting, relative, small_mlp
+from cases import Setting
+from training import mlp, relative_drift
 
 
 @pytest.fixture
 def task() -> Setting:
     """A small network, 6 rows of an old task, a new task."""
-    return Setting(small_mlp(), torch.randn(6, 24), torch.randn(16, 24), torch.randn(16, 8))
+    return Setting(mlp(), torch.randn(6, 24), torch.randn(16, 24), torch.randn(16, 8))
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def holds(task: Setting) -> Iterator[Callable[[], None]]:
     outputs, start = task.outputs(), copy.deepcopy(task.model.state_dict())
 
     def check() -> None:
-        assert relative(task.outputs(), outputs) <= 1e-5
+        assert relative_drift(task.outputs(), outputs) <= 1e-5
         assert not torch.equal(task.model[0].weight, start["0.weight"])
 
     yield check

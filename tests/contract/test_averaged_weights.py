@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, Setting, layer_rows, relative, setting, span_drift, take_steps
+from cases import Case, Setting, layer_rows, setting, span_drift, take_steps
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from training import relative_drift
 
 from nullspace_optim import SGP, FixedRank, NullSpaceOptimizer, NumericalRank
 from nullspace_optim.errors import CaptureError, OptionError
@@ -78,9 +79,9 @@ def test_kept_directions_stay_in_both_modes_and_the_new_task_is_learned(name: st
     for _ in range(3):
         optimizer.train()
         take_steps(optimizer, task.loss, 50, BASES[name][1])
-        assert relative(task.outputs(), outputs) <= 1e-5, "the weights of training"
+        assert relative_drift(task.outputs(), outputs) <= 1e-5, "the weights of training"
         optimizer.eval()
-        assert relative(task.outputs(), outputs) <= 1e-5, "the averaged weights"
+        assert relative_drift(task.outputs(), outputs) <= 1e-5, "the averaged weights"
         if bias == "freeze":
             assert span_drift(task.model, before, rows) <= 1e-5
     assert optimizer.verify([task.old]).worst <= 1e-5
@@ -103,13 +104,13 @@ def test_the_weights_beside_the_parameters_meet_the_published_condition(name: st
         else:
             subspace = basis.subspaces["right"]
             u, anchor = subspace.basis[0].double(), subspace.anchor[0].double()
-            assert relative(z.double() @ u, anchor) <= 1e-6
-            assert relative(x @ u, anchor) <= 1e-6
-            assert relative(z, x) > 1e-4, "the two sets of weights differ elsewhere"
+            assert relative_drift(z.double() @ u, anchor) <= 1e-6
+            assert relative_drift(x @ u, anchor) <= 1e-6
+            assert relative_drift(z, x) > 1e-4, "the two sets of weights differ elsewhere"
 
 
 @EVERY
-def test_consolidation_measures_the_averaged_weights_and_changes_nothing_else(name: str) -> None:
+def test_consolidation_measures_the_averaged_weights_and_changes_no_others(name: str) -> None:
     task, base, optimizer = trained(name)
     z = {key: base.state[p]["z"].clone() for key, p in task.model.named_parameters()}
     training = weights(task.model)
@@ -119,12 +120,12 @@ def test_consolidation_measures_the_averaged_weights_and_changes_nothing_else(na
     optimizer.consolidate([task.old], progress=False)
     optimizer.eval()
     for key, p in task.model.named_parameters():
-        assert relative(p.detach(), averaged[key]) <= 1e-6
+        assert relative_drift(p.detach(), averaged[key]) <= 1e-6
         if key in rows:
             u = torch.linalg.svd(rows[key], full_matrices=False).Vh.T
             moved = (base.state[p]["z"] - z[key]).double()
             assert float((moved - moved @ u @ u.T).norm()) <= 1e-6 * float(z[key].norm())
-            assert relative(base.state[p]["z"].double() @ u, averaged[key].double() @ u) <= 1e-5
+            assert relative_drift(base.state[p]["z"].double() @ u, averaged[key].double() @ u) <= 1e-5
     if not BASES[name][1]:
         assert not same(training, averaged)
 
@@ -141,7 +142,7 @@ def test_a_consolidation_in_training_mode_equals_one_in_evaluation_mode() -> Non
 
 
 @pytest.mark.parametrize("what", ["consolidate", "verify"])
-def test_a_failed_consolidation_and_a_verification_leave_every_bit_and_the_mode(what: str) -> None:
+def test_a_failed_consolidation_and_verify_leave_every_bit_and_the_mode(what: str) -> None:
     task, base, optimizer = trained("AdamW")
     optimizer.consolidate([task.old], progress=False)
     take_steps(optimizer, task.loss, 3)
@@ -178,7 +179,7 @@ def test_switching_many_times_adds_nothing_to_rounding() -> None:
         (optimizer if number % 2 else base).eval()  # through the wrapper or past it
         optimizer.train()
     optimizer.eval()
-    assert relative(task.outputs(), outputs) <= 1e-5
+    assert relative_drift(task.outputs(), outputs) <= 1e-5
     assert optimizer.verify().worst <= 1e-5
 
 
@@ -255,4 +256,4 @@ def test_a_soft_policy_holds_in_both_sets_of_weights() -> None:
     for name, basis in optimizer.bases.items():
         for subspace in basis.subspaces.values():
             z = base.state[task.model.get_parameter(name)]["z"].double()
-            assert relative(z @ subspace.basis[0].double(), subspace.anchor[0].double()) <= 1e-6
+            assert relative_drift(z @ subspace.basis[0].double(), subspace.anchor[0].double()) <= 1e-6

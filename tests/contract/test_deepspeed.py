@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from training import mlp
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer
 from nullspace_optim.errors import OptionError
@@ -17,10 +18,6 @@ pytestmark = pytest.mark.fault(36, 110)
 
 def deepspeed_class(module: str, name: str, *parents: type) -> Any:
     return type(name, parents or (object,), {"__module__": module})
-
-
-def network() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 2))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +36,7 @@ def test_its_optimizers_are_refused_by_name_with_the_way_out(module: str, name: 
 
 def test_parameters_of_stage_3_are_refused() -> None:
     """`zero.Init` leaves empty parameters that carry a `ds_id`."""
-    model = network()
+    model = mlp(12, 8, 2)
     for number, parameter in enumerate(model.parameters()):
         parameter.ds_id = number  # type: ignore[attr-defined]
     with pytest.raises(OptionError, match=r"ZeRO stage 3.*stage 0.*fully_shard"):
@@ -48,7 +45,7 @@ def test_parameters_of_stage_3_are_refused() -> None:
 
 def test_an_ordinary_optimizer_of_deepspeed_is_accepted() -> None:
     fused = deepspeed_class("deepspeed.ops.adam.fused_adam", "FusedAdam", AdamW)
-    model = network()
+    model = mlp(12, 8, 2)
     assert isinstance(NullSpaceOptimizer(fused(model.parameters()), model), Optimizer)
 
 
@@ -59,8 +56,8 @@ def flatten(base: Optimizer) -> None:
         group["params"] = [nn.Parameter(flat)]
 
 
-def test_an_optimizer_that_is_flattened_after_a_consolidation_stops_at_its_next_step() -> None:
-    model = network()
+def test_an_optimizer_flattened_after_a_consolidation_stops_at_its_next_step() -> None:
+    model = mlp(12, 8, 2)
     optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model, policy=FixedRank(3))
     optimizer.consolidate([torch.randn(16, 12)], progress=False)
     flatten(optimizer)
@@ -68,8 +65,8 @@ def test_an_optimizer_that_is_flattened_after_a_consolidation_stops_at_its_next_
         optimizer.step()
 
 
-def test_an_optimizer_that_is_flattened_before_a_consolidation_is_refused_there() -> None:
-    model = network()
+def test_an_optimizer_flattened_before_a_consolidation_is_refused_there() -> None:
+    model = mlp(12, 8, 2)
     optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model)
     flatten(optimizer)
     optimizer.step()
@@ -78,7 +75,7 @@ def test_an_optimizer_that_is_flattened_before_a_consolidation_is_refused_there(
 
 
 def test_training_a_new_head_alone_is_no_reason_to_refuse() -> None:
-    model = network()
+    model = mlp(12, 8, 2)
     model.add_module("head", nn.Linear(2, 2))
     optimizer = NullSpaceOptimizer(AdamW(model[:3].parameters()), model, policy=FixedRank(1))
     optimizer.consolidate([torch.randn(16, 12)], forward=model[:3], progress=False)

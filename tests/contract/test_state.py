@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import relative, small_mlp, take_steps
+from cases import take_steps
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from training import mlp, relative_drift
 
 from nullspace_optim import (
     BasisFileError,
@@ -214,7 +215,7 @@ def test_bases_that_do_not_fit_change_nothing() -> None:
 
 
 @pytest.mark.fault(100)
-def test_other_weights_than_the_bases_were_made_for_are_found_at_the_next_step() -> None:
+def test_weights_that_the_bases_were_not_made_for_are_found_at_the_next_step() -> None:
     model = _model()
     optimizer = _wrap(model)
     optimizer.consolidate([OLD[6]], progress=False)
@@ -251,7 +252,7 @@ def test_a_copied_pair_goes_on_bitwise_and_independently(how: str, order: str, n
     assert _equal(model, twin)
     if options.get("project") != "gradient":
         assert other.verify().worst == optimizer.verify().worst <= 1e-5
-        assert rank == 20 or relative(twin(OLD[rank]).detach(), old) <= 1e-5
+        assert rank == 20 or relative_drift(twin(OLD[rank]).detach(), old) <= 1e-5
     assert other.model is twin
     other.consolidate([INPUTS], progress=False)
     assert len(optimizer.bases["0.weight"].tasks) == 1
@@ -271,7 +272,7 @@ def test_a_copied_optimizer_alone_protects_its_own_parameters() -> None:
         p.grad = torch.randn_like(p)
     twin.step()
     basis = twin.bases["0.weight"].U
-    assert relative(weights[0].detach() @ basis, start[0] @ basis) <= 1e-6
+    assert relative_drift(weights[0].detach() @ basis, start[0] @ basis) <= 1e-6
     assert not torch.equal(weights[0], start[0])
     assert torch.equal(weights[1], start[1])
     with pytest.raises(ModelNotFoundError, match="model="):
@@ -326,17 +327,17 @@ def test_saved_bases_protect_in_another_process(tmp_path: Any, rank: int) -> Non
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "bases.safetensors").read_bytes()
     kept = fresh[0].weight.detach() @ other.bases["0.weight"].U
     _train(other, fresh, 30)
-    assert relative(fresh[0].weight.detach() @ other.bases["0.weight"].U, kept) <= 1e-5
+    assert relative_drift(fresh[0].weight.detach() @ other.bases["0.weight"].U, kept) <= 1e-5
     assert other.verify().ok
     assert other.verify([OLD[rank]]).drift("task 1") <= 1e-5 or rank == 20
 
 
 def test_a_plain_small_model_is_found_for_a_loaded_state() -> None:
-    model = small_mlp()
+    model = mlp()
     optimizer = NullSpaceOptimizer(_adamw(model))
     optimizer.consolidate([OLD[6]], progress=False)
     twin = copy.deepcopy(model.state_dict())
-    fresh = small_mlp()
+    fresh = mlp()
     fresh.load_state_dict(twin)
     other = NullSpaceOptimizer(_adamw(fresh))
     other.load_state_dict(optimizer.state_dict())

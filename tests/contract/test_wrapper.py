@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import Setting, relative, take_steps
+from cases import Setting, take_steps
 from torch import nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer, lr_scheduler
+from training import relative_drift
 from wrapped import wrap
 
 from nullspace_optim import NullSpaceOptimizer, NumericalRank
@@ -171,7 +172,7 @@ def test_grad_scaler(task: Setting, holds: Callable[[], None], through: str, uns
         scaler.update()
         take_steps(plain, lambda: (twin(task.inputs) - task.targets).square().mean(), 1)
     holds()
-    assert relative(task.model[0].weight.detach(), twin[0].weight.detach()) < 1e-4
+    assert relative_drift(task.model[0].weight.detach(), twin[0].weight.detach()) < 1e-4
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["foreach", "fused"])
@@ -187,7 +188,7 @@ def test_a_skipped_scaler_step_changes_nothing(task: Setting, holds: Callable[[]
         scaler.step(target)
         scaler.update()
         target.zero_grad()
-        drift = max(relative(p.detach(), before[name]) for name, p in task.model.named_parameters())
+        drift = max(relative_drift(p.detach(), before[name]) for name, p in task.model.named_parameters())
         assert drift <= (1e-6 if fused else 0.0)
     for _ in range(3):
         scaler.scale(task.loss()).backward()
@@ -231,7 +232,7 @@ def test_accumulation_equals_one_big_batch(task: Setting, holds: Callable[[], No
             ((task.model(part) - target).square().mean() / 4).backward()
         small.step()
         take_steps(big, twin.loss, 1)
-    assert relative(task.model[0].weight.detach(), twin.model[0].weight.detach()) < 1e-5
+    assert relative_drift(task.model[0].weight.detach(), twin.model[0].weight.detach()) < 1e-5
     holds()
 
 
@@ -254,7 +255,7 @@ def test_added_parameters_are_free_until_the_next_consolidation(task: Setting, h
     assert {row.name: row.fate.value for row in report.parameters}["3.weight"] == "protected"
     old = whole(task.old).detach()
     take_steps(optimizer, lambda: whole(task.inputs).square().mean(), 20)
-    assert relative(whole(task.old).detach(), old) <= 1e-5
+    assert relative_drift(whole(task.old).detach(), old) <= 1e-5
     holds()
 
 
@@ -280,7 +281,7 @@ def test_several_bases_share_one_store(task: Setting, rank: int) -> None:
     assert not torch.equal(task.model[0].weight, start)
     assert task.loss().item() < first
     assert optimizer.verify().ok
-    assert relative(task.outputs(), outputs) <= 1e-5 or optimizer.bases["2.weight"].fate.value == "full"
+    assert relative_drift(task.outputs(), outputs) <= 1e-5 or optimizer.bases["2.weight"].fate.value == "full"
     returned = optimizer.step(lambda: torch.tensor(3.0))
     assert float(returned) == 3.0
     with pytest.raises(OptionError, match="several base optimizers"):

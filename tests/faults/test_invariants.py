@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from reference_impl import orthogonality_error
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from training import train
 
 from nullspace_optim import BasisFileError, Energy, FixedRank, NullSpaceOptimizer, NumericalRank, TailEnergy
 from nullspace_optim.consolidation import consolidate, describe, observe
@@ -63,13 +64,6 @@ def groups(model: nn.Module, seed: int) -> list[dict[str, Any]]:
     return [{"params": part, "lr": 0.01 * (n + 1)} for n, part in enumerate(parts) if part]
 
 
-def train(optimizer: Optimizer, model: nn.Module, inputs: Tensor, targets: Tensor, steps: int) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (model(inputs) - targets).square().mean().backward()
-        optimizer.step()
-
-
 def bits(model: nn.Module) -> list[bytes]:
     return [p.detach().contiguous().view(torch.uint8).numpy().tobytes() for p in model.parameters()]
 
@@ -78,8 +72,8 @@ def bits(model: nn.Module) -> list[bytes]:
 def test_without_bases_every_bit_is_that_of_the_base_optimizer(seed: int, name: str, dtype: torch.dtype) -> None:
     model, inputs, targets = network(seed, dtype)
     twin = copy.deepcopy(model)
-    train(BASES[name](groups(twin, seed)), twin, inputs, targets, 20)
-    train(NullSpaceOptimizer(BASES[name](groups(model, seed)), model), model, inputs, targets, 20)
+    train(BASES[name](groups(twin, seed)), twin, 20, inputs, targets)
+    train(NullSpaceOptimizer(BASES[name](groups(model, seed)), model), model, 20, inputs, targets)
     assert bits(model) == bits(twin)
 
 
@@ -93,10 +87,10 @@ def test_kept_directions_stay_under_any_base_optimizer(
         BASES[name](groups(model, seed)), model, policy=NumericalRank(), precision=precision, project=project
     )
     old = torch.randn(rows, inputs.shape[1])
-    train(optimizer, model, inputs, targets, 3)
+    train(optimizer, model, 3, inputs, targets)
     optimizer.consolidate([old], progress=False)
     start = {key: p.detach().clone().double() for key, p in model.named_parameters()}
-    train(optimizer, model, inputs, targets, 25)
+    train(optimizer, model, 25, inputs, targets)
     assert optimizer.verify().worst <= 1e-5
     for key, basis in optimizer.bases.items():
         if basis.subspaces:
@@ -206,7 +200,7 @@ def test_an_exception_anywhere_in_a_consolidation_changes_nothing(
     optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.01), model, precision="fast")
     if second:
         optimizer.consolidate([inputs], progress=False)
-    train(optimizer, model, inputs, targets, 2)
+    train(optimizer, model, 2, inputs, targets)
     counter = [0]
     module, name = PLACES[place]
     real = getattr(module, name)
@@ -257,14 +251,14 @@ def test_a_run_saved_and_resumed_anywhere_is_the_same_to_the_bit(
 
     model, optimizer, inputs, targets = begin()
     optimizer.consolidate([torch.randn(rows, inputs.shape[1])], progress=False)
-    train(optimizer, model, inputs, targets, first)
+    train(optimizer, model, first, inputs, targets)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    train(optimizer, model, inputs, targets, then)
+    train(optimizer, model, then, inputs, targets)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     twin, resumed, inputs, targets = begin()
     twin.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
-    train(resumed, twin, inputs, targets, then)
+    train(resumed, twin, then, inputs, targets)
     assert bits(twin) == bits(model)

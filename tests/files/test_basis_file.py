@@ -29,8 +29,6 @@ from nullspace_optim.subspace.basis import Basis, BasisStore, Fate
 from nullspace_optim.subspace.layout import Layout
 
 FIXTURE = Path(__file__).parents[1] / "data" / "schema1.safetensors"
-
-
 posix = pytest.mark.skipif(os.name == "nt", reason="modes and links of POSIX file systems")
 
 

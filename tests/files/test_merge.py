@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 def network() -> nn.Sequential:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 4))
+    return mlp(12, 10, 4)
 
 
 def experts(prefix: str, folder: Path) -> tuple[nn.Module, NullSpaceOptimizer, Any]:

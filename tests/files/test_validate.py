@@ -23,8 +23,6 @@ from nullspace_optim.files.validate import unpack
 from nullspace_optim.subspace.basis import Basis, BasisStore, Fate
 
 SOFT = "soft.weight/right/"
-
-
 LEFT = "visual.proj/left/basis"
 
 

@@ -1,22 +1,17 @@
-"""Rules that no single test of behaviour can see: who imports whom, how long things are, what must never appear."""
+"""Imports and sizes: who imports whom, how long things are, what is never called."""
 
 from __future__ import annotations
 
 import ast
-import os
-import re
-import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from sources import MODULES, PACKAGE, REFERENCE, ROOT, TESTS, label, tree_of
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "nullspace_optim"
-MODULES = sorted(PACKAGE.rglob("*.py"))
-REFERENCE = sorted((ROOT / "reference").rglob("*.py"))
 MOST_STATEMENTS = 50
 MOST_LINES = 400
+MOST_LINES_OF_TESTS = 500
 
 # From the bottom up: a room (a folder, or a module of the first level) imports only rooms of lower floors.
 FLOORS: list[list[str]] = [
@@ -38,10 +33,6 @@ FLOOR = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 MOST_FILES = 9  # in one room, beside its `__init__`
 
 
-def label(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
 def module_of(path: Path) -> str:
     """Return the first name below the package: `policies` for each file of that folder."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
@@ -51,10 +42,6 @@ def dotted(path: Path) -> str:
     """Return the name under which `path` is imported, without `__init__`."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imported_names(path: Path, nodes: Iterable[ast.AST]) -> Iterator[str]:
@@ -181,75 +168,10 @@ def test_files_and_functions_are_short(path: Path) -> None:
             assert count <= MOST_STATEMENTS, f"{label(path)}: {node.name} has {count} statements"
 
 
-def _public(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.stmt]]:
-    for node in body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            yield prefix + node.name, node
-            if isinstance(node, ast.ClassDef):
-                yield from _public(node.body, f"{node.name}.")
-
-
-@pytest.mark.parametrize("path", MODULES, ids=label)
-def test_everything_public_is_documented(path: Path) -> None:
-    tree = tree_of(path)
-    assert ast.get_docstring(tree), f"{label(path)} has no docstring"
-    setters = (".setter", ".deleter", "overload")
-    for name, node in _public(tree.body):
-        assert isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
-        if not any(ast.unparse(decorator).endswith(setters) for decorator in node.decorator_list):
-            assert ast.get_docstring(node), f"{label(path)}: {name} has no docstring"
-
-
-# Written in pieces, so that this file is not found by its own test.
-FOREIGN = re.compile(
-    "|".join(
-        [
-            r"(?<![\w.])/wo" + "rk/",
-            r"(?<![\w.])/op" + "t/",
-            r"(?<![\w.])/ho" + r"me/\w",
-            r"(?<![\w.])/ro" + "ot/",
-            r"(?<![\w.])/Us" + r"ers/\w",
-            "fi" + "le:///",
-            "py" + r"pi\.org",
-            "python" + r"hosted\.org",
-            "download" + r"\.pytorch\.org",
-            "--(extra-)?index" + "-url",
-        ]
-    )
-)
-TEXT = {".py", ".md", ".toml", ".yaml", ".yml", ".ipynb", ".json", ".txt", ".cfg", ".sh", ""}
-
-
-def _tracked() -> list[Path]:
-    try:
-        found = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("not a git checkout")
-    return [ROOT / os.fsdecode(name) for name in found.split(b"\0") if name and (ROOT / os.fsdecode(name)).is_file()]
-
-
-def test_no_path_or_package_index_of_one_machine() -> None:
-    hits = []
-    for path in _tracked():
-        if path.suffix in TEXT:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            hits += [f"{label(path)}: {found.group()}" for found in FOREIGN.finditer(text)]
-    assert not hits
-
-
-def test_the_top_level_is_fixed() -> None:
-    allowed = {"pyproject.toml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"}
-    allowed |= {"nullspace_optim", "reference", "tests", "notebooks", "docs", "mkdocs.yml"}
-    found = {path.relative_to(ROOT).parts[0] for path in _tracked()}
-    assert {name for name in found if not name.startswith(".")} <= allowed
-
-
-def test_the_test_command_stands_in_the_readme_alone() -> None:
-    commands = [line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if "-m pytest" in line]
-    assert len(commands) == 1 and 'pip install -e ".[reference,dev]"' in commands[0]
-    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert "README.md" in script and "pytest -" not in script
-    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+def test_files_of_tests_are_short() -> None:
+    lengths = {label(path): len(path.read_text(encoding="utf-8").splitlines()) for path in TESTS}
+    long = {name: lines for name, lines in lengths.items() if lines > MOST_LINES_OF_TESTS}
+    assert len(lengths) > 90 and not long, f"split by subject: {long}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=label)

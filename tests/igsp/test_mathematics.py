@@ -105,7 +105,7 @@ def test_candidates_and_history_start_alike_however_many_there_are() -> None:
 
 
 @pytest.mark.parametrize("energy", [0.0, 0.5, 0.9, 0.999, 1.0])
-def test_spanned_holds_the_energy_with_the_fewest_directions_and_keeps_the_old_columns(energy: float) -> None:
+def test_spanned_holds_the_energy_with_fewest_directions_and_old_columns(energy: float) -> None:
     basis = torch.linalg.qr(torch.randn(12, 2)).Q
     rows = torch.randn(30, 12) * torch.logspace(0, -3, 12)
     grown = span_rows(basis, rows, energy)
@@ -175,7 +175,7 @@ def test_chance_divergence_is_that_of_two_samples_of_one_router(experts: int, sa
     assert float(found.mean()) == pytest.approx(convergence.chance_divergence(experts, samples), rel=0.25)
 
 
-def test_a_router_that_stands_still_has_converged_and_one_that_drifts_has_not() -> None:
+def test_a_router_that_stands_still_has_converged_a_drifting_one_has_not() -> None:
     """Windows of 3 steps of 16 other samples each; four experts, decisions nearly one-hot."""
     torch.manual_seed(0)
     weight = 8 * torch.nn.functional.normalize(torch.randn(4, 9), dim=1)

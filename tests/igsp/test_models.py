@@ -72,7 +72,7 @@ def test_one_tower_alone_is_announced() -> None:
         opt.consolidate([images(9)], forward=lambda x: model.encode_image(x), progress=False)
 
 
-def test_a_shared_router_keeps_the_experts_of_a_tower_that_a_later_task_does_not_reach() -> None:
+def test_a_shared_router_keeps_experts_of_a_tower_no_later_task_reaches() -> None:
     model = small_clip()
     mode = IGSP(rank=2, candidates=2, cap=3, window=1, on_cap="prune", router="shared")
     opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-2), model, mode=mode)
@@ -90,7 +90,7 @@ def test_a_shared_router_keeps_the_experts_of_a_tower_that_a_later_task_does_not
         torch.testing.assert_close(model.encode_text(TOKENS), before)
 
 
-def test_experts_beside_linear_layers_by_name_inside_multi_head_attention_blocks() -> None:
+def test_experts_beside_linear_layers_by_name_in_multi_head_attention_blocks() -> None:
     model = small_clip()
     mode = IGSP(layers="*resblocks.*.mlp.c_fc", rank=2, cap=3)
     opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-4), model, mode=mode)

@@ -38,7 +38,7 @@ def layer_of(report: ExpertReport):  # type: ignore[no-untyped-def]
     return report.layers[0]
 
 
-def test_a_task_inside_the_history_prunes_all_candidates_and_costs_one_router(story) -> None:  # type: ignore[no-untyped-def]
+def test_a_task_inside_the_history_prunes_all_candidates_for_one_router(story) -> None:  # type: ignore[no-untyped-def]
     one, two, _ = (layer_of(report) for report in story["reports"])
     assert one.kept == 1 and one.pruned == 1
     assert two.kept == 0 and two.pruned == 2 and two.reused == 1 and two.reuse > 0.9
@@ -128,7 +128,7 @@ def test_the_backbone_is_frozen_and_its_gradients_are_the_users() -> None:
 
 
 @pytest.mark.parametrize("base", ["foreign", "lbfgs"])
-def test_a_base_that_leaves_no_mark_or_searches_lines_cannot_move_the_backbone(base: str) -> None:
+def test_bases_that_leave_no_mark_or_search_lines_cannot_move_the_backbone(base: str) -> None:
     class Careless(torch.optim.SGD):
         def step(self, closure=None):  # type: ignore[no-untyped-def]
             for group in self.param_groups:
@@ -206,7 +206,7 @@ def test_a_task_that_ends_in_phase_one_is_pruned_then() -> None:
 
 
 @pytest.mark.fault(112)
-def test_a_threshold_that_would_remove_the_last_expert_is_refused_and_changes_nothing() -> None:
+def test_a_threshold_that_removes_the_last_expert_is_refused() -> None:
     model, opt = make(threshold=0.9, cap=4, on_cap="prune")
     train(model, opt, SyntheticTask(0), 3)
     with pytest.raises(PruningError, match=r"'fc': pruning below 0\.9 would remove the last expert"):

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
-from two_tasks import example, holding, relative, same_weights
+from training import relative_drift
+from two_tasks import example, holding, same_weights
 
 from nullspace_optim import Fate, NullSpaceOptimizer, NumericalRank
 
@@ -173,9 +174,9 @@ def test_two_runs_of_main_are_two_tasks(tmp_path: Path, monkeypatch: pytest.Monk
         then = outputs(first.eval())
     second, later = run_main(monkeypatch, tmp_path, 1, weights, tmp_path / "bases.safetensors")
     with torch.no_grad():
-        assert relative(outputs(second.eval()), then) <= 1e-5
+        assert relative_drift(outputs(second.eval()), then) <= 1e-5
     assert later.verify().ok and len(later._core.store.tasks) == 1
-    moved = {n: relative(p.detach(), first.get_parameter(n).detach()) for n, p in second.named_parameters()}
+    moved = {n: relative_drift(p.detach(), first.get_parameter(n).detach()) for n, p in second.named_parameters()}
     assert moved["visual.conv1.weight"] > 1e-4
     checkpoint = torch.load(tmp_path / "task1" / "checkpoints" / "epoch_8.pt", weights_only=True)
     assert "nullspace" in checkpoint["optimizer"] and math.isfinite(checkpoint["epoch"])

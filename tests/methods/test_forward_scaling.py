@@ -10,6 +10,7 @@ import reference_impl as slow
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
+from training import train
 
 from nullspace_optim import Energy, Fate, NullSpaceOptimizer
 from nullspace_optim.errors import CaptureError, OptionError
@@ -35,16 +36,6 @@ def task(seed: int, n: int = 12) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     colours = torch.randn(n, 2, generator=generator) @ torch.randn(2, 3, generator=generator)
     return colours[:, :, None, None].expand(-1, -1, 6, 6).contiguous()
-
-
-def train(optimizer: Any, model: nn.Module, inputs: Tensor, steps: int = 10) -> float:
-    loss = torch.zeros(())
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = (model(inputs) - 1).square().mean()
-        loss.backward()
-        optimizer.step()
-    return float(loss.detach())
 
 
 def protected(policy: Any, base: Any = None) -> tuple[Net, NullSpaceOptimizer]:
@@ -82,7 +73,7 @@ def test_trust_regions_are_scored_by_the_first_gradient() -> None:
     assert trust_regions(optimizer, threshold=1.1) == {}
 
 
-def test_the_effective_weight_is_the_papers_formula_and_starts_as_the_plain_one() -> None:
+def test_the_effective_weight_is_the_papers_formula_and_starts_plain() -> None:
     model, optimizer = protected(TRGP(0.99))
     before = model(task(3)).detach()
     first_gradient(optimizer, model, task(0))
@@ -124,8 +115,8 @@ def test_a_scaled_task_is_learnt_consolidated_and_leaves_old_tasks_alone(policy:
     scaling = ForwardScaling(optimizer)
     mixing = scaling.begin("b", directions)
     optimizer.add_param_group({"params": mixing, "weight_decay": 0.0})
-    start = train(optimizer, model, new, 1)
-    assert train(optimizer, model, new, 60) < 0.9 * start
+    start = train(optimizer, model, 1, new)
+    assert train(optimizer, model, 60, new) < 0.9 * start
     eyes = [torch.eye(mix.shape[-1]).expand_as(mix) for mix in mixing]
     assert all(float((mix - eye).norm()) > 1e-3 for mix, eye in zip(mixing, eyes, strict=True))
     report = optimizer.consolidate([new], name="b", progress=False)
@@ -134,7 +125,7 @@ def test_a_scaled_task_is_learnt_consolidated_and_leaves_old_tasks_alone(policy:
     learnt = model(new).detach()
     third = scaling.begin("c", {})
     assert third == [] and not any(mix.requires_grad for mix in mixing)
-    train(optimizer, model, task(7), 30)
+    train(optimizer, model, 30, task(7))
     assert optimizer.verify().ok
     with scaling.task("b"):
         drift_b = float((model(new) - learnt).norm() / learnt.norm())
@@ -164,7 +155,7 @@ def test_shared_directions_lead_the_and_of_both_conceptors() -> None:
     assert found.shape == (1, 12, 3) and slow.principal_angles(found[0], leading).max() < 2e-3
 
 
-def test_under_sgd_the_weights_move_as_if_the_scaling_were_differentiated_through() -> None:
+def test_under_sgd_weights_move_as_if_the_scaling_were_differentiated() -> None:
     """The published forward differentiates `W S Q S^T` too; what that adds to the gradient is projected away."""
     model, optimizer = protected(TRGP(0.99), lambda m: SGD(m.parameters(), lr=0.1))
     first_gradient(optimizer, model, task(0))
@@ -180,7 +171,7 @@ def test_under_sgd_the_weights_move_as_if_the_scaling_were_differentiated_throug
     effective = live + live @ S @ Q @ S.T - live @ S @ S.T
     (nn.functional.linear(features, effective) - 1).square().mean().backward()
     gradient = live.grad - slow.protected_part(live.grad[None], part.basis, "right")[0].float()
-    train(optimizer, model, task(4), 1)
+    train(optimizer, model, 1, task(4))
     assert torch.allclose(weight.detach(), before - 0.1 * gradient, atol=1e-5)
 
 
@@ -293,7 +284,7 @@ def test_checkpoints_carry_the_mixing_of_every_task() -> None:
         assert torch.allclose(fresh(task(3)), expected, atol=1e-6)
 
 
-def test_weights_protected_later_are_scaled_by_their_groups_and_taken_up_from_a_checkpoint() -> None:
+def test_weights_protected_later_are_scaled_by_group_and_taken_up_again() -> None:
     model, fresh = Net(), Net()
     optimizer, other = (
         NullSpaceOptimizer(AdamW(m.parameters()), m, policy=TRGP(0.99), uncovered="train") for m in (model, fresh)

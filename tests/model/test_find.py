@@ -144,7 +144,7 @@ def test_a_container_without_a_forward_is_not_taken_for_the_model() -> None:
     assert NullSpaceOptimizer(SGD(model.parameters())).model is model
 
 
-def test_the_outermost_of_nested_owners_is_taken_because_it_decides_what_the_inner_one_sees() -> None:
+def test_the_outermost_of_nested_owners_decides_what_the_inner_one_sees() -> None:
     class Normalised(nn.Module):
         def __init__(self, net: nn.Module) -> None:
             super().__init__()
@@ -222,7 +222,7 @@ def _clip() -> open_clip.CLIP:
 
 
 @pytest.mark.fault(71)
-def test_images_alone_leave_the_text_tower_free_and_the_first_warning_says_so() -> None:
+def test_images_alone_leave_the_text_tower_free_and_a_warning_says_so() -> None:
     model = _clip()
     optimizer = NullSpaceOptimizer(SGD(model.parameters()))
     with pytest.warns(UserWarning, match=r"only one tower.*clip_forward"):

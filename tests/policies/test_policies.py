@@ -42,14 +42,8 @@ from nullspace_optim.policies import (
 from nullspace_optim.subspace.linalg import principal_angles
 
 ALL = (Energy(), TailEnergy(), EigenvalueRatio(), FixedRank(5), NumericalRank(), RankBudget(), SGP(), TRGP())
-
-
 ALL += (CODECL(), OWM(), SplitLoRA(), VPTNSP(), CGP(), PEGP(), InfLoRA(), KeepLoRA())
-
-
 ABSOLUTE = (CODECL, OWM)
-
-
 POLICIES = pytest.mark.parametrize("policy", ALL, ids=lambda policy: type(policy).__name__)
 
 
@@ -229,8 +223,6 @@ WRONG = [
     (SGP, "alpha", r"\[0, inf\)", (-1, float("nan"), None)),
     (RankBudget, "share", r"\(0, 1\]", (0, 1.01, -0.1, float("nan"), None)),
 ]
-
-
 CASES = [
     pytest.param(policy, option, interval, value, id=f"{policy.__name__}-{value}")
     for policy, option, interval, values in WRONG
@@ -271,8 +263,6 @@ def test_a_policy_without_a_rule_says_so():
 
 
 SPECTRA = st.lists(st.floats(0, 100), min_size=1, max_size=12).map(lambda v: sorted(v, reverse=True))
-
-
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
 
 
@@ -333,7 +323,7 @@ def test_owm_is_the_papers_recursion_over_all_rows(alpha):
 
 
 @pytest.mark.parametrize("shape", [(10, 16), (16, 10)])
-def test_osf_is_the_weights_singular_value_decomposition_and_grows_by_another(shape):
+def test_osf_is_the_singular_value_decomposition_and_grows_by_another(shape):
     weight = torch.randn(*shape, dtype=torch.float64)
     policy = OSF(0.3, growth=0.2)
     sides = {"right": (weight.T @ weight, shape[0]), "left": (weight @ weight.T, shape[1])}

@@ -12,6 +12,7 @@ from reference_impl import orthogonality_error
 from spectra import consolidate, moment_of, task_rows
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
+from training import mlp, train
 
 from nullspace_optim import SGP, Fate, NullSpaceOptimizer, Policy, StaleAnchorError
 from nullspace_optim.consolidation.grow import GrownBasis
@@ -53,7 +54,7 @@ def test_the_difference_form_moves_the_anchor_alike() -> None:
     assert torch.allclose(moved, other, atol=1e-5) and torch.allclose(kept, followed, atol=1e-5)
 
 
-def test_a_scale_of_one_keeps_the_anchor_bit_for_bit_and_zero_protects_nothing() -> None:
+def test_a_scale_of_one_keeps_the_anchor_bitwise_and_zero_protects_nothing() -> None:
     weight, U = torch.randn(1, 6, 9), basis_of(9, 2).float()
     kept = anchor(weight, U, "right")
     first, moved = kept.clone(), weight + 1
@@ -134,10 +135,6 @@ def test_groups_have_scales_of_their_own(policy: Policy) -> None:
         assert not together.scale[group, rank:].any()
 
 
-def _mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 8))
-
-
 def _rows(seed: int, n: int = 64) -> Tensor:
     return task_rows(seed, n=n, decay=2.0).float() * 8
 
@@ -145,14 +142,11 @@ def _rows(seed: int, n: int = 64) -> Tensor:
 def _train(optimizer: Any, model: nn.Module, steps: int, seed: int = 9) -> None:
     inputs = _rows(seed)
     targets = torch.randn(len(inputs), 8, generator=torch.Generator().manual_seed(seed))
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (model(inputs) - targets).square().mean().backward()
-        optimizer.step()
+    train(optimizer, model, steps, inputs, targets)
 
 
 def _protected(policy: Policy, base: Any = None, **options: Any) -> tuple[nn.Module, NullSpaceOptimizer]:
-    model = _mlp()
+    model = mlp()
     base = base or AdamW(model.parameters(), lr=0.01)
     optimizer = NullSpaceOptimizer(base, model, policy=policy, **options)
     _train(optimizer, model, 20, seed=8)
@@ -164,7 +158,7 @@ def _protected(policy: Policy, base: Any = None, **options: Any) -> tuple[nn.Mod
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 def test_a_step_lets_the_free_share_of_each_direction_through_and_no_more(policy: Policy, precision: Any) -> None:
     """`W_t U - W_0 U = (1 - s) * sum of what the base wanted to change along U`, after 200 AdamW steps."""
-    model = _mlp()
+    model = mlp()
     base = AdamW(model.parameters(), lr=0.003)
     weight = model[0].weight
     seen: dict[str, Tensor] = {}
@@ -209,7 +203,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(policy: Policy, tmp_path: An
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     optimizer.save(tmp_path / "bases")
     _train(optimizer, model, 5)
-    other = _mlp()
+    other = mlp()
     other.load_state_dict(weights)
     again = NullSpaceOptimizer(AdamW(other.parameters(), lr=0.01), other, policy=policy)
     torch.save(state, tmp_path / "state")
@@ -225,7 +219,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(policy: Policy, tmp_path: An
 
 @POLICIES
 def test_the_gradient_alone_is_scaled_as_published(policy: Policy) -> None:
-    model = _mlp()
+    model = mlp()
     base = SGD(model.parameters(), lr=0.01)
     plain = NullSpaceOptimizer(base, model, policy=policy, project="gradient")
     plain.consolidate([_rows(0)], progress=False)

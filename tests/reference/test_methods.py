@@ -111,7 +111,7 @@ def test_gnsp_schedules_are_those_of_its_released_files(experiment: Experiment) 
         object.__setattr__(made.setting.tasks[0], "name", "colours")
 
 
-def test_the_pool_stands_in_order_beside_the_steps_and_its_teacher_is_pretrained(experiment: Experiment) -> None:
+def test_the_pool_is_in_order_beside_the_steps_and_its_teacher_pretrained(experiment: Experiment) -> None:
     made: Any = method("gnsp", experiment)
     pool = made.guided.pool
     from reference.engine import Batch

@@ -72,7 +72,7 @@ def test_ways_of_scoring_are_kept_apart_and_entered(experiment: Experiment) -> N
     assert entered == [(f"task {known}", task) for task in ("colours", "photographs") for known in ("known", "unknown")]
 
 
-def test_gnsp_scores_finished_tasks_with_one_template_and_the_latest_with_all() -> None:
+def test_gnsp_scores_old_tasks_with_one_template_and_the_latest_with_all() -> None:
     config = Config("demo", "o", evaluation_templates="gnsp")
     task = tasks(Config("demo", "o", tasks=("colours",)))[0]
     three = Task("t", task.class_names, ("{}", "a {}", "the {}"), task.train, task.test)

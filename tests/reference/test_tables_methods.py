@@ -208,7 +208,7 @@ def test_trgp_as_released_finds_related_tasks_by_the_gradient_of_the_sample(digi
 
 
 @pytest.mark.filterwarnings("ignore::nullspace_optim.NullSpaceWarning")
-def test_trgp_as_released_on_split_cifar100_trains_norms_and_relates_the_third_task_to_both(
+def test_trgp_as_released_trains_norms_and_relates_the_third_task_to_both(
     colours: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     protocol = nscl_protocol(colours, thresholds={"": 0.9}, augment=False, milestones=())

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from training import mlp
 
 from nullspace_optim import NullSpaceOptimizer, NumericalRank
 
@@ -89,11 +90,6 @@ def _variants(case: Case) -> list[Case]:
 CASES = [case for case in [*(v for basic in BASIC for v in _variants(basic)), *EXTRA] if case.exists]
 
 
-def small_mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """Return `[24] -> [16] -> [8]` with a smooth activation."""
-    return nn.Sequential(nn.Linear(24, 16), nn.Tanh(), nn.Linear(16, 8)).to(dtype)
-
-
 class Words(nn.Module):
     """An embedding with sparse gradients and nothing else to train: `[n, 4]` tokens to `[n, 8]`."""
 
@@ -134,7 +130,7 @@ def setting(case: Case, dtype: torch.dtype = torch.float32) -> Setting:
     if case.kind == "sparse":
         words, rows = Words(), torch.randint(0, 30, (16, 4))
         return Setting(words, torch.randint(0, 12, (6, 4)), rows, torch.randn(16, 8))
-    model, teacher = small_mlp(dtype), small_mlp(dtype)
+    model, teacher = mlp(dtype=dtype), mlp(dtype=dtype)
     inputs = torch.randn(16, 24, dtype=dtype)
     with torch.no_grad():
         targets = 2 * teacher(inputs)
@@ -163,11 +159,6 @@ def protected(case: Case, task: Setting, **options: Any) -> NullSpaceOptimizer:
     optimizer = NullSpaceOptimizer(case.build(task.model.parameters()), task.model, policy=NumericalRank(), **options)
     optimizer.consolidate([task.old], progress=False)
     return optimizer
-
-
-def relative(now: Tensor, then: Tensor) -> float:
-    """Return `||now - then|| / ||then||`."""
-    return float((now.double() - then.double()).norm() / then.double().norm())
 
 
 def layer_rows(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:

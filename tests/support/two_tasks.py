@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.data import DataLoader, TensorDataset
+from training import relative_drift
 
 from nullspace_optim import Fate, NullSpaceOptimizer, NumericalRank
 
@@ -50,10 +51,6 @@ def wrap(model: nn.Module, rate: float = 3e-3, eps: float = 1e-8, **options: Any
     return NullSpaceOptimizer(base, **{"policy": NumericalRank(), **options})
 
 
-def relative(now: Tensor, then: Tensor) -> float:
-    return float((now.double() - then.double()).norm() / then.double().norm())
-
-
 @contextmanager
 def holding(
     model: nn.Module, forward: Callable[[], Tensor], limit: float = 1e-5, optimizer: Any = None
@@ -65,14 +62,14 @@ def holding(
     """
     then, before = _outputs(model, forward), {n: p.detach().clone() for n, p in model.named_parameters()}
     yield
-    assert relative(_outputs(model, forward), then) <= limit
+    assert relative_drift(_outputs(model, forward), then) <= limit
     wrapper = optimizer()
     assert len(wrapper.bases) and wrapper.verify().ok
     for name, basis in wrapper.bases.items():
         parameter = wrapper._core.parameters[name]
         old = next(before[n] for n, p in model.named_parameters() if p is parameter)
         if basis.fate is Fate.PROTECTED:
-            assert relative(parameter.detach(), old) > 1e-4, f"{name} was not trained"
+            assert relative_drift(parameter.detach(), old) > 1e-4, f"{name} was not trained"
         elif basis.kept is not None:
             assert torch.equal(parameter, old), f"{name} is frozen"
 
