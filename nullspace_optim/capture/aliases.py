@@ -93,6 +93,7 @@ class AliasTracker:
         self.shared = overlapping_groups({name: local_tensor(tensor) for name, tensor in parameters.items()})
         self.buffers_read: set[str] = set()
         self.untrained_read: set[str] = set()
+        self.promised: set[str] = set()
         self._untrained: dict[int, list[tuple[int, int, str]]] = {}
         self._owners: dict[int, list[_Owner]] = {}
         self._storages: dict[int, Kind] = {}
@@ -124,6 +125,12 @@ class AliasTracker:
             return tensors
         there = self._present()
         return {name: there[name] for name in tensors if name in there}
+
+    def promise(self, tensors: Sequence[Tensor]) -> None:
+        """Note parameters that a stand-in is computed from: its maker promises that they may move (`declare`)."""
+        for tensor in tensors:
+            if self.knows(tensor):
+                self.promised.update(self.origin(tensor).names)
 
     def sharing(self, name: str) -> tuple[str, ...]:
         """Return the names of all parameters whose memory overlaps that of `name`; none if it has its own."""

@@ -102,6 +102,11 @@ class Capture:
         return set(self._memory.untrained_read)
 
     @property
+    def unread(self) -> set[str]:
+        """Names of the parameters that nothing was seen to read, and nobody promised to be free to move."""
+        return {name for name, seen in self.captured.items() if not seen.met} - self._memory.promised
+
+    @property
     def order(self) -> list[str]:
         """Names of the parameters that were read, in the order of their first use."""
         return list(self._tally.order)
@@ -111,6 +116,7 @@ class Capture:
         reduce_statistics(self._tally, device)
         self._memory.buffers_read = union_over_ranks(self._memory.buffers_read)
         self._memory.untrained_read = union_over_ranks(self._memory.untrained_read)
+        self._memory.promised = union_over_ranks(self._memory.promised)
         if self._relevance is not None:
             self._relevance.note = next(filter(None, all_gather_object(self._relevance.note)), None)
 

@@ -67,6 +67,7 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _dispatch(self, func: Any, types: Sequence[type], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if self._paused:
+            self.memory.promise(tensors_among([*args, *kwargs.values()]))
             return func(*args, **kwargs)
         if any(hasattr(kind, "__tensor_flatten__") and kind.__name__ != "DTensor" for kind in types):
             return NotImplemented  # a subclass made of plain tensors (jagged) runs on them, where they are seen

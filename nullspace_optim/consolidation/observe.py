@@ -88,7 +88,7 @@ def observe(work: LoaderPass, options: Settings, ranks: Communicator) -> Observa
 
 def _find_unseen(work: LoaderPass, capture: Capture, first: Any) -> str | None:
     """Let `capture` know of parameters that were read past it; return a note where that cannot be found out."""
-    unread = {name: work.parameters[name] for name, seen in capture.captured.items() if not seen.met}
+    unread = {name: work.parameters[name] for name in sorted(capture.unread)}
     with raise_on_all_ranks(communicating=True):
         reaching = reaching_parameters(unread, lambda: make_runner(work)(first))
     for name in reaching or ():
