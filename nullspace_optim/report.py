@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import isnan
 
-from .formatting import format_bytes, table
+from .formatting import size, table
 from .subspace.basis import Fate
 
 
@@ -67,19 +67,19 @@ class ConsolidationReport:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {fate.value}" for fate, count in self.fates.items() if count)
-        size = "1 % of each weight" if self.assumed_update else "the last task's"
+        update = "1 % of each weight" if self.assumed_update else "the last task's"
         drift = (
             "how far the cut-off energy lets outputs drift is unknown: their shape depends on the weights"
             if isnan(self.drift_allowed)
             else f"the cut-off energy lets outputs drift by {self.drift_allowed:.2%} under one random update as large "
-            f"as {size} (training moves them further, no bound)"
+            f"as {update} (training moves them further, no bound)"
         )
         lines = [
             f"consolidated '{self.task}' of {self.model} with {self.policy}: "
             f"{self.batches} batches, {self.seconds:.1f} s",
             *(f"warning: {text}" for text in self.warnings),
-            f"parameters: {counts}; bases and anchors {format_bytes(self.bytes)}"
-            + (f", transient copy in a step {format_bytes(self.transient_bytes)}" if self.transient_bytes else ""),
+            f"parameters: {counts}; bases and anchors {size(self.bytes, 3, 'B')}"
+            + (f", transient copy in a step {size(self.transient_bytes, 3, 'B')}" if self.transient_bytes else ""),
             drift,
             *(f"note: {text}" for text in self.notes),
         ]

@@ -11,30 +11,16 @@ scipy's comes with a thread pool of its own that fights with torch's inside a fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..subspace.projection import exact_products
+
 _SMALL_GROUP = 64
 _BLOCK = 256
 _COLUMNS, _NARROWEST = 8, 128
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Switch autocast and TF32 off for products on `device`."""
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        autocast = torch.amp.is_autocast_available(device.type)  # not on the meta device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False) if autocast else nullcontext():
-            yield
-    finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
 
 
 class SecondMoment:
@@ -127,7 +113,7 @@ class SecondMoment:
         target = self._sum if self._batch is None else self._batch
         rows = rows.detach().to(self.device, self.dtype)
         self._half = True  # only the lower triangle is kept up to date, or exactly symmetric to the upper one
-        with _full_precision(self.device):
+        with torch.no_grad(), exact_products(self.device):
             if self._one_by_one(len(index)):
                 for i, block in zip(index, rows, strict=True):
                     _add_lower(target[i], block)

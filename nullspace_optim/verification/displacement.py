@@ -15,6 +15,7 @@ from torch import Tensor
 from ..distributed.collectives import all_reduce_sum_
 from ..distributed.fsdp import shard_of
 from ..distributed.group import local_tensor
+from ..subspace.linalg import random_signs
 from ..subspace.projection import exact_products
 
 PROBES = 8
@@ -52,8 +53,7 @@ class Displacement:
 def _sketch(parameter: Tensor) -> Tensor:
     matrix = local_tensor(parameter).flatten(1)
     matrix = matrix.to(torch.float32) if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
-    generator = torch.Generator().manual_seed(matrix.shape[1])
-    signs = torch.randint(0, 2, (matrix.shape[1], PROBES), generator=generator) * 2 - 1
+    signs = random_signs(matrix.shape[1], PROBES)
     with exact_products(matrix.device):
         return matrix @ signs.to(device=matrix.device, dtype=matrix.dtype)
 

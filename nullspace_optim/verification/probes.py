@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 
 from ..capture.capture import Capture
 from ..distributed import failures
-from ..model.batches import samples_in, tensors_of
+from ..model.batches import samples_in, tensors_in
 from ..model.loader import LoaderPass, current_parameters, make_runner
 from ..settings import Settings
+from ..subspace.linalg import random_signs
 from ..subspace.projection import exact_products
 
 WIDTH = 64
@@ -65,15 +66,14 @@ def sketch(output: Tensor) -> tuple[Tensor, Tensor]:
     flat = flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32)
     columns = -(-flat.numel() // WIDTH)
     flat = torch.nn.functional.pad(flat, (0, columns * WIDTH - flat.numel()))
-    generator = torch.Generator().manual_seed(columns)
-    signs = torch.randint(0, 2, (columns,), generator=generator).to(device=flat.device, dtype=flat.dtype) * 2 - 1
+    signs = random_signs(columns).to(device=flat.device, dtype=flat.dtype)
     with exact_products(flat.device):
         return (flat.reshape(WIDTH, columns) @ signs).float(), flat.norm().float()
 
 
 def flat_outputs(outputs: Any) -> Tensor:
     """Return all floating tensors of an output tree as one vector."""
-    leaves = [_reals(t).float() for t in tensors_of(outputs) if t.is_floating_point() or t.is_complex()]
+    leaves = [_reals(t).float() for t in tensors_in(outputs) if t.is_floating_point() or t.is_complex()]
     return torch.cat(leaves) if leaves else torch.zeros(0)
 
 
@@ -89,7 +89,7 @@ def digests_of(batch: Any) -> Tensor:
     """
     count = samples_in(batch)
     if count is None:
-        return torch.stack([_digest(tensors_of(batch))])
+        return torch.stack([_digest(tensors_in(batch))])
     if count == 0:
         return torch.zeros(0, 16, dtype=torch.uint8)
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
