@@ -1,4 +1,4 @@
-"""What `consolidate` and `verify` tell: plain values that print as tables."""
+"""Reports of `consolidate` and `verify`: plain values that print as tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .subspace.basis import Fate
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """One parameter after a consolidation: its fate, why, and the share of the task's energy that is kept.
+    """One parameter after a consolidation: its fate, the reason, and the share of the task's energy that is kept.
 
     `held` is the rank with each direction counted by its scale; `None` where all directions are kept fully.
     """
@@ -38,8 +38,8 @@ class ConsolidationReport:
     """The result of one `consolidate`.
 
     `drift_allowed` is the relative change of the model's output on the consolidated data under a random update of the
-    last task's size that keeps every protected direction: what the cut-off energy lets through (an
-    indication, not a bound: training moves outputs further than chance). `assumed_update` is
+    last task's size that keeps every protected direction: the effect of the energy that was cut
+    off (an indication, not a bound: training moves outputs further than chance). `assumed_update` is
     True if the weights had not been trained before, so that an update of 1 % of each weight's norm was assumed.
     """
 

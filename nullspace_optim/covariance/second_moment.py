@@ -27,9 +27,8 @@ class SecondMoment:
     """The sum of `x x^T` over rows, `[g, s, s]`, and how many rows each group has seen.
 
     With `batch_frobenius` each batch's Gram matrix is divided by its Frobenius norm before it is added (GNSP,
-    2507.19839,
-    eq. 3); rows of one batch may then come in several updates, and `end_batch` closes the batch. `owner` is the rank
-    that holds the common sum after a reduction; elsewhere the sum is a meta tensor.
+    2507.19839, eq. 3); rows of one batch may then come in several updates, and `end_batch` closes the batch. `owner` is
+    the rank that holds the common sum after a reduction; elsewhere the sum is a meta tensor.
     """
 
     def __init__(
@@ -74,7 +73,7 @@ class SecondMoment:
 
     @property
     def device(self) -> torch.device:
-        """Where the sum lives."""
+        """Device of the sum."""
         return self._sum.device
 
     @property
@@ -143,7 +142,7 @@ class SecondMoment:
         return [self._sum[:, top : top + _BLOCK, : top + _BLOCK] for top in range(0, self.size, _BLOCK)]
 
     def discard(self) -> None:
-        """Let go of the sum (another rank holds it); shape and row counts stay."""
+        """Drop the sum (another rank holds it); shape and row counts stay."""
         self._sum, self._half = self._sum.to("meta"), False
 
     def merge(self, other: SecondMoment) -> None:
@@ -171,7 +170,7 @@ class SecondMoment:
         return twin
 
     def _one_by_one(self, groups: int) -> bool:
-        """Half of each group at a time pays on the CPU unless there are many small groups (depthwise convolution)."""
+        """Return whether half products, group by group, pay: on the CPU, unless groups are many and small."""
         return self.device.type == "cpu" and not self.dtype.is_complex and (groups == 1 or self.size >= _SMALL_GROUP)
 
 

@@ -1,4 +1,4 @@
-"""How far each weight has moved since a moment, without a copy of the weights.
+"""Distance that each weight has moved since a moment, without a copy of the weights.
 
 For a random-sign matrix `G` `[d, 8]`, `E ||D G||_F^2 = 8 ||D||_F^2`: keeping `W G` `[m, 8]` is enough to estimate
 `||W_t - W_0||_F` (within a few per cent for `m` in the hundreds).
@@ -42,7 +42,7 @@ class Displacement:
     def size(self, parameter: Tensor) -> float | None:
         """Return the estimated Frobenius norm of the movement, None if the parameter has no origin.
 
-        All ranks that hold shards of it must ask.
+        All ranks that hold shards of it must call it.
         """
         origin = self._sketches.get(id(parameter))
         if origin is None:

@@ -1,8 +1,9 @@
-"""Remember what a model did on a few samples without keeping the samples.
+"""Probes of a model on a few samples, without keeping the samples.
 
 A probe holds a digest of each sample and, for every product with a protected weight and for the final output, a
-random-sign sketch `[64]` and a norm. The same samples met again tell by how much each layer's output moved: for signs
-`s`, `E (s . e)^2 = ||e||^2` (Johnson-Lindenstrauss), so `||sketch' - sketch|| / norm` estimates the relative drift.
+random-sign sketch `[64]` and a norm. The same samples met again give the movement of each layer's output: for
+signs `s`, `E (s . e)^2 = ||e||^2` (Johnson-Lindenstrauss), so `||sketch' - sketch|| / norm` estimates the relative
+drift.
 """
 
 from __future__ import annotations
