@@ -16,7 +16,7 @@ class ModelNotFoundError(NullSpaceError):
 
 
 class BatchError(NullSpaceError):
-    """A batch could not be fed to the model; the message shows its type and asks for `forward=`."""
+    """A batch could not be fed to the model; the message names its type and the way out, `forward=`."""
 
 
 class CaptureError(NullSpaceError):
@@ -48,4 +48,4 @@ class HookError(NullSpaceError, AttributeError):
 
 
 class NullSpaceWarning(UserWarning):
-    """Something a user of protection should know; the text says what to do."""
+    """A limit of protection in this run; the text names the way out."""

@@ -13,13 +13,13 @@ def plain(value: object) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def size(count: float) -> str:
-    """Return a number of bytes with its unit (powers of 1000)."""
-    for unit in ("bytes", "kB", "MB", "GB"):
+def size(count: float, digits: int = 4, byte: str = "bytes") -> str:
+    """Return a number of bytes with its unit (powers of 1000); single ones are written out as `byte`."""
+    for unit in (byte, "kB", "MB", "GB"):
         if count < 1000:
-            return f"{count:.4g} {unit}"
+            return f"{count:.{digits}g} {unit}"
         count /= 1000
-    return f"{count:.4g} TB"
+    return f"{count:.{digits}g} TB"
 
 
 def operations(count: float) -> str:
@@ -44,14 +44,6 @@ def table(header: list[str], rows: list[list[str]]) -> str:
         cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def format_bytes(count: int) -> str:
-    """Return a byte count as text with three digits and a unit."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count} B"
 
 
 def html_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -8,13 +8,13 @@ from html import escape
 from math import isnan
 from typing import Any
 
-from .formatting import format_bytes, html_table, name_some, table
+from .formatting import html_table, name_some, size, table
 from .subspace.basis import Fate
 
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """One parameter after a consolidation: its fate, why, and the share of the task's energy that is kept.
+    """One parameter after a consolidation: its fate, the reason, and the share of the task's energy that is kept.
 
     `numbers` counts its elements and `still` those that no later step can change. `met` tells whether this task read
     it. `leading` is the share of the task's energy in its strongest direction. `held` is the rank with each direction
@@ -114,8 +114,8 @@ class ConsolidationReport:
             *([f"fed: {self.fed}"] if self.fed else []),
             f"parameters: {counts}; {unmet} of {len(self.parameters)} not read by this task; "
             f"{self.still_share:.0%} of the trained numbers are frozen",
-            f"bases and anchors: {format_bytes(self.bytes)}"
-            + (f", transient copy in a step {format_bytes(self.transient_bytes)}" if self.transient_bytes else ""),
+            f"bases and anchors: {size(self.bytes, 3, 'B')}"
+            + (f", transient copy in a step {size(self.transient_bytes, 3, 'B')}" if self.transient_bytes else ""),
             *(f"earlier task '{task}': outputs have moved by {moved:.2%}" for task, moved in self.drift.items()),
             *(f"note: {text}" for text in self.notes),
         ]

@@ -1,4 +1,4 @@
-"""Which input rows met which weight, watched operator by operator, with the model left as found.
+"""Capture of the input rows of every weight, operator by operator; the model is left as found.
 
 `Capture` runs forward passes under a `TorchDispatchMode` (`watching`). Whatever module, function or `@` led
 there, a product with a parameter ends in one of few operators; the operand that is the parameter is recognised
@@ -84,7 +84,7 @@ class Capture:
 
     @property
     def captured(self) -> dict[str, ParameterStatistics]:
-        """What is known of every parameter after the batches so far."""
+        """Statistics of every parameter after the batches so far."""
         parameters = self._memory.parameters
         found = {name: self._tally.captured(name, p.shape) for name, p in parameters.items()}
         for group in self._memory.shared:
@@ -112,7 +112,7 @@ class Capture:
         return list(self._tally.order)
 
     def reduce(self, device: torch.device) -> None:
-        """Join what all ranks have captured (see `reduction`); nothing in one process."""
+        """Join the statistics of all ranks (see `all_reduce`); nothing in one process."""
         reduce_statistics(self._tally, device)
         self._memory.buffers_read = union_over_ranks(self._memory.buffers_read)
         self._memory.untrained_read = union_over_ranks(self._memory.untrained_read)
@@ -122,7 +122,7 @@ class Capture:
 
     @property
     def relevance_note(self) -> str | None:
-        """Why all rows count although ``rows="relevant"`` was asked for, or `None`."""
+        """Reason why all rows count in spite of ``rows="relevant"``, or `None`."""
         return None if self._relevance is None else self._relevance.note
 
     def batch(self, run: Callable[[], Any], *, counted: bool = True) -> Any:

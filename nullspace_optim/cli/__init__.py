@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ..errors import NullSpaceError
 from . import diff, export, inspect, plan, verify
 from .command import CODES, LAYOUT
-from .text import escape_what_the_terminal_cannot_show
+from .streams import escape_what_the_terminal_cannot_show
 
 EXAMPLES = """\
 examples:

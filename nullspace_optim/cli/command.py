@@ -1,4 +1,4 @@
-"""What all commands share: how one is added to the parser, and the options for names."""
+"""Parts that all commands share: a subparser, and the options for names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add(
     examples: str,
     found: str = "",
 ) -> argparse.ArgumentParser:
-    """Add a command and return its parser; `found` says what exit code 1 means (empty: it never happens)."""
+    """Add a command and return its parser; `found` is the meaning of exit code 1 (empty: it never happens)."""
     codes = CODES.format(found=found) if found else CODES.replace("\n  1 {found}", "")
     lines = "\n".join(f"  {line}" for line in examples.strip().splitlines())
     parser = commands.add_parser(

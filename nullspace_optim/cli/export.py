@@ -34,7 +34,7 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def run(options: argparse.Namespace) -> int:
-    """Write the new file and say what is in it."""
+    """Write the new file and print its content in one line."""
     if options.target.exists() and options.file.exists() and options.target.samefile(options.file):
         raise OptionError(f"{str(options.target)!a} is the file to read; write to another name")
     rename, only = renamer(options.rename), expression(options.only or "", "--only")

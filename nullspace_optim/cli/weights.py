@@ -19,7 +19,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of a safetensors file or of a folder with one or several, by canonical name; read when asked for."""
+    """The tensors of a safetensors file or of a folder with one or several, by canonical name; read on access."""
 
     def __init__(self, path: Path, rename: Callable[[str], str] = lambda name: name) -> None:
         """Read the headers of the files at `path`.

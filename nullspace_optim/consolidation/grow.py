@@ -1,6 +1,6 @@
 """From second moments to bases: the stored basis of one weight's side grows, or is chosen anew, by one task.
 
-Two phases, so that a policy can see all weights before it decides: `decompose` diagonalises, `Policy.ranks` decides,
+Two phases, so that a policy may decide on all weights together: `decompose` diagonalises, `Policy.ranks` decides,
 `grow_basis` builds. Shapes: second moments `K` `[g, s, s]`, bases `U` `[g, s, k]`, zero padded where groups differ in
 rank.
 
@@ -27,7 +27,7 @@ from ..subspace.linalg import append_directions, complement, eigh, largest_eigen
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """Everything that is known of one side of one weight before the policy decides.
+    """Eigenvectors of one side of one weight, from which the policy chooses.
 
     `moment` `[g, s, s]` is the new task's, `covariance` `[g, s, s]` the merged one (accumulate only). `values`
     `[g, s]` are what the policy sees, zero padded; `vectors` are the eigenvectors of each group, `[s, s]`, or in
@@ -51,8 +51,8 @@ class GrownBasis:
     `basis` `[g, s, k]` float32 (complex64) with `ranks` per group; `spectrum` `[g, s]` the eigenvalues the policy
     saw; `energy` the share of the new task's energy inside `basis`; `dropped` the share of the old directions that is
     no longer in it (0 when appending); `covariance` `[g, s, s]` to hand to the next `decompose` (accumulate only);
-    `scale` `[g, k]` how strongly each direction is kept, `None`: fully; `members` `[g, k]` which directions span the
-    new task's own subspace, where the policy says so; `renewed` tells that stored columns were replaced.
+    `scale` `[g, k]` the share by which each direction is kept, `None`: fully; `members` `[g, k]` the mask of directions
+    that span the new task's own subspace, if the policy has one; `renewed`: stored columns were replaced.
     """
 
     basis: Tensor
@@ -108,7 +108,7 @@ def grow_basis(
     """Return the side's new basis from the policy's decision `take`, one number per group.
 
     Appended columns follow the stored columns `basis` `[g, s, k]`, which stay bitwise as they are; `scale` `[g, k]`
-    is how strongly they were kept.
+    are the shares by which they were kept.
 
     Raises:
         ConsolidationError: `take` asks for more directions than are free, or for a negative number.
@@ -155,7 +155,7 @@ def _scales(candidate: Eigenbasis, take: Sequence[int], grown: Tensor, before: T
 
 
 def _members(candidate: Eigenbasis, take: Sequence[int], grown: Tensor) -> Tensor | None:
-    """Return which directions span the new task's own subspace, `[g, k]`; `None` if the policy does not say."""
+    """Return the mask `[g, k]` of directions that span the new task's own subspace; `None` for policies without one."""
     found = [candidate.policy.members(s, number) for s, number in zip(candidate.spectra, take, strict=True)]
     if any(mask is None for mask in found):
         return None

@@ -1,4 +1,4 @@
-"""Appending from a sketch of the rows: what `merge.examine` does, without any matrix `[s, s]`.
+"""Appending from a sketch of the rows: as `decompose` does, without any matrix `[s, s]`.
 
 Of rows `A` only `B` `[l, s]` is known, with `B^T B <= A^T A` (see `sketch`). New directions are the right singular
 vectors of `B (I - U U^H)`, and every energy that is reported is a lower bound of the true one.

@@ -1,4 +1,4 @@
-"""Give back protected directions that hardly any consolidated row uses, within a stated share of every task's energy.
+"""Prune protected directions that carry little energy of any task, within a stated share of every task's energy.
 
 Directions of a basis `U` are orthonormal, so the energy that a task's rows lose with some of them is a plain sum: with
 the task's second moment `K` the share of direction `u` is `u^H K u / tr K`. The directions with the smallest shares
@@ -35,7 +35,7 @@ class PrunedParameter:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune` gave back. `parameters` that lost nothing are listed as well; `left_alone` names why others were."""
+    """Result of `prune`. `parameters` that lost nothing are listed as well; `left_alone` has reasons."""
 
     bound: float
     tasks: tuple[str, ...]
@@ -90,7 +90,7 @@ def prune_store(store: BasisStore, moments: Moments, bound: float) -> tuple[Basi
 
 
 def _reason(basis: Basis, found: Mapping[str, SecondMoment]) -> str:
-    """Say why the directions of `basis` are not looked at; empty if they are."""
+    """Return the reason why `basis` is not pruned; empty if it is."""
     if len(basis.subspaces) > 1 or "rows" in basis.subspaces:
         return "it is protected on two sides or by rows"
     (subspace,) = basis.subspaces.values()

@@ -1,4 +1,4 @@
-"""What a capture has learnt so far, parameter by parameter: second moments, used rows, reasons, biases.
+"""Statistics accumulated over all batches of one capture: second moments, used rows, reasons, biases.
 
 Weights whose rows are the same tensors in every batch share one `SecondMoment`; the sum is cloned when a later
 batch tells them apart. Rows wait in a short queue before they are added, so that the query, key and value
@@ -28,12 +28,12 @@ _COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 @dataclass
 class ParameterStatistics:
-    """What is known of one parameter: its layout, the second moment of each side, the embedding rows used, and why
-    not.
+    """Statistics of one parameter: its layout, the second moment of each side, the embedding rows used, or the reasons
+    against it.
 
     `sides` maps "right" or "left" to the rows' second moment (size `d + 1` if `bias` names a bias that is
-    protected jointly); `row_index` `[k]` holds the embedding rows that were looked up, sorted; `reasons` says
-    what read the parameter in a way that cannot be protected; `met` whether anything read it at all.
+    protected jointly); `row_index` `[k]` holds the embedding rows that were looked up, sorted; `reasons` name
+    the operators that read the parameter in a way that cannot be protected; `met`: something read it.
     """
 
     layout: Layout | None = None
@@ -64,7 +64,7 @@ class StatisticsAccumulator:
         statistics: bool,
         sketch: SketchedCovariance | None = None,
     ) -> None:
-        """Accumulate in `dtype`; without `statistics` no second moments are kept; `sketch` says which are sketched."""
+        """Accumulate in `dtype`; without `statistics` no second moments are kept; `sketch` is that of wide ones."""
         self._sketch = sketch
         self.order: dict[str, None] = {}
         self.cast: set[str] = set()
@@ -80,7 +80,7 @@ class StatisticsAccumulator:
         self._declared: set[str] = set()
 
     def refuse(self, names: Iterable[str], reason: str) -> None:
-        """Note why `names` cannot be protected."""
+        """Note a reason against protecting `names`."""
         for name in names:
             self.order.setdefault(name)
             self._reasons.setdefault(name, {}).setdefault(reason)
@@ -104,7 +104,7 @@ class StatisticsAccumulator:
             self.order.setdefault(bias)
 
     def declare(self, name: str, rows: Tensor, side: WeightSide, *, batched: bool) -> None:
-        """Add rows `[g, n, s]` that somebody says `name` meets; they replace everything that was seen of it."""
+        """Add rows `[g, n, s]` that `name` is declared to meet; they replace all that was observed."""
         self.order.setdefault(name)
         if name not in self._declared:
             self.flush()
@@ -133,7 +133,7 @@ class StatisticsAccumulator:
         used[index.reshape(-1)] = True
 
     def push(self, name: str, rows: Rows | Patches, mask: Tensor | None, *, shape: Sequence[int]) -> None:
-        """Queue rows of the weight `name`, of `shape`; `mask` `[B, n]` or `[N, *O]` says which of them count."""
+        """Queue rows of the weight `name`, of `shape`; `mask` `[B, n]` or `[N, *O]` marks those that count."""
         if name in self._declared:
             return
         key = (rows.key, None if mask is None else mask.cpu().numpy().tobytes())
@@ -177,7 +177,7 @@ class StatisticsAccumulator:
         self._touched.clear()
 
     def captured(self, name: str, shape: Sequence[int]) -> ParameterStatistics:
-        """Return what is known of one parameter of `shape`."""
+        """Return the statistics of one parameter of `shape`."""
         if name in self._declared:
             declared = {side: moment for (owner, side), moment in self._moments.items() if owner == name}
             return ParameterStatistics(layout=self._layouts[name], sides=declared, met=True)
@@ -203,7 +203,7 @@ class StatisticsAccumulator:
         )
 
     def state(self) -> dict[str, Any]:
-        """Return what is known so far, for `replace` on this or another rank."""
+        """Return all statistics so far, for `replace` on this or another rank."""
         return {
             "order": self.order,
             "reasons": self._reasons,
@@ -225,7 +225,7 @@ class StatisticsAccumulator:
         moments: dict[tuple[str, WeightSide], Moment],
         declared: set[str],
     ) -> None:
-        """Take over what all ranks know together."""
+        """Take over the statistics of all ranks together."""
         self.order = dict.fromkeys(order)
         self._reasons, self._layouts, self._partners = reasons, layouts, partners
         self._used, self._moments, self._declared = used, moments, declared

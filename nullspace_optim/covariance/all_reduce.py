@@ -1,4 +1,4 @@
-"""One record of uses out of the records of all ranks, and second moments summed over ranks, once a consolidation.
+"""Statistics of all ranks joined, and second moments summed over ranks, once a consolidation.
 
 A sum travels to one rank only, its owner, which will diagonalise it; owners share the cubic work evenly. Weights that
 shared a second moment on every rank go on sharing one.
@@ -25,7 +25,7 @@ Shape = tuple[int, int, int, torch.dtype]  # groups, size, rows of the sketch (0
 
 @dataclass
 class Summary:
-    """What one rank's tally knows, without the sums: `moments` says which of them each weight's side has met."""
+    """Statistics of one rank without the sums: `moments` numbers the one that each weight's side has met."""
 
     order: list[str]
     reasons: dict[str, list[str]]
@@ -39,7 +39,7 @@ class Summary:
 
 
 def reduce_statistics(tally: StatisticsAccumulator, device: torch.device) -> None:
-    """Make `tally` know what all ranks have seen; sums are complete on their owners."""
+    """Join the statistics of all ranks in `tally`; sums are complete on their owners."""
     if group.world_size() == 1:
         return
     mine, local = _summarised(tally)
@@ -87,7 +87,7 @@ def _send(moments: Sequence[Moment], owner: int) -> None:
 
 
 def _summarised(tally: StatisticsAccumulator) -> tuple[Summary, list[Moment]]:
-    """Return what `tally` knows and its distinct second moments, in the order of their numbers."""
+    """Return the summary of `tally` and its distinct second moments, in the order of their numbers."""
     state = tally.state()
     local = list({id(moment): moment for moment in state["moments"].values()}.values())
     numbers = {id(moment): number for number, moment in enumerate(local)}
@@ -161,7 +161,7 @@ def _empty(shape: Shape, device: torch.device) -> Moment:
 
 
 def _owners(sizes: Sequence[int]) -> list[int]:
-    """Give every second moment a rank, largest first, so that the cubic work is spread evenly."""
+    """Assign every second moment to a rank, largest first, so that the cubic work is spread evenly."""
     loads = [0] * group.world_size()
     owners = [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):

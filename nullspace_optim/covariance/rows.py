@@ -23,7 +23,7 @@ CHUNK_BYTES = 64 * 2**20
 
 
 class WeightBlock(NamedTuple):
-    """Where rows of length `K` belong: a side of a layout, positions `start + step * k`, and the groups they touch."""
+    """Place of rows of length `K`: a side of a layout, positions `start + step * k`, and the groups they touch."""
 
     layout: Layout
     side: Literal["right", "left"]
@@ -104,7 +104,7 @@ class Kernel:
 
     @property
     def layout(self) -> Layout:
-        """How a weight of this convolution is read as matrices."""
+        """Layout of the weight as matrices."""
         if self.transposed:
             return Layout("transposed", self.groups)
         return Layout("grouped", self.groups) if self.groups > 1 else Layout()

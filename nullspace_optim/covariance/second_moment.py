@@ -11,11 +11,12 @@ scipy's comes with a thread pool of its own that fights with torch's inside a fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ..subspace.projection import exact_products
 
 _SMALL_GROUP = 64
 _BLOCK = 256
@@ -38,28 +39,12 @@ def _largest(rows: Tensor) -> float:
     return max(-float(low), float(high))
 
 
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Switch autocast and TF32 off for products on `device`."""
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        autocast = torch.amp.is_autocast_available(device.type)  # not on the meta device
-        with torch.no_grad(), torch.autocast(device.type, enabled=False) if autocast else nullcontext():
-            yield
-    finally:
-        if before != "highest":
-            torch.set_float32_matmul_precision(before)
-
-
 class SecondMoment:
     """The sum of `x x^T` over rows, `[g, s, s]`, and how many rows each group has seen.
 
     With `batch_frobenius` each batch's Gram matrix is divided by its Frobenius norm before it is added (GNSP,
-    2507.19839,
-    eq. 3); rows of one batch may then come in several updates, and `end_batch` closes the batch. `owner` is the rank
-    that holds the common sum after a reduction; elsewhere the sum is a meta tensor.
+    2507.19839, eq. 3); rows of one batch may then come in several updates, and `end_batch` closes the batch. `owner` is
+    the rank that holds the common sum after a reduction; elsewhere the sum is a meta tensor.
     """
 
     def __init__(
@@ -104,7 +89,7 @@ class SecondMoment:
 
     @property
     def device(self) -> torch.device:
-        """Where the sum lives."""
+        """Device of the sum."""
         return self._sum.device
 
     @property
@@ -145,7 +130,7 @@ class SecondMoment:
         target = self._sum if self._batch is None else self._batch
         rows = rows.to(self.dtype)
         self._half = True  # only the lower triangle is kept up to date, or exactly symmetric to the upper one
-        with _full_precision(self.device):
+        with torch.no_grad(), exact_products(self.device):
             if self._one_by_one(len(index)):
                 for i, block in zip(index, rows, strict=True):
                     _add_lower(target[i], block)
@@ -180,7 +165,7 @@ class SecondMoment:
         return [self._sum[:, top : top + _BLOCK, : top + _BLOCK] for top in range(0, self.size, _BLOCK)]
 
     def discard(self) -> None:
-        """Let go of the sum (another rank holds it); shape and row counts stay."""
+        """Drop the sum (another rank holds it); shape and row counts stay."""
         self._sum, self._half = self._sum.to("meta"), False
 
     def merge(self, other: SecondMoment) -> None:
@@ -208,7 +193,7 @@ class SecondMoment:
         return twin
 
     def _one_by_one(self, groups: int) -> bool:
-        """Half of each group at a time pays on the CPU unless there are many small groups (depthwise convolution)."""
+        """Return whether half products, group by group, pay: on the CPU, unless groups are many and small."""
         return self.device.type == "cpu" and not self.dtype.is_complex and (groups == 1 or self.size >= _SMALL_GROUP)
 
 

@@ -41,7 +41,7 @@ class SketchedCovariance:
 
 
 class FrequentDirections:
-    """Frequent Directions of the rows of each group: what `SecondMoment` is for wide weights.
+    """Frequent Directions of the rows of each group, in the place of a `SecondMoment` of wide weights.
 
     `squares` `[g, s]` is the exact sum of squares per feature; `lost` `[g]` is `D` of the bound.
     """
@@ -68,7 +68,7 @@ class FrequentDirections:
 
     @property
     def device(self) -> torch.device:
-        """Where the sketch lives (meta, once it was discarded)."""
+        """Device of the sketch (meta, once it was discarded)."""
         return self._buffer.device
 
     @property
@@ -161,5 +161,5 @@ class FrequentDirections:
         return twin
 
     def discard(self) -> None:
-        """Let go of the sketch (another rank holds it); sums of squares and bound stay."""
+        """Drop the sketch (another rank holds it); sums of squares and bound stay."""
         self._buffer = self._buffer.to("meta")

@@ -23,8 +23,8 @@ def raise_on_all_ranks(*, communicating: bool = False) -> Iterator[None]:
 
     The error names the rank; it is of the same class if it is one of this library or an `OSError`, otherwise a
     `ConsolidationError`. A block that is `communicating` (the forward pass of a sharded model) may use collectives, the
-    same ones in the same order on every rank: before each of them the ranks ask each other whether one has failed, so
-    that nobody waits for it. Any other block communicates only where all ranks do so before they can fail.
+    same ones in the same order on every rank: before each of them the ranks exchange whether one has failed, so
+    that none waits for it. Any other block communicates only where all ranks do so before they can fail.
     """
     if world_size() == 1:
         yield
@@ -46,18 +46,18 @@ def raise_on_all_ranks(*, communicating: bool = False) -> Iterator[None]:
 
 
 def _one_failed(here: bool) -> bool:
-    """Return whether any rank says that it has failed."""
+    """Return whether any rank has failed."""
     flag = to_backend_device(torch.tensor([float(here)]))
     dist.all_reduce(flag)
     return bool(flag)
 
 
 class _ElsewhereError(BaseException):
-    """Another rank has failed; no handler of a model's own may take it for an error of this one."""
+    """Another rank has failed. Derives from `BaseException` so that `except Exception` in a model cannot swallow it."""
 
 
 class _Asking(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Before every collective the ranks ask each other whether one has failed; `told` is True once one has."""
+    """Mode that exchanges, before every collective, whether a rank has failed; `told` is True once one has."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""What engines of torch.distributed make of a model: the blocks and the state of FSDP2, and what is refused.
+"""FSDP2: sharded blocks and their state; other engines of torch.distributed are refused.
 
 `fully_shard` cuts every parameter along one dimension and gathers it for a forward pass. Engines that flatten matrices,
 or step only some of the parameters on a rank, leave nothing that could be corrected.
@@ -101,7 +101,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def _forget_pass(state: Any) -> None:
-    """Let one module of FSDP2 forget a forward pass that never ended (torch itself would take the next one for it)."""
+    """Reset one module of FSDP2 after a forward pass that never ended (torch itself would take the next one for it)."""
     groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
     for unit in [state, *filter(None, groups)]:
         if unit._training_state.name == "FORWARD":

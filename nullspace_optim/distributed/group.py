@@ -28,7 +28,7 @@ def to_backend_device(tensor: Tensor) -> Tensor:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Return whether `tensor` is a DTensor (never true before somebody has imported that class)."""
+    """Return whether `tensor` is a DTensor (never before that class is imported)."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -1,4 +1,4 @@
-"""What two basis stores have in common: spans by principal angles, anchors on the directions that both keep.
+"""Comparison of two basis stores: spans by principal angles, anchors on the directions that both keep.
 
 Angles are those of Björck and Golub (1973) between the spans of two bases `[s, k]` and `[s, l]`: `min(k, l)` angles in
 radians; all zero if the smaller span lies in the larger one.
@@ -37,7 +37,7 @@ class Comparison:
     """One parameter in two stores; `None` as a fate stands for a store that lacks it.
 
     `kept` is the relative difference of the kept values of a frozen parameter (NaN where not both keep one); `notes`
-    says in words what differs.
+    name the differences in words.
     """
 
     name: str
@@ -89,7 +89,7 @@ def _scales_differ(first: Basis, second: Basis) -> bool:
 
 
 def _notes(side: SideComparison, tolerance: float) -> list[str]:
-    """Say in words what differs on one side."""
+    """Return the differences on one side in words."""
     few, many = min(side.ranks), max(side.ranks)
     notes = []
     if side.shared < few:

@@ -65,7 +65,7 @@ def pop_protection(state: StateDict) -> tuple[StateDict, Any, str | None]:
     `state` itself is not changed.
 
     Raises:
-        BasisFileError: what the state says about protection is not what `state_dict()` writes.
+        BasisFileError: the state's entries of protection are not those that `state_dict()` writes.
     """
     plain = {key: value for key, value in state.items() if key != "nullspace"}
     groups = state.get("param_groups", ())

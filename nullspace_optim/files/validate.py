@@ -81,7 +81,7 @@ def _opened(metadata: object, source: str) -> dict[str, Any]:
 
 
 class _Record:
-    """One JSON object with typed access; `where` says in errors which one it is."""
+    """One JSON object with typed access; `where` names it in errors."""
 
     def __init__(self, data: object, where: str, source: str) -> None:
         self.where = where

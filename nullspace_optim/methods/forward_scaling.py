@@ -79,7 +79,7 @@ class Scaled(nn.Module):
             number += 1
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: object) -> None:
-        """Make room for every task that a checkpoint knows."""
+        """Add parameters for every task of a checkpoint."""
         for key, value in state.items():
             name = key.removeprefix(prefix)
             if key.startswith(prefix) and name.startswith(("span_", "mix_")) and not hasattr(self, name):

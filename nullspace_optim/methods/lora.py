@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..covariance.second_moment import SecondMoment
 from ..errors import OptionError
-from ..model.names import named_parameters
+from ..model.names import names_by_identity
 from ..optimizer.optimizer import NullSpaceOptimizer
 from ..subspace.linalg import eigh
 
@@ -131,7 +131,7 @@ def keeplora_rows(
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any, str]]:
     """Yield the name of each active linear LoRA's `A`, its PEFT layer and the adapter's name."""
-    names = {id(parameter): name for name, parameter in named_parameters(model).items()}
+    names = names_by_identity(model)
     for module in model.modules():
         pairs: Any = getattr(module, "lora_A", None)
         if isinstance(pairs, nn.ModuleDict) and hasattr(module, "get_delta_weight"):

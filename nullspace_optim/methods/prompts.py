@@ -1,4 +1,4 @@
-"""What old inputs are to a prompt: rows for `declare_rows`, from attention (VPT-NSP) or from tokens (PEGP).
+"""Rows that old inputs are to a prompt, for `declare_rows`, from attention (VPT-NSP) or from tokens (PEGP).
 
 A prompt `P` `[M, d]` is joined to the tokens, so no product with it shows which of its changes old outputs would see.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -128,19 +128,6 @@ def _keywords(batch: Mapping[Any, Any], accepted: Mapping[str, inspect.Parameter
 SAMPLES = 32
 
 
-def tensors_of(tree: Any) -> list[Tensor]:
-    """Return the tensors of a tree of tuples, lists, mappings and dataclasses, in order."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if hasattr(tree, "items") and callable(tree.items):
-        return [t for _, value in tree.items() for t in tensors_of(value)]
-    if isinstance(tree, (tuple, list)):
-        return [t for value in tree for t in tensors_of(value)]
-    if hasattr(tree, "__dataclass_fields__"):
-        return [t for name in tree.__dataclass_fields__ for t in tensors_of(getattr(tree, name))]
-    return []
-
-
 def samples_in(batch: Any) -> int | None:
     """Return the common first dimension of all tensors of `batch`, None if there is none.
 
@@ -163,23 +150,31 @@ def first_samples(batch: Any) -> Any:
     return pytree.tree_map_only(Tensor, leading, batch)
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a tree of mappings, sequences, dataclasses and plain objects, each object once."""
-    stack, seen = [tree], set()
-    while stack:
-        node = stack.pop()
-        if isinstance(node, Tensor):
-            yield node
-            continue
-        if id(node) in seen or isinstance(node, (str, bytes, int, float, type, torch.nn.Module)) or callable(node):
-            continue
-        seen.add(id(node))
-        if isinstance(node, Mapping):
-            stack.extend(node.values())
-        elif isinstance(node, (list, tuple, set, frozenset)):
-            stack.extend(node)
-        else:
-            stack.extend(getattr(node, "__dict__", {}).values())
+def tensors_in(tree: Any, seen: dict[int, Any] | None = None) -> Iterator[Tensor]:
+    """Yield the tensors of a tree of mappings, sequences, sets, dataclasses and plain objects, in order.
+
+    Of a container that occurs twice, or holds itself, the tensors come once. Modules and functions are no containers.
+    """
+    seen = {} if seen is None else seen
+    if isinstance(tree, Tensor):
+        yield tree
+    elif id(tree) not in seen:
+        seen[id(tree)] = tree  # kept alive: an id stands for one object
+        for child in _children(tree):
+            yield from tensors_in(child, seen)
+
+
+def _children(node: Any) -> Iterable[Any]:
+    """Return what a container holds; nothing for anything else."""
+    if isinstance(node, (str, bytes, int, float, type, nn.Module)) or callable(node):
+        return ()
+    if hasattr(node, "items") and callable(node.items):
+        return (value for _, value in node.items())
+    if isinstance(node, (list, tuple, set, frozenset)):
+        return node
+    if dataclasses.is_dataclass(node):
+        return (getattr(node, field.name) for field in dataclasses.fields(node))
+    return vars(node).values() if hasattr(node, "__dict__") else ()
 
 
 def detach(tree: Any) -> Any:

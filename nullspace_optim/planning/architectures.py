@@ -64,7 +64,7 @@ def build(name: str, *, batch: int = 32, sequence: int | None = None) -> Archite
 
 
 def _library_of(name: str) -> str:
-    """Return the library that knows `name`."""
+    """Return the library that has the architecture `name`."""
     path = Path(name)
     if path.exists():
         return "open_clip" if "model_cfg" in _configuration(path) else "transformers"
@@ -205,7 +205,7 @@ def _class_for(library: Any, config: Any) -> Callable[[Any], nn.Module]:
 
 
 def _transformers_inputs(model: Any, config: Any, batch: int, sequence: int | None) -> dict[str, Tensor]:
-    """Return a batch: images, sound or tokens as `main_input_name` says; both where two towers are compared."""
+    """Return a batch: images, sound or tokens by `main_input_name`; both where two towers are compared."""
     accepted = inspect.signature(model.forward).parameters
     text = getattr(config, "text_config", None) or config
     vision = getattr(config, "vision_config", None) or config
@@ -235,7 +235,7 @@ def _transformers_inputs(model: Any, config: Any, batch: int, sequence: int | No
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep libraries from logging that a model has no pretrained weights: that is the point."""
+    """Keep libraries from logging that a model has no pretrained weights."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

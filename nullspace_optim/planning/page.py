@@ -1,4 +1,4 @@
-"""What ``plan`` prints: a page for people, or one JSON object."""
+"""Output of ``plan``: a page of text, or one JSON object."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .shapes import Survey
 
 WIDE = 8192
 STATES = 16  # bytes a parameter in float32 training with AdamW: value, gradient, two moments
-HEADER = ["k/d", "bases", "anchors", "kept", "copies", "workspaces", "together", "a device", "a step", "of training"]
+PARTS = ["bases", "anchors", "kept", "copies", "workspaces"]
+HEADER = ["k/d", *PARTS, "total", "per device", "FLOPs / step", "% of training"]
 
 
 def document(
@@ -97,8 +98,8 @@ def _notes(found: Survey, policy: Policy, conditions: Conditions, predictions: d
     ]
     if conditions.devices > 1:
         notes.append(
-            "a device: FSDP2 with weights and anchors sharded by rows, bases replicated; with DDP each device holds "
-            f"the column 'together' and does the whole correction, {conditions.devices} times the share of its own step"
+            "per device: FSDP2 with weights and anchors sharded by rows, bases replicated; with DDP each device holds "
+            f"the column 'total' and does the whole correction, {conditions.devices} times the share of its own step"
         )
     if not isinstance(policy, (FixedRank, RankBudget)):
         notes.append(f'the ranks of {policy!r} depend on the data: the table shows the range; rows="all" is assumed')

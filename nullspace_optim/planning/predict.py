@@ -1,6 +1,6 @@
-"""What protection will cost: bytes and operations of a model, from the shapes of its weights alone.
+"""Cost of protection in bytes and operations, from the shapes of a model's weights alone.
 
-A `Survey` says which weights meet rows on which side (see `survey`); `predict` multiplies it out for one rule of rank
+A `Survey` lists the weights that meet rows, by side (see `survey`); `predict` multiplies it out for one rule of rank
 and a number of devices. Weights are stacks of matrices `[g, m, d]` (see `layout`); a basis of rank `k` is `[g, s, k]`
 with `s = d` for side "right" and `s = m` for side "left", its anchor `[g, m, k]` or `[g, k, d]`. One multiplication
 and one addition are two FLOPs, as `torch.utils.flop_counter` counts them.
@@ -31,12 +31,12 @@ Rank = Callable[[int], int]
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the figures are predicted for.
+    """Conditions of a prediction.
 
     `devices` share the weights by rows (FSDP2). `precise` and `accumulate` are those of the policy: second moments
     in float64, second moments kept between tasks; with `soft` directions have a scale and take the anchor form at any
-    rank. `samples` are consolidated. `rows_used` is the number of rows of
-    each embedding that tasks look up: one number for all, one by name, or `None` for a quarter of each.
+    rank. `samples` are consolidated. `rows_used` is the number of rows of each embedding that tasks look up: one number
+    for all, one by name, or `None` for a quarter of each.
     """
 
     devices: int = 1
@@ -173,7 +173,7 @@ def consolidation(survey: Survey, conditions: Conditions | None = None) -> Conso
 
 
 def on_both_sides(survey: Survey) -> Survey:
-    """Return the survey for a policy that looks at the weights instead of their rows (OSF): both sides are protected,
+    """Return the survey for a policy that decomposes the weights instead of their rows (OSF): both sides are protected,
     and no two weights share a second moment.
     """
     weights: list[Weight] = []

@@ -1,4 +1,4 @@
-"""What one training step of a model reads, in shapes alone: weights that meet rows and the second moments they share.
+"""Shapes of one training step of a model: weights that meet rows and the second moments they share.
 
 Weights are stacks of matrices `[g, m, d]` (see `layout`). One multiplication and one addition are two FLOPs, as
 `torch.utils.flop_counter` counts them.
@@ -92,7 +92,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one training step of a model reads: a batch of `batch` samples forward, then backward.
+    """Reads of one training step of a model: a batch of `batch` samples forward, then backward.
 
     `forward_flops` and `step_flops` are counted products; `buffers` are the bytes of buffers that the forward pass
     reads, which are kept as well.

@@ -1,4 +1,4 @@
-"""Survey a model that exists on the meta device only: what one training step reads, and how many operations it takes.
+"""Survey of a model that exists on the meta device only: the reads of one training step, and its operations.
 
 The forward pass runs under the same `Capture` as a consolidation does, so the fates of the parameters, the sides of
 the weights and the second moments they share are the real ones; tensors on the meta device have shapes but no bytes,
@@ -100,7 +100,7 @@ def count_step(run: Callable[[], Any]) -> tuple[int, int]:
 
 @contextmanager
 def _training(model: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let only `parameters` need gradients, so that the backward pass is that of their training."""
+    """Require gradients of `parameters` only, so that the backward pass is that of their training."""
     ids, flags = {id(p) for p in parameters.values()}, [(p, p.requires_grad) for p in model.parameters()]
     try:
         for parameter, _ in flags:

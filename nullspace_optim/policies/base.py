@@ -1,8 +1,8 @@
-"""What a policy is: how many directions of a second moment are to be protected.
+"""Policies: rules for the number of protected directions of a second moment.
 
-A policy sees eigenvalues only; `merge` builds the bases. Eigenvalues are `[s]`, descending, of `K = X^T X` `[s, s]`
-over the rows `X` `[n, s]` that met a weight, so an eigenvalue is a squared singular value of `X` and the trace is the
-rows' energy.
+A policy gets eigenvalues only; `consolidation.grow` builds the bases. Eigenvalues are `[s]`, descending, of `K = X^T X`
+`[s, s]` over the rows `X` `[n, s]` that met a weight, so an eigenvalue is a squared singular value of `X` and the trace
+is the rows' energy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Merge = Literal["append", "accumulate", "or"]
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What a policy knows of one group of one weight.
+    """Spectrum of one group of one weight, from which a policy decides.
 
     * `values` `[s]`: eigenvalues, descending; append: of the residual `(I - U U^H) K (I - U U^H)` of the new task,
       with `U` the stored basis; accumulate: of the merged `K`.
@@ -66,7 +66,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Policy:
-    """How much of a task is protected; a subclass is one paper's rule with its constants as defaults.
+    """Rule for the directions that a task protects; a subclass is one paper's rule with its constants as defaults.
 
     * `merge`: "append" adds directions to the stored basis, whose span only grows; "accumulate" sums second moments
       over tasks and chooses all directions anew, so old ones may be dropped; "or" sums the `odds` of tasks, which are

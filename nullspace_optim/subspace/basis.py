@@ -1,4 +1,4 @@
-"""What is kept of earlier tasks: one `Basis` a parameter, all of them in a `BasisStore`.
+"""Bases of earlier tasks: one `Basis` a parameter, all of them in a `BasisStore`.
 
 Shapes follow `layout`: a right basis `U` is `[g, d, k]` with anchor `A = W U` `[g, m, k]`; a left basis is `[g, m,
 k]` with anchor `U^H W` `[g, k, d]`; a row index is `[k]` with anchor `[k, d]`. Groups of smaller rank are padded with
@@ -20,7 +20,7 @@ Side = Literal["right", "left", "rows"]
 
 
 class Fate(str, Enum):
-    """What becomes of a trainable parameter after a consolidation; it only ever gets stricter."""
+    """State of a trainable parameter after a consolidation; it only ever gets stricter."""
 
     FREE = "free"
     PROTECTED = "protected"
@@ -84,7 +84,7 @@ class Subspace:
 class Basis:
     """The fate of one parameter and, if it is protected, its subspaces.
 
-    `kept` is the value of a frozen parameter; `reason` says why it has its fate; `tasks` names the consolidations
+    `kept` is the value of a frozen parameter; `reason` explains its fate; `tasks` names the consolidations
     that used it and `history` the rank after each of them.
     """
 
@@ -164,7 +164,7 @@ class Capacity(dict[str, float]):
 
 @dataclass(frozen=True)
 class Extension:
-    """What a mode keeps beside the bases: one record of plain JSON values and tensors by key."""
+    """Data of a mode beside the bases: one record of plain JSON values and tensors by key."""
 
     record: dict[str, object]
     tensors: dict[str, Tensor]

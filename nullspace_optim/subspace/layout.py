@@ -1,4 +1,4 @@
-"""How a weight tensor is read as a stack of matrices.
+"""Layout of a weight tensor as a stack of matrices.
 
 Shape convention of the whole library: a weight is a stack of matrices `[g, m, d]`: `g` groups (mostly one), `m`
 outputs, `d` inputs. A row that met the weight is a vector of length `d` (side "right") or, for parameters used as `x

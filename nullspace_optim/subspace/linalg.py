@@ -217,6 +217,14 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     return torch.from_numpy(scipy.linalg.subspace_angles(left.numpy(), right.numpy()).copy())
 
 
+def random_signs(*shape: int) -> Tensor:
+    """Return a random matrix of -1 and 1 (int64, on the CPU), the same one for the same first dimension, its seed.
+
+    For signs `G` `[d, n]`, `E ||D G||_F^2 = n ||D||_F^2` (Johnson-Lindenstrauss).
+    """
+    return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(shape[0])) * 2 - 1
+
+
 def _column_identity(gram: Tensor) -> Tensor:
     """Return the identity `[..., k, k]` with zeros where a column of the basis is zero."""
     return torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1).abs() > 0).to(gram.dtype))

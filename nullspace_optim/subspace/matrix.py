@@ -18,9 +18,9 @@ from .shards import padded, shard_view
 def matrix_of(parameter: Tensor, layout: Layout, bias: Tensor | None = None, *, write: bool = True) -> Iterator[Tensor]:
     """Give `parameter` as a stack `[g, m, d]` in at least float32; with `write`, changes are written back on exit.
 
-    With `bias` the matrix is `[W b]`, `[g, m, d + 1]`. Who only reads says ``write=False``: a write, even of the same
-    values, makes a graph that waits for its backward pass unusable. Of a sharded parameter it is this rank's block of
-    the stack (see `shards`).
+    With `bias` the matrix is `[W b]`, `[g, m, d + 1]`. Pass ``write=False`` for read-only access: any in-place write
+    invalidates autograd graphs still waiting for backward. Of a sharded parameter it is this rank's block of the stack
+    (see `shards`).
     """
     part = shard_view(parameter, layout, joint=bias is not None)
     weight, added = (None if p is None else _block(p, part.padded) for p in (parameter, bias))

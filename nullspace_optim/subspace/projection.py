@@ -33,7 +33,7 @@ def exact_products(device: torch.device) -> Iterator[None]:
     """Multiply matrices on `device` in full float32: no TF32, no bfloat16 passes, no autocast."""
     backend: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     flags: Any = getattr(backend, "matmul", None)
-    autocast = torch.is_autocast_enabled(device.type)
+    autocast = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     if hasattr(flags, "fp32_precision"):
         before, exact = flags.fp32_precision, "ieee"
         allow: Callable[[str], None] = partial(setattr, flags, "fp32_precision")

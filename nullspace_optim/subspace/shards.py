@@ -1,4 +1,4 @@
-"""What one rank holds of a weight's matrices, bases and anchors where FSDP2 shards parameters.
+"""Blocks that one rank holds of a weight's matrices, bases and anchors where FSDP2 shards parameters.
 
 Shapes follow `layout`: a weight is a stack `[g, m, d]`. `fully_shard` cuts parameters along their first dimension (or
 another one by `shard_placement_fn`), so a rank holds some groups, some outputs or some inputs of that stack. Bases are
@@ -130,7 +130,7 @@ def shard_view(parameter: Tensor, layout: Layout, *, joint: bool = False) -> Sha
 
 
 def gather_parameter(parameter: Tensor) -> Tensor:
-    """Return all of `parameter` in the memory of every rank (itself unless it is sharded; then all must ask)."""
+    """Return all of `parameter` in the memory of every rank (itself unless it is sharded; then all must call it)."""
     shard = shard_of(parameter)
     return parameter if shard is None else all_gather_uneven(local_tensor(parameter), shard.dim, shard)
 

@@ -1,8 +1,9 @@
-"""Remember what a model did on a few samples without keeping the samples.
+"""Probes of a model on a few samples, without keeping the samples.
 
 A probe holds a digest of each sample and, for every product with a protected weight and for the final output, a
-random-sign sketch `[64]` and a norm. The same samples met again tell by how much each layer's output moved: for signs
-`s`, `E (s . e)^2 = ||e||^2` (Johnson-Lindenstrauss), so `||sketch' - sketch|| / norm` estimates the relative drift.
+random-sign sketch `[64]` and a norm. The same samples met again give the movement of each layer's output: for
+signs `s`, `E (s . e)^2 = ||e||^2` (Johnson-Lindenstrauss), so `||sketch' - sketch|| / norm` estimates the relative
+drift.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from torch.utils import _pytree as pytree
 
 from ..capture.capture import Capture
 from ..distributed import failures
-from ..model.batches import PLAIN, samples_in, tensors_of
+from ..model.batches import PLAIN, samples_in, tensors_in
 from ..model.loader import LoaderPass, current_parameters, make_runner
 from ..model.restore import fixed_seed
 from ..model.storage import is_plain, plain_parts
 from ..settings import Settings
+from ..subspace.linalg import random_signs
 from ..subspace.projection import exact_products
 
 WIDTH = 64
@@ -91,7 +93,7 @@ class Recorder:
 
     def finish(self, outputs: Any, digests: Tensor) -> Probe:
         """Record the model's final `outputs` and return the probe."""
-        self._record(OUTPUT, [t for t in tensors_of(outputs) if t.is_floating_point() or t.is_complex()])
+        self._record(OUTPUT, [t for t in tensors_in(outputs) if t.is_floating_point() or t.is_complex()])
         sketches, norms = torch.stack(self.sketches).cpu(), torch.stack(self.norms).cpu()
         return Probe(digests, tuple(self.layers), sketches, norms, tuple(self.shapes))
 
@@ -102,8 +104,7 @@ def sketch(output: Tensor) -> tuple[Tensor, Tensor]:
     flat = flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32)
     columns = -(-flat.numel() // WIDTH)
     flat = torch.nn.functional.pad(flat, (0, columns * WIDTH - flat.numel()))
-    generator = torch.Generator().manual_seed(columns)
-    signs = torch.randint(0, 2, (columns,), generator=generator).to(device=flat.device, dtype=flat.dtype) * 2 - 1
+    signs = random_signs(columns).to(device=flat.device, dtype=flat.dtype)
     with exact_products(flat.device):
         return (flat.reshape(WIDTH, columns) @ signs).float(), flat.double().norm().float()
 
@@ -122,7 +123,7 @@ def narrow_outputs(outputs: Sequence[Tensor], shapes: Shapes) -> list[Tensor]:
 
 def flat_outputs(outputs: Any) -> Tensor:
     """Return all floating tensors of an output tree as one vector."""
-    parts = [part for tensor in tensors_of(outputs) for part in plain_parts(tensor)]
+    parts = [part for tensor in tensors_in(outputs) for part in plain_parts(tensor)]
     leaves = [_reals(part).float() for part in parts if part.is_floating_point() or part.is_complex()]
     return torch.cat(leaves) if leaves else torch.zeros(0)
 
@@ -139,7 +140,7 @@ def digests_of(batch: Any) -> Tensor:
     """
     count = samples_in(batch)
     if count is None:
-        parts = [part for tensor in tensors_of(batch) for part in plain_parts(tensor)]
+        parts = [part for tensor in tensors_in(batch) for part in plain_parts(tensor)]
         return torch.stack([_digest(parts, pytree.tree_leaves(batch))])
     if count == 0:
         return torch.zeros(0, 16, dtype=torch.uint8)

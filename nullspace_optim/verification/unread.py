@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..distributed.collectives import all_gather_object
 from ..distributed.group import local_tensor
-from ..model.batches import tensors_of
+from ..model.batches import tensors_in
 from ..model.restore import fixed_seed
 from ..model.storage import plain_parts
 
@@ -84,7 +84,7 @@ def _outcome(run: Callable[[], Any]) -> list[Any]:
     with fixed_seed():
         outputs = run()
     values = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, (bool, int, float, str, bytes))]
-    return [part.detach().clone() for tensor in tensors_of(outputs) for part in plain_parts(tensor)] + values
+    return [part.detach().clone() for tensor in tensors_in(outputs) for part in plain_parts(tensor)] + values
 
 
 def _equal(before: list[Any], after: list[Any] | None) -> bool:

@@ -24,10 +24,6 @@ from nullspace_optim import (
 )
 
 
-def train(optimizer: NullSpaceOptimizer, model: nn.Module, inputs: Tensor, steps: int = 100) -> None:
-    train(optimizer, model, steps, inputs, targets=torch.randn_like(model(inputs)))
-
-
 @pytest.mark.fault(43)
 def test_an_empty_loader_adds_no_task() -> None:
     model = mlp()
@@ -74,6 +70,11 @@ def test_the_same_data_twice_adds_nothing() -> None:
     assert torch.equal(optimizer.bases["0.weight"].U, basis)
 
 
+def train_on(optimizer: NullSpaceOptimizer, model: nn.Module, inputs: Tensor, steps: int = 100) -> None:
+    """Train on `inputs` and random targets."""
+    train(optimizer, model, steps, inputs, targets=torch.randn_like(model(inputs)))
+
+
 def test_bases_grow_over_tasks_and_every_task_stays_exact() -> None:
     model, tasks = mlp(), [torch.randn(2, 24) for _ in range(3)]
     optimizer, outputs = wrap(model), []
@@ -81,7 +82,7 @@ def test_bases_grow_over_tasks_and_every_task_stays_exact() -> None:
         optimizer.consolidate([rows], progress=False)
         outputs.append(model(rows).detach())
         assert optimizer.bases["0.weight"].rank == 2 * number
-        train(optimizer, model, torch.randn(16, 24))
+        train_on(optimizer, model, torch.randn(16, 24))
     for rows, before in zip(tasks, outputs):
         assert relative_drift(model(rows), before) <= 1e-5
     assert optimizer.bases["0.weight"].history == (2, 4, 6)
@@ -123,7 +124,7 @@ def test_the_drift_of_earlier_tasks_is_measured_and_follows_the_threshold() -> N
         optimizer = wrap(model, policy=policy)
         assert optimizer.consolidate([rows], progress=False).drift == {}
         before = model(rows).detach()
-        train(optimizer, model, torch.randn(64, 24), 20)
+        train_on(optimizer, model, torch.randn(64, 24), 20)
         report = optimizer.consolidate([torch.randn(4, 24)], progress=False)
         true = float((model(rows) - before).norm() / before.norm())
         assert report.drift["task 1"] == pytest.approx(true, rel=0.5, abs=1e-6)
@@ -141,7 +142,7 @@ def test_a_full_parameter_is_frozen_with_a_warning() -> None:
         report = optimizer.consolidate([rows], progress=False)
     assert len(report.of(Fate.FULL)) == 2
     start = copy.deepcopy(model.state_dict())
-    train(optimizer, model, rows, 5)
+    train_on(optimizer, model, rows, 5)
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
     optimizer.consolidate([rows + 1], progress=False)
 
@@ -174,7 +175,7 @@ def test_uncovered_train_leaves_biases_free_and_says_so() -> None:
         report = optimizer.consolidate([old], progress=False)
     assert {row.name for row in report.of(Fate.FREE)} == {"0.bias", "2.bias"}
     bias = model[0].bias.detach().clone()
-    train(optimizer, model, torch.randn(16, 24), 5)
+    train_on(optimizer, model, torch.randn(16, 24), 5)
     assert not torch.equal(model[0].bias, bias)
     assert optimizer.verify().worst <= 1e-5
 
@@ -190,11 +191,11 @@ def test_joint_biases_train_and_old_outputs_are_exact(rows: int) -> None:
     assert optimizer.bases["0.weight"].bias == "0.bias"
     assert optimizer.bases["0.weight"].U.shape == (25, rows)
     before, bias = model(old).detach(), model[0].bias.detach().clone()
-    train(optimizer, model, torch.randn(16, 24), 300)
+    train_on(optimizer, model, torch.randn(16, 24), 300)
     assert relative_drift(model(old), before) <= 1e-5
     assert relative_drift(model[0].bias, bias) > 1e-2
     optimizer.consolidate([torch.randn(2, 24)], progress=False)
-    train(optimizer, model, torch.randn(16, 24), 100)
+    train_on(optimizer, model, torch.randn(16, 24), 100)
     assert relative_drift(model(old), before) <= 1e-5
 
 
@@ -279,7 +280,7 @@ def test_a_parameter_frozen_by_the_user_keeps_its_basis() -> None:
     assert optimizer.bases["0.weight"].rank == 4
     optimizer.load_state_dict(optimizer.state_dict())
     model[0].weight.requires_grad_(True)
-    train(optimizer, model, torch.randn(16, 24))
+    train_on(optimizer, model, torch.randn(16, 24))
     assert relative_drift(model(old), before) <= 1e-5
 
 
@@ -323,7 +324,7 @@ def test_a_joint_bias_is_frozen_with_a_weight_that_is_used_without_it() -> None:
     model.biased = False
     report = optimizer.consolidate([torch.randn(4, 24)], progress=False)
     model.biased = True
-    train(optimizer, model, torch.randn(16, 24))
+    train_on(optimizer, model, torch.randn(16, 24))
     assert {line.name for line in report.of(Fate.FROZEN)} == {"inner.weight", "inner.bias"}
     assert relative_drift(model(rows), before) <= 1e-5
 
@@ -361,12 +362,12 @@ def test_a_parameter_read_before_it_was_trainable_does_not_train_in_silence(how:
         optimizer.detach()
         optimizer = wrap(model, SGD(trained, lr=0.1))
         optimizer.load(tmp_path / "bases.safetensors")
-    train(optimizer, model, torch.randn(4, 24), 2)
+    train_on(optimizer, model, torch.randn(4, 24), 2)
     if how == "add_param_group":
         optimizer.add_param_group({"params": backbone})
     model[0].requires_grad_(True)
     with pytest.warns(NullSpaceWarning, match=r"2 parameters that consolidated tasks read begin .*0\.weight, 0\.bias"):
-        train(optimizer, model, torch.randn(4, 24), 2)
+        train_on(optimizer, model, torch.randn(4, 24), 2)
 
 
 def test_outputs_whose_shape_depends_on_the_weights_are_no_obstacle() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import AdamW
+from training import mlp
 
 from nullspace_optim import IGSP, NullSpaceOptimizer
 from nullspace_optim.cli import main

@@ -1,4 +1,4 @@
-"""How the command line writes names, sizes and numbers: one line, no control characters, units."""
+"""Output streams of the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def escape_what_the_terminal_cannot_show() -> None:
-    """Let both streams write escapes for characters that their encoding lacks."""
+    """Write escapes for characters that the encoding of a stream lacks."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
