@@ -30,7 +30,6 @@ from .methods.class_wise import consolidate_classes
 from .methods.forward_scaling import ForwardScaling, shared_directions, trust_regions
 from .methods.lora import begin_lora, inflora_rows, keeplora_rows, lora_rows
 from .methods.prompts import declare_prompt, declare_tokens
-from .optimizer.mode import MODES
 from .optimizer.optimizer import NullSpaceOptimizer
 from .policies import (
     CGP,
@@ -119,5 +118,3 @@ __all__ = [
     "unwrap",
 ]
 __version__ = "0.1.0"
-
-MODES["igsp"] = IGSP

@@ -132,7 +132,7 @@ def test_a_missing_peft_gives_the_install_line(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("kind", ["lora", "bottleneck"])
 def test_experts_agree_with_a_run_of_two_tasks(kind: Any) -> None:
     """With ``on_cap="keep"`` and no convergence every candidate survives."""
-    options = IGSP(layers="layers.[02]", rank=4, candidates=2, kind=kind, cap=3, window=50, orthogonal="both")
+    options = IGSP(target_modules="layers.[02]", rank=4, candidates=2, kind=kind, cap=3, window=50, orthogonal="both")
     torch.manual_seed(0)
     model = Net()
     opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-4), model, mode=options)
@@ -144,14 +144,14 @@ def test_experts_agree_with_a_run_of_two_tasks(kind: Any) -> None:
             model(x).square().mean().backward()
             with counted() as counter:
                 opt.step()
-        trainable, correction = tuple(mode.counts), counter.get_total_flops()
+        trained, correction = mode.progress.trained, counter.get_total_flops()
         opt.consolidate([x], progress=False)
     with torch.device("meta"):
         meta, batch = Net(), torch.empty(16, 24)
     places = places_of(meta, lambda: meta(batch), options)
     cost = predict_experts(places, options, kept=2, tasks=2)
     bank = mode.experts
-    assert trainable == cost.trainable and cost.candidates == 4
+    assert (trained.first, trained.second) == cost.trainable and cost.candidates == 4
     assert sum(layer.size for layer in bank.layers) == cost.experts
     assert sum(v.nbytes for layer in bank.layers for v in layer.history.values()) == cost.frozen
     assert correction == pytest.approx(cost.step_flops, rel=0.15)  # a unit that never fires adds no direction
@@ -187,7 +187,7 @@ def test_more_experts_than_candidates_are_refused() -> None:
         (["--mode", "IGSP(rank=5000)"], "IGSP(rank=5000): larger than the layer"),
         (["--vocabulary", "-5"], "rows_used=-5"),
         (["--mode", "igsp", "--tasks", "0"], "at least one task"),
-        (["--mode", "IGSP(layers='no.such')"], "matches no layer"),
+        (["--mode", "IGSP(target_modules='no.such')"], "matches no layer"),
     ],
     ids=str,
 )

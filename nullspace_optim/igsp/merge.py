@@ -1,8 +1,8 @@
 """Merging: where a task's routing is the same for every sample its LoRA experts become part of the layer's weight.
 
-`W + s sum_e g_e B_e A_e` needs a linear layer (`IGSP(layers="*.c_fc")`, not the default ``"*.mlp"``, whose experts
-stand beside a whole block), LoRA experts, and gates `g` that do not depend on the sample: one expert alone, router rows
-that differ by a constant only, or routing that was the same for all samples of a loader.
+`W + s sum_e g_e B_e A_e` needs a linear layer (`IGSP(target_modules="*.c_fc")`, not the default ``"*.mlp"``, whose
+experts stand beside a whole block), LoRA experts, and gates `g` that do not depend on the sample: one expert alone,
+router rows that differ by a constant only, or routing that was the same for all samples of a loader.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .moe import router
-from .moe.experts import merged_weight
+from .moe.experts import merge_into
 from .moe.layer import ExpertLayer, TaskRouter
 
 SAME = 1e-6  # how far gates may lie apart over a loader and still be the same
@@ -22,7 +22,7 @@ SAME = 1e-6  # how far gates may lie apart over a loader and still be the same
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge_experts` returns.
+    """The result of `merge_experts`.
 
     `weights` `[o, d]` by parameter name: put into a plain copy of the model (`load_state_dict(..., strict=False)`) they
     do there what backbone and experts do together. `gates` by layer, one for each stored expert. `routed`: layers that
@@ -54,7 +54,7 @@ def merge(layers: list[ExpertLayer], model: nn.Module, task: str, number: int, s
         elif found is None:
             routed[layer.name] = "its gates depend on the sample"
         else:
-            weights[f"{layer.name}.weight"] = merged_weight(module.weight, layer.history, found, layer.options.scale)
+            weights[f"{layer.name}.weight"] = merge_into(module.weight, layer.history, found, layer.options.scale)
             gates[layer.name] = tuple(found.tolist())
     return Merged(task, weights, gates, routed)
 

@@ -44,7 +44,7 @@ from ..verification.drift import moved_buffers
 from ..verification.probes import Probe, assemble, compare, find_samples, record_probe
 from .checks import facts_of
 from .engine import Engine, check_bases
-from .mode import Mode, ModeOptions, built
+from .mode import Mode, build_mode
 from .torch_optimizer import WrappedOptimizer
 
 
@@ -80,7 +80,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         base: Optimizer | Sequence[Optimizer],
         model: nn.Module | None = None,
         *,
-        mode: str | ModeOptions = "null-space",
+        mode: object = "null-space",
         policy: Policy | None = None,
         project: Project = "update",
         precision: Precision = "exact",
@@ -95,7 +95,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         check_bases(bases)
         if norm_stats not in ("frozen", "train"):
             raise OptionError(f"norm_stats={norm_stats!r}: expected one of 'frozen', 'train'")
-        chosen = built(mode)
+        chosen = build_mode(mode)
         if chosen is not None and world_size() > 1:
             raise OptionError(
                 f"mode={mode!r} runs in one process so far: its phases would not advance together on all ranks; use "
@@ -139,6 +139,17 @@ class NullSpaceOptimizer(WrappedOptimizer):
         """
         return self._core.owner()
 
+    @property
+    def mode(self) -> Mode:
+        """The mode and its methods: `task`, `status`, `regularization`, `merge_experts`.
+
+        Raises:
+            OptionError: the optimizer has none, it protects the null space of the weights themselves.
+        """
+        if self._core.mode is None:
+            raise OptionError("this needs a mode with experts: NullSpaceOptimizer(base, model, mode='igsp')")
+        return self._core.mode
+
     def consolidate(
         self,
         loader: Iterable[Any],
@@ -179,7 +190,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
             self.model, parameters, loader, task, forward, max_batches, progress, core.outside(self.model)
         )
         if core.mode is not None:
-            return self._announced(core.mode.consolidated(work))
+            return self._announced(core.mode.consolidate(work))
         with torch.inference_mode(False), core.protection.exactly(), core.evaluated() as moment:  # bases outlive a mode
             grown, report = consolidate(work, core.store, core.measuring, core.displacement)
             core.take(grown, parameters)
@@ -205,7 +216,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         Raises:
             OptionError: the optimizer has no mode; in a forward pass: not one name a sample.
         """
-        return self._mode("task").task(name)
+        return self.mode.task(name)
 
     def status(self) -> Any:
         """Return the phase of the mode, the step it is at and why it changed last (prints as text).
@@ -213,7 +224,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         Raises:
             OptionError: the optimizer has no mode.
         """
-        return self._mode("status").status()
+        return self.mode.status()
 
     def regularization(self) -> Tensor:
         """Return the mode's penalty on the forward passes since the last step, a scalar to add to the loss.
@@ -223,23 +234,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         Raises:
             OptionError: the optimizer has no mode.
         """
-        return self._mode("regularization").regularization()
-
-    def merge_experts(self, task: str, loader: Iterable[Any] | None = None, *, forward: Forward | None = None) -> Any:
-        """Return `Merged`: weights of a plain model that does for the finished `task` what backbone and experts do.
-
-        Only linear layers with LoRA experts and routing that is the same for every sample are merged; with a `loader`,
-        for every sample of it. Nothing of this model changes.
-
-        Raises:
-            OptionError: the optimizer has no mode, or no finished task has this name.
-        """
-        return self._mode("merge_experts").merge(task, loader, forward)
-
-    def _mode(self, asked: str) -> Mode:
-        if self._core.mode is None:
-            raise OptionError(f"{asked}() needs a mode with experts: NullSpaceOptimizer(base, model, mode='igsp')")
-        return self._core.mode
+        return self.mode.regularization()
 
     def measure(
         self,

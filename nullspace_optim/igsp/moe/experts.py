@@ -25,7 +25,7 @@ PARTS = {"lora": ("down", "up"), "bottleneck": ("down", "up", "down_bias", "up_b
 
 
 class Stateless(nn.Module):
-    """A module that neither writes nor expects keys in a state dict, and hands its input on when it is called."""
+    """Identity module without state dict entries."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         return
@@ -34,7 +34,7 @@ class Stateless(nn.Module):
         return
 
     def forward(self, x: Any) -> Any:
-        """Return `x`: a container that calls its children in order is not disturbed."""
+        """Return `x`, so that a container may call it between its other children."""
         return x
 
 
@@ -115,10 +115,10 @@ def extend_basis(basis: Tensor, rows: Tensor) -> Tensor:
     rest = new - stored @ (stored.mH @ new)
     size = float(torch.linalg.matrix_norm(new, ord=2)) if new.numel() else 0.0
     left, values, _ = torch.linalg.svd(rest, full_matrices=False)
-    return _joined(basis, left[:, values > 1e-5 * max(size, 1e-30)][:, : basis.shape[0] - basis.shape[1]])
+    return _append_columns(basis, left[:, values > 1e-5 * max(size, 1e-30)][:, : basis.shape[0] - basis.shape[1]])
 
 
-def _joined(basis: Tensor, found: Tensor) -> Tensor:
+def _append_columns(basis: Tensor, found: Tensor) -> Tensor:
     """Return `basis` `[s, k]` and behind it the float64 directions `found` `[s, j]`, nearly orthogonal to it."""
     stored = basis.double()
     found = found - stored @ (stored.mH @ found)
@@ -136,11 +136,11 @@ def span_rows(basis: Tensor, rows: Tensor, energy: float) -> Tensor:
     outside = torch.cat([inside[-1:], inside[-1] - inside])
     limit = max(1 - energy, 1e-12) * new.square().sum()
     count = min(int((outside > limit).sum()), basis.shape[0] - basis.shape[1])
-    return _joined(basis, left[:, :count])
+    return _append_columns(basis, left[:, :count])
 
 
 @torch.no_grad()
-def merged_weight(weight: Tensor, experts: Stack, gates: Tensor, scale: float) -> Tensor:
+def merge_into(weight: Tensor, experts: Stack, gates: Tensor, scale: float) -> Tensor:
     """Return `W + s sum_e g_e B_e A_e` `[o, d]` for a linear layer whose routing is the same for every sample.
 
     `gates` `[E]`; only LoRA experts can be merged.
