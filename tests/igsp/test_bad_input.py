@@ -23,6 +23,8 @@ def wrap(model: nn.Module, mode: object = None) -> NullSpaceOptimizer:
             {"target_modules": "*.attention"},
             r"'\*\.attention'\) matches no layer of Layer; its linear layers begin with: 'fc'",
         ),
+        ({"target_modules": None}, r"target_modules=None\): expected a glob pattern"),
+        ({"target_modules": ["fc", 3]}, r"target_modules=\['fc', 3\]\): expected a glob pattern"),
         ({"rank": 17}, r"rank=17\): larger than the layer 'fc' \(32 inputs, 16 outputs\)"),
         ({"rank": 0}, r"rank=0\): expected a whole number of at least 1"),
         ({"kind": "adapter"}, r"kind='adapter'\): expected one of 'lora', 'bottleneck'"),
