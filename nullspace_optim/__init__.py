@@ -24,7 +24,7 @@ from .errors import (
     ShapeError,
     StaleAnchorError,
 )
-from .igsp import IGSP, ExpertReport, LayerReport, Merged, PhaseStatus, TrainableCount
+from .igsp import IGSP, ExpertReport, LayerReport, PhaseStatus, TrainableCount
 from .integrations import unwrap
 from .methods.class_wise import consolidate_classes
 from .methods.forward_scaling import ForwardScaling, shared_directions, trust_regions
@@ -80,7 +80,6 @@ __all__ = [
     "InfLoRA",
     "KeepLoRA",
     "LayerReport",
-    "Merged",
     "ModelNotFoundError",
     "NullSpaceError",
     "NullSpaceOptimizer",

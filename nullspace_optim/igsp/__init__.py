@@ -10,11 +10,10 @@ renamed the method iASP in 2026-07 ("projection in the expert-induced alignment 
 from __future__ import annotations
 
 from ..optimizer.mode import register_mode
-from .merge import Merged
 from .mode import IgspMode
 from .options import IGSP
 from .report import ExpertReport, LayerReport, PhaseStatus, TrainableCount
 
-__all__ = ["IGSP", "ExpertReport", "LayerReport", "Merged", "PhaseStatus", "TrainableCount"]
+__all__ = ["IGSP", "ExpertReport", "LayerReport", "PhaseStatus", "TrainableCount"]
 
 register_mode("igsp", IGSP, IgspMode)

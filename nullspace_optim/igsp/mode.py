@@ -27,7 +27,6 @@ from ..protection.step_hooks import is_zero
 from ..subspace.basis import Extension
 from .bank import CHILD, ExpertBank, install_experts, record_task, report_task
 from .constraints import yield_constraints
-from .merge import Merged, merge
 from .moe.context import Routing
 from .moe.regularization import geom, mass, prices
 from .moe.router import logits
@@ -180,7 +179,7 @@ class IgspMode:
         with all_or_nothing(self.host, self.experts, self.progress), self.param_group.restored_on_error():
             if scope.first_phase:
                 self.settle(f"the task ended after {scope.steps} steps in phase 1")
-            with restored_model(work.model, work.loader), self._collecting(Routing.CURRENT):
+            with restored_model(work.model, work.loader), self._collecting():
                 first, batches = run_batches(work)
             layers = [layer.report() for layer in self.experts.layers]
             for layer in self.experts.layers:
@@ -201,12 +200,12 @@ class IgspMode:
         return report.after(time.perf_counter() - started)
 
     @contextmanager
-    def _collecting(self, routing: Routing, task: int | None = None) -> Iterator[None]:
-        """Collect gate inputs in every layer, routed for the task at work or a finished one."""
+    def _collecting(self) -> Iterator[None]:
+        """Collect gate inputs in every layer, routed for the task at work."""
         scope = self.experts.scope
         scope.collecting = True
         try:
-            with scope.using(routing, task):
+            with scope.using(Routing.CURRENT):
                 yield
         finally:
             scope.collecting = False
@@ -235,29 +234,6 @@ class IgspMode:
             of_samples = torch.tensor([numbers.get(one, -1) for one in name], dtype=torch.int64)
             return scope.using(Routing.SAMPLES, of_samples=of_samples)
         raise OptionError(f"task({name!r}): expected the name of a task, one name (or None) a sample, or None")
-
-    def merge_experts(self, task: str, loader: Any = None, forward: Any = None) -> Merged:
-        """Return weights of a plain model that does for the finished `task` what backbone and experts do.
-
-        Only linear layers with LoRA experts and routing that is the same for every sample are merged; with a `loader`,
-        for every sample of it. Nothing of this model changes.
-
-        Raises:
-            OptionError: no finished task has this name.
-            ConsolidationError: the loader gave no batches.
-        """
-        tasks, layers, model = self.experts.scope.tasks, self.experts.layers, self.host.owner()
-        if task not in tasks:
-            known = ", ".join(map(repr, tasks)) or "none"
-            raise OptionError(f"merge_experts({task!r}): no finished task has this name; known: {known}")
-        number, seen = tasks.index(task), {}
-        try:
-            if loader is not None:
-                with restored_model(model, loader), self._collecting(Routing.TASK, number):
-                    run_batches(LoaderPass(model, {}, loader, task, forward, progress=False))
-        finally:
-            seen = {layer.name: inputs for layer in layers if len(inputs := layer.collect())}
-        return merge(layers, model, task, number, seen)
 
     def status(self) -> PhaseStatus:
         """Return phase, step and reason."""

@@ -32,7 +32,7 @@ class IGSP:
     Experts
         * `target_modules`: glob patterns of module names (`fnmatch`); experts stand parallel to each of these modules
           and read its input. ``"*.mlp"`` is the MLP of every block, both encoders of a CLIP.
-        * `kind`: ``"lora"`` (`B A x`, mergeable) or ``"bottleneck"`` (`B relu(A x + a) + b`, MoE-Adapters).
+        * `kind`: ``"lora"`` (`B A x`) or ``"bottleneck"`` (`B relu(A x + a) + b`, MoE-Adapters).
         * `rank`: rows of `A`, 16 (64 for a bottleneck). `scale`: factor on every expert's output.
         * `candidates`: experts added to each layer for each task (fewer where fewer free directions are left).
 

@@ -72,9 +72,6 @@ class Mode(Protocol):
     def regularization(self) -> Tensor:
         """Return a scalar to add to the loss."""
 
-    def merge_experts(self, task: str, loader: Any = None, forward: Any = None) -> Any:
-        """Return weights of a plain model that computes what this one does for a finished task."""
-
 
 Options = TypeVar("Options")
 MODES: dict[str, tuple[type, Callable[[Any], Mode]]] = {}

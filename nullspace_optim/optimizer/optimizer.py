@@ -141,7 +141,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
 
     @property
     def mode(self) -> Mode:
-        """The mode and its methods: `task`, `status`, `regularization`, `merge_experts`.
+        """The mode and its methods: `task`, `status`, `regularization`.
 
         Raises:
             OptionError: the optimizer has none, it protects the null space of the weights themselves.

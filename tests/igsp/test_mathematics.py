@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 import nullspace_optim.igsp.moe.convergence as convergence
 import nullspace_optim.igsp.moe.pruning as pruning
@@ -16,7 +15,6 @@ from nullspace_optim.igsp.moe.experts import (
     Expert,
     extend_basis,
     fresh_directions,
-    merge_into,
     mix,
     span_rows,
     stack,
@@ -76,16 +74,6 @@ def test_extended_holds_old_and_new_directions_and_keeps_the_old_columns() -> No
     torch.testing.assert_close(rows - rows @ grown @ grown.T, torch.zeros_like(rows), atol=1e-5, rtol=0)
     assert extend_basis(torch.eye(12), rows).shape == (12, 12)
     assert extend_basis(basis, torch.zeros(3, 12)) is basis
-
-
-def test_merge_into_equals_the_layer_with_its_experts() -> None:
-    linear, parts, x = nn.Linear(7, 4), random_stack("lora"), torch.randn(6, 7)
-    gates = torch.softmax(torch.randn(5), dim=0)
-    choice = router.RoutingChoice(torch.arange(5).expand(6, 5), gates.expand(6, 5))
-    expected = linear(x) + mix(x, parts, choice, 0.3)
-    with torch.no_grad():
-        linear.weight.copy_(merge_into(linear.weight, parts, gates, 0.3))
-    torch.testing.assert_close(linear(x), expected)
 
 
 def test_stack_puts_history_first() -> None:

@@ -64,9 +64,6 @@ class HoldBias:
     def regularization(self) -> Tensor:
         return torch.zeros(())
 
-    def merge_experts(self, task: str, loader: Any = None, forward: Any = None) -> Any:
-        return task
-
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +95,6 @@ def test_a_registered_mode_is_called_around_each_step_and_its_penalty_once(closu
     torch.testing.assert_close(model.weight, before["weight"] - 4.5)
     opt.detach()
     assert opt.status()[-1] == "detach"
-    assert opt.mode.merge_experts("x") == "x"
 
 
 @pytest.mark.usefixtures("registry")

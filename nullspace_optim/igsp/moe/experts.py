@@ -137,13 +137,3 @@ def span_rows(basis: Tensor, rows: Tensor, energy: float) -> Tensor:
     limit = max(1 - energy, 1e-12) * new.square().sum()
     count = min(int((outside > limit).sum()), basis.shape[0] - basis.shape[1])
     return _append_columns(basis, left[:, :count])
-
-
-@torch.no_grad()
-def merge_into(weight: Tensor, experts: Stack, gates: Tensor, scale: float) -> Tensor:
-    """Return `W + s sum_e g_e B_e A_e` `[o, d]` for a linear layer whose routing is the same for every sample.
-
-    `gates` `[E]`; only LoRA experts can be merged.
-    """
-    update = torch.einsum("e,ero,erd->od", gates.double(), experts["up"].double(), experts["down"].double())
-    return (weight.double() + scale * update).to(weight.dtype)
