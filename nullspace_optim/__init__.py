@@ -22,7 +22,6 @@ from .errors import (
 )
 from .igsp import IGSP
 from .integrations import unwrap
-from .optimizer.mode import MODES
 from .optimizer.optimizer import NullSpaceOptimizer
 from .policies import OSF, SGP, Energy, FixedRank, NumericalRank, Policy, TailEnergy
 from .report import ConsolidationReport, ParameterReport, VerifyReport
@@ -54,5 +53,3 @@ __all__ = [
     "unwrap",
 ]
 __version__ = "0.1.0"
-
-MODES["igsp"] = IGSP

@@ -1,4 +1,4 @@
-"""All experts of one model: a silent child module, and the forward hooks that consult it."""
+"""All experts of one model: a child module without state dict entries, and the forward hooks that run it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from ..model.loader import LoaderPass
 from ..report import ParameterReport
 from ..subspace.basis import Fate
 from ..verification.probes import record_probe
+from .moe.context import RoutingContext
 from .moe.experts import Stateless
-from .moe.layer import ExpertLayer, RoutingContext
+from .moe.layer import ExpertLayer
 from .moe.sites import find_target_modules, refuse_narrow
 from .options import IGSP
 from .report import ExpertReport, LayerReport, TrainableCount
@@ -40,6 +41,7 @@ class ExpertBank(Stateless):
         """Take the hooks and this module away from `model`."""
         for handle in self.handles:
             handle.remove()
+        self.handles.clear()
         model._modules.pop(CHILD, None)
 
     def count(self) -> tuple[int, int]:
@@ -62,12 +64,12 @@ def install_experts(model: nn.Module, options: IGSP) -> ExpertBank:
             f"{type(model).__name__} already carries experts (its attribute '{CHILD}'): detach() the optimizer that "
             "put them there, or take an unchanged copy of the model"
         )
-    sites, scope = find_target_modules(model, options.patterns), RoutingContext()
+    sites, scope = find_target_modules(model, options.patterns), RoutingContext(options.warm)
     refuse_narrow(sites, options.width)
     layers = [ExpertLayer(site, options, scope, number, _device(site.module)) for number, site in enumerate(sites)]
     bank = ExpertBank(layers, scope)
     for site, layer in zip(sites, layers):
-        bank.handles.append(site.module.register_forward_hook(layer.attend, with_kwargs=True))
+        bank.handles.append(site.module.register_forward_hook(layer.add_experts, with_kwargs=True))
     bank.train(model.training)
     model.add_module(CHILD, bank)
     return bank
@@ -93,7 +95,13 @@ def record_task(
 
 
 def report_task(
-    bank: ExpertBank, work: LoaderPass, batches: int, layers: list[LayerReport], trained: TrainableCount, reason: str
+    bank: ExpertBank,
+    work: LoaderPass,
+    batches: int,
+    layers: list[LayerReport],
+    trained: TrainableCount,
+    reason: str,
+    options: IGSP,
 ) -> ExpertReport:
     """Return the report of a task whose experts have been frozen."""
     experts, routers = bank.count()
@@ -111,7 +119,7 @@ def report_task(
         seconds=0.0,
         bytes=stored,
         transient_bytes=0,
-        warnings=tuple(_warnings(layers)),
+        warnings=tuple([*_warnings(layers), *_phase_warnings(layers, trained, options)]),
         layers=tuple(layers),
         trainable=trained,
         reason=reason,
@@ -135,3 +143,15 @@ def _warnings(layers: list[LayerReport]) -> list[str]:
             "choose a smaller rank"
         )
     return found
+
+
+def _phase_warnings(layers: list[LayerReport], trained: TrainableCount, options: IGSP) -> list[str]:
+    if trained.second_steps:
+        return []
+    steps, cap = trained.first_steps, max(1, trained.first_steps // 3)
+    pruned, candidates = (sum(getattr(layer, name) for layer in layers) for name in ("pruned", "candidates"))
+    keep = "; on_cap='prune' then prunes where routers have not converged as well" if options.on_cap == "keep" else ""
+    return [
+        f"phase 1 took all {steps} steps of the task (cap={options.cap}): phase 2 never ran, {pruned} of {candidates} "
+        f"candidates were pruned; set IGSP(cap=...) to at most a third of a task's steps, here {cap}{keep}"
+    ]

@@ -1,4 +1,4 @@
-"""What training keeps fixed, as bases for the optimizer's own protection."""
+"""Constraints on training, as bases for the optimizer's own protection."""
 
 from __future__ import annotations
 

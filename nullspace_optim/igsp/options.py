@@ -1,7 +1,7 @@
-"""`IGSP`: the options of the mode. Every choice that the paper's abstract leaves open is one of them, default ours.
+"""`IGSP`: the options of the mode. Choices that the paper's abstract leaves open are options or constants of ours.
 
-Source: iGSP (arXiv 2605.19301), whose text gives no constant; structure of the experts after MoE-Adapters4CL (Yu et al.
-2024).
+Source: iGSP (arXiv 2605.19301), of which only the abstract could be read (2026-11); it gives no formula and no
+constant. Structure of the experts after MoE-Adapters4CL (Yu et al. 2024).
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import OptionError
-from ..optimizer.mode import Mode
 from ..options import check_choice, check_number
 
 CHOICES = {
     "kind": ("lora", "bottleneck"),
-    "gate": ("mean", "first"),
     "gate_scale": ("none", "width"),
     "router": ("per-task", "shared"),
     "regularization": ("mass", "geom", "both", "none"),
@@ -24,7 +22,7 @@ CHOICES = {
     "orthogonal": ("input", "both", "structural", "none"),
     "router_after": ("frozen", "train"),
 }
-WHOLE = {"rank": 1, "candidates": 1, "top_k": 1, "window": 1, "patience": 1, "cap": 1, "seed": 0}
+WHOLE = {"rank": 1, "candidates": 1, "top_k": 1, "window": 1, "cap": 1, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -32,8 +30,8 @@ class IGSP:
     """Options of ``mode=IGSP(...)``; ``mode="igsp"`` takes the defaults.
 
     Experts
-        * `layers`: glob patterns of module names (`fnmatch`); experts stand parallel to each of these modules and read
-          its input. ``"*.mlp"`` is the MLP of every block, both encoders of a CLIP.
+        * `target_modules`: glob patterns of module names (`fnmatch`); experts stand parallel to each of these modules
+          and read its input. ``"*.mlp"`` is the MLP of every block, both encoders of a CLIP.
         * `kind`: ``"lora"`` (`B A x`) or ``"bottleneck"`` (`B relu(A x + a) + b`, MoE-Adapters).
         * `rank`: rows of `A`, 16 (64 for a bottleneck). `scale`: factor on every expert's output.
         * `candidates`: experts added to each layer for each task (fewer where fewer free directions are left).
@@ -41,28 +39,27 @@ class IGSP:
     Routing
         * `top_k`: experts a sample may use in one layer. `noise`: standard deviation of the noise on the logits in
           phase 1 (0.7 is the initial value of MoE-Adapters' learned one).
-        * `gate`: what decides about a sample: the ``"mean"`` of its tokens or the ``"first"`` one (MoE-Adapters; with a
-          causal mask the first text token knows nothing of the text). `gate_scale`: ``"none"`` as in MoE-Adapters (a
-          step of Adam moves a logit by about `d` times the rate), or ``"width"``, divided by `sqrt(d)`: slower routing,
-          in which candidates share the samples for long.
+        * `gate_scale` of the router's input, the mean of a sample's tokens: ``"none"`` as in MoE-Adapters (a step of
+          Adam moves a logit by about `d` times the rate), or ``"width"``, divided by `sqrt(d)`: slower routing, in
+          which candidates share the samples for long.
         * `router`: ``"per-task"``, and prototypes where no task is named; or one ``"shared"`` router for all tasks,
           whose logits stay what they were on the share `shared_energy` of what it saw in finished tasks (0: it drifts).
-        * `outlier`: standard deviations beyond which a sample belongs to no prototype and runs the plain backbone.
+          Prototypes leave a sample that lies 3 standard deviations out to the plain backbone.
 
     Phase 1, subspace identification
         * `warmup`: first steps, in which routers stay and noise alone spreads the samples, so that candidates have
           learned something before they are judged; a tenth of `cap` if None.
         * `regularization`: ``"mass"`` (share of routing that goes to candidates), ``"geom"`` (share of a candidate's
-          energy outside the historical output space), ``"both"``, ``"none"``; `strength` is its factor, and with
-          `warm_down` it falls linearly to zero at `cap`. `price` of the `j`-th of `m` candidates in ``"mass"``:
-          ``"graded"``, `j / m`, so that one is filled before the next, or ``"flat"``, 1.
+          energy outside the historical output space), ``"both"``, ``"none"``; `strength` is its factor. `price` of the
+          `j`-th of `m` candidates in ``"mass"``: ``"graded"``, `j / m`, so that one is filled before the next, or
+          ``"flat"``, 1.
         * `threshold`: experts with less routing are pruned; if None, half of an equal share (see
-          `pruning.keep_above`); or `coverage`: the smallest set of experts with so much routing is kept instead.
-          `flow_decay`: of the running mean of the routing.
-        * Convergence, in windows of `window` steps: Jaccard index of top-k sets at least `agreement` and
-          KL divergence of mean probabilities below `divergence` plus what two windows of other samples differ by
-          anyway, `(E - 1) / n` (see `router.chance_divergence`), `patience` windows in a row. After `cap` steps (20 %
-          of MTIL's 1,000) phase 1 ends anyhow; a layer that has not converged then keeps all experts (`on_cap="keep"`).
+          `pruning.keep_above`).
+        * Convergence, in windows of `window` steps: Jaccard index of top-k sets at least .95 and KL divergence of mean
+          probabilities below `divergence` plus what two windows of other samples differ by anyway, `(E - 1) / n` (see
+          `convergence.chance_divergence`), 2 windows in a row. After `cap` steps (20 % of MTIL's 1,000) phase 1 ends
+          anyhow; a layer that has not converged then keeps all experts (`on_cap="keep"`). Choose `cap` at most a third
+          of the steps of a task: a task that ends in phase 1 has no phase 2.
 
     Phase 2, orthogonal subspace fine-tuning
         * `orthogonal`: which changes of a surviving expert stay orthogonal to the historical subspace: rows of `A`
@@ -77,30 +74,23 @@ class IGSP:
         OptionError: names the option, the value found and what is allowed.
     """
 
-    layers: str | tuple[str, ...] = "*.mlp"
+    target_modules: str | tuple[str, ...] = "*.mlp"
     kind: Literal["lora", "bottleneck"] = "lora"
     rank: int | None = None
     scale: float = 1.0
     candidates: int = 4
     top_k: int = 2
     noise: float = 0.7
-    gate: Literal["mean", "first"] = "mean"
     gate_scale: Literal["none", "width"] = "none"
     router: Literal["per-task", "shared"] = "per-task"
     shared_energy: float = 0.99
-    outlier: float = 3.0
     regularization: Literal["mass", "geom", "both", "none"] = "mass"
     price: Literal["graded", "flat"] = "graded"
     strength: float = 0.1
-    warm_down: bool = False
     warmup: int | None = None
     threshold: float | None = None
-    coverage: float | None = None
-    flow_decay: float = 0.9
     window: int = 20
-    agreement: float = 0.95
     divergence: float = 1e-3
-    patience: int = 2
     cap: int = 200
     on_cap: Literal["keep", "prune"] = "keep"
     orthogonal: Literal["input", "both", "structural", "none"] = "input"
@@ -109,8 +99,11 @@ class IGSP:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.patterns or not all(isinstance(pattern, str) and pattern for pattern in self.patterns):
-            raise OptionError(f"IGSP(layers={self.layers!r}): expected a glob pattern of module names, or several")
+        listed = isinstance(self.target_modules, (str, tuple, list)) and self.patterns
+        if not listed or not all(isinstance(pattern, str) and pattern for pattern in listed):
+            raise OptionError(
+                f"IGSP(target_modules={self.target_modules!r}): expected a glob pattern of module names, or several"
+            )
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed, owner="IGSP")
         for name, least in WHOLE.items():
@@ -120,34 +113,23 @@ class IGSP:
         for name, low, high, closed in (
             ("scale", 0.0, 1e6, ""),
             ("noise", 0.0, 100.0, "low"),
-            ("outlier", 0.0, 1e6, ""),
             ("strength", 0.0, 1e6, "low"),
-            ("flow_decay", 0.0, 1.0, "low"),
-            ("agreement", 0.0, 1.0, "low high"),
             ("shared_energy", 0.0, 1.0, "low high"),
             ("divergence", 0.0, 1e6, ""),
         ):
             check_number(self, name, getattr(self, name), low, high, closed=closed)
-        for name in ("threshold", "coverage", "lr"):
+        for name in ("threshold", "lr"):
             if getattr(self, name) is not None:
                 check_number(self, name, getattr(self, name), 0.0, 1.0)
         if self.warmup is not None and (type(self.warmup) is not int or not 0 <= self.warmup < self.cap):
             raise OptionError(
                 f"IGSP(warmup={self.warmup!r}, cap={self.cap}): expected a whole number below cap, or None"
             )
-        if self.threshold is not None and self.coverage is not None:
-            raise OptionError("IGSP(threshold=..., coverage=...): two rules of pruning, give one of them")
-
-    def build(self) -> Mode:
-        """Return a new mode with these options."""
-        from .mode import IgspMode
-
-        return IgspMode(self)
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """`layers` as a tuple."""
-        return (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+        """`target_modules` as a tuple."""
+        return (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)
 
     @property
     def width(self) -> int:
@@ -163,6 +145,6 @@ class IGSP:
 
     @property
     def structure(self) -> dict[str, object]:
-        """What experts in a file must agree with."""
-        names = ("kind", "router", "gate", "gate_scale", "scale")
-        return {**{name: getattr(self, name) for name in names}, "rank": self.width}
+        """Choices that experts in a file must agree with; `gate`, the mean of a sample's tokens, was an option once."""
+        names = ("kind", "router", "gate_scale", "scale")
+        return {**{name: getattr(self, name) for name in names}, "gate": "mean", "rank": self.width}

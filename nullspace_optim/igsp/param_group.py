@@ -1,4 +1,4 @@
-"""The parameter group of the task at work in the wrapped optimizer: what enters, what leaves, whose state goes."""
+"""Parameter group of the current task's experts in the wrapped optimizer."""
 
 from __future__ import annotations
 
@@ -58,8 +58,22 @@ class ExpertParamGroup:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """What the group holds now."""
+        """The parameters that train now."""
         return list(self.group["params"])
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Run the block; on any error give the group its parameters and their state back."""
+        before = self.parameters
+        states = {parameter: self.base.state[parameter] for parameter in before if parameter in self.base.state}
+        try:
+            yield
+        except BaseException:
+            for parameter in self.parameters:
+                self.base.state.pop(parameter, None)
+            self.group["params"][:] = before
+            self.base.state.update(states)
+            raise
 
     @property
     def count(self) -> int:
@@ -72,11 +86,11 @@ class ExpertParamGroup:
         return any(p.grad is not None for p in self.parameters)
 
     def others(self, base: Optimizer) -> list[Tensor]:
-        """Return the parameters of `base` that are not ours: the backbone."""
+        """Return the parameters of `base` outside the group: the backbone."""
         return [p for group in base.param_groups if not group.get(MARK) for p in group["params"]]
 
     def refresh(self, bank: ExpertBank) -> None:
-        """Let the group hold exactly what trains now; delete the optimizer state of what left."""
+        """Make the group hold exactly what trains now; delete the optimizer state of what left."""
         wanted = [p for layer in bank.layers for p in layer.trainable().values()]
         stay = {id(p) for p in wanted}
         group = self.group
@@ -86,18 +100,18 @@ class ExpertParamGroup:
         group["params"][:] = wanted
 
     @contextmanager
-    def following(self, layer: ExpertLayer, kept: Tensor) -> Iterator[None]:
+    def carry_state(self, layer: ExpertLayer, kept: Tensor) -> Iterator[None]:
         """Give the optimizer state of the rows `kept` `[E]` of a layer's router to the router that replaces it."""
         old = layer.router
         yield
         state = self.base.state.get(old)
         if layer.router is not old and state and layer.router.requires_grad:
-            rows = _rows(state, old, kept)
+            rows = _select_rows(state, old, kept)
             if rows is not None:
                 self.base.state[layer.router] = rows
 
 
-def _rows(state: dict[str, Any], old: nn.Parameter, kept: Tensor) -> dict[str, Any] | None:
+def _select_rows(state: dict[str, Any], old: nn.Parameter, kept: Tensor) -> dict[str, Any] | None:
     """Return `state` restricted to the rows `kept`; None if it holds tensors of another shape (it then starts anew)."""
     found = {}
     for key, value in state.items():

@@ -1,4 +1,4 @@
-"""What the mode tells: its status, and the report of a finished task. Plain values that print as text."""
+"""Reports of the mode: its status, and a finished task. Plain values that print as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..report import ConsolidationReport
 
 @dataclass(frozen=True)
 class PhaseStatus:
-    """Where the mode is: `phase` 1 or 2 (of the task at work), steps in it, and why it began.
+    """Phase of the task at work: `phase` 1 or 2, steps in it, and the reason why it began.
 
     `trainable` counts parameters that train now. By layer: `converged` is the step at which its router had converged
     (None: not yet), `flow` the running mean of the routing to every expert, as of phase 1, historical ones first.

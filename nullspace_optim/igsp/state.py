@@ -1,4 +1,4 @@
-"""The mode as plain JSON values and tensors, and back: what basis files and checkpoints hold of it.
+"""The mode as plain JSON values and tensors, and back: its part of basis files and checkpoints.
 
 Tensor keys, `i` being the number of the layer: ``i/inputs``, ``i/outputs``, ``i/gates`` (bases),
 ``i/history/<part>`` `[H, ...]`, ``i/fresh/<e>/<part>``, ``i/router`` `[E, d + 1]`, ``i/watch/<sum>``,
@@ -10,39 +10,57 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import BasisFileError
+from ..optimizer.mode import Host
 from ..subspace.basis import Extension
+from .bank import ExpertBank
 from .moe.convergence import Convergence, ConvergenceMonitor
 from .moe.experts import PARTS, Expert, shapes
 from .moe.layer import ExpertLayer, TaskRouter
 from .moe.router import Prototype
+from .options import IGSP
+from .report import TrainableCount
 
 SUMS = ("flow", "origin", "centre", "window", "previous")
 SOURCE = "the experts in this file or checkpoint"
 
 
-def pack_state(mode: Any) -> Extension:
-    """Return record and tensors of an `IgspMode`; the tensors share memory with it."""
-    scope, tensors = mode.experts.scope, {}
+@dataclass
+class Progress:
+    """Trainable parameters and steps of the task at work, and the reason why its phase began."""
+
+    trained: TrainableCount
+    reason: str
+
+    def count_step(self, first_phase: bool) -> None:
+        """Count a step of one phase."""
+        name = "first_steps" if first_phase else "second_steps"
+        self.trained = replace(self.trained, **{name: getattr(self.trained, name) + 1})
+
+
+def pack_state(bank: ExpertBank, options: IGSP, progress: Progress) -> Extension:
+    """Return record and tensors of all experts; the tensors share memory with them."""
+    scope, trained, tensors = bank.scope, progress.trained, {}
     layers = []
-    for number, layer in enumerate(mode.experts.layers):
+    for number, layer in enumerate(bank.layers):
         layers.append(_describe(layer))
         tensors.update({f"{number}/{key}": value.detach() for key, value in _tensors(layer).items()})
     record: dict[str, object] = {
         "mode": "igsp",
-        "options": repr(mode.options),
-        "structure": mode.options.structure,
+        "options": repr(options),
+        "structure": options.structure,
         "tasks": list(scope.tasks),
         "steps": scope.steps,
         "first_phase": scope.first_phase,
-        "counts": list(mode.counts),
-        "phase_steps": list(mode.phase_steps),
-        "reason": mode.reason,
+        "counts": [trained.first, trained.second],
+        "phase_steps": [trained.first_steps, trained.second_steps],
+        "reason": progress.reason,
         "layers": layers,
     }
     return Extension(record, tensors)
@@ -73,44 +91,43 @@ def _tensors(layer: ExpertLayer) -> dict[str, Tensor]:
     return found
 
 
-def restore_state(mode: Any, extension: Extension) -> None:
-    """Let an `IgspMode` become what `pack_state` described.
+def restore_state(bank: ExpertBank, options: IGSP, progress: Progress, extension: Extension) -> None:
+    """Make experts and progress what `pack_state` described.
 
     Raises:
         BasisFileError: the experts belong to another architecture or to other options; nothing was changed.
     """
-    record = extension.record
-    layers = mode.experts.layers
+    record: Any = extension.record
     try:
-        _compare(record, mode)
-        prepared = [_prepared(layer, record, number, extension) for number, layer in enumerate(layers)]
-        scope: Any = {key: record[key] for key in ("tasks", "steps", "first_phase")}
-        counts, phase_steps = ([int(n) for n in record[key]] for key in ("counts", "phase_steps"))  # type: ignore[attr-defined]
-        tasks = [str(name) for name in scope["tasks"]]
+        _compare(record, bank, options)
+        prepared = [_read_layer(layer, record, number, extension) for number, layer in enumerate(bank.layers)]
+        tasks, steps, first_phase = [str(name) for name in record["tasks"]], int(record["steps"]), record["first_phase"]
+        counts, taken = ([int(n) for n in record[key]] for key in ("counts", "phase_steps"))
+        trained, reason = TrainableCount(counts[0], counts[1], taken[0], taken[1]), str(record["reason"])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise BasisFileError(f"{SOURCE} are damaged or foreign ({error!r})") from error
-    for layer, contents in zip(layers, prepared):
-        for name, value in contents.items():
-            setattr(layer, name, value)
-        if mode.options.orthogonal == "structural" and not scope["first_phase"]:
+    for layer, contents in zip(bank.layers, prepared):
+        layer.replace(contents)
+        if options.orthogonal == "structural" and not first_phase:
             for expert in layer.fresh:
                 expert.down.requires_grad_(False)
-    mode.experts.scope.__dict__.update(tasks=tasks, steps=int(scope["steps"]), first_phase=bool(scope["first_phase"]))
-    mode.counts, mode.phase_steps, mode.reason, mode.by_hand = counts, phase_steps, str(record["reason"]), False
+    bank.scope.tasks = tasks
+    bank.scope.move_to(steps, bool(first_phase))
+    progress.trained, progress.reason = trained, reason
 
 
-def _compare(record: Any, mode: Any) -> None:
+def _compare(record: Any, bank: ExpertBank, options: IGSP) -> None:
     """Refuse experts of other layers or other options, with what was found and what is here."""
-    here = [(layer.name, *layer.widths) for layer in mode.experts.layers]
+    here = [(layer.name, *layer.widths) for layer in bank.layers]
     there = [(entry["name"], *entry["widths"]) for entry in record["layers"]]
     if here != there:
         pair = next((pair for pair in zip(there, here) if pair[0] != pair[1]), None)
         found, wanted = ("'{}' ({} -> {})".format(*entry) for entry in pair) if pair else (len(there), len(here))
         detail = f"{found} there, {wanted} here" if pair else f"{found} layers there, {wanted} here"
         raise BasisFileError(
-            f"{SOURCE} were made for another architecture: {detail}; use the model and IGSP(layers=...) of that run"
+            f"{SOURCE} were made for another architecture: {detail}; use the model and the target_modules of that run"
         )
-    structure = mode.options.structure
+    structure = options.structure
     wrong = [f"{key}={record['structure'][key]!r} there, {value!r} here" for key, value in structure.items()
              if record["structure"][key] != value]  # fmt: skip
     if wrong:
@@ -119,8 +136,8 @@ def _compare(record: Any, mode: Any) -> None:
         )
 
 
-def _prepared(layer: ExpertLayer, record: Any, number: int, extension: Extension) -> dict[str, Any]:
-    """Return the attributes that `layer` is to take over, each checked."""
+def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extension) -> dict[str, Any]:
+    """Return the contents that `layer` is to take over, each checked."""
     entry, device, options = record["layers"][number], layer.router.device, layer.options
     inputs, outputs = layer.widths
     sizes = shapes(options.kind, options.width, inputs, outputs)
@@ -179,40 +196,23 @@ def _prepared(layer: ExpertLayer, record: Any, number: int, extension: Extension
     }
 
 
-TABLES = ("_parameters", "_buffers", "_modules")
-
-
 @contextmanager
-def all_or_nothing(mode: Any) -> Iterator[None]:
-    """Run the block; on any error put everything that a mode changes back, object by object, and raise it again."""
-    bank, trainees, host = mode.experts, mode.trainees, mode.host
-    modules = [(module, _contents(module)) for module in bank.modules()]
+def all_or_nothing(host: Host, bank: ExpertBank, progress: Progress) -> Iterator[None]:
+    """Run the block; on any error put experts, progress and the host's bases back as they were, and raise it again."""
+    layers = [(layer, layer.contents()) for layer in bank.layers]
     flags = [(parameter, parameter.requires_grad) for parameter in bank.parameters()]
-    group, state = list(trainees.group["params"]), {p: trainees.base.state.get(p) for p in trainees.parameters}
-    scope, store, parameters = dict(bank.scope.__dict__), host.store.copy(), dict(host.parameters)
-    scope["tasks"] = list(bank.scope.tasks)
-    own = {key: value for key, value in mode.__dict__.items() if key not in ("host", "bank", "trainees")}
-    own["counts"], own["phase_steps"] = list(mode.counts), list(mode.phase_steps)
+    tasks, steps, first_phase = list(bank.scope.tasks), bank.scope.steps, bank.scope.first_phase
+    trained, reason = progress.trained, progress.reason
+    store, parameters = host.store.copy(), dict(host.parameters)
     try:
         yield
     except BaseException:
-        for module, contents in modules:
-            module.__dict__.clear()
-            module.__dict__.update(contents)
+        for layer, contents in layers:
+            layer.replace(contents)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for parameter in trainees.parameters:
-            trainees.base.state.pop(parameter, None)
-        trainees.group["params"][:] = group
-        trainees.base.state.update({p: s for p, s in state.items() if s is not None})
-        bank.scope.__dict__.update(scope)
-        mode.__dict__.update(own)
+        bank.scope.tasks = tasks
+        bank.scope.move_to(steps, first_phase)
+        progress.trained, progress.reason = trained, reason
         host.take(store, parameters)
         raise
-
-
-def _contents(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes of a module with copies of its tables and lists."""
-    contents = dict(module.__dict__)
-    contents.update({name: contents[name].copy() for name in TABLES})
-    return {name: list(value) if isinstance(value, list) else value for name, value in contents.items()}

@@ -63,7 +63,7 @@ class Engine:
         self._warn_unguarded(base)
         self.follow_replaced()
         if self.mode is not None:
-            self.mode.before_step(base)
+            self.protection.held = self.mode.before_step(base)
         return self.protection.before_step(base, args, kwargs)
 
     def after_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -177,6 +177,7 @@ class Engine:
             self.base_handles.append(base.register_step_post_hook(self.after_step))
         if self.mode is not None:
             self.mode.attach(self)
+            self.protection.amend = self.mode.add_penalty
 
     def detach(self) -> None:
         """Remove every hook from bases, model and parameters."""
@@ -188,6 +189,8 @@ class Engine:
             handle.remove()
         self.base_handles.clear()
         self.model_handles.clear()
+        if self.mode is not None:
+            self.mode.detach()
 
     @contextmanager
     def unedited(self) -> Iterator[None]:

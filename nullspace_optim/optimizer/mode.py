@@ -1,21 +1,20 @@
-"""What a mode is: an object that the optimizer calls around each step and after each task, found by name.
+"""Modes: objects that the optimizer calls around each step and after each task.
 
-`__init__` fills the registry, so that a mode and `optimizer` never import each other. Plain null-space protection is
-the absence of a mode.
+The package of a mode registers it, so that a mode and `optimizer` never import each other. Plain null-space protection
+is the absence of a mode.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import OptionError
 from ..model.loader import LoaderPass
-from ..protection.step_hooks import Protection
 from ..report import ConsolidationReport
 from ..subspace.basis import BasisStore, Extension
 
@@ -23,37 +22,38 @@ NULL_SPACE = "null-space"
 
 
 class Host(Protocol):
-    """What a mode may use of the optimizer it serves."""
+    """The parts of an optimizer that its mode may use."""
 
     bases: list[Optimizer]
     store: BasisStore
-    protection: Protection
     parameters: dict[str, Tensor]
-    base_handles: list[Any]
 
     def owner(self) -> nn.Module:
         """Return the model."""
 
-    def trainable(self) -> dict[str, Tensor]:
-        """Return the trainable parameters of the model that the bases own, by name."""
-
     def take(self, store: BasisStore, parameters: dict[str, Tensor]) -> None:
-        """Guard what `store` keeps."""
+        """Protect what `store` keeps of `parameters`."""
 
 
 class Mode(Protocol):
-    """The five methods of an optimizer's life, and the three that a user calls through the optimizer."""
+    """The life of a mode beside an optimizer, and what a user asks of it through `opt.mode`."""
 
     def attach(self, host: Host) -> None:
-        """Begin to serve `host` (after construction, and again for a copy)."""
+        """Begin to serve `host`: after construction, and again for a copy."""
 
-    def before_step(self, base: Optimizer) -> None:
-        """Called before each step of `base`, before gradients are hidden."""
+    def detach(self) -> None:
+        """Take everything away that `attach` added to model and optimizer."""
+
+    def before_step(self, base: Optimizer) -> list[Tensor]:
+        """Return the parameters that the coming step of `base` must leave as they are."""
+
+    def add_penalty(self) -> None:
+        """Add the gradient of a penalty; called once all gradients of a step are there, before any is hidden."""
 
     def after_step(self, base: Optimizer) -> None:
-        """Called after each step of `base`, after weights were corrected."""
+        """Note a step of `base`, after weights were corrected."""
 
-    def consolidated(self, work: LoaderPass) -> ConsolidationReport:
+    def consolidate(self, work: LoaderPass) -> ConsolidationReport:
         """Finish the task at work; all or nothing."""
 
     @property
@@ -67,34 +67,34 @@ class Mode(Protocol):
         """Run the model for one finished task, for the task of each sample, or for none in particular."""
 
     def status(self) -> Any:
-        """Tell what the mode is doing and why."""
+        """Return the present phase and the reason for it."""
 
     def regularization(self) -> Tensor:
         """Return a scalar to add to the loss."""
 
 
-@runtime_checkable
-class ModeOptions(Protocol):
-    """Options of a mode, which can build it."""
-
-    def build(self) -> Mode:
-        """Return a new mode with these options."""
+Options = TypeVar("Options")
+MODES: dict[str, tuple[type, Callable[[Any], Mode]]] = {}
 
 
-MODES: dict[str, Callable[[], ModeOptions]] = {}
+def register_mode(name: str, options: type[Options], build: Callable[[Options], Mode]) -> None:
+    """Register a mode: ``mode=name`` takes the default `options`, and an instance of `options` is a mode as well."""
+    MODES[name] = options, build
 
 
-def built(mode: str | ModeOptions) -> Mode | None:
-    """Return the mode that the argument ``mode=`` asks for, None for plain null-space protection.
+def build_mode(mode: object) -> Mode | None:
+    """Return a new mode for the argument ``mode=``, None for plain null-space protection.
 
     Raises:
         OptionError: no mode of this name.
     """
-    if mode == NULL_SPACE:
+    if isinstance(mode, str) and mode == NULL_SPACE:
         return None
     if isinstance(mode, str) and mode in MODES:
-        return MODES[mode]().build()
-    if isinstance(mode, ModeOptions) and not isinstance(mode, type):
-        return mode.build()
+        options, build = MODES[mode]
+        return build(options())
+    for options, build in MODES.values():
+        if isinstance(mode, options):
+            return build(mode)
     known = ", ".join(map(repr, (NULL_SPACE, *MODES)))
     raise OptionError(f"mode={mode!r}: expected one of {known}, or options such as IGSP(rank=8)")

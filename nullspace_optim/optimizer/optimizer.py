@@ -50,7 +50,7 @@ from ..verification.verify import (
 )
 from .checks import facts_of
 from .engine import Engine, check_bases
-from .mode import Mode, ModeOptions, built
+from .mode import Mode, build_mode
 from .torch_optimizer import WrappedOptimizer
 
 
@@ -86,7 +86,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         base: Optimizer | Sequence[Optimizer],
         model: nn.Module | None = None,
         *,
-        mode: str | ModeOptions = "null-space",
+        mode: object = "null-space",
         policy: Policy | None = None,
         project: Project = "update",
         precision: Precision = "exact",
@@ -99,7 +99,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
     ) -> None:
         bases: list[Any] = list(base) if isinstance(base, (list, tuple)) else [base]
         check_bases(bases)
-        chosen = built(mode)
+        chosen = build_mode(mode)
         if chosen is not None and world_size() > 1:
             raise OptionError(
                 f"mode={mode!r} runs in one process so far: its phases would not advance together on all ranks; use "
@@ -142,6 +142,17 @@ class NullSpaceOptimizer(WrappedOptimizer):
         """
         return self._core.owner()
 
+    @property
+    def mode(self) -> Mode:
+        """The mode and its methods: `task`, `status`, `regularization`.
+
+        Raises:
+            OptionError: the optimizer has none, it protects the null space of the weights themselves.
+        """
+        if self._core.mode is None:
+            raise OptionError("this needs a mode with experts: NullSpaceOptimizer(base, model, mode='igsp')")
+        return self._core.mode
+
     def consolidate(
         self,
         loader: Iterable[Any],
@@ -182,7 +193,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
             self.model, parameters, loader, task, forward, max_batches, progress, core.outside(self.model)
         )
         if core.mode is not None:
-            return self._announced(core.mode.consolidated(work))
+            return self._announced(core.mode.consolidate(work))
         with torch.inference_mode(False), core.protection.exactly(), core.evaluated() as moment:  # bases outlive a mode
             grown, report = consolidate(work, core.store, core.options, core.recent, communicator())
             core.take(grown, parameters)
@@ -207,7 +218,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         Raises:
             OptionError: the optimizer has no mode; in a forward pass: not one name a sample.
         """
-        return self._mode("task").task(name)
+        return self.mode.task(name)
 
     def status(self) -> Any:
         """Return the phase of the mode, the step it is at and why it changed last (prints as text).
@@ -215,7 +226,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         Raises:
             OptionError: the optimizer has no mode.
         """
-        return self._mode("status").status()
+        return self.mode.status()
 
     def regularization(self) -> Tensor:
         """Return the mode's penalty on the forward passes since the last step, a scalar to add to the loss.
@@ -225,12 +236,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         Raises:
             OptionError: the optimizer has no mode.
         """
-        return self._mode("regularization").regularization()
-
-    def _mode(self, asked: str) -> Mode:
-        if self._core.mode is None:
-            raise OptionError(f"{asked}() needs a mode with experts: NullSpaceOptimizer(base, model, mode='igsp')")
-        return self._core.mode
+        return self.mode.regularization()
 
     def measure(
         self,

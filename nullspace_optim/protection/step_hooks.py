@@ -125,7 +125,6 @@ class Protection:
         if self.held and not _marks_writes(base):
             self._copies = [(parameter, parameter.detach().clone()) for parameter in self.held]
         if closure is None:
-            self.amend()
             self._prepare(mine, project=self.options.project == "gradient")
         self._idle = _idle(base)
         self._second_weights = bool(state_keys(base))
@@ -298,7 +297,8 @@ class Protection:
         return [guard for guard in self.guards.values() if any(id(p) in ids for p in guard.members)]
 
     def _prepare(self, guards: Iterable[Guard], project: bool) -> None:
-        """Hide the gradients of held and immovable parameters and, if asked, project those of protected ones."""
+        """Amend gradients, hide those of held and immovable parameters, project those of protected ones if asked."""
+        self.amend()
         for parameter in self.held:
             if parameter.grad is not None:
                 self._hidden.append((parameter, parameter.grad))
@@ -333,7 +333,6 @@ class Protection:
                 self.put_back()
             loss = closure()
             with torch.no_grad():
-                self.amend()
                 self._touched |= _with_gradient(guards)
                 self._prepare(guards, project)
             return loss

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from nullspace_optim.verification.displacement import Displacement
 from torch import nn
 from torch.optim import SGD
 
@@ -17,6 +16,7 @@ from nullspace_optim.errors import ConsolidationError
 from nullspace_optim.model.loader import LoaderPass
 from nullspace_optim.settings import Settings
 from nullspace_optim.subspace.basis import BasisStore
+from nullspace_optim.verification.verify import RecentSamples
 
 
 class BesideAnEmptyRank(Alone):
@@ -28,7 +28,7 @@ class BesideAnEmptyRank(Alone):
 
     def all_gather_object(self, value: Any) -> list[Any]:
         self.gathered.append(value)
-        return [0 if isinstance(value, int) else {}, value]
+        return [(0, 0) if isinstance(value, tuple) else {}, value]
 
     def broadcast_object(self, source: int, value: Any) -> Any:
         self.sources.append(source)
@@ -55,11 +55,11 @@ def test_counts_first_samples_and_spectra_travel_through_the_communicator(policy
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
     batches = [torch.randn(8, 6), torch.randn(8, 6)]
     ranks = BesideAnEmptyRank()
-    grown, report = consolidate(task(model, batches), BasisStore(), Settings(policy=policy), Displacement(), ranks)
+    grown, report = consolidate(task(model, batches), BasisStore(), Settings(policy=policy), RecentSamples(), ranks)
     assert ranks.gathered[0] == 2 and ranks.sources == [1], "the rank with batches gives the first samples"
     assert report.batches == 2
     assert len(ranks.gathered) == (2 if policy.joint else 1)
-    alone, _ = consolidate(task(model, batches), BasisStore(), Settings(policy=policy), Displacement(), Alone())
+    alone, _ = consolidate(task(model, batches), BasisStore(), Settings(policy=policy), RecentSamples(), Alone())
     assert {name: basis.rank for name, basis in grown.items()} == {name: basis.rank for name, basis in alone.items()}
     assert torch.equal(grown["0.weight"].U, alone["0.weight"].U)
 

@@ -130,6 +130,6 @@ def test_a_missing_task_a_wrong_bound_and_a_mode_are_refused() -> None:
         opt.prune({"one": [ONE], "two": [TWO]}, bound=1.5)
     assert opt.bases["weight"].U is before or torch.equal(opt.bases["weight"].U, before)
     model = nn.Sequential(nn.Linear(4, 4))
-    experts = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model, mode=IGSP(layers="0", rank=2))
+    experts = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model, mode=IGSP(target_modules="0", rank=2))
     with pytest.raises(OptionError, match="a mode prunes its experts itself"):
         experts.prune({})

@@ -67,9 +67,9 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def imported_files(path: Path) -> Iterator[str]:
-    """Yield the modules that `path` imports when it is loaded."""
+    """Yield the modules that `path` imports, anywhere in it."""
     modules = {dotted(p) for p in MODULES}
-    for name in imported_names(path, tree_of(path).body):
+    for name in imported_names(path, ast.walk(tree_of(path))):
         found = name if name in modules else name.rpartition(".")[0]
         if found != dotted(path):
             yield found

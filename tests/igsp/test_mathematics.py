@@ -137,12 +137,11 @@ def test_top_k_takes_all_experts_if_there_are_fewer() -> None:
 
 def test_the_gate_input_is_one_vector_a_sample_with_a_constant() -> None:
     x = torch.randn(4, 6, 9, dtype=torch.bfloat16)
-    mean = router.gate_input(x, "mean")
+    mean = router.gate_input(x)
     torch.testing.assert_close(mean[:, :-1], x.float().mean(dim=1))
     assert mean[:, -1].tolist() == [3.0] * 4 and mean.dtype == torch.float32
-    assert torch.equal(router.gate_input(x, "first")[:, :-1], x[:, 0].float())
-    torch.testing.assert_close(3 * router.gate_input(x, "mean", "width"), mean)
-    alone = torch.cat([router.gate_input(sample[None], "mean") for sample in x])
+    torch.testing.assert_close(3 * router.gate_input(x, "width"), mean)
+    alone = torch.cat([router.gate_input(sample[None]) for sample in x])
     torch.testing.assert_close(alone, mean)
 
 
@@ -189,11 +188,11 @@ def test_a_router_that_stands_still_has_converged_a_drifting_one_has_not() -> No
             moved += drift * torch.randn(4, 9)
             if step % 3 == 0:
                 watch.judge(moved, step)
-        assert watch.settled() is settled
+        assert watch.done is settled
         if settled:
             strict = convergence.Convergence()
             for step, jaccard, kl in watch.convergence.curve:
-                strict.judge(step, jaccard, kl, 0.95, 1e-3, 2)
+                strict.judge(step, jaccard, kl, 1e-3)
             assert strict.at is None  # without what chance does it would never have passed
 
 
@@ -202,7 +201,7 @@ def test_convergence_needs_agreeing_windows_in_a_row() -> None:
     for step, (jaccard, kl) in enumerate(
         [(1.0, 1e-5), (0.9, 1e-5), (1.0, 1e-5), (1.0, 1e-2), (1.0, 1e-5), (1.0, 1e-5)]
     ):
-        state.judge(20 * step, jaccard, kl, 0.95, 1e-3, 2)
+        state.judge(20 * step, jaccard, kl, 1e-3)
     assert state.at == 100 and len(state.curve) == 6
     assert convergence.Convergence.of(state.plain) == state
 
@@ -216,8 +215,6 @@ def test_pruning_keeps_what_carries_flow() -> None:
     assert pruning.keep_above(mixed, None, "layer", 2).tolist() == [True] * 4 + [False, False]
     many = torch.cat([torch.full((40,), 0.022), torch.tensor([0.1, 0.02])])
     assert pruning.keep_above(many, None, "layer", 2)[40:].tolist() == [False, False], "not by the size of the history"
-    assert pruning.keep_coverage(flow, 0.9).tolist() == [True, True, False, False]
-    assert pruning.keep_coverage(flow, 0.95).tolist() == [True, True, True, False]
 
 
 @pytest.mark.fault(112)
@@ -234,12 +231,12 @@ def test_pruning_never_removes_the_last_expert() -> None:
 
 def test_prototypes_name_the_task_of_each_sample_and_leave_strangers_alone() -> None:
     centres = torch.randn(3, 16) * 4
-    tasks = [router.prototype(centre + torch.randn(200, 16), 3.0) for centre in centres]
+    tasks = [router.prototype(centre + torch.randn(200, 16)) for centre in centres]
     stacked = router.Prototype(*(torch.stack(parts) for parts in zip(*tasks)))
     inputs = torch.cat([centres + 0.1 * torch.randn(3, 16), torch.full((1, 16), 60.0)])
     found = router.nearest(inputs, *stacked)
     assert found.tolist() == [0, 1, 2, -1]
     alone = [int(router.nearest(row[None], *stacked)) for row in inputs]
     assert alone == found.tolist(), "the batch has no influence"
-    few = router.prototype(torch.randn(1, 16), 3.0)
+    few = router.prototype(torch.randn(1, 16))
     assert all(bool(torch.isfinite(part).all()) for part in few)

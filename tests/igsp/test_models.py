@@ -92,7 +92,7 @@ def test_a_shared_router_keeps_experts_of_a_tower_no_later_task_reaches() -> Non
 
 def test_experts_beside_linear_layers_by_name_in_multi_head_attention_blocks() -> None:
     model = small_clip()
-    mode = IGSP(layers="*resblocks.*.mlp.c_fc", rank=2, cap=3)
+    mode = IGSP(target_modules="*resblocks.*.mlp.c_fc", rank=2, cap=3)
     opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-4), model, mode=mode)
     for step in range(5):
         clip_step(model, opt, step)
@@ -101,7 +101,9 @@ def test_experts_beside_linear_layers_by_name_in_multi_head_attention_blocks() -
 
 def test_samples_are_told_from_tokens_where_the_batch_is_the_second_axis() -> None:
     block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=False, dropout=0.0)
-    opt = NullSpaceOptimizer(AdamW(block.parameters(), lr=1e-3), block, mode=IGSP(layers="linear1", rank=2, cap=3))
+    opt = NullSpaceOptimizer(
+        AdamW(block.parameters(), lr=1e-3), block, mode=IGSP(target_modules="linear1", rank=2, cap=3)
+    )
     for _ in range(8):
         block(torch.randn(5, 3, 16)).square().mean().backward()
         opt.step()
@@ -154,14 +156,14 @@ def test_a_sequential_model_hands_its_result_through() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
     x = torch.randn(4, 6)
     before = model(x).detach()
-    NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model, mode=IGSP(layers="0", rank=2))
+    NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model, mode=IGSP(target_modules="0", rank=2))
     assert torch.equal(model(x), before) and list(model.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_autocast_and_other_dtypes(dtype: torch.dtype) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
-    opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model, mode=IGSP(layers="0", rank=2, cap=3))
+    opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model, mode=IGSP(target_modules="0", rank=2, cap=3))
     if dtype is torch.float64:
         model.double()
     for step in range(6):
@@ -182,7 +184,7 @@ def test_activation_checkpointing_draws_the_same_noise() -> None:
     for reentrant in (None, False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
-        opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model, mode=IGSP(layers="0", rank=2))
+        opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model, mode=IGSP(target_modules="0", rank=2))
         for step in range(4):
             x = torch.randn(5, 8, generator=torch.Generator().manual_seed(step)).requires_grad_()
             out = model(x) if reentrant is None else checkpoint(model, x, use_reentrant=reentrant)

@@ -267,7 +267,7 @@ def test_regularization_by_hand_replaces_the_automatic_one() -> None:
 
 @pytest.mark.parametrize("kind", ["mass", "geom", "both", "none"])
 def test_every_kind_of_regularization_trains(kind: str) -> None:
-    model, opt = make(regularization=kind, warm_down=True)
+    model, opt = make(regularization=kind)
     for place, name in ((0, "one"), (1, "two")):
         train(model, opt, SyntheticTask(place), 15)
         opt.consolidate(SyntheticTask(place).loader(), name=name, progress=False)

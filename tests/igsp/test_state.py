@@ -14,6 +14,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from nullspace_optim import IGSP, BasisFileError, NullSpaceOptimizer
+from nullspace_optim.files import basis_file
+from nullspace_optim.subspace.basis import Extension
 
 MOMENTS = [("phase 1", 7), ("mid-window", 33), ("phase 2", 330)]
 
@@ -109,7 +111,7 @@ def test_experts_of_another_architecture_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BasisFileError, match=r"another architecture: 'fc' \(32 -> 16\) there, 'fc' \(48 -> 16\) here"):
         other.load(tmp_path / "f")
     two = nn.Sequential(Layer(), Layer(16, 16))
-    other = NullSpaceOptimizer(AdamW(two.parameters(), lr=1e-4), two, mode=IGSP(**{**QUICK, "layers": "*.fc"}))
+    other = NullSpaceOptimizer(AdamW(two.parameters(), lr=1e-4), two, mode=IGSP(**{**QUICK, "target_modules": "*.fc"}))
     with pytest.raises(BasisFileError, match="another architecture"):
         other.load(tmp_path / "f")
     _, other = make(rank=4)
@@ -141,8 +143,6 @@ def test_a_checkpoint_without_its_experts_is_refused() -> None:
 
 
 def test_a_damaged_record_is_one_error(tmp_path: Path) -> None:
-    from nullspace_optim.subspace.basis import Extension
-
     _, opt, _ = history(7)
     good = opt._core.mode.state
     for key in ("tasks", "layers", "structure", "steps"):
@@ -152,3 +152,35 @@ def test_a_damaged_record_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(BasisFileError, match="damaged or foreign"):
         opt._core.mode.state = Extension(good.record, {**good.tensors, "0/router": torch.zeros(1, 33)})
     assert opt.status().step == 7
+
+
+OLD = Path(__file__).resolve().parents[1] / "data" / "igsp_layers.safetensors"
+
+
+def test_a_file_from_before_target_modules_loads_and_goes_on(tmp_path: Path) -> None:
+    """Written with ``IGSP(layers="fc", gate="mean", ...)``: one task of one expert, 7 steps into the second."""
+    record = basis_file.load(OLD).extension.record
+    assert "layers='fc'" in record["options"] and record["structure"]["gate"] == "mean"
+    model, opt = make(rank=2, candidates=1)
+    opt.load(OLD)
+    assert opt.status().finished == ("one",) and (opt.status().task, opt.status().step) == (2, 7)
+    parts, x = opt.mode.experts.layers[0].history, SyntheticTask(0).inputs(7)
+    with torch.no_grad(), opt.task("one"):
+        expert = x @ parts["down"][0].T @ parts["up"][0]
+        assert float(expert.norm()) > 0.1
+        torch.testing.assert_close(model(x), nn.functional.linear(x, model.fc.weight, model.fc.bias) + expert)
+    train(model, opt, SyntheticTask(2), 3, first=7)
+    assert opt.status().step == 10
+    opt.save(tmp_path / "new")
+    new = basis_file.load(tmp_path / "new").extension.record
+    assert "target_modules='fc'" in new["options"] and new["structure"] == record["structure"]
+
+
+def test_a_file_whose_routers_read_the_first_token_is_refused() -> None:
+    """``gate="first"`` was an option once; its routers would route by other inputs now."""
+    _model, opt = make(rank=2, candidates=1)
+    extension = basis_file.load(OLD).extension
+    record = {**extension.record, "structure": {**extension.record["structure"], "gate": "first"}}
+    with pytest.raises(BasisFileError, match="gate='first' there, 'mean' here"):
+        opt.mode.state = Extension(record, extension.tensors)
+    assert opt.status().finished == ()

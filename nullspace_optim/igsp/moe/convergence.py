@@ -1,4 +1,4 @@
-"""What phase 1 observes of one layer's routing: the flow to each expert, and whether the router has settled."""
+"""Observation of one layer's routing in phase 1: the flow to each expert, and the convergence of its router."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from . import router
 from .experts import Stateless
 from .router import FLOOR, RoutingChoice
 
+DECAY = 0.9  # of the running means, by step
+AGREEMENT = 0.95  # least Jaccard index of the top-k sets of two windows that agree
+PATIENCE = 2  # windows in a row that must agree
 KEPT_INPUTS = 64  # forwards since the last step whose gate inputs the regularization sees
 
 
@@ -62,9 +65,9 @@ class ConvergenceMonitor(Stateless):
             return
         total, size = torch.stack(self.sums).sum(dim=0), len(self.flow)
         self.sums = []
-        decay, count, seen = self.options.flow_decay, total[2 * size], total[size : 2 * size + 1]
-        self.flow = decay * self.flow + (1 - decay) * total[:size] / count
-        self.centre = decay * self.centre + (1 - decay) * total[2 * size + 1 :] / count
+        count, seen = total[2 * size], total[size : 2 * size + 1]
+        self.flow = DECAY * self.flow + (1 - DECAY) * total[:size] / count
+        self.centre = DECAY * self.centre + (1 - DECAY) * total[2 * size + 1 :] / count
         self.window = seen if self.window is None else self.window + seen
 
     @torch.no_grad()
@@ -79,7 +82,7 @@ class ConvergenceMonitor(Stateless):
             jaccard = float(agreement(*scores, options.top_k))
             kl = float(divergence(now, self.previous))
             most = options.divergence + chance_divergence(len(now), float(self.window[-1]))
-            self.convergence.judge(step, jaccard, kl, options.agreement, most, options.patience)
+            self.convergence.judge(step, jaccard, kl, most)
         self.previous, self.window, self.origin = now, None, weight.detach().clone()
 
     @property
@@ -98,7 +101,8 @@ class ConvergenceMonitor(Stateless):
         constant = router.constant(len(self.centre) - 1, self.options.gate_scale)
         return self.centre * (constant / self.centre[-1].clamp_min(torch.finfo(self.centre.dtype).tiny))
 
-    def settled(self) -> bool:
+    @property
+    def done(self) -> bool:
         """True if the layer need not be waited for: it has converged, or nothing reaches it."""
         return self.convergence.at is not None or not self.seen
 
@@ -127,21 +131,22 @@ def chance_divergence(experts: int, samples: float) -> float:
 
 @dataclass
 class Convergence:
-    """Whether one layer's router has settled: `at` is the step, None before.
+    """Convergence of one layer's router: `at` is the step, None before.
 
-    Settled when for `patience` windows in a row the top-k sets agree (Jaccard index) and the mean probabilities stay
-    (KL divergence to the window before). `curve` holds (step, Jaccard, KL) of every window that could be compared.
+    A router has converged when for `PATIENCE` windows in a row the top-k sets agree (Jaccard index) and the mean
+    probabilities stay (KL divergence to the window before). `curve` holds (step, Jaccard, KL) of every window that
+    could be compared.
     """
 
     streak: int = 0
     at: int | None = None
     curve: tuple[tuple[int, float, float], ...] = ()
 
-    def judge(self, step: int, jaccard: float, kl: float, least: float, most: float, patience: int) -> None:
-        """Take one more window into account: Jaccard index at least `least`, KL divergence below `most`."""
+    def judge(self, step: int, jaccard: float, kl: float, most: float) -> None:
+        """Take one more window into account; its KL divergence must be below `most`."""
         self.curve = (*self.curve, (step, jaccard, kl))
-        self.streak = self.streak + 1 if jaccard >= least and kl < most else 0
-        if self.at is None and self.streak >= patience:
+        self.streak = self.streak + 1 if jaccard >= AGREEMENT and kl < most else 0
+        if self.at is None and self.streak >= PATIENCE:
             self.at = step
 
     @property

@@ -25,7 +25,7 @@ PARTS = {"lora": ("down", "up"), "bottleneck": ("down", "up", "down_bias", "up_b
 
 
 class Stateless(nn.Module):
-    """A module that neither writes nor expects keys in a state dict, and hands its input on when it is called."""
+    """Identity module without state dict entries."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         return
@@ -34,7 +34,7 @@ class Stateless(nn.Module):
         return
 
     def forward(self, x: Any) -> Any:
-        """Return `x`: a container that calls its children in order is not disturbed."""
+        """Return `x`, so that a container may call it between its other children."""
         return x
 
 

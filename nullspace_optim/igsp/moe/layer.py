@@ -6,43 +6,24 @@ the layer it stands beside: `output + sum_e p_e f_e(input)`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ...errors import OptionError
 from ..options import IGSP
 from ..report import LayerReport
 from . import pruning, router
+from .context import Routing, RoutingContext
 from .convergence import ConvergenceMonitor
 from .experts import PARTS, Expert, Stack, Stateless, extend_basis, fresh_directions, mix, shapes, span_rows, stack
 from .router import Prototype, RoutingChoice, nearest, prototype
 from .sites import TargetModule
 
-CURRENT, AGNOSTIC, PLAIN, GIVEN = -1, -2, -3, -4
-
-
-@dataclass
-class RoutingContext:
-    """What all layers share: names of the finished tasks, which routing is asked for, and the step that seeds noise.
-
-    `chosen` is the number of a finished task, CURRENT, AGNOSTIC, PLAIN or GIVEN; None leaves it to the situation:
-    CURRENT in training, and in evaluation once the task at work has taken a step, otherwise the task finished last.
-    GIVEN takes the number of each sample's task from `of_samples`, -1 for none.
-    """
-
-    tasks: list[str] = field(default_factory=list)
-    chosen: int | None = None
-    of_samples: tuple[int, ...] = ()
-    steps: int = 0
-    first_phase: bool = True
-    collecting: bool = False
-
-    def warming(self, options: IGSP) -> bool:
-        """True while samples are spread by noise alone, before routers and penalty begin to act."""
-        return self.first_phase and self.steps < options.warm
+REPLACED = ("inputs", "outputs", "gates", "floor", "router", "fresh", "finished", "watch", "members", "candidates")
 
 
 class TaskRouter(Stateless):
@@ -95,6 +76,17 @@ class ExpertLayer(Stateless):
         self.router = nn.Parameter(torch.zeros(0, site.inputs + 1, device=device))
         self.watch = ConvergenceMonitor(options, self.router)
         self.collected: list[Tensor] = []
+
+    def contents(self) -> dict[str, Any]:
+        """Return what a task, its end and a file replace, by attribute: the objects themselves, not copies."""
+        histories = [f"history_{part}" for part in PARTS[self.options.kind]]
+        return {name: getattr(self, name) for name in (*REPLACED, *histories)}
+
+    def replace(self, contents: Mapping[str, Any]) -> None:
+        """Take over `contents` as `contents()` returns them; gate inputs that were collected are forgotten."""
+        for name, value in contents.items():
+            setattr(self, name, value)
+        self.collected = []
 
     @property
     def history(self) -> Stack:
@@ -159,8 +151,6 @@ class ExpertLayer(Stateless):
             kept = torch.zeros_like(flow, dtype=torch.bool)
         elif self.watch.convergence.at is None and options.on_cap == "keep":
             kept = torch.ones_like(flow, dtype=torch.bool)
-        elif options.coverage is not None:
-            kept = pruning.keep_coverage(flow, options.coverage)
         else:
             kept = pruning.keep_above(flow, options.threshold, self.name, len(self.fresh))
         if options.router == "shared":
@@ -214,7 +204,7 @@ class ExpertLayer(Stateless):
         collected, self.collected = self.collected, []
         return torch.cat(collected) if collected else self.router.new_zeros(0, self.widths[0] + 1)
 
-    def finish(self, outlier: float) -> None:
+    def finish(self) -> None:
         """End the task: freeze the fresh experts, extend the bases by their directions, keep the router."""
         collected = self.collect()
         if len(collected) and len(self.router) and self.options.router == "shared" and self.options.shared_energy:
@@ -225,7 +215,8 @@ class ExpertLayer(Stateless):
             collected = self.router.new_zeros(1, self.widths[0] + 1)
         numbers = [*self.members, *range(self.size, self.size + len(self.fresh))]
         known = torch.tensor(numbers, dtype=torch.int64, device=self.router.device)
-        self.finished.append(TaskRouter(self.router, known, prototype(collected[:, :-1], outlier)))
+        done = TaskRouter(self.router, known, prototype(collected[:, :-1]))
+        self.finished = nn.ModuleList([*self.finished, done])
         for expert in self.fresh:
             assert isinstance(expert, Expert)
             self.inputs = extend_basis(self.inputs, expert.down)
@@ -234,17 +225,26 @@ class ExpertLayer(Stateless):
             setattr(self, f"history_{part}", value.detach())
         self.fresh = nn.ModuleList()
 
-    def attend(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook of the layer: add what the chosen experts say about its input."""
-        chosen = self._situation()
-        if chosen == PLAIN or (chosen == CURRENT and not len(self.router)):
+    def add_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook of the layer: add the gated outputs of the chosen experts.
+
+        torch.compile traces it in phase 2 and in evaluation. Phase 1 runs eagerly: it draws seeded noise and appends to
+        lists, which would be compiled again in every step.
+        """
+        routing, task = self._routing()
+        if routing is Routing.BACKBONE or (routing is Routing.CURRENT and not len(self.router)):
             return output
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        exploring = routing is Routing.CURRENT and self.scope.first_phase
+        add = self._add_eagerly if exploring or self.scope.collecting else self._add
+        return add(x, output, routing, task)
+
+    def _add(self, x: Tensor, output: Any, routing: Routing, task: int | None) -> Any:
         x = x.transpose(0, 1) if self.batch_axis == 1 and x.ndim == 3 else x
-        inputs = router.gate_input(x, self.options.gate, self.options.gate_scale)
+        inputs = router.gate_input(x, self.options.gate_scale)
         if self.scope.collecting:
             self.collected.append(inputs)
-        experts, choice = self._route(inputs, chosen)
+        experts, choice = self._route(inputs, routing, task)
         if choice is None:
             return output
         added = mix(x, experts, choice, self.options.scale)
@@ -253,35 +253,43 @@ class ExpertLayer(Stateless):
             return (output[0] + added.to(output[0].dtype), *output[1:])
         return output + added.to(output.dtype)
 
-    def _situation(self) -> int:
-        if self.scope.chosen is not None:
-            return self.scope.chosen
-        if self.training or torch.is_grad_enabled() or self.scope.steps:
-            return CURRENT
-        return len(self.scope.tasks) - 1 if self.scope.tasks else PLAIN
+    @_disable_dynamo
+    def _add_eagerly(self, x: Tensor, output: Any, routing: Routing, task: int | None) -> Any:
+        return self._add(x, output, routing, task)
 
-    def _route(self, inputs: Tensor, chosen: int) -> tuple[Stack, RoutingChoice | None]:
-        if chosen == CURRENT:
-            return self.current_experts(), self._current(inputs)
+    def _routing(self) -> tuple[Routing, int | None]:
+        """Return the routing of this forward pass, and the number of its task if that is a finished one."""
+        scope = self.scope
+        if scope.routing is not Routing.AUTOMATIC:
+            return scope.routing, scope.task
+        if self.training or torch.is_grad_enabled() or scope.begun:
+            return Routing.CURRENT, None
+        return (Routing.TASK, len(scope.tasks) - 1) if scope.tasks else (Routing.BACKBONE, None)
+
+    def _route(self, inputs: Tensor, routing: Routing, task: int | None) -> tuple[Stack, RoutingChoice | None]:
+        if routing is Routing.CURRENT:
+            return self.current_experts(), self._route_current(inputs)
+        tasks = self._tasks_of_samples(inputs) if routing is Routing.SAMPLES else None
         if self.options.router == "shared":
-            return self._shared(inputs, self._given(inputs) if chosen == GIVEN else None)
-        if chosen in (AGNOSTIC, GIVEN):
-            return self.history, self._of_samples(inputs, self._given(inputs) if chosen == GIVEN else None)
-        return self.history, self._of_task(inputs, chosen)
+            return self._route_shared(inputs, tasks)
+        if task is not None:
+            return self.history, self._route_task(inputs, task)
+        return self.history, self._route_samples(inputs, tasks)
 
-    def _given(self, inputs: Tensor) -> Tensor:
+    def _tasks_of_samples(self, inputs: Tensor) -> Tensor:
         """Return the number of each sample's task as it was named, -1 for none: `[n]`, int64.
 
         Raises:
             OptionError: another number of samples than of names.
         """
-        names = self.scope.of_samples
-        if len(names) != len(inputs):
+        numbers = self.scope.of_samples
+        assert numbers is not None
+        if len(numbers) != len(inputs):
             raise OptionError(
-                f"task([...]) names the tasks of {len(names)} samples, but layer '{self.name}' sees {len(inputs)}; "
+                f"task([...]) names the tasks of {len(numbers)} samples, but layer '{self.name}' sees {len(inputs)}; "
                 "give one name a sample, and images and prompts in contexts of their own"
             )
-        return torch.tensor(names, device=inputs.device)
+        return numbers.to(inputs.device)
 
     def current_experts(self) -> Stack:
         """Return the experts of the task at work: its members of the history, then the fresh ones."""
@@ -290,28 +298,32 @@ class ExpertLayer(Stateless):
             history = {part: value[self.members] for part, value in history.items()}
         return stack(self.fresh, self.options.kind, history)
 
-    def _current(self, inputs: Tensor) -> RoutingChoice:
+    def _route_current(self, inputs: Tensor) -> RoutingChoice:
         scores = router.logits(inputs, self.router)
-        if self.scope.warming(self.options) and self.training:  # noise alone decides
+        return self._explore(inputs, scores) if self.scope.first_phase else router.top_k(scores, self.options.top_k)
+
+    def _explore(self, inputs: Tensor, scores: Tensor) -> RoutingChoice:
+        """Choose experts in phase 1; a training forward does so with noise, and its choice is noted."""
+        if self.scope.warming and self.training:  # noise alone decides
             scores = torch.zeros_like(scores)
             if self.size and len(self.fresh):
                 scores[:, len(self.members) :] = self._head_start()
         noisy = scores
-        if self.scope.first_phase and self.training and self.options.noise:
+        if self.training and self.options.noise:
             noisy = scores + router.noise(
                 scores, self.options.noise, self.options.seed, len(self.scope.tasks), self.scope.steps, self.number
             )
         choice = router.top_k(noisy, self.options.top_k)
-        if self.scope.first_phase and torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             self.watch.take(inputs, scores, choice)
         return choice
 
-    def _of_task(self, inputs: Tensor, task: int) -> RoutingChoice | None:
+    def _route_task(self, inputs: Tensor, task: int) -> RoutingChoice:
         record = self.record(task)
         choice = router.top_k(router.logits(inputs, record.weight), self.options.top_k)
         return RoutingChoice(record.experts[choice.experts], choice.gates)
 
-    def _of_samples(self, inputs: Tensor, tasks: Tensor | None) -> RoutingChoice | None:
+    def _route_samples(self, inputs: Tensor, tasks: Tensor | None) -> RoutingChoice | None:
         """Route each sample with the router of its task in `tasks` `[n]`, with gates 0 where that is -1.
 
         None: the task whose prototype the sample resembles, if there is one.
@@ -325,21 +337,20 @@ class ExpertLayer(Stateless):
         experts = inputs.new_zeros(len(inputs), self.options.top_k, dtype=torch.int64)
         gates = inputs.new_zeros(len(inputs), self.options.top_k)
         for number in range(len(records)):
-            choice = self._of_task(inputs, number)
-            assert choice is not None
+            choice = self._route_task(inputs, number)
             mine, width = (tasks == number).unsqueeze(1), choice.gates.shape[1]
             experts[:, :width] = torch.where(mine, choice.experts, experts[:, :width])
             gates[:, :width] = torch.where(mine, choice.gates, gates[:, :width])
         return RoutingChoice(experts, gates)
 
-    def _shared(self, inputs: Tensor, tasks: Tensor | None) -> tuple[Stack, RoutingChoice | None]:
+    def _route_shared(self, inputs: Tensor, tasks: Tensor | None) -> tuple[Stack, RoutingChoice | None]:
         """Route by the one router of all tasks, as it is now; samples whose task is -1 in `tasks` `[n]` get gates 0."""
         experts, choice = self.history, None
-        if self.scope.steps:
+        if self.scope.begun:
             experts = self.current_experts()
             choice = router.top_k(router.logits(inputs, self.router), self.options.top_k)
         elif len(self.finished):
-            choice = self._of_task(inputs, len(self.finished) - 1)
+            choice = self._route_task(inputs, len(self.finished) - 1)
         if choice is not None and tasks is not None:
             choice = RoutingChoice(choice.experts, choice.gates * (tasks >= 0).unsqueeze(1))
         return experts, choice

@@ -1,7 +1,7 @@
-"""Which experts a task keeps, decided by routing probability.
+"""Pruning: the experts that a task keeps, by routing probability.
 
 With `y = sum_e p_e f_e(x)` the gradient that reaches expert `e` is `E[p_e J_e^T dL/dy]`: the mean gate `pi_e` bounds
-it, so it tells how much of the task flows through the expert (the abstract's "gradient flow indicator").
+it, so it measures how much of the task flows through the expert (the abstract's "gradient flow indicator").
 """
 
 from __future__ import annotations
@@ -33,13 +33,4 @@ def keep_above(flow: Tensor, threshold: float | None, where: str, candidates: in
             f"{len(flow)} routing probabilities is {float(flow.max()):.3g}); nothing was removed, lower "
             "IGSP(threshold=...)"
         )
-    return kept
-
-
-def keep_coverage(flow: Tensor, coverage: float) -> Tensor:
-    """Return a mask `[E]` of the smallest set of experts that holds the share `coverage` of `flow` `[E]`."""
-    order = flow.argsort(descending=True)
-    before = flow[order].cumsum(0) - flow[order]
-    kept = torch.zeros(len(flow), dtype=torch.bool, device=flow.device)
-    kept[order] = before < coverage * flow.sum()
     return kept

@@ -1,4 +1,4 @@
-"""Routing: which experts a sample uses, and whether a router has settled. Pure functions and one small counter.
+"""Routing: the experts of each sample, the prototypes of tasks and the rows of a shared router. Pure functions.
 
 Shapes: gate inputs `[n, d + 1]` (one vector a sample and a constant), a router's weight `[E, d + 1]`, logits `[n, E]`,
 a `RoutingChoice` of `k` experts a sample `[n, k]`. Decisions are made sample by sample: no sample's result depends
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-6
+OUTLIER = 3.0  # standard deviations of the distance from its prototype beyond which a sample belongs to no task
 
 
 class RoutingChoice(NamedTuple):
@@ -23,19 +24,18 @@ class RoutingChoice(NamedTuple):
     gates: Tensor
 
 
-def gate_input(x: Tensor, gate: str, gate_scale: str = "none") -> Tensor:
+def gate_input(x: Tensor, gate_scale: str = "none") -> Tensor:
     """Return the vector `[n, d + 1]` that decides about each sample of `x` `[n, ..., d]`, in float32 and detached.
 
-    ``"mean"`` of the tokens, or the ``"first"`` token, and the constant `sqrt(d)`, so that one expert can be preferred
-    for all inputs even where these have mean zero. With ``gate_scale="width"`` all is divided by `sqrt(d)`: a step
-    of Adam then moves a logit by about `sqrt(d)` times the rate instead of `d` times. Detached: the router learns, the
-    features do not learn to be routed.
+    The mean of the tokens (with a causal mask the first token depends on nothing but itself) and the constant
+    `sqrt(d)`, so that one expert can be preferred for all inputs even where these have mean zero. With
+    ``gate_scale="width"`` all is divided by `sqrt(d)`: a step of Adam then moves a logit by about `sqrt(d)` times the
+    rate instead of `d` times. Detached: the router learns, the features do not learn to be routed.
     """
-    tokens = x.detach().reshape(len(x), -1, x.shape[-1])
-    chosen = (tokens[:, 0] if gate == "first" else tokens.mean(dim=1, dtype=torch.float32)).float()
+    mean = x.detach().reshape(len(x), -1, x.shape[-1]).mean(dim=1, dtype=torch.float32)
     if gate_scale == "width":
-        chosen = chosen / x.shape[-1] ** 0.5
-    return torch.cat([chosen, chosen.new_full((len(x), 1), constant(x.shape[-1], gate_scale))], dim=1)
+        mean = mean / x.shape[-1] ** 0.5
+    return torch.cat([mean, mean.new_full((len(x), 1), constant(x.shape[-1], gate_scale))], dim=1)
 
 
 def constant(width: int, gate_scale: str) -> float:
@@ -54,7 +54,7 @@ def head_start(history: int, candidates: int, deviation: float) -> float:
 
 
 def logits(inputs: Tensor, weight: Tensor) -> Tensor:
-    """Return `x W^T` `[n, E]` in float32, whatever autocast says."""
+    """Return `x W^T` `[n, E]` in float32, under autocast as well."""
     with torch.autocast(inputs.device.type, enabled=False):
         return inputs @ weight.float().mT
 
@@ -88,8 +88,8 @@ class Prototype(NamedTuple):
     limit: Tensor
 
 
-def prototype(inputs: Tensor, outlier: float) -> Prototype:
-    """Return the prototype of gate inputs `[n, d]`; `limit` is mean + `outlier` standard deviations of their distance.
+def prototype(inputs: Tensor) -> Prototype:
+    """Return the prototype of gate inputs `[n, d]`; `limit` is mean + `OUTLIER` standard deviations of their distance.
 
     With few samples the variances are drawn towards their mean, as if `d / 16` more samples had that variance, so that
     a dimension in which ten prompts agree by chance does not exclude the eleventh.
@@ -102,7 +102,7 @@ def prototype(inputs: Tensor, outlier: float) -> Prototype:
     spread = (raw + prior * raw.mean() / max(n, 1)) / (n + prior) + FLOOR
     distances = _distance(inputs, centre, spread)
     deviation = distances.std(unbiased=False)
-    limit = distances.mean() + outlier * torch.maximum(deviation, 0.1 * distances.mean())
+    limit = distances.mean() + OUTLIER * torch.maximum(deviation, 0.1 * distances.mean())
     return Prototype(centre.float(), spread.float(), limit.float())
 
 

@@ -1,4 +1,4 @@
-"""Which layers get experts: found by name pattern, measured by the linear maps inside."""
+"""Modules that get experts: found by name pattern, measured by the linear maps inside."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def find_target_modules(model: nn.Module, patterns: Iterable[str]) -> list[Targe
         linear = [name for name, module in named.items() if isinstance(module, nn.Linear)]
         some = ", ".join(f"'{name}'" for name in linear[:6])
         raise OptionError(
-            f"IGSP(layers={patterns if len(patterns) > 1 else patterns[0]!r}) matches no layer of "
+            f"IGSP(target_modules={patterns if len(patterns) > 1 else patterns[0]!r}) matches no layer of "
             f"{type(model).__name__}; its linear layers begin with: {some or 'none'}. Give a pattern of these names or "
             "of the blocks around them"
         )
@@ -65,14 +65,14 @@ def _site(name: str, module: nn.Module, model: nn.Module) -> TargetModule:
     inner = [part for part in module.modules() if isinstance(part, nn.Linear)]
     if not inner:
         raise OptionError(
-            f"IGSP(layers=...): '{name}' ({type(module).__name__}) holds no torch.nn.Linear, so its width is unknown; "
-            "choose linear layers or blocks made of them"
+            f"IGSP(target_modules=...): '{name}' ({type(module).__name__}) holds no torch.nn.Linear, so its width is "
+            "unknown; choose linear layers or blocks made of them"
         )
     return TargetModule(name, module, inner[0].in_features, inner[-1].out_features, _batch_axis(name, model))
 
 
 def _batch_axis(name: str, model: nn.Module) -> int:
-    """Return 1 inside modules that say ``batch_first=False`` (older open_clip, `nn.Transformer`), else 0."""
+    """Return 1 inside modules with ``batch_first=False`` (older open_clip, `nn.Transformer`), else 0."""
     parts = name.split(".")
     for depth in range(len(parts), -1, -1):
         module = model.get_submodule(".".join(parts[:depth]))
