@@ -223,7 +223,7 @@ def test_used_embedding_rows_are_fixed_and_the_others_free(sparse: bool) -> None
         optimizer.consolidate([torch.tensor([used])], progress=False)
         assert optimizer.bases["embedding.weight"].rank == (3, 5)[task - 1]
         before = model.embedding.weight.detach().clone()
-        train(optimizer, model, torch.randint(0, 20, (16, 4)), 20)
+        train_on(optimizer, model, torch.randint(0, 20, (16, 4)), 20)
         now = model.embedding.weight.detach()
         assert torch.equal(now[used], before[used])
         assert torch.equal(now[[7, 3, 5]], start[[7, 3, 5]])
@@ -239,7 +239,7 @@ def test_tied_embedding_and_head_keep_both_constraints() -> None:
     optimizer.consolidate([tokens], progress=False)
     assert set(optimizer.bases["embedding.weight"].subspaces) == {"rows", "right"}
     before, start = model(tokens).detach(), model.embedding.weight.detach().clone()
-    train(optimizer, model, torch.randint(5, 20, (16, 3)), 200)
+    train_on(optimizer, model, torch.randint(5, 20, (16, 3)), 200)
     now = model.embedding.weight.detach()
     assert relative_drift(model(tokens), before) <= 1e-5
     assert torch.equal(now[1:5], start[1:5])
@@ -342,7 +342,7 @@ def test_an_embedding_with_max_norm_keeps_used_rows_and_trains_the_others() -> N
     report = optimizer.consolidate([used], progress=False)
     assert report.fates[Fate.PROTECTED] == 2
     before = model(used)
-    train(optimizer, model, torch.arange(10))
+    train_on(optimizer, model, torch.arange(10))
     assert relative_drift(model(used), before) <= 1e-5
     assert optimizer.verify().ok
 

@@ -56,7 +56,7 @@ def test_counts_first_samples_and_spectra_travel_through_the_communicator(policy
     batches = [torch.randn(8, 6), torch.randn(8, 6)]
     ranks = BesideAnEmptyRank()
     grown, report = consolidate(task(model, batches), BasisStore(), Settings(policy=policy), RecentSamples(), ranks)
-    assert ranks.gathered[0] == 2 and ranks.sources == [1], "the rank with batches gives the first samples"
+    assert ranks.gathered[0][0] == 2 and ranks.sources == [1], "the rank with batches gives the first samples"
     assert report.batches == 2
     assert len(ranks.gathered) == (2 if policy.joint else 1)
     alone, _ = consolidate(task(model, batches), BasisStore(), Settings(policy=policy), RecentSamples(), Alone())

@@ -27,7 +27,7 @@ def experts(prefix: str, folder: Path) -> tuple[nn.Module, NullSpaceOptimizer, A
     torch.manual_seed(0)
     model = nn.Sequential()
     model.add_module(prefix, network())
-    mode = IGSP(layers=f"{prefix}.0", rank=2, candidates=2, cap=2, window=50)
+    mode = IGSP(target_modules=f"{prefix}.0", rank=2, candidates=2, cap=2, window=50)
     return model, NullSpaceOptimizer(AdamW(model.parameters(), 1e-4), model, mode=mode), torch.randn(16, 12)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from synthetic import Layer, SyntheticTask, make, train
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
@@ -18,8 +19,6 @@ from nullspace_optim.errors import OptionError
 from nullspace_optim.igsp.mode import IgspMode
 from nullspace_optim.optimizer.mode import MODES, Host, register_mode
 from nullspace_optim.subspace.basis import Extension
-
-from .synthetic import Layer, SyntheticTask, make, train
 
 
 @dataclass(frozen=True)
