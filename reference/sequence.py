@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from reference import metrics
-from reference.clip import Clip
 from reference.config import Config, for_method, identity, recorded, refuse_other_settings
-from reference.costs import costs, summary_of_steps
-from reference.engine import Step, learn
+from reference.data.tasks import Task
 from reference.errors import ExperimentError
+from reference.evaluation import metrics
+from reference.evaluation.costs import costs, summary_of_steps
+from reference.evaluation.retrieval import pool_figures
+from reference.evaluation.scoring import Board, Scorer, as_results
 from reference.experiment import Experiment
 from reference.methods import Method, Setting
-from reference.retrieval import pool_figures
-from reference.scoring import Board, Scorer, as_results
-from reference.tasks import Task
-from reference.tracking import Log, machine, peak_memory, provenance, reset_peak_memory, write_json, writing
+from reference.training.clip import Clip
+from reference.training.steps import Step, learn
+from reference.training.tracking import Log, machine, peak_memory, provenance, reset_peak_memory, write_json, writing
 
 ACTIVITIES = ("training", "consolidation", "evaluation")
 

@@ -30,8 +30,8 @@ from nullspace_optim import NullSpaceOptimizer, clip_forward
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.timing import ratio, seconds
 from reference.benchmarks.workload import build, quiet, random_batch
-from reference.clip import load_clip
 from reference.config import load_config
+from reference.training.clip import load_clip
 
 PROMPTS = 10
 BATCH = 32

@@ -28,11 +28,11 @@ from nullspace_optim import Energy, Fate, NullSpaceOptimizer, NumericalRank, Pol
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.policies import by_policy
 from reference.benchmarks.workload import quiet
-from reference.clip import Clip, assemble, class_logits, classification_loss, load_clip
 from reference.config import Config, load_config
-from reference.data import load_tasks
-from reference.engine import Batches, evaluate, train
-from reference.tasks import Task
+from reference.data.folders import load_tasks
+from reference.data.tasks import Task
+from reference.training.clip import Clip, assemble, class_logits, classification_loss, load_clip
+from reference.training.steps import Batches, evaluate, train
 
 HELD_OUT = 1024
 PROJECTIONS = ("none", "gradient", "update")

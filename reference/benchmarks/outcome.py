@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from reference.tracking import processor
+from reference.training.tracking import processor
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference.clip import Clip
-from reference.engine import Batches
+from reference.training.clip import Clip
+from reference.training.steps import Batches
 
 PLAIN = -1
 OUTLIER = 3.0  # standard deviations of the distance to a task's centre beyond which an input belongs to no task

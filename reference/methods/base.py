@@ -17,12 +17,12 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from reference.clip import Clip, classification_loss
 from reference.config import Config
-from reference.data import ReferencePool
-from reference.engine import Batch, Schedule, set_rate, uniform
+from reference.data.folders import ReferencePool
+from reference.data.tasks import Task
 from reference.errors import ExperimentError
-from reference.tasks import Task
+from reference.training.clip import Clip, classification_loss
+from reference.training.steps import Batch, Schedule, set_rate, uniform
 
 LAYERS = {
     "all": re.compile(".*"),

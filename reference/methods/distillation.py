@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nullspace_optim import alignment_loss, distillation_loss
-from reference.engine import Batch, seeded, shuffled_passes
 from reference.errors import ExperimentError
 from reference.methods.base import Method, Setting
-from reference.retrieval import image_features, text_features
+from reference.training.features import image_features, text_features
+from reference.training.steps import Batch, seeded, shuffled_passes
 
 OLD_CLASSES = 64  # prompts of earlier tasks that LwF distils on in one step
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nullspace_optim import IGSP, ExpertReport, NullSpaceOptimizer, OptionError, clip_forward
-from reference.clip import Clip
-from reference.engine import Batch, Batches
+from reference.data.tasks import Task
 from reference.errors import ExperimentError
 from reference.methods.adapters import PLAIN, Routing, Selector
 from reference.methods.base import Method, Setting
-from reference.tasks import Task
+from reference.training.clip import Clip
+from reference.training.steps import Batch, Batches
 
 TASK_KNOWN, TASK_UNKNOWN, BY_LAYER = "task known", "task unknown", "each layer by itself"
 EVERY = 5  # steps between two points of the routing curves

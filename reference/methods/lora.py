@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from reference.methods.adapters import PLAIN, Routing, put_beside
 from reference.methods.base import Method
+from reference.methods.nullspace import NullSpace
 from reference.methods.per_task import AdaptersOfTasks
-from reference.methods.projection import NullSpace
 
 
 class Lora(nn.Module):

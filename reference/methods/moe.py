@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference.engine import Batch, seeded
 from reference.methods.adapters import PLAIN, Routing, put_beside
 from reference.methods.per_task import AdaptersOfTasks
+from reference.training.steps import Batch, seeded
 
 TOP, FROZEN_PER_TASK = 2, 2
 DROPOUT, SCALE = 0.1, 0.1

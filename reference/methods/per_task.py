@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from reference.engine import Batches
+from reference.data.tasks import Task
 from reference.methods.adapters import PLAIN, Routing, Selector
 from reference.methods.base import Method
 from reference.methods.igsp import TASK_KNOWN, TASK_UNKNOWN
-from reference.tasks import Task
+from reference.training.steps import Batches
 
 
 class AdaptersOfTasks(Method):

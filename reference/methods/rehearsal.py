@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.clip import class_logits, classification_loss
-from reference.engine import Batch, attention, crop, precision, seeded
 from reference.methods.base import Method, Setting
+from reference.training.clip import class_logits, classification_loss
+from reference.training.steps import Batch, attention, crop, precision, seeded
 
 FISHER_BATCH = 8
 

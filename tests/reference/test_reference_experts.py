@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from nullspace_optim import IGSP
-from reference.bootstrap import compare
 from reference.config import Config, load_config
 from reference.errors import ExperimentError
+from reference.evaluation.bootstrap import compare
 from reference.experiment import Experiment, prepare
-from reference.expert_report import unnamed
-from reference.experts import main, read_listing
 from reference.methods import METHODS, Setting
 from reference.methods.adapters import PLAIN, Centres, Routing
 from reference.methods.lora import LoraOfTasks
 from reference.methods.moe import MixtureOfAdapters
 from reference.sequence import Sequence, StoppedError
+from reference.studies.expert_report import unnamed
+from reference.studies.experts import main, read_listing
 
 SMALL = {
     "tasks": ["colours", "photographs"], "iterations": 6, "pretrain_iterations": 4, "warmup": 2, "batch_size": 8,

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from reference import metrics
-from reference.bootstrap import FIGURES, compare, resampled
 from reference.errors import ExperimentError
-from reference.page import by_method, refuse_mixed, whole
-from reference.report import main, summary_table
-from reference.scoring import packed, unpacked
+from reference.evaluation import metrics
+from reference.evaluation.bootstrap import FIGURES, compare, resampled
+from reference.evaluation.page import by_method, refuse_mixed, whole
+from reference.evaluation.report import main, summary_table
+from reference.evaluation.scoring import packed, unpacked
 
 COUNTS = (40, 30, 50)
 

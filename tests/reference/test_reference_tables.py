@@ -20,24 +20,17 @@ from torch.nn import functional
 
 from nullspace_optim import Energy, NullSpaceOptimizer, NullSpaceWarning, Spectrum
 from reference.errors import ExperimentError
-from reference.tables import methods, runs
-from reference.tables.__main__ import main
-from reference.tables.data import (
-    MNIST_FILES,
-    PermutedMNIST,
-    SplitCIFAR100,
-    _read_webp,
-    read_cifar100,
-    read_mnist,
-)
-from reference.tables.methods import METHODS, ByLayer, chosen_methods
-from reference.tables.networks import Dropout, PermutedMLP, PreActivationBlock, SplitAlexNet, SplitResNet18
-from reference.tables.protocols import PROTOCOLS, Protocol
-from reference.tables.published import Published, verdict
-from reference.tables.report import as_published, comparable, read_runs, report
-from reference.tables.runs import Run
-from reference.tables.sessions import KeptNorms, ReleasedTrustRegions, TrustRegions
-from reference.tables.training import Patience, augmented, train
+from reference.published import methods, runs
+from reference.published.__main__ import main
+from reference.published.data import MNIST_FILES, PermutedMNIST, SplitCIFAR100, _read_webp, read_cifar100, read_mnist
+from reference.published.methods import METHODS, ByLayer, chosen_methods
+from reference.published.networks import Dropout, PermutedMLP, PreActivationBlock, SplitAlexNet, SplitResNet18
+from reference.published.protocols import PROTOCOLS, Protocol
+from reference.published.published import Published, verdict
+from reference.published.report import as_published, comparable, read_runs, report
+from reference.published.runs import Run
+from reference.published.sessions import KeptNorms, ReleasedTrustRegions, TrustRegions
+from reference.published.training import Patience, augmented, train
 
 Images = dict[str, tuple[Tensor, Tensor]]
 
@@ -418,7 +411,7 @@ def test_validation_images_come_in_a_new_order_in_each_epoch(digits: Images, mon
         shown.append(data)
         return 1.0
 
-    monkeypatch.setattr("reference.tables.training.loss_on", loss_on)
+    monkeypatch.setattr("reference.published.training.loss_on", loss_on)
     protocol = small(digits, epochs=3, patience=6)
     validation = (torch.arange(784 * 20.0).view(20, 784), torch.arange(20) % 10)
     for _ in range(2):
