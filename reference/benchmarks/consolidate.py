@@ -28,8 +28,7 @@ from torch.optim import SGD
 
 from nullspace_optim import NullSpaceOptimizer, clip_forward
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
-from reference.benchmarks.timing import ratio, seconds
-from reference.benchmarks.workload import build, quiet, random_batch
+from reference.benchmarks.workload import build, quiet, random_batch, ratio, seconds
 from reference.config import load_config
 from reference.training.clip import load_clip
 
@@ -88,7 +87,7 @@ def main(arguments: Sequence[str]) -> Outcome:
         if not options.no_peers:
             decompositions.append(_compare(case, spent, device))
     tables = [_pass_table(passes, options.repeats), *([] if options.no_peers else [_peer_table(decompositions)])]
-    return finish("consolidate", arguments, device, time.perf_counter() - started, tables, options.output)
+    return finish("reference.benchmarks.consolidate", arguments, device, started, tables, options.output)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -79,7 +79,14 @@ def main(arguments: Sequence[str]) -> Outcome:
         made |= {name: parts[name](options, clip, old, new) for name in names if name != "policies"}
         device = str(clip.device)
     tables = [made[name] for name in names]
-    return finish("drift", arguments, torch.device(device), time.perf_counter() - started, tables, options.output)
+    return finish(
+        "reference.benchmarks.drift",
+        arguments,
+        torch.device(device),
+        time.perf_counter() - started,
+        tables,
+        options.output,
+    )
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -35,8 +35,7 @@ from torch.optim import AdamW
 from nullspace_optim import NullSpaceOptimizer, clip_forward
 from reference.benchmarks.outcome import Outcome, Table, finish, progress, saved_bytes
 from reference.benchmarks.step import RATE, Trainer
-from reference.benchmarks.timing import ratio, seconds
-from reference.benchmarks.workload import Share, build, fill, protected_at_random, quiet, random_batch
+from reference.benchmarks.workload import Share, build, fill, protected_at_random, quiet, random_batch, ratio, seconds
 
 GAP = 200  # steps between two decompositions of GaLore, its own default
 TOKENS = 50  # rows that an image gives in ViT-B/32
@@ -96,7 +95,7 @@ def main(arguments: Sequence[str]) -> Outcome:
     started = time.perf_counter()
     parts = {"step": by_rank, "peak": peaks}
     tables = [parts[name](options, device) for name in options.parts.split(",")]
-    return finish("peers", arguments, device, time.perf_counter() - started, tables, options.output)
+    return finish("reference.benchmarks.peers", arguments, device, started, tables, options.output)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -48,8 +48,7 @@ from nullspace_optim import (
     consolidate_classes,
 )
 from reference.benchmarks.outcome import Table, progress
-from reference.benchmarks.timing import in_turn, ratio
-from reference.benchmarks.workload import quiet
+from reference.benchmarks.workload import in_turn, quiet, ratio
 
 Point = tuple[float, float]
 CPU = torch.device("cpu")

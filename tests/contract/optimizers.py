@@ -1,6 +1,6 @@
 """Every optimizer of the installed libraries, wrapped: which hold, which are refused and why, which run at all.
 
-    python -m reference.benchmarks.optimizers [--libraries torch,timm] [--steps 200] [--page docs/optimizers.md]
+    python -m tests.contract.optimizers [--libraries torch,timm] [--steps 200] [--page docs/optimizers.md]
 
 A network `[d] -> [d] -> [8]` (`d` = 32; 64 where an optimizer quantizes only larger tensors; 16 for two slow ones)
 consolidates `d / 4` rows of an old task exactly, then learns another one of 32 rows. `drift` is the largest relative
@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from nullspace_optim import NullSpaceError, NullSpaceOptimizer, NumericalRank
-from reference.benchmarks.catalogue import LIBRARIES, Candidate, candidates
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
+from tests.contract.installed_optimizers import LIBRARIES, Candidate, candidates
 
 LIMIT = 1e-5
 FARTHEST = 100.0  # times the loss at the start: more is divergence
@@ -266,9 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> Outcome:
             results.append(measure(candidate, options.steps))
             progress(f"{candidate.library} {candidate.name}: {results[-1].verdict} {results[-1].reason}")
     given = ["--steps", str(options.steps), "--page", options.page]
-    outcome = finish(
-        "optimizers", given, torch.device("cpu"), time.perf_counter() - started, tables(results), output=""
-    )
+    device = torch.device("cpu")
+    outcome = finish("tests.contract.optimizers", given, device, started, tables(results), output="")
     if options.page:
         Path(options.page).write_text(page(outcome), encoding="utf-8")
     return outcome
