@@ -17,7 +17,7 @@ from reference.command import NAMED, StopRequest, add_settings, carried_out, rea
 from reference.config import Config
 from reference.errors import ExperimentError
 from reference.evaluation import figures
-from reference.evaluation.report import cost_table, matrix_table, summary_table
+from reference.evaluation.tables import cost_table, matrix_table, summary_table
 from reference.experiment import Experiment, prepare
 from reference.methods import chosen_methods
 from reference.sequence import Sequence

@@ -89,9 +89,7 @@ def matrix_work(m: int, d: int, k: int, precision: str, groups: int = 1) -> Work
     products = 4.0 * weight * short
     exact, fast = (products, 0.0) if precision == "exact" else (0.0, products)
     return Work(
-        exact + anchor.float32 / EXACT_EVERY,
-        fast,
-        moved + FLOAT * groups * d * short + anchor.bytes / EXACT_EVERY,
+        exact + anchor.float32 / EXACT_EVERY, fast, moved + FLOAT * groups * d * short + anchor.bytes / EXACT_EVERY
     )
 
 

@@ -71,38 +71,3 @@ def forgetting_curves(runs: Sequence[Results], path: Path | IO[bytes]) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=min(per_row, len(labels)), frameon=False)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
-
-
-def routing(results: Results, path: Path | IO[bytes]) -> None:
-    """One panel per task of an iGSP run: the routing through the history and each candidate over phase 1.
-
-    Thick lines are means over layers, thin ones single layers (of the history, and of the first candidate).
-    """
-    tasks = results["facts"]["tasks"]
-    columns = min(4, len(tasks))
-    rows = -(-len(tasks) // columns)
-    size = (3.1 * columns, 2.3 * rows + 0.6)
-    figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
-    colours = ["#1f6a96", "#c9432f", "#e39a1f", "#7d3c1e", "#b07aa1", "#59a14f"]
-    for axes, task in zip(grid.flat, tasks):
-        full = [layer["routing"] for layer in task["layers"] if layer["routing"]]
-        most = max((len(points[0]) for points in full), default=1)
-        shares = np.array([[[*point, *[np.nan] * (most - len(point))] for point in points] for points in full])
-        for expert in range(most if len(full) else 0):
-            if expert < 2:
-                axes.plot(task["routing_steps"], shares[:, :, expert].T, color=colours[expert], lw=0.4, alpha=0.5)
-            name = f"candidate {expert}" if expert else "experts of earlier tasks"
-            mean = np.nanmean(shares[:, :, expert], axis=0)
-            axes.plot(task["routing_steps"], mean, color=colours[expert % len(colours)], lw=2, label=name)
-        axes.axvline(task["steps_phase_1"], color="grey", linestyle=":", linewidth=1)
-        fate = f"{task['kept']} kept, {task['pruned']} pruned, {task['reused']} reused"
-        axes.set_title(f"{task['task']}: {fate}", fontsize=8)
-        axes.set_ylim(0, 1.02)
-    for axes in list(grid.flat)[len(tasks) :]:
-        axes.axis("off")
-    figure.supxlabel("step (dotted: end of phase 1)", fontsize=9)
-    figure.supylabel("share of routing", fontsize=9)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)

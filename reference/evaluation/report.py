@@ -1,99 +1,201 @@
-"""Tables for the terminal; `python -m reference.evaluation.report RUNS...`: a page and Markdown tables of runs."""
+"""Finished runs as one HTML page and Markdown tables: `python -m reference.evaluation.report RUNS...`."""
 
 from __future__ import annotations
 
 import argparse
+import base64
+import html
+import io
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from reference.errors import ExperimentError
-from reference.evaluation import metrics
-from reference.evaluation.page import load_runs, markdown, page, refuse_mixed, spread, whole
+from reference.evaluation import figures
+from reference.evaluation.bootstrap import compare
+from reference.evaluation.tables import Results, markdown_table, memory, spread, unknown_tasks, whole
+from reference.methods import METHODS
 from reference.training.tracking import writing
 
-FIGURES = ("transfer", "average", "last", "forgetting", "diagonal_gain")
-COLUMNS = ("transfer", "transfer_known", "average", "last", "forgetting", "diagonal_gain")
+
+def _of_pool(run: Results, figure: str) -> float | None:
+    value: float | None = run.get("pool", {}).get("after", {}).get(figure)
+    return value
 
 
-def matrix_table(results: dict[str, Any]) -> str:
-    """The accuracy matrix of one run; `[ ]` marks the task that was just trained."""
-    width = max(8, *(len(task) + 2 for task in results["tasks"]))
-    first = len("after ") + max(len(task) for task in results["tasks"])
-    lines = [f"{results['method']}, seed {results['seed']}: accuracy [%]"]
-    lines.append(" " * first + "".join(f"{task:>{width}}" for task in results["tasks"]))
-    lines.append(
-        f"{'pretrained':<{first}}" + "".join(f"{_number(value):>{width - 1}} " for value in results["pretrained"])
-    )
-    for j, row in enumerate(results["accuracy"]):
-        cells = (f"[{_number(value)}]" if i == j else f"{_number(value)} " for i, value in enumerate(row))
-        lines.append(f"after {results['tasks'][j]:<{first - 6}}" + "".join(f"{cell:>{width}}" for cell in cells))
-    figures = metrics.summary(np.array(results["accuracy"], dtype=float), results["pretrained"])
-    lines.append("   ".join(f"{name.replace('_', ' ')} {figures[name]}" for name in FIGURES))
-    return "\n".join(lines)
+ACCURACY: dict[str, Callable[[Results], float | None]] = {
+    "Transfer": partial(whole, figure="transfer"),
+    "Transfer, known tasks": lambda run: run.get("transfer_known"),
+    "Average": partial(whole, figure="average"),
+    "Last": partial(whole, figure="last"),
+    "Preserve": partial(whole, figure="preserve"),
+    "forgetting": partial(whole, figure="forgetting"),
+    "learned": partial(whole, figure="diagonal_gain"),
+}
+REST: dict[str, Callable[[Results], float | None]] = {
+    "image → text @1": partial(_of_pool, figure="image_to_text_at_1"),
+    "text → image @1": partial(_of_pool, figure="text_to_image_at_1"),
+    "modality gap": partial(_of_pool, figure="modality_gap"),
+    "trained parameters [M]": lambda run: (
+        max(run["trained_parameters"]) / 1e6 if run.get("trained_parameters") else None
+    ),
+    "seconds": lambda run: run["seconds"],
+    "memory [MiB]": memory,
+}
+OF_THE_POOL = {"reference_root", "reference_images"}
+NOT_A_METHODS_OWN = {"methods", "seeds", "note", "device"}
+DIGITS = dict.fromkeys(REST, 1) | {"modality gap": 3, "seconds": 0, "memory [MiB]": 0}
+READING = (
+    "Accuracy in percent. Transfer: tasks not yet trained (mean of column means above the diagonal); known tasks: only "
+    "those whose accuracy before training was at least three times chance. Average: all cells. Last: all tasks at the "
+    "end. Preserve: trained tasks later on. Forgetting: best minus last. Learned: mean of the diagonal minus "
+    "pretrained. A dash: cells of the matrix are missing. Retrieval and modality gap on the reference pool after the "
+    "last task: methods with losses on it train on these very pairs. Mean ± standard "
+    "deviation over seeds; differences with a 95 % interval from a paired bootstrap over test images and seeds."
+)
+STYLE = (
+    "body { font-family: sans-serif; margin: 2em } td, th { padding: 4px 10px; text-align: right } img { width: 48% }"
+)
 
 
-def summary_table(runs: Sequence[dict[str, Any]], note: str) -> str:
-    """One line per method: mean over seeds, with the standard deviation where there are several."""
-    headings = ["method", *(name.replace("_", " ") for name in COLUMNS), "seconds"]
-    rows = [headings]
-    for method in dict.fromkeys(run["method"] for run in runs):
-        of_method = [run for run in runs if run["method"] == method]
-        figures = [spread([figure(run, name) for run in of_method]) for name in COLUMNS]
-        rows.append([method, *figures, spread([run["seconds"] for run in of_method])])
-    lines = _aligned(rows).split("\n")
-    pretrained = np.nanmean([run["pretrained"] for run in runs])
-    lines.append(f"before any fine-tuning (pretrained): {pretrained:.1f} % on average")
-    unknown = list(dict.fromkeys(task for run in runs for task in run.get("unknown_tasks", [])))
-    if unknown:
-        lines.append(f"not known before training (below three times chance): {', '.join(unknown)}")
-    return "\n".join([*lines, note] if note else lines)
+def files_below(places: Sequence[str]) -> list[Path]:
+    """The results files below `places`, files or folders, each once, in order of name."""
+    files = [
+        file
+        for place in places
+        for file in (sorted(Path(place).rglob("results.json")) if Path(place).is_dir() else [Path(place)])
+    ]
+    return list(dict.fromkeys(files))
 
 
-def figure(run: dict[str, Any], name: str) -> float | None:
-    """A figure of one run; None where it is not known or cells of the matrix are missing."""
-    return run.get(name) if name == "transfer_known" else whole(run, name)
+def load_runs(places: Sequence[str]) -> list[Results]:
+    """The results below `places`, files or folders, in order of name.
+
+    Raises:
+        ExperimentError: nothing is there, a file is not a result, or the runs are over different tasks.
+    """
+    runs = []
+    for file in files_below(places):
+        try:
+            runs.append(json.loads(file.read_text(encoding="utf-8")))
+            if not {"method", "seed", "tasks", "accuracy", "pretrained"} <= set(runs[-1]):
+                raise ValueError("it has no accuracy matrix")
+        except (OSError, ValueError) as error:
+            raise ExperimentError(f"{file} is not a results file ({error}); give folders of finished runs") from error
+    if not runs:
+        raise ExperimentError(f"no results.json below {', '.join(places)}; give folders of finished runs")
+    if len({tuple(run["tasks"]) for run in runs}) > 1:
+        raise ExperimentError("the runs have different tasks or orders; report each order by itself")
+    return runs
 
 
-def cost_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Seconds per iteration (and as a multiple of `finetune`'s), of consolidation, and peak memory, by method."""
-    times = {
-        method: _known([run.get("seconds_per_iteration") for run in runs if run["method"] == method])
-        for method in dict.fromkeys(run["method"] for run in runs)
+def refuse_mixed(runs: Sequence[Results]) -> None:
+    """Refuse a table that would take runs of other settings for further seeds.
+
+    Raises:
+        ExperimentError: two runs of one method and seed, runs of both splits, or a method with two settings.
+    """
+    if len({run["config"].get("split") for run in runs}) > 1:
+        raise ExperimentError("some runs are on validation and some on test images; report each split by itself")
+    first: dict[str, Results] = {}
+    seen: set[tuple[str, int]] = set()
+    for run in runs:
+        method, seed = run["method"], run["seed"]
+        if (method, seed) in seen:
+            raise ExperimentError(f"two runs of {method} with seed {seed}; report one folder of runs at a time")
+        seen.add((method, seed))
+        other = first.setdefault(method, run)
+        pooled = method not in METHODS or METHODS[method].needs_reference or run["config"].get("pool_losses")
+        own = run["config"].keys() & other["config"].keys() - NOT_A_METHODS_OWN - (set() if pooled else OF_THE_POOL)
+        for key in sorted(own):
+            if run["config"][key] != other["config"][key]:
+                raise ExperimentError(
+                    f"{method} has {key}={other['config'][key]!r} with seed {other['seed']} and "
+                    f"{run['config'][key]!r} with seed {seed}; report runs of the same settings"
+                )
+
+
+def by_method(runs: Sequence[Results]) -> dict[str, list[Results]]:
+    """Runs grouped by method, in the harness's order; methods it does not know last, in order of appearance."""
+    found = dict.fromkeys(run["method"] for run in runs)
+    names = [name for name in METHODS if name in found] + [name for name in found if name not in METHODS]
+    return {name: [run for run in runs if run["method"] == name] for name in names}
+
+
+def tables(runs: Sequence[Results], against: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Accuracy with differences to the method `against`, and what else was measured: heading, one row per method."""
+    groups = by_method(runs)
+    compared = [f for f in ("transfer", "average", "last") if against in groups and len(groups) > 1]
+    accuracy = [["method", "seeds", *ACCURACY, *(f"Δ {f.capitalize()} to {against}" for f in compared)]]
+    rest = [["method", *REST]]
+    for name, group in groups.items():
+        found = [compare(group, groups[against], f) if name != against else None for f in compared]
+        cells = [spread([read(run) for run in group]) for read in ACCURACY.values()]
+        accuracy.append([name, str(len(group)), *cells, *("-" if d is None else str(d) for d in found)])
+        rest.append([name, *(spread([read(run) for run in group], DIGITS[column]) for column, read in REST.items())])
+    return accuracy, rest
+
+
+def markdown(runs: Sequence[Results], against: str) -> str:
+    """The tables as Markdown with their notes."""
+    return "".join(markdown_table(rows) + "\n\n" for rows in tables(runs, against)) + "\n".join(notes(runs)) + "\n"
+
+
+def notes(runs: Sequence[Results]) -> list[str]:
+    """Remarks below the tables."""
+    found = [f"Pretrained, before any training: {np.nanmean([run['pretrained'] for run in runs]):.1f} on average."]
+    if unknown := unknown_tasks(runs):
+        found.append(f"Not known before training (below three times chance): {unknown}.")
+    before = [run["pool"]["before"] for run in runs if run.get("pool", {}).get("before")]
+    if before:
+        first = before[0]
+        found.append(
+            f"Before training: image → text @1 {first['image_to_text_at_1']:.1f}, text → image @1 "
+            f"{first['text_to_image_at_1']:.1f}, modality gap {first['modality_gap']:.3f}."
+        )
+    found += list(dict.fromkeys(note for run in runs if (note := run["config"].get("note"))))
+    return [*found, READING]
+
+
+def page(runs: Sequence[Results], against: str) -> str:
+    """The whole report as HTML; figures are inside."""
+    groups = by_method(runs)
+    ordered = [run for group in groups.values() for run in group]
+    settings = {run["method"]: run["config"] for run in runs}
+    machines = list(dict.fromkeys(json.dumps({**run["machine"], "torch": run["torch"]}) for run in runs))
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>Continual fine-tuning of CLIP</title><style>{STYLE}</style>",
+        f"<h1>{len(groups)} methods, {len(runs)} runs, {len(runs[0]['tasks'])} tasks</h1>",
+        *(_table(rows) for rows in tables(runs, against)),
+        *(f"<p>{html.escape(text)}</p>" for text in notes(runs)),
+        _image(partial(figures.forgetting_curves, ordered), "accuracy of each task along the sequence"),
+        *(_image(partial(figures.heatmap, _mean(group)), f"mean accuracy of {name}") for name, group in groups.items()),
+        f"<pre>{html.escape(chr(10).join([*machines, json.dumps(settings, indent=1)]))}</pre>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _mean(group: Sequence[Results]) -> Results:
+    matrices = {
+        key: np.mean([np.array(run[key], dtype=float) for run in group], axis=0) for key in ("accuracy", "pretrained")
     }
-    bare = np.mean(times.get("finetune") or [np.nan])
-    rows = [["method", "s / iteration", "x finetune", "s / 1,000 images consolidated", "peak memory [MiB]"]]
-    for method, seconds in times.items():
-        of_method = [run for run in runs if run["method"] == method]
-        spent = _known([run.get("consolidation_seconds_per_1000_images") for run in of_method])
-        memory = _known([run["peak_memory"]["gpu_mib"] or run["peak_memory"]["process_mib"] for run in of_method])
-        ratio = np.mean(seconds) / bare if seconds else np.nan
-        cells = (_figure(seconds, 4), "-" if np.isnan(ratio) else f"{ratio:.2f}", _figure(spent, 2), _figure(memory, 0))
-        rows.append([method, *cells])
-    return _aligned(rows)
+    seeds = ", ".join(str(run["seed"]) for run in group)
+    return {**group[0], "seed": seeds, **{key: value.tolist() for key, value in matrices.items()}}
 
 
-def _known(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def _figure(values: Sequence[float], digits: int) -> str:
-    return f"{np.mean(values):.{digits}f}" if values else "-"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
-    )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None or np.isnan(value) else f"{value:.1f}"
+def _image(draw: Callable[[io.BytesIO], None], text: str) -> str:
+    stream = io.BytesIO()
+    draw(stream)
+    return f"<img alt='{html.escape(text)}' src='data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}'>"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

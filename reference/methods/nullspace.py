@@ -34,12 +34,12 @@ class NullSpace(Method):
 
     @property
     def project(self) -> Project:
-        """What is projected: the update, or the gradient as well."""
+        """Projection of the update, or of the gradient as well."""
         return self.config.project
 
     @property
     def policy(self) -> Policy:
-        """How much is protected: fully, or each direction by its importance."""
+        """Rule of protection: fully, or each direction by its importance."""
         energy, alpha = self.config.energy, self.config.sgp_alpha
         return Energy(energy) if alpha is None else SGP(energy, alpha=alpha)
 
@@ -138,6 +138,7 @@ class RandomBasis(NullSpaceReference):
     """
 
     name = "random-basis"
+    saved = ("true",)
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -162,25 +163,13 @@ class RandomBasis(NullSpaceReference):
         self.optimizer.reanchor()
         return super().after_task(number)
 
-    def state(self) -> dict[str, Any]:
-        """The true bases as well."""
-        return {**super().state(), "true": self.true}
-
-    def load_state(self, state: dict[str, Any], number: int) -> None:
-        """Take up what `state` returned."""
-        super().load_state(state, number)
-        self.true = state["true"]
-
 
 def stored_bytes(optimizer: NullSpaceOptimizer) -> int:
     """Bytes of all bases, anchors and kept values (shared tensors once)."""
-    parts: list[Tensor | None] = []
-    for basis in optimizer.bases.values():
-        parts.append(basis.kept)
-        for subspace in basis.subspaces.values():
-            parts += [subspace.basis, subspace.anchor, subspace.covariance, subspace.scale]
-    found = {part.data_ptr(): part.nbytes for part in parts if part is not None and part.numel()}
-    return sum(found.values())
+    sides = [side for basis in optimizer.bases.values() for side in basis.subspaces.values()]
+    parts = [part for side in sides for part in (side.basis, side.anchor, side.covariance, side.scale)]
+    parts += [basis.kept for basis in optimizer.bases.values()]
+    return sum({part.data_ptr(): part.nbytes for part in parts if part is not None and part.numel()}.values())
 
 
 def random_like(basis: Tensor, ranks: tuple[int, ...], size: int, draw: torch.Generator) -> Tensor:

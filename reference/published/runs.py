@@ -6,7 +6,6 @@ Files in the folder of results: `<method>-seed<seed>.json` of a finished run, `<
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -28,10 +27,11 @@ from reference.published.methods import Method
 from reference.published.protocols import Protocol
 from reference.published.sessions import Session
 from reference.published.training import accuracy, order_of, train
-from reference.training.tracking import machine, provenance, write_json
+from reference.training.saved_run import SavedRun
+from reference.training.tracking import machine, provenance
 
 
-class Run:
+class Run(SavedRun):
     """One row's run.
 
     Args:
@@ -54,7 +54,8 @@ class Run:
     ) -> None:
         self.protocol, self.method, self.seed, self.part = protocol, method, seed, part
         self.tasks = protocol.benchmark(images, seed, protocol.held_out)
-        self.path = folder / f"{method.name}-seed{seed}.json"
+        self.finished, self.checkpoint = (folder / f"{method.name}-seed{seed}{end}" for end in (".json", ".pt"))
+        self.count = protocol.tasks
         torch.manual_seed(seed)
         self.model = protocol.network()
         self.optimizer: Optimizer = method.optimizer(self.model, protocol)
@@ -65,8 +66,22 @@ class Run:
         self.state: dict[str, Any] = {"accuracy": [], "losses": [], "ranks": [], "seconds": 0.0}
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for a run to be resumed or not repeated."""
+    def done(self) -> int:
+        """Number of finished tasks."""
+        return len(self.state["accuracy"])
+
+    def finish(self) -> dict[str, Any]:
+        """Train what is left and return what the results file holds.
+
+        Raises:
+            ExperimentError: the folder holds a run of this name with other settings, or the loss is not finite.
+        """
+        return self.run(resume=True)
+
+    def _begin(self, resumed: bool) -> None:
+        """Nothing comes before the first task."""
+
+    def _identity(self) -> dict[str, Any]:
         return {
             "table": self.protocol.name,
             "method": self.method.name,
@@ -79,23 +94,6 @@ class Run:
                 "project": self.method.project_in(self.protocol),
             },
         }
-
-    def finish(self) -> dict[str, Any]:
-        """Train what is left and return what the results file holds.
-
-        Raises:
-            ExperimentError: the folder holds a run of this name with other settings, or the loss is not finite.
-        """
-        if self.path.exists():
-            return self._checked(json.loads(self.path.read_text(encoding="utf-8")), self.path)
-        self._load()
-        for task in range(len(self.state["accuracy"]), self.protocol.tasks):
-            self._one_task(task)
-            self._save()
-        results = self._results()
-        write_json(self.path, results)
-        self._checkpoint.unlink()
-        return results
 
     def _one_task(self, task: int) -> None:
         started = time.perf_counter()
@@ -119,6 +117,7 @@ class Run:
             f"{self.method.name}, seed {self.seed}: task {task + 1}/{self.protocol.tasks}, {len(losses)} epochs, loss "
             f"{losses[-1]:.3f}, accuracy {row[-1]:.2f}, mean so far {np.mean(row):.2f}, {self.state['seconds']:.0f} s"
         )
+        self._save()
 
     def _score(self, task: int) -> float:
         with self.session.scoring(task):
@@ -132,10 +131,7 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NullSpaceWarning)  # nearly full layers: the ranks are in the results
             self.optimizer.consolidate(
-                [samples],
-                name=f"task {task + 1}",
-                forward=lambda images: self.model(images, task),
-                progress=False,
+                [samples], name=f"task {task + 1}", forward=lambda images: self.model(images, task), progress=False
             )
         self.session.protected()
         self.state["ranks"].append({name: basis.rank for name, basis in self.optimizer.bases.items() if basis.rank})
@@ -146,7 +142,7 @@ class Run:
         for row, values in enumerate(self.state["accuracy"]):
             matrix[row, : row + 1] = values
         return {
-            **self.identity,
+            **self._identity(),
             "ACC": round(last(matrix).value, 4),
             "BWT": round(backward_transfer(matrix).value, 4) if tasks > 1 else None,
             "policy": repr(self.method.policy(self.protocol)) if self.method.policy else None,
@@ -158,37 +154,23 @@ class Run:
             **self.made,
         }
 
-    @property
-    def _checkpoint(self) -> Path:
-        return self.path.with_suffix(".pt")
-
-    def _save(self) -> None:
-        content = {
-            "identity": json.dumps(self.identity),
+    def _state(self) -> dict[str, Any]:
+        return {
             "state": json.dumps(self.state),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "session": self.session.state(),
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_suffix(".pt.tmp")
-        torch.save(content, draft)
-        os.replace(draft, self._checkpoint)
 
-    def _load(self) -> None:
-        """Take up a begun run, if there is one."""
-        if not self._checkpoint.exists():
-            return
-        content = torch.load(self._checkpoint, weights_only=True)
-        self._checked(json.loads(content["identity"]), self._checkpoint)
-        self.state = json.loads(content["state"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.session.restore(content["model"], content["session"])
-        self.model.load_state_dict(content["model"])
+    def _take_up(self, state: dict[str, Any]) -> None:
+        self.state = json.loads(state["state"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.session.restore(state["model"], state["session"])
+        self.model.load_state_dict(state["model"])
 
     def _checked(self, saved: dict[str, Any], path: Path) -> dict[str, Any]:
         """`saved`, if its settings are those of this run."""
-        wanted = json.loads(json.dumps(self.identity))
+        wanted = json.loads(json.dumps(self._identity()))
         found = {key: saved.get(key) for key in wanted}
         flat = ({**rest.pop("settings"), **rest} for rest in ({**found}, {**wanted}))
         old, new = flat

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import pyplot as plt
 
 from reference.evaluation import metrics
 from reference.evaluation.bootstrap import compare
-from reference.evaluation.page import files_below, load_runs, spread
+from reference.evaluation.report import files_below, load_runs
+from reference.evaluation.tables import markdown_table, memory, spread
 from reference.methods.igsp import BY_LAYER, TASK_UNKNOWN
 
 Results = dict[str, Any]
@@ -53,13 +56,13 @@ def read_rows(places: Sequence[str]) -> dict[str, list[Results]]:
 
 def report(rows: Rows) -> str:
     """All tables as Markdown."""
-    parts = [markdown(accuracy_table(rows)), markdown(parameter_table(rows)), NOTES]
+    parts = [markdown_table(accuracy_table(rows)), markdown_table(parameter_table(rows)), NOTES]
     ours = next((runs for runs in rows.values() if runs[0]["method"] == "igsp"), None)
     others = {label: runs for label, runs in rows.items() if runs[0]["method"] != "igsp"}
     if ours and others:
-        parts += [markdown(claims_table(ours, others)), CLAIMED]
+        parts += [markdown_table(claims_table(ours, others)), CLAIMED]
     if ours:
-        parts += [f"Experts of `{next(iter(rows))}`, seed {ours[0]['seed']}:", markdown(expert_table(ours[0]))]
+        parts += [f"Experts of `{next(iter(rows))}`, seed {ours[0]['seed']}:", markdown_table(expert_table(ours[0]))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -87,8 +90,7 @@ def accuracy_table(rows: Rows) -> list[list[str]]:
         cells += [spread([unnamed(run)[name] for run in runs]) for name in FIGURES]
         cells.append(spread([(scored(run, BY_LAYER) or {"last": None})["last"] for run in runs]))
         cells += [spread([run["diagonal_gain"] for run in runs]), spread([run["seconds"] for run in runs], 0)]
-        memory = [run["peak_memory"]["gpu_mib"] or run["peak_memory"]["process_mib"] for run in runs]
-        table.append([label, str(len(runs)), *cells, spread(memory, 0)])
+        table.append([label, str(len(runs)), *cells, spread([memory(run) for run in runs], 0)])
     return table
 
 
@@ -144,8 +146,36 @@ def expert_table(run: Results) -> list[list[str]]:
     return table
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table as Markdown; the first row is its heading."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join(lines)
+def routing(results: Results, path: Path) -> None:
+    """One panel per task of an iGSP run: the routing through the history and each candidate over phase 1.
+
+    Thick lines are means over layers, thin ones single layers (of the history, and of the first candidate).
+    """
+    tasks = results["facts"]["tasks"]
+    columns = min(4, len(tasks))
+    rows = -(-len(tasks) // columns)
+    size = (3.1 * columns, 2.3 * rows + 0.6)
+    figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    colours = ["#1f6a96", "#c9432f", "#e39a1f", "#7d3c1e", "#b07aa1", "#59a14f"]
+    for axes, task in zip(grid.flat, tasks):
+        full = [layer["routing"] for layer in task["layers"] if layer["routing"]]
+        most = max((len(points[0]) for points in full), default=1)
+        shares = np.array([[[*point, *[np.nan] * (most - len(point))] for point in points] for points in full])
+        for expert in range(most if len(full) else 0):
+            if expert < 2:
+                axes.plot(task["routing_steps"], shares[:, :, expert].T, color=colours[expert], lw=0.4, alpha=0.5)
+            name = f"candidate {expert}" if expert else "experts of earlier tasks"
+            mean = np.nanmean(shares[:, :, expert], axis=0)
+            axes.plot(task["routing_steps"], mean, color=colours[expert % len(colours)], lw=2, label=name)
+        axes.axvline(task["steps_phase_1"], color="grey", linestyle=":", linewidth=1)
+        fate = f"{task['kept']} kept, {task['pruned']} pruned, {task['reused']} reused"
+        axes.set_title(f"{task['task']}: {fate}", fontsize=8)
+        axes.set_ylim(0, 1.02)
+    for axes in list(grid.flat)[len(tasks) :]:
+        axes.axis("off")
+    figure.supxlabel("step (dotted: end of phase 1)", fontsize=9)
+    figure.supylabel("share of routing", fontsize=9)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)

@@ -22,11 +22,10 @@ import yaml
 from reference.command import StopRequest, add_settings, carried_out
 from reference.config import CONFIGS, Config, for_method, load_config, parse_overrides
 from reference.errors import ExperimentError
-from reference.evaluation import figures
 from reference.experiment import prepare
 from reference.methods import chosen_methods, refuse_unknown
 from reference.sequence import Sequence
-from reference.studies.expert_report import read_rows, report
+from reference.studies.expert_report import read_rows, report, routing
 from reference.training.tracking import writing
 
 LISTINGS = CONFIGS / "experts.yaml"
@@ -116,7 +115,7 @@ def run(options: argparse.Namespace) -> None:
         draft.write_text(text, encoding="utf-8")
     for label, runs in rows.items():
         if runs[0]["facts"].get("tasks"):
-            figures.routing(runs[0], folder / f"routing-{label}.png")
+            routing(runs[0], folder / f"routing-{label}.png")
     print(text + f"\n{folder / 'experts.md'}")
 
 

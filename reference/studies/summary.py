@@ -12,7 +12,7 @@ import yaml
 from matplotlib import pyplot as plt
 
 from reference.errors import ExperimentError
-from reference.evaluation.page import spread
+from reference.evaluation.tables import markdown_table, spread
 from reference.studies.grids import CONTROLS, OURS
 
 Row = list[dict[str, Any]]  # one cell: figures of every seed
@@ -76,12 +76,13 @@ def markdown(rows: Sequence[Row]) -> str:
     """One line per cell, with what the reader must know below."""
     first = rows[0][0]
     head = [*first["factors"], "method", "seeds", *COLUMNS]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    table = [head]
     for row in rows:
         cells = [spread([read(run) for run in row], digits) for read, digits in COLUMNS.values()]
-        lines.append("| " + " | ".join([*row[0]["factors"].values(), row[0]["method"], str(len(row)), *cells]) + " |")
+        table.append([*row[0]["factors"].values(), row[0]["method"], str(len(row)), *cells])
     machine = first["machine"]
-    lines += [
+    lines = [
+        markdown_table(table),
         "",
         f"Tasks {', '.join(first['tasks'])}; {first['split']} split; pretrained {np.mean(first['pretrained']):.1f} on "
         f"average, {np.mean(first['pretrained'][1:]):.1f} without the first task (a Transfer that loses nothing).",

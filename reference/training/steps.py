@@ -150,15 +150,7 @@ def uniform(config: Config) -> Schedule:
     return Schedule(config.iterations, config.learning_rate, config.warmup)
 
 
-def train(
-    clip: Clip,
-    optimizer: Optimizer,
-    task: Task,
-    config: Config,
-    loss: Loss,
-    seed: int,
-    number: int = 0,
-) -> None:
+def train(clip: Clip, optimizer: Optimizer, task: Task, config: Config, loss: Loss, seed: int, number: int = 0) -> None:
     """Train `task` (the `number`-th) with `optimizer` on `loss(images, labels, tokens)`.
 
     Raises:
