@@ -20,7 +20,7 @@ from reference.training.demo_clip import pretrained_clip
 
 @dataclass(frozen=True)
 class Experiment:
-    """What all methods and seeds share; `pretrained(seed)` is the model that each run copies."""
+    """Parts that all methods and seeds share; `pretrained(seed)` is the model that each run copies."""
 
     tasks: list[Task]
     pool: ReferencePool | None

@@ -94,7 +94,6 @@ class Sequence(SavedRun):
         self.progress = Progress()
         self.log = Log(folder / "log.jsonl")
         self.made = provenance()
-
         self.count, self.device = len(experiment.tasks), self.clip.device
 
     @property
@@ -119,7 +118,7 @@ class Sequence(SavedRun):
                 f"{needed / 2**20:.0f} MiB for its checkpoint; free space or choose another --output"
             )
 
-    def _begin(self, resumed: bool) -> None:
+    def _begin(self, resumed: bool = False) -> None:
         """Score the pretrained model, and let the method do what it does before the first task."""
         self._needs_room()
         reset_peak_memory()

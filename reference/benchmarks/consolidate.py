@@ -1,4 +1,4 @@
-"""What a consolidation costs: over a forward-only pass, part by part, and beside the SVDs of published methods.
+"""Cost of a consolidation: over a forward-only pass, part by part, and beside the SVDs of published methods.
 
     python -m reference.benchmarks.consolidate --model DIR --model ViT-B-32
 

@@ -36,7 +36,7 @@ FLOAT = 4  # bytes of a float32
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second: float32 and bfloat16 products (operations), and bytes read or written."""
+    """Rates of a machine, per second: float32 and bfloat16 products (operations), and bytes read or written."""
 
     name: str
     float32: float

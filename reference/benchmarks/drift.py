@@ -1,4 +1,4 @@
-"""What protection keeps, on real images: drift by base optimizer and projection, and drift by energy threshold.
+"""Drift of protected models on real images: by base optimizer and projection, and by energy threshold.
 
     python -m reference.benchmarks.drift --data-root DIR --model DIR
 
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from nullspace_optim import Energy, Fate, NullSpaceOptimizer, NumericalRank, Policy, clip_forward
+from nullspace_optim import Fate, NullSpaceOptimizer, clip_forward
+from nullspace_optim.policies import Energy, NumericalRank, Policy
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.policies import by_policy
 from reference.benchmarks.workload import quiet
@@ -230,7 +231,7 @@ def by_threshold(options: argparse.Namespace, clip: Clip, old: Task, new: Task) 
 
 
 def named(policy: Policy | None) -> str:
-    """How the policy stands in the table."""
+    """Name of the policy in the table."""
     return "unprotected" if policy is None else repr(policy).replace("threshold=", "").replace("tolerance=None", "")
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark hands back: tables, with the machine and the command that made them, as Markdown and JSON."""
+"""Outcome of a benchmark: tables, with the machine and the command that made them, as Markdown and JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What protection costs in a training step: with over without, and against the dense `P` of published methods.
+"""Cost of protection in a training step: with over without, and against the dense `P` of published methods.
 
     python -m reference.benchmarks.step                      ViT-B/32 on a CPU, ViT-B/16 in bfloat16 on a GPU
     python -m reference.benchmarks.step --shares 1/4,1/2 --blocks 3 --repeats 5
@@ -50,7 +50,7 @@ STEP_ROWS = 2048
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: see `parse` for each field."""
+    """Settings of the measurements: see `parse` for each field."""
 
     model: str
     blocks: int | None

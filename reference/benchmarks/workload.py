@@ -21,15 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nullspace_optim import (
-    FixedRank,
-    NullSpaceOptimizer,
-    NullSpaceWarning,
-    Policy,
-    SketchedCovariance,
-    Spectrum,
-    clip_forward,
-)
+from nullspace_optim import NullSpaceOptimizer, SketchedCovariance, clip_forward
+from nullspace_optim.errors import NullSpaceWarning
+from nullspace_optim.policies import FixedRank, Policy, Spectrum
 
 Run = Callable[[], object]
 SMALLEST = {
@@ -144,7 +138,7 @@ def fill(optimizer: NullSpaceOptimizer, share: float) -> None:
 
 
 def seconds(run: Run, device: torch.device) -> float:
-    """How long `run` takes, work that it queued on `device` included."""
+    """Seconds that `run` takes, work that it queued on `device` included."""
     wait(device)
     started = time.perf_counter()
     run()

@@ -1,4 +1,4 @@
-"""What a task is: name, class names, prompts and images; and the two task orders of the MTIL benchmark (ZSCL, 2023)."""
+"""Tasks: name, class names, prompts and images; and the two task orders of the MTIL benchmark (ZSCL, 2023)."""
 
 from __future__ import annotations
 

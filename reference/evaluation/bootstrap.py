@@ -1,4 +1,4 @@
-"""How sure a difference between two methods is: paired bootstrap over test images and seeds.
+"""Paired bootstrap confidence intervals over test images and seeds.
 
 One replicate draws the test images of each task with replacement, the same for every method, row and seed, and draws
 the seeds that both methods were run with. Figures of the accuracy matrix are recomputed from the images that were
@@ -68,7 +68,7 @@ def resampled(run: dict[str, Any], replicates: int = REPLICATES, seed: int = 0) 
 
 @lru_cache(maxsize=32)
 def _draws(seed: int, task: int, count: int, replicates: int) -> NDArray[np.int16]:
-    """How often each of `count` test images is drawn, `[replicates, count]`; kept, as it is the same for every run."""
+    """Counts of each of `count` test images in every draw, `[replicates, count]`; cached, the same for every run."""
     drawn = np.random.default_rng([seed, task]).multinomial(count, np.full(count, 1 / count), size=replicates)
     return drawn.astype(np.int16)
 
@@ -76,7 +76,7 @@ def _draws(seed: int, task: int, count: int, replicates: int) -> NDArray[np.int1
 def compare(
     runs: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], figure: str, replicates: int = REPLICATES
 ) -> Interval | None:
-    """How much `figure` of `runs` exceeds that of `others`, over the seeds they share; None where that is unknown."""
+    """Difference of `figure` between `runs` and `others`, over the seeds they share; None where that is unknown."""
     mine, theirs = ({run["seed"]: run for run in group if run.get("right")} for group in (runs, others))
     seeds = sorted(mine.keys() & theirs.keys())
     if not seeds or any(mine[s]["tasks"] != theirs[s]["tasks"] for s in seeds):

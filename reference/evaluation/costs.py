@@ -1,4 +1,4 @@
-"""What training and consolidation took: seconds per iteration and per 1,000 consolidated images."""
+"""Costs of training and consolidation: seconds per iteration and per 1,000 consolidated images."""
 
 from __future__ import annotations
 

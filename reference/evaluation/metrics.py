@@ -33,7 +33,7 @@ class Mean(NamedTuple):
 
 
 def transfer(accuracy: Matrix) -> Mean:
-    """What is left of the pretrained skill on tasks not yet trained.
+    """Accuracy on tasks that are not yet trained.
 
     Cells: the strict upper triangle, `a[j, i]` with j < i, i = 1 .. T-1. First the mean of each column,
     `Transfer_i = 1/i sum_{j<i} a[j, i]`, then the mean of the T-1 column means (not the mean over the triangle). Task 0
@@ -56,7 +56,7 @@ def last(accuracy: Matrix) -> Mean:
 
 
 def forgetting(accuracy: Matrix) -> Mean:
-    """How far each task fell from its best: mean over i < T-1 of `max_{i <= j < T-1} a[j, i] - a[T-1, i]`.
+    """Fall of each task from its best: mean over i < T-1 of `max_{i <= j < T-1} a[j, i] - a[T-1, i]`.
 
     Cells counted are the T-1 differences; one is missing when the last row's cell or all of the column's are.
     """
@@ -66,12 +66,12 @@ def forgetting(accuracy: Matrix) -> Mean:
 
 
 def backward_transfer(accuracy: Matrix) -> Mean:
-    """What later tasks did to earlier ones: mean over i < T-1 of `a[T-1, i] - a[i, i]` (negative: forgetting)."""
+    """Change of earlier tasks by later ones: mean over i < T-1 of `a[T-1, i] - a[i, i]` (negative: forgetting)."""
     return _mean(accuracy[-1, :-1] - np.diag(accuracy)[:-1])
 
 
 def preserve(accuracy: Matrix) -> Mean:
-    """How good trained tasks stay: mean over the strict lower triangle, `a[j, i]` with j > i (LEBA's "Preserve")."""
+    """Accuracy on trained tasks later: mean over the strict lower triangle, `a[j, i]`, j > i (LEBA's "Preserve")."""
     return _mean(accuracy[np.tril_indices(len(accuracy), -1)])
 
 
@@ -89,7 +89,7 @@ def known(pretrained: Sequence[float], chance: Sequence[float]) -> list[int]:
 
 
 def diagonal_gain(accuracy: Matrix, pretrained: Sequence[float]) -> Mean:
-    """What training a task gave it: mean over i of `a[i, i] - pretrained[i]`."""
+    """Gain of a task by its training: mean over i of `a[i, i] - pretrained[i]`."""
     return _mean(np.diag(accuracy) - np.asarray(pretrained, dtype=np.float64))
 
 

@@ -1,4 +1,4 @@
-"""What a model still knows of general images and captions: retrieval both ways, and the modality gap."""
+"""Retrieval both ways between general images and captions, and the modality gap."""
 
 from __future__ import annotations
 

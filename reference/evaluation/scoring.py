@@ -95,7 +95,7 @@ class Scorer:
         return found
 
     def _templates(self, rule: Rule, task: Task, i: int, number: int | None) -> int:
-        """How many prompt templates describe a class; `gnsp`: one for tasks before the one just trained, else all."""
+        """Number of prompt templates of a class; `gnsp`: one for tasks before the one just trained, else all."""
         single = rule == "first" or (rule == "gnsp" and number is not None and i < number)
         return 1 if single else len(task.templates)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nullspace_optim import alignment_loss, distillation_loss
+from nullspace_optim.clip import alignment_loss, distillation_loss
 from reference.errors import ExperimentError
 from reference.methods.base import Method, Setting
 from reference.training.features import image_features, text_features

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nullspace_optim import NullSpaceOptimizer, TailEnergy
+from nullspace_optim import NullSpaceOptimizer
+from nullspace_optim.policies import TailEnergy
 from reference.data.tasks import Split
 from reference.errors import ExperimentError
 from reference.methods.base import LAYERS, Method, Setting

@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nullspace_optim import IGSP, ExpertReport, NullSpaceOptimizer, OptionError, clip_forward
+from nullspace_optim import IGSP, NullSpaceOptimizer, clip_forward
+from nullspace_optim.errors import OptionError
+from nullspace_optim.igsp import ExpertReport
 from reference.data.tasks import Task
 from reference.errors import ExperimentError
 from reference.methods.adapters import PLAIN, TASK_KNOWN, TASK_UNKNOWN, Routing, Selector

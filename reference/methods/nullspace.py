@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nullspace_optim import SGP, Energy, NullSpaceOptimizer, Policy, clip_forward
+from nullspace_optim import NullSpaceOptimizer, clip_forward
+from nullspace_optim.policies import SGP, Energy, Policy
 from reference.data.tasks import Split
 from reference.methods.base import Method, Setting
 from reference.methods.distillation import GuidedLoss, ReferenceBatches

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from nullspace_optim import CODECL, SGP, TRGP, EigenvalueRatio, Energy, NullSpaceOptimizer, Policy, Spectrum
+from nullspace_optim import NullSpaceOptimizer
+from nullspace_optim.policies import CODECL, SGP, TRGP, EigenvalueRatio, Energy, Policy, Spectrum
 from reference.errors import ExperimentError
 from reference.published.protocols import Protocol
 from reference.published.sessions import KeptNorms, ReleasedTrustRegions, Session, SharedConceptors, TrustRegions
@@ -30,15 +31,15 @@ class ByLayer(Policy):
     growth: float = 0.0
 
     def rank(self, spectrum: Spectrum) -> int:
-        """How many new directions the layer's rule takes."""
+        """Number of new directions that the layer's rule takes."""
         return self._of(spectrum).rank(spectrum)
 
     def scale(self, spectrum: Spectrum, take: int, before: Tensor | None) -> Tensor | None:
-        """How strongly the layer's rule keeps each direction."""
+        """Strength with which the layer's rule keeps each direction."""
         return self._of(spectrum).scale(spectrum, take, before)
 
     def members(self, spectrum: Spectrum, take: int) -> Tensor | None:
-        """Which directions the layer's rule counts as the task's own."""
+        """Directions that the layer's rule counts as the task's own."""
         return self._of(spectrum).members(spectrum, take)
 
     def _of(self, spectrum: Spectrum) -> Energy:
@@ -49,7 +50,7 @@ class ByLayer(Policy):
 
 @dataclass(frozen=True)
 class Method:
-    """How one row of a table is trained.
+    """Row of a table: optimizer, policy and training.
 
     `rate` None takes the protocol's. `policy` None trains without protection; `options` are further ones of
     `NullSpaceOptimizer`; `changes` are, by table, settings of the protocol that are the method's own: where there are
@@ -101,7 +102,7 @@ class Method:
         return NullSpaceOptimizer(base, model, policy=self.policy(protocol), **options)
 
     def corrects_instead(self, protocol: Protocol) -> bool:
-        """Whether the weights are corrected where the published rule projects the gradient.
+        """True where the weights are corrected although the published rule projects the gradient.
 
         A step of plain SGD is a multiple of the gradient, so both come to the same; a run in bfloat16 takes the
         correction, whose low-precision products lose no exactness.
@@ -109,7 +110,7 @@ class Method:
         return protocol.precision == "bfloat16" and self.base == "sgd" and self.policy is not None
 
     def project_in(self, protocol: Protocol) -> str | None:
-        """What is projected, None without protection."""
+        """Kind of projection, None without protection."""
         return None if self.policy is None else "update" if self.corrects_instead(protocol) else self.project
 
     def set_rates(self, optimizer: Optimizer, protocol: Protocol, task: int) -> None:

@@ -1,4 +1,4 @@
-"""How each published table was trained: the settings of GPM's two scripts, which others took over, and Adam-NSCL's."""
+"""Training of each published table: the settings of GPM's two scripts, which others took over, and Adam-NSCL's."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Protocol:
             raise ExperimentError(f"held_out={self.held_out} is a share of the training images, from 0.01 to 0.9")
 
     def settings(self) -> dict[str, Any]:
-        """What a results file records of it; of the last five only what is not the default.
+        """Settings for the results file; of the last five only what is not the default.
 
         `shuffled` tells runs with a patience from earlier ones, whose validation images kept the order of the file.
         """

@@ -48,7 +48,7 @@ def report(runs: Iterable[dict[str, Any]], table: str) -> str:
 
 
 def as_published(run: dict[str, Any]) -> bool:
-    """Whether a run kept the table's protocol (methods may have their own rate) and was scored on the test part."""
+    """True if a run kept the table's protocol (methods may have their own rate) and was scored on the test part."""
     wanted = json.loads(json.dumps(PROTOCOLS[run["table"]].settings()))
     own = {"rate", "base", "project", "policy"}  # of the method
     same = {k: v for k, v in run["settings"].items() if k not in own} == {
@@ -58,7 +58,7 @@ def as_published(run: dict[str, Any]) -> bool:
 
 
 def comparable(run: dict[str, Any]) -> bool:
-    """Whether a run is as published but perhaps for its arithmetic, which its line then names."""
+    """True if a run is as published but perhaps for its arithmetic, which its line then names."""
     return as_published({**run, "settings": {k: v for k, v in run["settings"].items() if k != "precision"}})
 
 

@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 import nullspace_optim
-from nullspace_optim import NullSpaceOptimizer, NullSpaceWarning
+from nullspace_optim import NullSpaceOptimizer
+from nullspace_optim.errors import NullSpaceWarning
 from reference.errors import ExperimentError
 from reference.evaluation.metrics import backward_transfer, last
 from reference.published.data import Labelled
@@ -78,7 +79,7 @@ class Run(SavedRun):
         """
         return self.run(resume=True)
 
-    def _begin(self, resumed: bool) -> None:
+    def _begin(self, resumed: bool = False) -> None:
         """Nothing comes before the first task."""
 
     def _identity(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a method does around a task besides training: forward scaling (TRGP, CODE-CL), a penalty (Adam-NSCL).
+"""Parts of a method around a task besides training: forward scaling (TRGP, CODE-CL), a penalty (Adam-NSCL).
 
 A session is begun before each task, ended after its training, told when the task is protected and asked for the
 context in which a task is scored.
@@ -38,11 +38,11 @@ class Session:
         return nullcontext()
 
     def penalty(self) -> Tensor | float:
-        """What is added to the loss of a batch."""
+        """Term that is added to the loss of a batch."""
         return 0.0
 
     def state(self) -> dict[str, Tensor]:
-        """What a run that was stopped needs besides model and optimizer."""
+        """Tensors that a stopped run needs besides model and optimizer."""
         return {}
 
     def restore(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
@@ -118,7 +118,7 @@ class Scaling(Session):
         self.scaling: ForwardScaling | None = None
 
     def directions(self, task: int, first: Labelled, samples: Labelled) -> Mapping[str, Mapping[str, Tensor]]:
-        """Which directions `task` may re-weight, by weight and origin."""
+        """Directions that `task` may re-weight, by weight and origin."""
         raise NotImplementedError
 
     def begin(self, task: int, first: Labelled, samples: Labelled) -> None:

@@ -1,7 +1,12 @@
-"""Tables about methods with small modules: accuracy with and without the task's name, parameters, fate of experts."""
+"""Tables about methods with small modules: accuracy with and without the task's name, parameters, fate of experts.
+
+python -m reference.studies.expert_report RUNS... --output DIR
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +14,14 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 
+from reference.command import carried_out
 from reference.evaluation import metrics
 from reference.evaluation.bootstrap import compare
 from reference.evaluation.report import files_below, load_runs
 from reference.evaluation.tables import markdown_table, memory, spread
-from reference.methods.igsp import BY_LAYER, TASK_UNKNOWN
+from reference.methods.adapters import TASK_UNKNOWN
+from reference.methods.igsp import BY_LAYER
+from reference.training.tracking import writing
 
 Results = dict[str, Any]
 Rows = Mapping[str, list[Results]]
@@ -179,3 +187,34 @@ def routing(results: Results, path: Path) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
+
+
+def write(places: Sequence[str], folder: Path) -> None:
+    """Write and print the tables of the runs below `places` and draw their routing."""
+    rows = read_rows(places)
+    text = report(rows)
+    with writing(folder / "experts.md") as draft:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+    for label, runs in rows.items():
+        if runs[0]["facts"].get("tasks"):
+            routing(runs[0], folder / f"routing-{label}.png")
+    print(text + f"\n{folder / 'experts.md'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the tables and figures of finished runs; returns the exit status (0, or 2 for an error)."""
+    options = parse(arguments)
+    return carried_out(lambda: write(options.places, Path(options.output)), str)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m reference.studies.expert_report", description=main.__doc__)
+    parser.add_argument("places", nargs="+", help="folders of finished runs, or their results.json")
+    parser.add_argument("--output", default=".", help="folder for experts.md and figures (default: here)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,51 +1,23 @@
-"""The cells of each grid: which method runs with which settings, and what varies.
-
-* `ablation`: every combination of project moment, layers, pool consolidated or not, losses on the pool or not, and
-  energy threshold.
-* `dial`: our method with one setting changed at a time, between standing still and learning freely; and plain
-  fine-tuning at several rates, the curve to beat.
-* `controls`: every rival with several values of its own setting, and our method, to which two of them are matched.
-"""
+"""Cells of each grid in `configs/grids.yaml`: which method runs with which settings, and what varies."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from reference.config import Config, for_method
+import yaml
+
+from reference.config import CONFIGS, Config, for_method
 from reference.errors import ExperimentError
 
-Values = Mapping[str, tuple[str, ...]]
+Values = Mapping[str, Sequence[str]]
 Finished = Mapping[str, dict[str, Any]]  # figures of finished cells of one seed, by name
 OURS = "nullspace-reference"
 
-DEFAULTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "ablation": {
-        "moment": ("gradient", "update", "both"),
-        "layers": ("gnsp", "vision", "all"),
-        "pool": ("no", "yes"),
-        "losses": ("no", "yes"),
-        "energy": ("0.95", "0.99"),
-    },
-    "dial": {
-        "energy": ("0.85", "0.9", "0.95", "0.99", "0.999", "0.9999"),
-        "rate": ("0.25", "0.5", "2", "4"),
-        "layers": ("gnsp", "vision"),
-        "sgp_alpha": ("1", "10", "100"),
-        "prune_bound": ("0.001", "0.01", "0.05"),
-        "finetune": ("0.05", "0.1", "0.25", "0.5", "1"),
-    },
-    "controls": {
-        "rate": ("1",),
-        "matched_share": ("0.02", "0.05", "0.1", "0.2", "0.4"),
-        "ewc_weight": ("10", "100", "1000", "10000", "100000"),
-        "wise_share": ("0.2", "0.35", "0.5", "0.65", "0.8"),
-        "ensemble_share": ("0.02", "0.05", "0.1", "0.2"),
-        "replay_bytes": ("ours",),
-    },
-}
+LISTED: dict[str, dict[str, Any]] = yaml.safe_load((CONFIGS / "grids.yaml").read_text(encoding="utf-8"))
+DEFAULTS: dict[str, dict[str, list[str]]] = {name: grid.get("factors", {}) for name, grid in LISTED.items()}
 CONTROLS = {
     "matched_share": "matched-plasticity", "ewc_weight": "ewc", "wise_share": "wise-ft", "ensemble_share": "zscl",
     "replay_bytes": "replay",
@@ -68,8 +40,10 @@ class Cell:
     bytes_of: str = ""
 
     def changes(self, config: Config, finished: Finished) -> dict[str, Any]:
-        """What differs from the settings that the method has in `config`."""
+        """Settings that differ from those that the method has in `config`."""
         changed = dict(self.settings)
+        if "igsp" in changed:
+            changed["igsp"] = {**for_method(config, self.method).igsp, **changed["igsp"]}
         if self.rate != 1:
             changed["learning_rate"] = self.rate * for_method(config, self.method).learning_rate
         if self.bytes_of:
@@ -88,12 +62,17 @@ def cells(grid: str, given: Values) -> list[Cell]:
         raise ExperimentError(f"--values {unknown[0]}=...: {grid} varies {', '.join(DEFAULTS[grid])}")
     values = {**DEFAULTS[grid], **given}
     try:
-        found = list(GRIDS[grid](values))
+        found = list(GRIDS[grid](values) if grid in GRIDS else _rows(grid))
     except (ValueError, KeyError) as error:
         raise ExperimentError(f"--values: {error}: not a value that this factor can have") from error
     if not found:
         raise ExperimentError(f"--values leave no cell of {grid}: give every factor a value")
     return found
+
+
+def _rows(grid: str) -> Iterator[Cell]:
+    for name, row in LISTED[grid]["rows"].items():
+        yield Cell(name, row["method"], {}, {key: value for key, value in row.items() if key != "method"})
 
 
 def _crossed(values: Values) -> Iterator[Cell]:

@@ -30,12 +30,13 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from tqdm import tqdm
 
-from nullspace_optim import alignment_loss
+from nullspace_optim.clip import alignment_loss
 from reference.command import StopRequest, carried_out
 from reference.config import Config
 from reference.data.folders import load_reference_pool, load_tasks
@@ -43,7 +44,7 @@ from reference.data.tasks import Task
 from reference.errors import ExperimentError
 from reference.sequence import StoppedError
 from reference.training.clip import Clip, assemble
-from reference.training.compact import save_compact
+from reference.training.compact import CONFIG, TABLE, WEIGHTS
 from reference.training.features import image_features
 from reference.training.steps import Schedule, attention, crop, evaluate, precision, seeded, set_rate
 from reference.training.tracking import machine, provenance, write_json, writing
@@ -213,6 +214,22 @@ class Pretraining:
         self.step, self.losses = state["step"], state["losses"]
 
 
+def save_compact(model: nn.Module, shape: dict[str, Any], rows: Tensor, folder: Path) -> int:
+    """Write `model`, made from `open_clip.CLIP(**shape)`, whose trained tokens are `rows` `[r]`; returns the bytes.
+
+    Raises:
+        ExperimentError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: value.detach().cpu().half().contiguous() for name, value in model.state_dict().items()}
+    state[TABLE] = state[TABLE][rows].contiguous()
+    with writing(folder / CONFIG) as draft:
+        draft.write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {}}, indent=1) + "\n", encoding="utf-8")
+    with writing(folder / WEIGHTS) as draft:
+        save_file({**state, "token_rows": rows.to(torch.int32)}, draft)
+    return (folder / WEIGHTS).stat().st_size
+
+
 def probe(clip: Clip, task: Task, config: Config) -> float:
     """Test accuracy in percent of logistic regression on the image features of the training images."""
     train, test = (image_features(clip, part.images, config).cpu().numpy() for part in (task.train, task.test))
@@ -221,7 +238,7 @@ def probe(clip: Clip, task: Task, config: Config) -> float:
 
 
 def report(run: Pretraining, tasks: Sequence[Task], size: int, seconds: float) -> dict[str, Any]:
-    """What `pretraining.json` holds."""
+    """Content of `pretraining.json`."""
     options, losses = run.options, run.losses
     run.clip.model.logit_scale.requires_grad_(False)
     table = VOCABULARY - len(run.rows)

@@ -1,4 +1,4 @@
-"""What a grid came to: one Markdown table, one figure of stability against plasticity, and the settings to take."""
+"""Summary of a grid: one Markdown table, one figure of stability against plasticity, and the settings to take."""
 
 from __future__ import annotations
 

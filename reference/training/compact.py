@@ -9,35 +9,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
 from reference.errors import ExperimentError
-from reference.training.tracking import writing
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_compact.safetensors"
 TABLE = "token_embedding.weight"
-
-
-def save_compact(model: nn.Module, shape: dict[str, Any], rows: Tensor, folder: Path) -> int:
-    """Write `model`, made from `open_clip.CLIP(**shape)`, whose trained tokens are `rows` `[r]`; returns the bytes.
-
-    Raises:
-        ExperimentError: the folder cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().cpu().half().contiguous() for name, value in model.state_dict().items()}
-    state[TABLE] = state[TABLE][rows].contiguous()
-    with writing(folder / CONFIG) as draft:
-        draft.write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {}}, indent=1) + "\n", encoding="utf-8")
-    with writing(folder / WEIGHTS) as draft:
-        save_file({**state, "token_rows": rows.to(torch.int32)}, draft)
-    return (folder / WEIGHTS).stat().st_size
 
 
 def load_compact(folder: Path) -> nn.Module:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +43,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on.
+    """Data of one training step.
 
     `images` `[n, 3, s, s]` are normalised, on the model's device; `labels` `[n]`; `tokens` `[classes, context]` are the
     task's prompts; `task` and `step` are numbers from 0; `index` `[n]` holds the numbers of the task's training images.
@@ -80,40 +79,24 @@ class Schedule:
         return self.rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-class Learner(Protocol):
-    """What the training loop needs of a method."""
-
-    clip: Clip
-    optimizer: Optimizer
-
-    def loss(self, batch: Batch) -> Tensor:
-        """The scalar that is minimised."""
-
-    def set_rate(self, rate: float) -> None:
-        """Take this learning rate for the next step."""
-
-    def after_step(self, batch: Batch) -> None:
-        """What happens after `optimizer.step()`."""
-
-
 @dataclass
-class Plain:
-    """A learner that is an optimizer and a loss, nothing else."""
+class Learner:
+    """Model, optimizer and objective of one training; a method has the same parts with more behind them."""
 
     clip: Clip
     optimizer: Optimizer
     objective: Loss
 
     def loss(self, batch: Batch) -> Tensor:
-        """The objective of images, labels and prompts."""
+        """The scalar that is minimised."""
         return self.objective(batch.images, batch.labels, batch.tokens)
 
     def set_rate(self, rate: float) -> None:
-        """One rate for all parameters."""
+        """Take this learning rate for the next step."""
         set_rate(self.optimizer, rate)
 
     def after_step(self, batch: Batch) -> None:
-        """Nothing."""
+        """Act after `optimizer.step()`."""
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:
@@ -156,7 +139,7 @@ def train(clip: Clip, optimizer: Optimizer, task: Task, config: Config, loss: Lo
     Raises:
         ExperimentError: the loss is no longer finite.
     """
-    learn(Plain(clip, optimizer, loss), task, config, uniform(config), seed, number)
+    learn(Learner(clip, optimizer, loss), task, config, uniform(config), seed, number)
 
 
 def learn(
@@ -249,7 +232,7 @@ def accuracy(correct: Tensor) -> float:
 
 @torch.no_grad()
 def scores(clip: Clip, task: Task, config: Config, templates: tuple[int, ...]) -> list[Tensor]:
-    """Which test images are classified rightly, booleans `[n]`, once for each number of templates in `templates`.
+    """Test images that are classified rightly, booleans `[n]`, once for each number of templates in `templates`.
 
     A class is the mean of its first so many prompts' features; all share one pass over the images.
     """

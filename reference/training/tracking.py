@@ -1,4 +1,4 @@
-"""What a run leaves behind: a JSON-lines log, JSON files written in one move, and facts about the machine."""
+"""Traces of a run: a JSON-lines log, JSON files written in one move, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -74,7 +75,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Where the run took place."""
+    """Facts about the machine."""
     return {
         "system": platform.platform(),
         "processor": processor(),
@@ -86,7 +87,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Name of the processor, as exactly as the system tells."""
+    """Name of the processor."""
     listing = Path("/proc/cpuinfo")
     if listing.is_file():
         for line in listing.read_text(encoding="utf-8").splitlines():
@@ -114,23 +115,18 @@ def peak_memory() -> dict[str, float | None]:
     Outside Linux the process is counted since it started, on Windows not at all.
     """
     gpu = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None
-    return {"process_mib": _peak_of_process(), "gpu_mib": gpu}
+    return {"process_mib": None if sys.platform == "win32" else round(resident_peak() / 2**20, 1), "gpu_mib": gpu}
 
 
-def _peak_of_process() -> float | None:
-    if sys.platform == "win32":
-        return None
-    import resource
+def resident_peak() -> int:
+    """Bytes of this process's resident memory at its highest (a process that was spawned starts anew on Linux)."""
+    import resource  # not on Windows
 
     status = Path("/proc/self/status")
-    if status.exists():
-        peaks = [
-            line.split()[1] for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:")
-        ]
-        if peaks:
-            return round(int(peaks[0]) / 2**10, 1)
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+    found = re.search(r"^VmHWM:\s+(\d+)", status.read_text(encoding="utf-8"), re.M) if status.exists() else None
+    if found:
+        return 1024 * int(found[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def reset_peak_memory() -> None:

@@ -16,9 +16,9 @@ from reference.published.methods import chosen_methods as of_a_table
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "reference" / "benchmarks" / "RESULTS.md"]
 PARSED = ("run", "evaluation.report", "data.__main__", "published.__main__")
-PARSED += ("studies.ablation", "studies.experts", "studies.pretrain")
+PARSED += ("studies.run", "studies.expert_report", "studies.pretrain")
 PARSED += tuple(f"benchmarks.{name}" for name in ("consolidate", "counting", "drift", "peers", "step"))
-LEFT_OUT = {"studies.pretrain": "--tasks-root d --captions d", "studies.ablation": "--output o"}
+LEFT_OUT = {"studies.pretrain": "--tasks-root d --captions d", "studies.run": "--output o"}
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
@@ -30,7 +30,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     for command in [*fenced, *named]:
         for match in re.finditer(r"python -m reference\.([a-z_.]+)(.*)", command.split("&&")[-1]):
             words = shlex.split(match[2], comments=True)
-            left_out = {"studies.pretrain": "--tasks-root d --captions d", "studies.ablation": "--output o"}.get(
+            left_out = {"studies.pretrain": "--tasks-root d --captions d", "studies.run": "--output o"}.get(
                 match[1], ""
             ).split()
             found.append((match[1], [w for word in words for w in (left_out if word == "..." else [word])]))

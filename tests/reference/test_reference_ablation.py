@@ -13,7 +13,7 @@ from reference.data import demo
 from reference.experiment import Experiment, prepare
 from reference.methods import METHODS, Setting
 from reference.sequence import Sequence
-from reference.studies import ablation as command
+from reference.studies import run as command
 from reference.studies.grids import DEFAULTS, cells
 from reference.studies.summary import chosen, read_cells
 from reference.training.steps import Batch
