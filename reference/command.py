@@ -1,4 +1,4 @@
-"""What the commands of the reference have in common: settings of a run, Ctrl-C, and how they end."""
+"""Common parts of the commands: settings of a run, Ctrl-C, and exit codes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
+from typing import Any
 
 from reference.config import Config, load_config, parse_overrides
 from reference.errors import ExperimentError
@@ -24,7 +25,7 @@ class StopRequest:
         signal.signal(signal.SIGINT, self._ask)
 
     def __call__(self) -> bool:
-        """Whether to stop."""
+        """True once Ctrl-C was pressed."""
         return self.asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -47,7 +48,7 @@ def carried_out(work: Callable[[], None], advice: Callable[[], str]) -> int:
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The options that say on what and how every method runs."""
+    """Add the options of data, model and schedule."""
     parser.add_argument("--preset", default="demo", help="demo (default), mini or paper")
     parser.add_argument("--data-root", help="folder with one folder of images per task")
     parser.add_argument("--model", help="folder of an open_clip model, <architecture>:<pretrained tag>, or :random")
@@ -65,10 +66,10 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_config(options: argparse.Namespace) -> Config:
-    """Preset, then `--set`, then the named options."""
+def read_config(options: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> Config:
+    """The preset with `defaults` over it, then `--set`, then the named options."""
     if options.resume and not options.output:
         raise ExperimentError("--resume needs the --output folder of the run to go on with")
     options.output = options.output or f"runs/{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     given = {name: value for name in (*NAMED, "output") if (value := getattr(options, name)) is not None}
-    return load_config(options.preset, {**parse_overrides(options.set), **given})
+    return load_config(options.preset, {**(defaults or {}), **parse_overrides(options.set), **given})

@@ -174,7 +174,7 @@ def load_config(preset: str, overrides: Mapping[str, Any]) -> Config:
     Raises:
         ExperimentError: unknown preset, unknown setting or a value of the wrong kind.
     """
-    known = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("templates", "classes", "experts"))
+    known = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem not in ("templates", "classes", "grids"))
     if preset not in known:
         raise ExperimentError(f"unknown preset {preset!r}: choose one of {', '.join(known)}")
     settings = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8"))

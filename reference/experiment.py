@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from reference import data, demo, standin
-from reference.clip import Clip, load_clip
 from reference.config import Config
-from reference.data import ReferencePool
+from reference.data import demo, folders, stand_in
+from reference.data.folders import ReferencePool
+from reference.data.tasks import Task
 from reference.methods import chosen_methods, refuse_unknown
-from reference.tasks import Task
+from reference.training.clip import Clip, load_clip
+from reference.training.demo_clip import pretrained_clip
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What all methods and seeds share; `pretrained(seed)` is the model that each run copies."""
+    """Parts that all methods and seeds share; `pretrained(seed)` is the model that each run copies."""
 
     tasks: list[Task]
     pool: ReferencePool | None
@@ -37,11 +38,11 @@ def prepare(config: Config) -> Experiment:
     if config.preset == "demo":
         pretraining = demo.pretraining_task()
         rendered = demo.reference_pool(pretraining, config.reference_images)
-        return Experiment(demo.tasks(config), rendered, lambda seed: demo.pretrained_clip(config, pretraining, seed))
+        return Experiment(demo.tasks(config), rendered, lambda seed: pretrained_clip(config, pretraining, seed))
     clip = load_clip(config)
     if config.source == "stand-in":
-        pool = standin.stand_in_pool(config.reference_images, clip.size)
-        return Experiment(data.load_sources(config, clip.size, standin.stand_in), pool, lambda seed: clip)
-    pool = data.load_reference_pool(config, clip.size) if wanted or config.reference_root else None
-    load = data.load_sources if config.source == "torchvision" else data.load_tasks
+        pool = stand_in.stand_in_pool(config.reference_images, clip.size)
+        return Experiment(folders.load_sources(config, clip.size, stand_in.stand_in), pool, lambda seed: clip)
+    pool = folders.load_reference_pool(config, clip.size) if wanted or config.reference_root else None
+    load = folders.load_sources if config.source == "torchvision" else folders.load_tasks
     return Experiment(load(config, clip.size), pool, lambda seed: clip)

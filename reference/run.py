@@ -13,15 +13,15 @@ from collections.abc import Sequence as Arguments
 from pathlib import Path
 from typing import Any
 
-from reference import figures
 from reference.command import NAMED, StopRequest, add_settings, carried_out, read_config
 from reference.config import Config
 from reference.errors import ExperimentError
+from reference.evaluation import figures
+from reference.evaluation.tables import cost_table, matrix_table, summary_table
 from reference.experiment import Experiment, prepare
 from reference.methods import chosen_methods
-from reference.report import cost_table, matrix_table, summary_table
 from reference.sequence import Sequence
-from reference.tracking import writing
+from reference.training.tracking import writing
 
 
 def main(arguments: Arguments[str] | None = None) -> int:

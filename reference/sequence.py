@@ -5,7 +5,6 @@ Files in the run's folder: `log.jsonl` always, `checkpoint.pt` until the run is 
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,18 +17,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from reference import metrics
-from reference.clip import Clip
 from reference.config import Config, for_method, identity, recorded, refuse_other_settings
-from reference.costs import costs, summary_of_steps
-from reference.engine import Step, learn
+from reference.data.tasks import Task
 from reference.errors import ExperimentError
+from reference.evaluation import metrics
+from reference.evaluation.costs import costs, summary_of_steps
+from reference.evaluation.retrieval import pool_figures
+from reference.evaluation.scoring import Board, Scorer, as_results
 from reference.experiment import Experiment
 from reference.methods import Method, Setting
-from reference.retrieval import pool_figures
-from reference.scoring import Board, Scorer, as_results
-from reference.tasks import Task
-from reference.tracking import Log, machine, peak_memory, provenance, reset_peak_memory, write_json, writing
+from reference.training.clip import Clip
+from reference.training.saved_run import SavedRun
+from reference.training.steps import Step, learn
+from reference.training.tracking import Log, machine, peak_memory, provenance, reset_peak_memory
 
 ACTIVITIES = ("training", "consolidation", "evaluation")
 
@@ -40,7 +40,7 @@ class StoppedError(Exception):
 
 @dataclass
 class Progress:
-    """How far a run is: finished tasks, next step, scores, trained parameters of each task, figures of the pool.
+    """Progress of a run: finished tasks, next step, scores, trained parameters of each task, figures of the pool.
 
     `steps` are loss and seconds of each step of the task at work; `training` and `consolidations` what finished ones
     came to.
@@ -62,7 +62,7 @@ class Progress:
         return cls(**{**saved, "boards": {name: Board(**board) for name, board in saved["boards"].items()}})
 
 
-class Sequence:
+class Sequence(SavedRun):
     """The run of one method with one seed.
 
     Args:
@@ -85,6 +85,7 @@ class Sequence:
     ) -> None:
         self.config = config = for_method(config, method.name)
         self.experiment, self.seed, self.folder, self.stop = experiment, seed, folder, stop
+        self.finished, self.checkpoint = folder / "results.json", folder / "checkpoint.pt"
         self.clip: Clip = experiment.pretrained(seed).copy()
         if config.gradient_checkpointing:
             self.clip.recompute()
@@ -93,35 +94,17 @@ class Sequence:
         self.progress = Progress()
         self.log = Log(folder / "log.jsonl")
         self.made = provenance()
+        self.count, self.device = len(experiment.tasks), self.clip.device
+
+    @property
+    def done(self) -> int:
+        """Number of finished tasks."""
+        return self.progress.task
 
     @property
     def main(self) -> Board:
         """The scores that are the run's accuracy matrix."""
         return self.progress.boards[self.scorer.names[0]]
-
-    def run(self, resume: bool = False) -> dict[str, Any]:
-        """Go through all tasks and return what `results.json` holds.
-
-        Raises:
-            StoppedError: after `stop()` became true; the state is saved.
-            ExperimentError: resuming a run of other settings, or no room for a checkpoint.
-        """
-        finished = self.folder / "results.json"
-        if resume and finished.exists():
-            (self.folder / "checkpoint.pt").unlink(missing_ok=True)  # killed between the two
-            return self._checked(json.loads(finished.read_text(encoding="utf-8")))
-        self._needs_room()
-        reset_peak_memory()
-        if not (resume and self._load()):
-            self._begin()
-        for number in range(self.progress.task, len(self.experiment.tasks)):
-            self._one_task(number)
-        self._look_at_pool()
-        results = self._results()
-        write_json(finished, results)
-        (self.folder / "checkpoint.pt").unlink()
-        self.log("finished", seconds=self.progress.seconds)
-        return results
 
     def _needs_room(self) -> None:
         """A checkpoint holds weights; of what trains AdamW's two moments, bases, anchors and second moments."""
@@ -135,8 +118,13 @@ class Sequence:
                 f"{needed / 2**20:.0f} MiB for its checkpoint; free space or choose another --output"
             )
 
-    def _begin(self) -> None:
+    def _begin(self, resumed: bool = False) -> None:
         """Score the pretrained model, and let the method do what it does before the first task."""
+        self._needs_room()
+        reset_peak_memory()
+        if resumed:
+            self.log("resumed", task=self.progress.task, step=self.progress.step)
+            return
         self.log("started", method=self.method.name, seed=self.seed, config=recorded(self.config))
         self._evaluate(None)
         self._look_at_pool()
@@ -216,6 +204,8 @@ class Sequence:
                 self.progress.pool.append(pool_figures(self.clip, self.experiment.pool, self.config))
 
     def _results(self) -> dict[str, Any]:
+        self._look_at_pool()
+        self.log("finished", seconds=self.progress.seconds)
         matrix, pretrained = np.array(self.main.accuracy), self.main.pretrained
         chance = [100 / len(task.class_names) for task in self.experiment.tasks]
         known = metrics.known(pretrained, chance)
@@ -246,29 +236,17 @@ class Sequence:
             "config": recorded(self.config),
         }
 
-    def _save(self) -> None:
-        """Write the state of this moment in one move; the optimizer's state holds the bases as well."""
-        state = {
-            "identity": json.dumps(identity(self.config)),
-            "progress": asdict(self.progress),
-            "method": self.method.state(),
-        }
-        with writing(self.folder / "checkpoint.pt") as draft:
-            torch.save(state, draft)
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.config)
 
-    def _load(self) -> bool:
-        """Take up the saved state, if there is one."""
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            return False
-        state = torch.load(path, map_location=self.clip.device, weights_only=True)
-        self._checked({"config": json.loads(state["identity"])})
+    def _checked(self, saved: dict[str, Any], path: Path) -> dict[str, Any]:
+        """`saved`, if its settings are those of this run."""
+        refuse_other_settings(saved.get("config", saved), self.config, self.method.needs_reference, self.folder)
+        return saved
+
+    def _state(self) -> dict[str, Any]:
+        return {"progress": asdict(self.progress), "method": self.method.state()}
+
+    def _take_up(self, state: dict[str, Any]) -> None:
         self.progress = Progress.of(state["progress"])
         self.method.load_state(state["method"], self.progress.task)
-        self.log("resumed", task=self.progress.task, step=self.progress.step)
-        return True
-
-    def _checked(self, saved: dict[str, Any]) -> dict[str, Any]:
-        """`saved`, if its settings are those of this run."""
-        refuse_other_settings(saved["config"], self.config, self.method.needs_reference, self.folder)
-        return saved

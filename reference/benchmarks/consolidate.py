@@ -1,4 +1,4 @@
-"""What a consolidation costs: over a forward-only pass, part by part, and beside the SVDs of published methods.
+"""Cost of a consolidation: over a forward-only pass, part by part, and beside the SVDs of published methods.
 
     python -m reference.benchmarks.consolidate --model DIR --model ViT-B-32
 
@@ -28,10 +28,9 @@ from torch.optim import SGD
 
 from nullspace_optim import NullSpaceOptimizer, clip_forward
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
-from reference.benchmarks.timing import ratio, seconds
-from reference.benchmarks.workload import build, quiet, random_batch
-from reference.clip import load_clip
+from reference.benchmarks.workload import build, quiet, random_batch, ratio, seconds
 from reference.config import load_config
+from reference.training.clip import load_clip
 
 PROMPTS = 10
 BATCH = 32
@@ -87,7 +86,7 @@ def main(arguments: Sequence[str]) -> Outcome:
         if not options.no_peers:
             decompositions.append(_compare(case, spent, device))
     tables = [_pass_table(passes, options.repeats), *([] if options.no_peers else [_peer_table(decompositions)])]
-    return finish("consolidate", arguments, device, time.perf_counter() - started, tables, options.output)
+    return finish("reference.benchmarks.consolidate", arguments, device, started, tables, options.output)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What protection keeps, on real images: drift by base optimizer and projection, and drift by energy threshold.
+"""Drift of protected models on real images: by base optimizer and projection, and by energy threshold.
 
     python -m reference.benchmarks.drift --data-root DIR --model DIR
 
@@ -24,15 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from nullspace_optim import Energy, Fate, NullSpaceOptimizer, NumericalRank, Policy, clip_forward
+from nullspace_optim import Fate, NullSpaceOptimizer, clip_forward
+from nullspace_optim.policies import Energy, NumericalRank, Policy
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.policies import by_policy
 from reference.benchmarks.workload import quiet
-from reference.clip import Clip, assemble, class_logits, classification_loss, load_clip
 from reference.config import Config, load_config
-from reference.data import load_tasks
-from reference.engine import Batches, evaluate, train
-from reference.tasks import Task
+from reference.data.folders import load_tasks
+from reference.data.tasks import Task
+from reference.training.clip import Clip, assemble, class_logits, classification_loss, load_clip
+from reference.training.steps import Batches, evaluate, train
 
 HELD_OUT = 1024
 PROJECTIONS = ("none", "gradient", "update")
@@ -79,7 +80,14 @@ def main(arguments: Sequence[str]) -> Outcome:
         made |= {name: parts[name](options, clip, old, new) for name in names if name != "policies"}
         device = str(clip.device)
     tables = [made[name] for name in names]
-    return finish("drift", arguments, torch.device(device), time.perf_counter() - started, tables, options.output)
+    return finish(
+        "reference.benchmarks.drift",
+        arguments,
+        torch.device(device),
+        time.perf_counter() - started,
+        tables,
+        options.output,
+    )
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -223,7 +231,7 @@ def by_threshold(options: argparse.Namespace, clip: Clip, old: Task, new: Task) 
 
 
 def named(policy: Policy | None) -> str:
-    """How the policy stands in the table."""
+    """Name of the policy in the table."""
     return "unprotected" if policy is None else repr(policy).replace("threshold=", "").replace("tolerance=None", "")
 
 

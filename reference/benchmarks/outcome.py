@@ -1,4 +1,4 @@
-"""What a benchmark hands back: tables, with the machine and the command that made them, as Markdown and JSON."""
+"""Outcome of a benchmark: tables, with the machine and the command that made them, as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import platform
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from reference.tracking import processor
+from reference.training.tracking import processor
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,13 @@ class Outcome:
 
 
 def finish(
-    benchmark: str, arguments: Sequence[str], device: torch.device, seconds: float, tables: Sequence[Table], output: str
+    benchmark: str, arguments: Sequence[str], device: torch.device, started: float, tables: Sequence[Table], output: str
 ) -> Outcome:
-    """Print the tables of a run and, if `output` names a folder, write them there."""
-    command = shlex.join(["python", "-m", f"reference.benchmarks.{benchmark}", *arguments])
-    date = datetime.date.today().isoformat()
-    outcome = Outcome(benchmark, command, machine(device), date, seconds, tuple(tables))
+    """Print the tables of a run that `started` then and, if `output` names a folder, write them there."""
+    module = benchmark if "." in benchmark else f"reference.benchmarks.{benchmark}"
+    command = shlex.join(["python", "-m", module, *arguments])
+    date, seconds = datetime.date.today().isoformat(), time.perf_counter() - started
+    outcome = Outcome(benchmark.rpartition(".")[2], command, machine(device), date, seconds, tuple(tables))
     print("\n" + outcome.markdown())
     if output:
         outcome.save(output)

@@ -1,4 +1,4 @@
-"""What published packages cost beside ours, on the same model and batch: step, preparation, memory, by rank.
+"""Cost of published packages beside ours, on the same model and batch: step, preparation, memory, by rank.
 
     python -m reference.benchmarks.peers                                ViT-B/32, 2 blocks a tower
     python -m reference.benchmarks.peers --parts peak --shares 1/4,3/4  peak memory, one process a figure
@@ -16,7 +16,6 @@ import copy
 import importlib
 import importlib.util
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -35,8 +33,8 @@ from torch.optim import AdamW
 from nullspace_optim import NullSpaceOptimizer, clip_forward
 from reference.benchmarks.outcome import Outcome, Table, finish, progress, saved_bytes
 from reference.benchmarks.step import RATE, Trainer
-from reference.benchmarks.timing import ratio, seconds
-from reference.benchmarks.workload import Share, build, fill, protected_at_random, quiet, random_batch
+from reference.benchmarks.workload import Share, build, fill, protected_at_random, quiet, random_batch, ratio, seconds
+from reference.training.tracking import resident_peak
 
 GAP = 200  # steps between two decompositions of GaLore, its own default
 TOKENS = 50  # rows that an image gives in ViT-B/32
@@ -44,7 +42,7 @@ TOKENS = 50  # rows that an image gives in ViT-B/32
 
 @dataclass(frozen=True)
 class Task:
-    """What all methods train (the model, everything but its MLPs frozen) and how much data they are given."""
+    """Model that all methods train, everything but its MLPs frozen, and the sizes of their data."""
 
     model: nn.Module
     batch: int
@@ -96,7 +94,7 @@ def main(arguments: Sequence[str]) -> Outcome:
     started = time.perf_counter()
     parts = {"step": by_rank, "peak": peaks}
     tables = [parts[name](options, device) for name in options.parts.split(",")]
-    return finish("peers", arguments, device, time.perf_counter() - started, tables, options.output)
+    return finish("reference.benchmarks.peers", arguments, device, started, tables, options.output)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -296,16 +294,6 @@ def _peak(name: str, share: float, options: argparse.Namespace, device: str) -> 
     for _ in range(3):
         contender.trainer.timed_step()
     return torch.cuda.max_memory_allocated(where) if where.type == "cuda" else resident_peak()
-
-
-def resident_peak() -> int:
-    """Bytes of this process's resident memory at its highest (a process that was spawned starts anew on Linux)."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        found = [line.split() for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")]
-        if found:
-            return 1024 * int(found[0][1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""What every policy promises and what it costs, on scanned digits: drift, plasticity, memory, time.
+"""Promise and cost of every policy, on scanned digits: drift, plasticity, memory, time.
 
     python -m reference.benchmarks.drift --tables policies
 
@@ -9,20 +9,14 @@ policy, then it learns 5 to 9 with AdamW. The images are scikit-learn's; nothing
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
@@ -31,8 +25,7 @@ from nullspace_optim import OSF, SGP, Energy, NullSpaceOptimizer, NumericalRank,
 from nullspace_optim.methods import consolidate_classes
 from nullspace_optim.policies import CGP, CODECL, OWM, PEGP, TRGP, VPTNSP, EigenvalueRatio, InfLoRA, KeepLoRA, SplitLoRA
 from reference.benchmarks.outcome import Table, progress
-from reference.benchmarks.timing import in_turn, ratio
-from reference.benchmarks.workload import quiet
+from reference.benchmarks.workload import in_turn, quiet, ratio
 
 Point = tuple[float, float]
 CPU = torch.device("cpu")
@@ -127,35 +120,10 @@ def save_figure(table: Table, path: Path) -> None:
     axes.margins(0.09)
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8, handlelength=0)
-    _write_numbers(axes, {point: ", ".join(map(str, found)) for point, found in numbers.items()})
+    for point, found in numbers.items():
+        axes.annotate(", ".join(map(str, found)), point, (5, 4), textcoords="offset points", fontsize=9)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
-
-
-def _write_numbers(axes: Axes, texts: Mapping[Point, str]) -> None:
-    """Write a text beside every point, in the first place around it where nothing else stands."""
-    canvas: Any = axes.figure.canvas
-    canvas.draw()
-    renderer = canvas.get_renderer()
-    middles = axes.transData.transform(list(texts))
-    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in middles]
-    for point, text in texts.items():
-        for radius, angle in product((6, 11, 17, 25), (45, 0, 90, -45, 135, -90, 180, -135)):
-            right, up = (round(turn(math.radians(angle)), 9) for turn in (math.cos, math.sin))
-            label = axes.annotate(
-                text, point, (radius * right, radius * up), textcoords="offset points", fontsize=9,
-                ha="left" if right > 0 else "right" if right < 0 else "center",
-                va="bottom" if up > 0 else "top" if up < 0 else "center",
-                arrowprops={"arrowstyle": "-", "lw": 0.5, "color": "#888888"} if radius > 11 else None,
-            )  # fmt: skip
-            label.update_positions(renderer)
-            box = Text.get_window_extent(label, renderer)  # without the line to its point
-            if not any(box.overlaps(other) for other in taken):
-                taken.append(box)
-                break
-            label.remove()
-        else:
-            axes.annotate(text, point, (4, 4), textcoords="offset points", fontsize=9)
 
 
 def run(policy: Policy | None, seed: int, steps: int) -> dict[str, float]:

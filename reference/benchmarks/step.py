@@ -1,4 +1,4 @@
-"""What protection costs in a training step: with over without, and against the dense `P` of published methods.
+"""Cost of protection in a training step: with over without, and against the dense `P` of published methods.
 
     python -m reference.benchmarks.step                      ViT-B/32 on a CPU, ViT-B/16 in bfloat16 on a GPU
     python -m reference.benchmarks.step --shares 1/4,1/2 --blocks 3 --repeats 5
@@ -27,7 +27,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from nullspace_optim import Basis, NullSpaceOptimizer
 from reference.benchmarks.counting import EXACT_EVERY, protection_operations
 from reference.benchmarks.outcome import Outcome, Table, finish, progress, saved_bytes
-from reference.benchmarks.timing import in_turn, ratio, seconds, wait
 from reference.benchmarks.workload import (
     Batch,
     Share,
@@ -35,9 +34,13 @@ from reference.benchmarks.workload import (
     build,
     contrastive_loss,
     fill,
+    in_turn,
     matrices,
     protected_at_random,
     random_batch,
+    ratio,
+    seconds,
+    wait,
 )
 
 RATE = 1e-6
@@ -47,7 +50,7 @@ STEP_ROWS = 2048
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured: see `parse` for each field."""
+    """Settings of the measurements: see `parse` for each field."""
 
     model: str
     blocks: int | None
@@ -106,7 +109,7 @@ def main(arguments: Sequence[str]) -> Outcome:
     started = time.perf_counter()
     parts = {"step": whole_steps, "projection": projections, "tasks": over_tasks}
     tables = [table for name in options.parts.split(",") for table in parts[name](settings)]
-    return finish("step", arguments, device, time.perf_counter() - started, tables, options.output)
+    return finish("step", arguments, device, started, tables, options.output)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -1,11 +1,18 @@
-"""What the speed benchmarks train: an open_clip CLIP with random weights, random images and prompts, CLIP's loss."""
+"""Workload of the speed benchmarks, and their clocks.
+
+An open_clip CLIP with random weights, random images and prompts, CLIP's loss. Runs that are compared take turns in one
+process, so that a slow moment of the machine meets both alike. (`torch.utils.benchmark.Timer` repeats each run before
+it counts and cannot take turns; consolidations and steps change their state.)
+"""
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import open_clip
@@ -14,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nullspace_optim import FixedRank, NullSpaceOptimizer, NullSpaceWarning, Policy, SketchedCovariance, clip_forward
-from nullspace_optim.policies import Spectrum
+from nullspace_optim import NullSpaceOptimizer, SketchedCovariance, clip_forward
+from nullspace_optim.errors import NullSpaceWarning
+from nullspace_optim.policies import FixedRank, Policy, Spectrum
 
+Run = Callable[[], object]
 SMALLEST = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
@@ -126,3 +135,34 @@ def fill(optimizer: NullSpaceOptimizer, share: float) -> None:
             directions = draws[size, rank].expand(groups, -1, -1).clone()
             basis.subspaces[side] = replace(subspace, basis=directions, ranks=(rank,) * groups)
     optimizer.reanchor()
+
+
+def seconds(run: Run, device: torch.device) -> float:
+    """Seconds that `run` takes, work that it queued on `device` included."""
+    wait(device)
+    started = time.perf_counter()
+    run()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def wait(device: torch.device) -> None:
+    """Return when all queued work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turn(runs: Mapping[str, Run], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every run, A B A B ..., `repeats` times, after one turn that does not count."""
+    for run in runs.values():
+        run()
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            found[name].append(seconds(run, device))
+    return found
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """The median of the ratios of neighbouring runs."""
+    return median(a / b for a, b in zip(over, under, strict=True))

@@ -12,12 +12,12 @@ from typing import Any
 from reference.errors import ExperimentError
 from reference.methods.base import Method, Setting
 from reference.methods.distillation import ZSCL, LwF
+from reference.methods.finetune import FineTune, FineTunePerTask, Joint, MatchedPlasticity, WiseFT, ZeroShot
 from reference.methods.gnsp import Gnsp, GnspExact, LossesOnly, ProjectionOnly
 from reference.methods.igsp import ExpertsOfTasks
 from reference.methods.lora import LoraPerTask, LoraShared, LoraSharedNullSpace
 from reference.methods.moe import MoeAdapters
-from reference.methods.plain import FineTune, FineTunePerTask, Joint, MatchedPlasticity, WiseFT, ZeroShot
-from reference.methods.projection import (
+from reference.methods.nullspace import (
     Gradient,
     GradientReference,
     NullSpace,

@@ -1,4 +1,4 @@
-"""What the adapter methods share: a module beside every block's MLP, and who decides which task an input belongs to.
+"""Adapters: a module beside every block's MLP, the selector of the task of an input, and their methods' base class.
 
 The places are those of MoE-Adapters4CL (Yu et al., 2024): all blocks of both towers, parallel to the MLP. Inputs of
 unknown task are given to the nearest task by the frozen backbone's features, image by image and prompt by prompt
@@ -8,24 +8,28 @@ unknown task are given to the nearest task by the frozen backbone's features, im
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from reference.clip import Clip
-from reference.engine import Batches
+from reference.data.tasks import Task
+from reference.methods.base import Method
+from reference.training.clip import Clip
+from reference.training.steps import Batches
 
+TASK_KNOWN, TASK_UNKNOWN = "task known", "task unknown"
 PLAIN = -1
 OUTLIER = 3.0  # standard deviations of the distance to a task's centre beyond which an input belongs to no task
 
 
 @dataclass
 class Routing:
-    """Which task's adapters are used: a number, one number a sample `[n]`, or PLAIN for none.
+    """The task whose adapters are used: a number, one number a sample `[n]`, or PLAIN for none.
 
     `counting` is true while the experts that a step chooses are counted; a forward pass that is computed a second time
     for the backward pass (gradient checkpointing) is not.
@@ -98,10 +102,6 @@ class Centres:
         limits = torch.tensor(self.limits, device=features.device)
         return torch.where(distance <= limits[task], task, torch.full_like(task, PLAIN))
 
-    def plain(self) -> dict[str, Any]:
-        """As tensors and plain values."""
-        return {"means": list(self.means), "limits": list(self.limits)}
-
 
 class Selector:
     """Finds the task of inputs by the frozen backbone's features, in both towers."""
@@ -153,13 +153,77 @@ class Selector:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it keeps."""
+        """Count of the numbers it keeps."""
         return sum(mean.numel() + 1 for centres in self.centres.values() for mean in centres.means)
 
     def state(self) -> dict[str, Any]:
-        """What is known of finished tasks."""
-        return {tower: centres.plain() for tower, centres in self.centres.items()}
+        """Centres of finished tasks."""
+        return {tower: vars(centres) for tower, centres in self.centres.items()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take it up again."""
-        self.centres = {tower: Centres(list(known["means"]), list(known["limits"])) for tower, known in state.items()}
+        self.centres = {tower: Centres(**known) for tower, known in state.items()}
+
+
+class AdaptersOfTasks(Method):
+    """Base class of methods with one adapter per task: `put_adapters` places modules, `at_work` chooses what trains.
+
+    Without a task's name each image and each prompt is given to the nearest task by the backbone's features.
+    """
+
+    evaluations = (TASK_KNOWN, TASK_UNKNOWN)
+    saved = ("names",)
+
+    def make_optimizer(self) -> Optimizer:
+        """AdamW on what `put_adapters` leaves trainable."""
+        torch.manual_seed(self.setting.seed)
+        self.routing = Routing()
+        self.selector = Selector(self.clip, self.routing)
+        self.names: list[str] = []
+        self.put_adapters()
+        return super().make_optimizer()
+
+    def put_adapters(self) -> None:
+        """Put modules beside the blocks; they read `self.routing`."""
+        raise NotImplementedError
+
+    def at_work(self, number: int, resumed: bool = False) -> None:
+        """Let the parameters of task `number` alone be trainable."""
+        raise NotImplementedError
+
+    def before_task(self, number: int) -> None:
+        """Begin with fresh moments and what belongs to task `number`."""
+        super().before_task(number)
+        self.routing.task = number
+        self.at_work(number)
+
+    def after_task(self, number: int) -> dict[str, Any]:
+        """Remember what the task's images and prompts look like."""
+        task = self.setting.tasks[number]
+        drawn = task.train.drawn(self.config.consolidation_images, seed=self.setting.seed)
+        self.clip.model.eval()
+        self.selector.learn(Batches(self.clip, drawn), self.clip.tokens(task.prompts()))
+        self.names.append(task.name)
+        return {}
+
+    def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
+        """Route for `task`, or for the nearest task of each input."""
+        if evaluation == TASK_UNKNOWN:
+            return self.without_task()
+        return self.selector.using(self.names.index(task.name) if task.name in self.names else PLAIN)
+
+    def without_task(self) -> AbstractContextManager[object]:
+        """Route each input for the nearest task, or for none."""
+        return self.selector.guessing()
+
+    def state(self) -> dict[str, Any]:
+        """The model, the optimizer, and what is known of finished tasks."""
+        return {**super().state(), "selector": self.selector.state()}
+
+    def load_state(self, state: dict[str, Any], number: int) -> None:
+        """Take it up again."""
+        super().load_state(state, number)
+        self.selector.load_state(state["selector"])
+        if number < len(self.setting.tasks):
+            self.routing.task = number
+            self.at_work(number, resumed=True)

@@ -1,4 +1,4 @@
-"""What a method is: what happens before, during and after a task, and what else it wants to say.
+"""Base class of the methods: what happens before, during and after a task.
 
 A method owns the model's optimizer for the whole sequence; the base optimizer starts afresh with each task. The order
 of calls is `before_sequence`, then for each task `before_task`, steps of (`set_rate`, `loss`, `optimizer.step`,
@@ -17,12 +17,12 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from reference.clip import Clip, classification_loss
 from reference.config import Config
-from reference.data import ReferencePool
-from reference.engine import Batch, Schedule, set_rate, uniform
+from reference.data.folders import ReferencePool
+from reference.data.tasks import Task
 from reference.errors import ExperimentError
-from reference.tasks import Task
+from reference.training.clip import Clip, classification_loss
+from reference.training.steps import Batch, Schedule, set_rate, uniform
 
 LAYERS = {
     "all": re.compile(".*"),
@@ -33,7 +33,7 @@ LAYERS = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is given: the pretrained model (its own copy), the settings, the tasks in order, the pool, a seed.
+    """Arguments of a method: the pretrained model (its own copy), the settings, the tasks in order, the pool, a seed.
 
     A method uses of `tasks` only the tasks up to the one at work; `joint` alone looks ahead, and says so.
     """
@@ -55,6 +55,7 @@ class Method:
         scored: which tasks are scored after a task: `all`; `own`, the task just trained, while the others keep the
             scores they had (separate models); `end`, all of them, but after the last task only.
         evaluations: ways of scoring; the first is the accuracy matrix, the others are stored beside it.
+        saved: attributes that a stopped run needs to go on, beside model and optimizer: tensors and plain values only.
     """
 
     name: ClassVar[str]
@@ -62,6 +63,7 @@ class Method:
     needs_reference: ClassVar[bool] = False
     scored: ClassVar[Literal["all", "own", "end"]] = "all"
     evaluations: ClassVar[tuple[str, ...]] = ("task known",)
+    saved: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.clip, self.config = setting, setting.clip, setting.config
@@ -74,7 +76,7 @@ class Method:
         return AdamW(trained, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True)
 
     def before_sequence(self) -> dict[str, Any]:
-        """What is done with the pretrained model before the first task; returns what the log should know."""
+        """Act on the pretrained model before the first task; returns facts for the log."""
         return {}
 
     def before_task(self, number: int) -> None:
@@ -95,10 +97,10 @@ class Method:
         return classification_loss(self.clip.model, batch.images, batch.labels, batch.tokens, smoothing)
 
     def after_step(self, batch: Batch) -> None:
-        """What is done after the optimizer's step."""
+        """Act after the optimizer's step."""
 
     def after_task(self, number: int) -> dict[str, Any]:
-        """What is done with the finished task; returns what the log should know."""
+        """Act on the finished task; returns facts for the log."""
         return {}
 
     def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
@@ -110,7 +112,7 @@ class Method:
         return nullcontext()
 
     def trained_parameters(self) -> int:
-        """How many numbers the optimizer may change in the task at work."""
+        """Count of the numbers that the optimizer may change in the task at work."""
         groups = self.optimizer.param_groups
         return sum(p.numel() for group in groups for p in group["params"] if p.requires_grad)
 
@@ -119,13 +121,16 @@ class Method:
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Everything that a stopped run needs to go on: tensors and plain values only."""
-        return {"model": self.clip.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """Model, optimizer and the attributes `saved`."""
+        own = {name: getattr(self, name) for name in self.saved}
+        return {"model": self.clip.model.state_dict(), "optimizer": self.optimizer.state_dict(), **own}
 
     def load_state(self, state: dict[str, Any], number: int) -> None:
         """Take up what `state` returned during task `number`."""
         self.clip.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for name in self.saved:
+            setattr(self, name, state[name])
 
 
 def train_only(model: nn.Module, layers: str) -> None:

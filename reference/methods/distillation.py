@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nullspace_optim.clip import alignment_loss, distillation_loss
-from reference.engine import Batch, seeded, shuffled_passes
 from reference.errors import ExperimentError
 from reference.methods.base import Method, Setting
-from reference.retrieval import image_features, text_features
+from reference.training.features import image_features, text_features
+from reference.training.steps import Batch, seeded, shuffled_passes
 
 OLD_CLASSES = 64  # prompts of earlier tasks that LwF distils on in one step
 
@@ -117,6 +117,7 @@ class LwF(Method):
     """
 
     name = "lwf"
+    saved = ("recorded",)
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -153,15 +154,6 @@ class LwF(Method):
     def _earlier(self, number: int) -> Tensor:
         return self.clip.tokens([prompt for task in self.setting.tasks[:number] for prompt in task.prompts()])
 
-    def state(self) -> dict[str, Any]:
-        """The recorded answers as well."""
-        return {**super().state(), "recorded": self.recorded}
-
-    def load_state(self, state: dict[str, Any], number: int) -> None:
-        """Take up what `state` returned."""
-        super().load_state(state, number)
-        self.recorded = state["recorded"]
-
 
 class ZSCL(Method):
     """ZSCL (Zheng et al. 2023, arXiv 2303.06628): distillation on a reference pool and an ensemble of weights.
@@ -173,6 +165,7 @@ class ZSCL(Method):
     """
 
     name = "zscl"
+    saved = ("start", "mean", "count")
     needs_reference = True
 
     def __init__(self, setting: Setting) -> None:
@@ -217,12 +210,3 @@ class ZSCL(Method):
             if name in self.mean:
                 parameter.copy_(self.mean[name])
         return {"ensemble": self.count}
-
-    def state(self) -> dict[str, Any]:
-        """The weights at the start and the mean as well."""
-        return {**super().state(), "start": self.start, "mean": self.mean, "count": self.count}
-
-    def load_state(self, state: dict[str, Any], number: int) -> None:
-        """Take up what `state` returned."""
-        super().load_state(state, number)
-        self.start, self.mean, self.count = state["start"], state["mean"], state["count"]

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nullspace_optim import NullSpaceOptimizer, TailEnergy
-from reference.engine import Schedule, crop, seeded, uniform
+from nullspace_optim import NullSpaceOptimizer
+from nullspace_optim.policies import TailEnergy
+from reference.data.tasks import Split
 from reference.errors import ExperimentError
 from reference.methods.base import LAYERS, Method, Setting
 from reference.methods.distillation import GuidedLoss, ReferenceBatches
-from reference.methods.projection import NullSpace, Project
-from reference.tasks import Split
+from reference.methods.nullspace import NullSpace, Project
+from reference.training.steps import Schedule, crop, seeded, uniform
 
 GRAM_BATCH = 16
 

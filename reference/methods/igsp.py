@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from nullspace_optim import IGSP, NullSpaceOptimizer, clip_forward
 from nullspace_optim.errors import OptionError
 from nullspace_optim.igsp import ExpertReport
-from reference.clip import Clip
-from reference.engine import Batch, Batches
+from reference.data.tasks import Task
 from reference.errors import ExperimentError
-from reference.methods.adapters import PLAIN, Routing, Selector
+from reference.methods.adapters import PLAIN, TASK_KNOWN, TASK_UNKNOWN, Routing, Selector
 from reference.methods.base import Method, Setting
-from reference.tasks import Task
+from reference.training.clip import Clip
+from reference.training.steps import Batch, Batches
 
-TASK_KNOWN, TASK_UNKNOWN, BY_LAYER = "task known", "task unknown", "each layer by itself"
+BY_LAYER = "each layer by itself"
 EVERY = 5  # steps between two points of the routing curves
 
 
@@ -51,6 +51,7 @@ class ExpertsOfTasks(Method):
 
     name = "igsp"
     evaluations = (TASK_KNOWN, TASK_UNKNOWN, BY_LAYER)
+    saved = ("tasks", "curve")
     optimizer: NullSpaceOptimizer
 
     def __init__(self, setting: Setting) -> None:
@@ -117,15 +118,13 @@ class ExpertsOfTasks(Method):
 
     def state(self) -> dict[str, Any]:
         """The model, the optimizer with all experts, and what is known of finished tasks."""
-        known = {"selector": self.selector.state(), "names": list(self.selector.names)}
-        return {**super().state(), **known, "tasks": self.tasks, "curve": self.curve}
+        return {**super().state(), "selector": self.selector.state(), "names": self.selector.names}
 
     def load_state(self, state: dict[str, Any], number: int) -> None:
         """Take it up again."""
         super().load_state(state, number)
-        self.tasks, self.curve = list(state["tasks"]), list(state["curve"])
         self.selector.load_state(state["selector"])
-        self.selector.names = list(state["names"])
+        self.selector.names = state["names"]
 
 
 def described(report: ExpertReport, curve: list[tuple[int, dict[str, tuple[float, ...]]]]) -> dict[str, Any]:

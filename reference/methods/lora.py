@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from reference.methods.adapters import PLAIN, Routing, put_beside
+from reference.methods.adapters import PLAIN, AdaptersOfTasks, Routing, put_beside
 from reference.methods.base import Method
-from reference.methods.per_task import AdaptersOfTasks
-from reference.methods.projection import NullSpace
+from reference.methods.nullspace import NullSpace
 
 
 class Lora(nn.Module):

@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reference.engine import Batch, seeded
-from reference.methods.adapters import PLAIN, Routing, put_beside
-from reference.methods.per_task import AdaptersOfTasks
+from reference.methods.adapters import PLAIN, AdaptersOfTasks, Routing, put_beside
+from reference.training.steps import Batch, seeded
 
 TOP, FROZEN_PER_TASK = 2, 2
 DROPOUT, SCALE = 0.1, 0.1
@@ -95,6 +94,7 @@ class MoeAdapters(AdaptersOfTasks):
     """MoE-Adapters4CL with the number of experts `moe_experts` of the settings."""
 
     name = "moe-adapters"
+    saved = ("names", "trained")
 
     def put_adapters(self) -> None:
         """Experts and a router for each task."""
@@ -140,15 +140,6 @@ class MoeAdapters(AdaptersOfTasks):
             "final_with_routers": count + self.selector.parameters,
             "frozen_experts": [int(block.frozen.sum()) for block in self.blocks],
         }
-
-    def state(self) -> dict[str, Any]:
-        """How much trained in each task as well."""
-        return {**super().state(), "trained": list(self.trained)}
-
-    def load_state(self, state: dict[str, Any], number: int) -> None:
-        """Take it up again."""
-        super().load_state(state, number)
-        self.trained = list(state["trained"])
 
 
 @contextmanager

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reference.clip import class_logits, classification_loss
-from reference.engine import Batch, attention, crop, precision, seeded
 from reference.methods.base import Method, Setting
+from reference.training.clip import class_logits, classification_loss
+from reference.training.steps import Batch, attention, crop, precision, seeded
 
 FISHER_BATCH = 8
 
@@ -66,6 +66,7 @@ class EWC(Method):
     """
 
     name = "ewc"
+    saved = ("fisher", "centre")
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -104,12 +105,3 @@ class EWC(Method):
         self.fisher = {name: new[name] + self.fisher.get(name, 0.0) for name in new}
         self.centre = {name: p.detach().clone() for name, p in trained.items()}
         return {"fisher_trace": float(sum(value.sum() for value in new.values())), "images": len(drawn)}
-
-    def state(self) -> dict[str, Any]:
-        """The information and the weights it belongs to as well."""
-        return {**super().state(), "fisher": self.fisher, "centre": self.centre}
-
-    def load_state(self, state: dict[str, Any], number: int) -> None:
-        """Take up what `state` returned."""
-        super().load_state(state, number)
-        self.fisher, self.centre = state["fisher"], state["centre"]

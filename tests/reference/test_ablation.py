@@ -8,15 +8,15 @@ import pytest
 import torch
 import yaml
 
-from reference import demo
-from reference.ablation import __main__ as command
-from reference.ablation.grids import DEFAULTS, cells
-from reference.ablation.summary import chosen, read_cells
 from reference.config import load_config
-from reference.engine import Batch
+from reference.data import demo
 from reference.experiment import Experiment, prepare
 from reference.methods import METHODS, Setting
 from reference.sequence import Sequence
+from reference.studies import run as command
+from reference.studies.grids import DEFAULTS, cells
+from reference.studies.summary import chosen, read_cells
+from reference.training.steps import Batch
 
 SMALL = {
     "iterations": 2, "pretrain_iterations": 2, "warmup": 1, "batch_size": 8, "evaluation_images": 20,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW
 
-from reference.benchmarks.catalogue import LIBRARIES, Candidate, candidates
-from reference.benchmarks.optimizers import main, measure
+from tests.contract.installed_optimizers import LIBRARIES, Candidate, candidates
+from tests.contract.optimizers import main, measure
 
 FINE = ("holds", "refused", "does not run", "idle")
 DIVERGING = ("DAdaptLion",)  # its estimate of the step grows while a part of its steps is undone
@@ -120,5 +120,5 @@ def test_the_published_page_lists_every_optimizer_of_the_versions_it_names(libra
         warnings.simplefilter("ignore")
         found = {candidate.name for candidate in candidates([library])}
     if version(library.replace("_", "-")).split("+")[0] != section.group(1):
-        pytest.skip(f"another {library} is installed: python -m reference.benchmarks.optimizers makes the page anew")
+        pytest.skip(f"another {library} is installed: python -m tests.contract.optimizers makes the page anew")
     assert set(re.findall(r"^\| `(\w+)`", section.group(0), re.M)) == found

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from nullspace_optim import NullSpaceOptimizer
 from reference.benchmarks import consolidate, counting, drift, policies, step, workload
 from reference.benchmarks.outcome import Outcome, Table
-from reference.benchmarks.timing import in_turn, ratio
+from reference.benchmarks.workload import in_turn, ratio
 
 CPU = torch.device("cpu")
 MODEL = {

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from reference.clip import give_attention_its_layout
+from reference.training.clip import give_attention_its_layout
 
 
 @pytest.mark.parametrize("frozen", [False, True])

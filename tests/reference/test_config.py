@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 
 from reference.config import for_method, load_config, parse_overrides
+from reference.data.tasks import ORDERS, chosen, templates_of
 from reference.errors import ExperimentError
 from reference.experiment import prepare
 from reference.methods import chosen_methods
 from reference.run import main
-from reference.tasks import ORDERS, chosen, templates_of
 
 
 def test_overrides_are_typed() -> None:

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from reference.config import Config
-from reference.data import held_back, load_reference_pool, load_tasks, main, natural
+from reference.data.__main__ import main
+from reference.data.folders import held_back, load_reference_pool, load_tasks, natural
 from reference.errors import ExperimentError
 
 DATA = Path(os.environ.get("NULLSPACE_DATA", Path(__file__).parents[3] / "shared" / "data"))

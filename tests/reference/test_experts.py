@@ -11,17 +11,19 @@ import pytest
 import torch
 
 from nullspace_optim import IGSP
-from reference.bootstrap import compare
 from reference.config import Config, load_config
 from reference.errors import ExperimentError
+from reference.evaluation.bootstrap import compare
 from reference.experiment import Experiment, prepare
-from reference.expert_report import unnamed
-from reference.experts import main, read_listing
 from reference.methods import METHODS, Setting
 from reference.methods.adapters import PLAIN, Centres, Routing
 from reference.methods.lora import LoraOfTasks
 from reference.methods.moe import MixtureOfAdapters
 from reference.sequence import Sequence, StoppedError
+from reference.studies.expert_report import main as report
+from reference.studies.expert_report import unnamed
+from reference.studies.grids import cells
+from reference.studies.run import main
 
 SMALL = {
     "tasks": ["colours", "photographs"], "iterations": 6, "pretrain_iterations": 4, "warmup": 2, "batch_size": 8,
@@ -151,25 +153,25 @@ def test_one_command_makes_the_comparison_and_goes_on_after_a_stop(
     points = ours["facts"]["tasks"][0]["layers"][0]["routing"]
     assert ours["facts"]["tasks"][0]["routing_steps"] == [5] and sum(points[0]) == pytest.approx(1.0, abs=2e-3)
     capsys.readouterr()
-    assert main(["report", str(tmp_path), "--output", str(tmp_path / "again")]) == 0
+    assert report([str(tmp_path), "--output", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "experts.md").read_text() == text and text in capsys.readouterr().out
 
 
 def test_the_ablation_changes_one_choice_at_a_time(tmp_path: Path) -> None:
-    assert driver("ablation", tmp_path, "--rows", "as compared;mass, one price;A frozen in phase 2") == 0
+    assert driver("igsp", tmp_path, "--rows", "as compared;mass, one price;A frozen in phase 2") == 0
     found = {path.parent.name: json.loads(path.read_text())["config"] for path in tmp_path.glob("*/results.json")}
     base = found["as_compared-seed0"]["igsp"]
     assert found["mass_one_price-seed0"]["igsp"] == {**base, "price": "flat"}
     assert found["A_frozen_in_phase_2-seed0"]["igsp"] == {**base, "orthogonal": "structural"}
     assert all(config["split"] == "validation" for config in found.values())
-    for row in read_listing("ablation")[0] + read_listing("comparison")[0]:
-        assert row.method in METHODS and IGSP(**row.igsp)
+    for cell in cells("igsp", {}) + cells("comparison", {}):
+        assert cell.method in METHODS and IGSP(**cell.settings.get("igsp", {}))
 
 
 def test_an_unknown_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert driver("comparison", tmp_path, "--rows", "isgp") == 2
     assert "unknown row 'isgp' in --rows: choose from igsp; moe-adapters" in capsys.readouterr().err
-    assert main(["report", str(tmp_path)]) == 2
+    assert report([str(tmp_path)]) == 2
     assert "no results.json below" in capsys.readouterr().err
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from reference.config import Config, load_config
-from reference.engine import learn
+from reference.data.tasks import ORDERS
 from reference.experiment import Experiment, prepare
 from reference.methods import METHODS, Method, Setting
 from reference.methods.gnsp import TUNED
-from reference.methods.projection import random_like
+from reference.methods.nullspace import random_like
 from reference.methods.rehearsal import Replay
 from reference.sequence import Sequence, StoppedError
-from reference.tasks import ORDERS
+from reference.training.steps import learn
 
 SMALL = {
     "tasks": ["colours", "photographs"], "methods": "all", "iterations": 5, "pretrain_iterations": 4, "warmup": 2,
@@ -114,7 +114,7 @@ def test_gnsp_schedules_are_those_of_its_released_files(experiment: Experiment) 
 def test_the_pool_is_in_order_beside_the_steps_and_its_teacher_pretrained(experiment: Experiment) -> None:
     made: Any = method("gnsp", experiment)
     pool = made.guided.pool
-    from reference.engine import Batch
+    from reference.training.steps import Batch
 
     none = torch.zeros(0)
     drawn = [pool.drawn(Batch(none, none, none, 0, step, none)) for step in range(5)]

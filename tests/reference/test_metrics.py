@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from reference import metrics
-from reference.tasks import ORDERS
+from reference.data.tasks import ORDERS
+from reference.evaluation import metrics
 
 HAND = np.array([[90.0, 40.0, 20.0], [80.0, 95.0, 30.0], [60.0, 85.0, 70.0]])
 PRETRAINED = [50.0, 50.0, 25.0]

@@ -13,13 +13,13 @@ from layouts import LAYOUTS, expect_them
 from PIL import Image
 from safetensors.torch import save_file
 
-from reference import standin
-from reference.clip import load_clip
 from reference.config import Config, load_config
+from reference.data import stand_in
+from reference.data.tasks import ORDERS, templates_of
 from reference.errors import ExperimentError
 from reference.experiment import prepare
 from reference.run import main
-from reference.tasks import ORDERS, templates_of
+from reference.training.clip import load_clip
 
 TINY = {
     "embed_dim": 32,
@@ -103,8 +103,8 @@ def test_class_names_templates_and_pixels_are_those_of_the_benchmark(
 def test_stand_ins_have_the_benchmarks_classes_and_need_no_data(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(standin, "TRAIN", 24)
-    monkeypatch.setattr(standin, "TEST", 6)
+    monkeypatch.setattr(stand_in, "TRAIN", 24)
+    monkeypatch.setattr(stand_in, "TEST", 6)
     settings = ["source=stand-in", "iterations=2", "batch_size=4", "reference_images=6", "gradient_checkpointing=true"]
     pairs = [part for pair in settings for part in ("--set", pair)]
     chosen = ["--tasks", "dtd,mnist", "--methods", "gnsp-exact", "--seeds", "42", "--model", architecture]

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from reference import pretrain
-from reference.clip import load_clip
-from reference.compact import WEIGHTS
 from reference.config import Config
-from reference.data import load_tasks
-from reference.engine import evaluate
+from reference.data.folders import load_tasks
 from reference.errors import ExperimentError
+from reference.studies import pretrain
+from reference.training.clip import load_clip
+from reference.training.compact import WEIGHTS
+from reference.training.steps import evaluate
 
 TINY = {"size": 16, "width": 32, "layers": 1, "text-width": 32, "text-layers": 1, "steps": 6, "batch-size": 8}
 

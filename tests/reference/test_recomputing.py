@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from reference.clip import Clip, class_logits
 from reference.config import Config, load_config
-from reference.engine import Batch, attention, precision
 from reference.errors import ExperimentError
 from reference.experiment import Experiment, prepare
 from reference.methods import METHODS
 from reference.sequence import Sequence
+from reference.training.clip import Clip, class_logits
+from reference.training.steps import Batch, attention, precision
 
 SMALL = {
     "tasks": ["colours", "photographs"], "methods": "all", "iterations": 4, "pretrain_iterations": 4, "warmup": 2,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from reference.config import load_config
+from reference.evaluation.retrieval import pool_figures, recalls
 from reference.experiment import prepare
-from reference.retrieval import pool_figures, recalls
 
 
 def slow(similarity: torch.Tensor, kind: list[int], k: int) -> tuple[float, float]:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from reference.clip import load_clip
 from reference.config import Config, load_config
 from reference.errors import ExperimentError
 from reference.experiment import Experiment, prepare
 from reference.methods import METHODS
 from reference.run import main
 from reference.sequence import Sequence, StoppedError
+from reference.training.clip import load_clip
 
 SMALL = {
     "tasks": ["colours", "photographs"], "methods": "all", "iterations": 6, "pretrain_iterations": 4, "warmup": 2,

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from reference.config import Config, load_config
-from reference.demo import tasks
-from reference.engine import Batch, learn
+from reference.data.demo import tasks
+from reference.data.tasks import Task
+from reference.evaluation.scoring import Board, Scorer, packed, unpacked
 from reference.experiment import Experiment, prepare
 from reference.methods import Setting
-from reference.methods.plain import FineTune, ZeroShot
-from reference.scoring import Board, Scorer, packed, unpacked
-from reference.tasks import Task
+from reference.methods.finetune import FineTune, ZeroShot
+from reference.training.steps import Batch, learn
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 201])

@@ -1,4 +1,4 @@
-"""Floors, peers and variants of the correction at tiny sizes: what is counted, and that all of it runs."""
+"""Floors and peers of the correction at tiny sizes: what is counted, and that all of it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from counts import counted
 from torch import nn
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer
-from reference.benchmarks import counting, floors, peers, variants
+from reference.benchmarks import counting, peers
 from reference.benchmarks.outcome import Table
 from reference.benchmarks.workload import Still
 
@@ -52,12 +52,12 @@ def test_bytes_and_floor_of_one_matrix_by_hand() -> None:
 
 
 def test_floors_are_printed_by_model_and_rank() -> None:
-    outcome = floors.main(["--models", "tiny", "--shares", "1/4,3/4", "--repeats", "1", "--product", "64"])
+    outcome = counting.main(["--models", "tiny", "--shares", "1/4,3/4", "--repeats", "1", "--product", "64"])
     rates, table = outcome.tables
     assert rates.rows[1] == ("H200, published peaks", "67,000", "989,500", "4,800")
     assert column(table, "k/d") == ["1/4", "3/4"] * 2
     assert all(float(ratio) > 0 for ratio in column(table, "measured / floor"))
-    counted = floors.main(["--models", "tiny", "--shares", "1/4", "--repeats", "0", "--product", "64"]).tables[1]
+    counted = counting.main(["--models", "tiny", "--shares", "1/4", "--repeats", "0", "--product", "64"]).tables[1]
     assert column(counted, "measured (ms)") == ["", ""]
 
 
@@ -86,31 +86,3 @@ def test_a_peak_is_that_of_the_process_itself() -> None:
     before = peers.resident_peak()
     block = torch.ones(64 * 2**20 // 4)
     assert peers.resident_peak() - before >= 0.9 * block.nbytes or before >= 2 * block.nbytes
-
-
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="products convert operands from torch 2.9 on")
-def test_every_variant_gives_the_same_result() -> None:
-    only = ",".join(name for name in variants.VARIANTS if name != "compiled")
-    (table,) = variants.main(["--width", "64", "--repeats", "1", "--only", only]).tables
-    errors = {row[0]: row[-1].split(" / ") for row in table.rows if row[-1]}
-    for name, (usual, variant) in errors.items():
-        fast = name in ("conversion inside the product", "basis stored in bfloat16 too", "blocks of 256 rows")
-        assert float(usual) <= (1e-5 if fast else 1e-6), name
-        assert float(variant) <= {"correction every 4th step": 1e-2, "3 + 3 bfloat16 products": 2e-5}.get(name, 1e-5)
-
-
-def test_split_products_sum_up_to_the_whole_one() -> None:
-    torch.manual_seed(0)
-    left, right = torch.randn(20, 30), torch.randn(30, 10)
-    assert torch.allclose(sum(variants.pieces(left, 3)), left, rtol=0, atol=1e-6)
-    found = variants.sum_of_products(variants.pieces(left, 3), variants.pieces(right, 3), 3)
-    assert torch.allclose(found, left @ right, atol=1e-4)
-
-
-def test_the_range_finder_certifies_the_energy_it_holds() -> None:
-    torch.manual_seed(0)
-    moment = variants.decaying(60)
-    directions, energy = variants.range_finder(moment, 15)
-    best = float(torch.linalg.eigvalsh(moment)[-15:].sum() / moment.trace())
-    assert torch.allclose(directions.T @ directions, torch.eye(15), atol=1e-5)
-    assert 0.9 * best < energy <= best + 1e-6

@@ -19,20 +19,20 @@ from torch.nn import functional
 from nullspace_optim import Energy, NullSpaceOptimizer, NullSpaceWarning
 from nullspace_optim.policies import Spectrum
 from reference.errors import ExperimentError
-from reference.tables import methods, runs
-from reference.tables.__main__ import main
-from reference.tables.data import (
+from reference.published import methods, runs
+from reference.published.__main__ import main
+from reference.published.data import (
     PermutedMNIST,
     SplitCIFAR100,
 )
-from reference.tables.methods import METHODS, chosen_methods
-from reference.tables.networks import PermutedMLP
-from reference.tables.protocols import PROTOCOLS, Protocol
-from reference.tables.published import Published, verdict
-from reference.tables.report import as_published, comparable, read_runs, report
-from reference.tables.runs import Run
-from reference.tables.sessions import KeptNorms
-from reference.tables.training import Patience, train
+from reference.published.methods import METHODS, chosen_methods
+from reference.published.networks import PermutedMLP
+from reference.published.protocols import PROTOCOLS, Protocol
+from reference.published.published import Published, verdict
+from reference.published.report import as_published, comparable, read_runs, report
+from reference.published.runs import Run
+from reference.published.sessions import KeptNorms
+from reference.published.training import Patience, train
 
 
 def test_rates_are_halved_after_shares_of_the_epochs(digits: Images) -> None:
@@ -222,7 +222,7 @@ def test_validation_images_come_in_a_new_order_in_each_epoch(digits: Images, mon
         shown.append(data)
         return 1.0
 
-    monkeypatch.setattr("reference.tables.training.loss_on", loss_on)
+    monkeypatch.setattr("reference.published.training.loss_on", loss_on)
     protocol = small(digits, epochs=3, patience=6)
     validation = (torch.arange(784 * 20.0).view(20, 784), torch.arange(20) % 10)
     for _ in range(2):

@@ -12,7 +12,7 @@ from sklearn.utils import shuffle
 from torch.nn import functional
 
 from reference.errors import ExperimentError
-from reference.tables.data import (
+from reference.published.data import (
     MNIST_FILES,
     PermutedMNIST,
     SplitCIFAR100,
@@ -20,8 +20,8 @@ from reference.tables.data import (
     read_cifar100,
     read_mnist,
 )
-from reference.tables.networks import Dropout, PermutedMLP, SplitAlexNet, SplitResNet18
-from reference.tables.training import augmented
+from reference.published.networks import Dropout, PermutedMLP, SplitAlexNet, SplitResNet18
+from reference.published.training import augmented
 
 # data
 

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nullspace_optim import NullSpaceOptimizer
-from reference.tables.data import (
+from reference.published.data import (
     PermutedMNIST,
     SplitCIFAR100,
     _read_webp,
     read_mnist,
 )
-from reference.tables.methods import METHODS, ByLayer
-from reference.tables.networks import PermutedMLP, SplitAlexNet
-from reference.tables.protocols import PROTOCOLS
-from reference.tables.runs import Run
-from reference.tables.sessions import ReleasedTrustRegions, TrustRegions
+from reference.published.methods import METHODS, ByLayer
+from reference.published.networks import PermutedMLP, SplitAlexNet
+from reference.published.protocols import PROTOCOLS
+from reference.published.runs import Run
+from reference.published.sessions import ReleasedTrustRegions, TrustRegions
 
 
 def gpm_as_released(matrices: list[np.ndarray], threshold: float, growth: float = 0.0) -> np.ndarray:

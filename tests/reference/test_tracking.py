@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from reference import tracking
-from reference.tracking import peak_memory, reset_peak_memory
+from reference.training import tracking
+from reference.training.tracking import peak_memory, reset_peak_memory
 
 
 @pytest.mark.skipif(

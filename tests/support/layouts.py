@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from torchvision.datasets import CIFAR100, MNIST
 
-from reference import sources
+from reference.data import mtil
 
 
 def image(path: Path, shade: int = 0) -> None:
@@ -131,7 +131,7 @@ def sun397(root: Path) -> None:
             image(base / "a" / label / f"sun_{n}.jpg")
 
 
-FLOWERS = tuple(yaml.safe_load(sources.CLASSES.read_text(encoding="utf-8"))["flowers102"].values())
+FLOWERS = tuple(yaml.safe_load(mtil.CLASSES.read_text(encoding="utf-8"))["flowers102"].values())
 LAYOUTS: dict[str, tuple[Callable[[Path], None], tuple[int, int, int], tuple[str, ...]]] = {
     "aircraft": (aircraft, (2, 3, 2), ("707-320", "A300")),
     "caltech101": (caltech101, (2, 8, 2), ("Faces easy", "accordion")),
@@ -150,9 +150,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], None], tuple[int, int, int], tuple[str
 def expect_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the counts be those of the tiny folders; checksums of archives that are not the real ones pass."""
     for name, (_, (classes, train, test), _) in LAYOUTS.items():
-        monkeypatch.setitem(
-            sources.SOURCES, name, replace(sources.SOURCES[name], classes=classes, train=train, test=test)
-        )
+        monkeypatch.setitem(mtil.SOURCES, name, replace(mtil.SOURCES[name], classes=classes, train=train, test=test))
     monkeypatch.setattr(CIFAR100, "_check_integrity", lambda self: True)
     for module in ("cifar", "flowers102"):
         monkeypatch.setattr(

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from reference.tables.networks import PreActivationBlock
-from reference.tables.protocols import PROTOCOLS, Protocol
+from reference.published.networks import PreActivationBlock
+from reference.published.protocols import PROTOCOLS, Protocol
 
 Images = dict[str, tuple[Tensor, Tensor]]
 

@@ -137,8 +137,8 @@ def die(*ignored: object) -> None:
 
 def prepare() -> tuple[Any, Any]:
     """Render few images and train the tiny CLIP a little, once, before anything is killed."""
-    from reference import demo
     from reference.config import load_config
+    from reference.data import demo
     from reference.experiment import Experiment, prepare
 
     demo.TRAIN = demo.TEST = demo.PRETRAIN = 48

@@ -1,0 +1,1 @@
+"""Tasks and images: where they come from and how they are decoded."""

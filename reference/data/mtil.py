@@ -1,0 +1,183 @@
+"""The eleven MTIL data sets as torchvision lays them out, with the splits of ZSCL's benchmark.
+
+Where the benchmark has no official split (Caltech-101, EuroSAT, SUN397) it is torch's `random_split`, 80 to 20, with
+a generator of seed 42; SUN397's files are sorted by path first, since torchvision lists them in the order of the file
+system. Class names are torchvision's own, in plain words; those of EuroSAT (openai/CLIP's) and of the flowers are in
+`configs/classes.yaml`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torchvision import datasets
+
+from reference.errors import ExperimentError
+
+CLASSES = Path(__file__).parents[1] / "configs" / "classes.yaml"
+
+Samples = tuple[list[Any], list[int]]  # paths or arrays, and class numbers
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set: numbers of classes and of train and test images, where to get it and where it belongs."""
+
+    classes: int
+    train: int
+    test: int
+    layout: str
+    where: str
+    read: Callable[[str, str, bool], tuple[Sequence[str], Samples]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A data set as it lies on disk: class names in order, training and test samples."""
+
+    class_names: tuple[str, ...]
+    train: Samples
+    test: Samples
+
+
+def read_source(task: str, root: str, download: bool = False) -> Found:
+    """Find data set `task` below `root`; with `download`, let torchvision fetch it where it still can.
+
+    Raises:
+        ExperimentError: it is missing, or its counts are not those of the benchmark.
+    """
+    source = SOURCES[task]
+    try:
+        names, train = source.read(root, "train", download)
+        _, test = source.read(root, "test", download)
+    except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = "missing" if text.startswith("Dataset not found") else f"cannot be read ({text})"
+        raise ExperimentError(
+            f"{task}: {what}; get it: {source.where}; lay it out as {Path(root).name}/{source.layout}"
+        ) from error
+    found = (len(names), len(train[1]), len(test[1]))
+    expected = (source.classes, source.train, source.test)
+    if found != expected:
+        raise ExperimentError(
+            f"{task}: wrong count, found {found[0]} classes, {found[1]} train and {found[2]} test images, expected "
+            f"{expected[0]}, {expected[1]} and {expected[2]}; get it again: {source.where}; layout {source.layout}"
+        )
+    gone = next((p for p in train[0] + test[0] if isinstance(p, str) and not Path(p).is_file()), None)
+    if gone is not None:
+        raise ExperimentError(f"{task}: image {gone} is listed but missing; unpack the archive again ({source.where})")
+    listed = yaml.safe_load(CLASSES.read_text(encoding="utf-8")).get(task, {})
+    return Found(tuple(listed.get(name) or plain(name) for name in names), train, test)
+
+
+def plain(name: str) -> str:
+    """A label in plain words: no underscores or slashes."""
+    return re.sub(r"[_/]+", " ", name).strip()
+
+
+def _listed(dataset: Any) -> Samples:
+    """Samples of torchvision data sets that keep `_image_files` and `_labels`."""
+    return [str(path) for path in dataset._image_files], list(dataset._labels)
+
+
+def _part(samples: Samples, part: str) -> Samples:
+    """Train or test part of a data set without an official split."""
+    numbers: Any = range(len(samples[1]))
+    count = int(0.8 * len(numbers))
+    draw = torch.Generator().manual_seed(42)
+    first, second = torch.utils.data.random_split(numbers, [count, len(numbers) - count], generator=draw)
+    chosen = (first if part == "train" else second).indices
+    return [samples[0][i] for i in chosen], [samples[1][i] for i in chosen]
+
+
+def _aircraft(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
+    found = datasets.FGVCAircraft(root, split=part, annotation_level="variant", download=download)
+    return found.classes, _listed(found)
+
+
+def _caltech(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
+    found = datasets.Caltech101(root, download=download)
+    folder = Path(found.root) / "101_ObjectCategories"
+    paths = [
+        str(folder / found.categories[label] / f"image_{number:04d}.jpg") for label, number in zip(found.y, found.index)
+    ]
+    return found.categories, _part((paths, list(found.y)), part)
+
+
+def _cifar(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
+    found = datasets.CIFAR100(root, train=part == "train", download=download)
+    return found.classes, (list(found.data), list(found.targets))
+
+
+def _dtd(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
+    found = datasets.DTD(root, split=part, partition=1, download=download)
+    return found.classes, _listed(found)
+
+
+def _eurosat(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
+    found = datasets.EuroSAT(root, download=download)
+    samples = ([path for path, _ in found.samples], [label for _, label in found.samples])
+    return found.classes, _part(samples, part)
+
+
+def _flowers(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
+    found = datasets.Flowers102(root, split=part, download=download)
+    return [str(number) for number in range(102)], _listed(found)  # named in configs/classes.yaml
+
+
+def _food(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
+    found = datasets.Food101(root, split=part, download=download)
+    return found.classes, _listed(found)
+
+
+def _mnist(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
+    found = datasets.MNIST(root, train=part == "train", download=download)
+    return found.classes, (list(found.data.numpy()), found.targets.tolist())
+
+
+def _pets(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
+    found = datasets.OxfordIIITPet(root, split="trainval" if part == "train" else "test", download=download)
+    return found.classes, ([str(path) for path in found._images], list(found._labels))
+
+
+def _cars(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
+    found = datasets.StanfordCars(root, split=part)
+    return found.classes, ([path for path, _ in found._samples], [label for _, label in found._samples])
+
+
+def _sun(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
+    found = datasets.SUN397(root, download=download)
+    pairs = sorted(zip(map(str, found._image_files), found._labels))
+    return found.classes, _part(([path for path, _ in pairs], [label for _, label in pairs]), part)
+
+
+_BY_TORCHVISION = "python -m reference.data check --data-root DIR --download"
+SOURCES: dict[str, Source] = {
+    "aircraft": Source(100, 3334, 3333, "fgvc-aircraft-2013b/data/images/*.jpg", _BY_TORCHVISION, _aircraft),
+    "caltech101": Source(
+        101, 6941, 1736, "caltech101/101_ObjectCategories/<class>/*.jpg", _BY_TORCHVISION, _caltech
+    ),
+    "cifar100": Source(100, 50000, 10000, "cifar-100-python/{train,test,meta}", _BY_TORCHVISION, _cifar),
+    "dtd": Source(47, 1880, 1880, "dtd/dtd/{images,labels}", _BY_TORCHVISION, _dtd),
+    "eurosat": Source(10, 21600, 5400, "eurosat/2750/<class>/*.jpg", _BY_TORCHVISION, _eurosat),
+    "flowers102": Source(
+        102, 1020, 6149, "flowers-102/{jpg,imagelabels.mat,setid.mat}", _BY_TORCHVISION, _flowers
+    ),
+    "food101": Source(101, 75750, 25250, "food-101/{images,meta}", _BY_TORCHVISION, _food),
+    "mnist": Source(10, 60000, 10000, "MNIST/raw/*-ubyte", _BY_TORCHVISION, _mnist),
+    "oxford_pets": Source(37, 3680, 3669, "oxford-iiit-pet/{images,annotations}", _BY_TORCHVISION, _pets),
+    "stanford_cars": Source(
+        196, 8144, 8041,
+        "stanford_cars/{cars_train,cars_test,devkit,cars_test_annos_withlabels.mat}",
+        "by hand, since its own server is gone: cars_train.tgz, cars_test.tgz, car_devkit.tgz and "
+        "cars_test_annos_withlabels.mat from a copy of the Stanford Cars data set",
+        _cars,
+    ),
+    "sun397": Source(397, 87003, 21751, "SUN397/<letter>/<class>/sun_*.jpg", _BY_TORCHVISION, _sun),
+}  # fmt: skip

@@ -1,0 +1,230 @@
+"""Finished runs as one HTML page and Markdown tables: `python -m reference.evaluation.report RUNS...`."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from reference.errors import ExperimentError
+from reference.evaluation import figures
+from reference.evaluation.bootstrap import compare
+from reference.evaluation.tables import Results, markdown_table, memory, spread, unknown_tasks, whole
+from reference.methods import METHODS
+from reference.training.tracking import writing
+
+
+def _of_pool(run: Results, figure: str) -> float | None:
+    value: float | None = run.get("pool", {}).get("after", {}).get(figure)
+    return value
+
+
+ACCURACY: dict[str, Callable[[Results], float | None]] = {
+    "Transfer": partial(whole, figure="transfer"),
+    "Transfer, known tasks": lambda run: run.get("transfer_known"),
+    "Average": partial(whole, figure="average"),
+    "Last": partial(whole, figure="last"),
+    "Preserve": partial(whole, figure="preserve"),
+    "forgetting": partial(whole, figure="forgetting"),
+    "learned": partial(whole, figure="diagonal_gain"),
+}
+REST: dict[str, Callable[[Results], float | None]] = {
+    "image → text @1": partial(_of_pool, figure="image_to_text_at_1"),
+    "text → image @1": partial(_of_pool, figure="text_to_image_at_1"),
+    "modality gap": partial(_of_pool, figure="modality_gap"),
+    "trained parameters [M]": lambda run: (
+        max(run["trained_parameters"]) / 1e6 if run.get("trained_parameters") else None
+    ),
+    "seconds": lambda run: run["seconds"],
+    "memory [MiB]": memory,
+}
+OF_THE_POOL = {"reference_root", "reference_images"}
+NOT_A_METHODS_OWN = {"methods", "seeds", "note", "device"}
+DIGITS = dict.fromkeys(REST, 1) | {"modality gap": 3, "seconds": 0, "memory [MiB]": 0}
+READING = (
+    "Accuracy in percent. Transfer: tasks not yet trained (mean of column means above the diagonal); known tasks: only "
+    "those whose accuracy before training was at least three times chance. Average: all cells. Last: all tasks at the "
+    "end. Preserve: trained tasks later on. Forgetting: best minus last. Learned: mean of the diagonal minus "
+    "pretrained. A dash: cells of the matrix are missing. Retrieval and modality gap on the reference pool after the "
+    "last task: methods with losses on it train on these very pairs. Mean ± standard "
+    "deviation over seeds; differences with a 95 % interval from a paired bootstrap over test images and seeds."
+)
+STYLE = (
+    "body { font-family: sans-serif; margin: 2em } td, th { padding: 4px 10px; text-align: right } img { width: 48% }"
+)
+
+
+def files_below(places: Sequence[str]) -> list[Path]:
+    """The results files below `places`, files or folders, each once, in order of name."""
+    files = [
+        file
+        for place in places
+        for file in (sorted(Path(place).rglob("results.json")) if Path(place).is_dir() else [Path(place)])
+    ]
+    return list(dict.fromkeys(files))
+
+
+def load_runs(places: Sequence[str]) -> list[Results]:
+    """The results below `places`, files or folders, in order of name.
+
+    Raises:
+        ExperimentError: nothing is there, a file is not a result, or the runs are over different tasks.
+    """
+    runs = []
+    for file in files_below(places):
+        try:
+            runs.append(json.loads(file.read_text(encoding="utf-8")))
+            if not {"method", "seed", "tasks", "accuracy", "pretrained"} <= set(runs[-1]):
+                raise ValueError("it has no accuracy matrix")
+        except (OSError, ValueError) as error:
+            raise ExperimentError(f"{file} is not a results file ({error}); give folders of finished runs") from error
+    if not runs:
+        raise ExperimentError(f"no results.json below {', '.join(places)}; give folders of finished runs")
+    if len({tuple(run["tasks"]) for run in runs}) > 1:
+        raise ExperimentError("the runs have different tasks or orders; report each order by itself")
+    return runs
+
+
+def refuse_mixed(runs: Sequence[Results]) -> None:
+    """Refuse a table that would take runs of other settings for further seeds.
+
+    Raises:
+        ExperimentError: two runs of one method and seed, runs of both splits, or a method with two settings.
+    """
+    if len({run["config"].get("split") for run in runs}) > 1:
+        raise ExperimentError("some runs are on validation and some on test images; report each split by itself")
+    first: dict[str, Results] = {}
+    seen: set[tuple[str, int]] = set()
+    for run in runs:
+        method, seed = run["method"], run["seed"]
+        if (method, seed) in seen:
+            raise ExperimentError(f"two runs of {method} with seed {seed}; report one folder of runs at a time")
+        seen.add((method, seed))
+        other = first.setdefault(method, run)
+        pooled = method not in METHODS or METHODS[method].needs_reference or run["config"].get("pool_losses")
+        own = run["config"].keys() & other["config"].keys() - NOT_A_METHODS_OWN - (set() if pooled else OF_THE_POOL)
+        for key in sorted(own):
+            if run["config"][key] != other["config"][key]:
+                raise ExperimentError(
+                    f"{method} has {key}={other['config'][key]!r} with seed {other['seed']} and "
+                    f"{run['config'][key]!r} with seed {seed}; report runs of the same settings"
+                )
+
+
+def by_method(runs: Sequence[Results]) -> dict[str, list[Results]]:
+    """Runs grouped by method, in the harness's order; methods it does not know last, in order of appearance."""
+    found = dict.fromkeys(run["method"] for run in runs)
+    names = [name for name in METHODS if name in found] + [name for name in found if name not in METHODS]
+    return {name: [run for run in runs if run["method"] == name] for name in names}
+
+
+def tables(runs: Sequence[Results], against: str) -> tuple[list[list[str]], list[list[str]]]:
+    """Accuracy with differences to the method `against`, and what else was measured: heading, one row per method."""
+    groups = by_method(runs)
+    compared = [f for f in ("transfer", "average", "last") if against in groups and len(groups) > 1]
+    accuracy = [["method", "seeds", *ACCURACY, *(f"Δ {f.capitalize()} to {against}" for f in compared)]]
+    rest = [["method", *REST]]
+    for name, group in groups.items():
+        found = [compare(group, groups[against], f) if name != against else None for f in compared]
+        cells = [spread([read(run) for run in group]) for read in ACCURACY.values()]
+        accuracy.append([name, str(len(group)), *cells, *("-" if d is None else str(d) for d in found)])
+        rest.append([name, *(spread([read(run) for run in group], DIGITS[column]) for column, read in REST.items())])
+    return accuracy, rest
+
+
+def markdown(runs: Sequence[Results], against: str) -> str:
+    """The tables as Markdown with their notes."""
+    return "".join(markdown_table(rows) + "\n\n" for rows in tables(runs, against)) + "\n".join(notes(runs)) + "\n"
+
+
+def notes(runs: Sequence[Results]) -> list[str]:
+    """Remarks below the tables."""
+    found = [f"Pretrained, before any training: {np.nanmean([run['pretrained'] for run in runs]):.1f} on average."]
+    if unknown := unknown_tasks(runs):
+        found.append(f"Not known before training (below three times chance): {unknown}.")
+    before = [run["pool"]["before"] for run in runs if run.get("pool", {}).get("before")]
+    if before:
+        first = before[0]
+        found.append(
+            f"Before training: image → text @1 {first['image_to_text_at_1']:.1f}, text → image @1 "
+            f"{first['text_to_image_at_1']:.1f}, modality gap {first['modality_gap']:.3f}."
+        )
+    found += list(dict.fromkeys(note for run in runs if (note := run["config"].get("note"))))
+    return [*found, READING]
+
+
+def page(runs: Sequence[Results], against: str) -> str:
+    """The whole report as HTML; figures are inside."""
+    groups = by_method(runs)
+    ordered = [run for group in groups.values() for run in group]
+    settings = {run["method"]: run["config"] for run in runs}
+    machines = list(dict.fromkeys(json.dumps({**run["machine"], "torch": run["torch"]}) for run in runs))
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>Continual fine-tuning of CLIP</title><style>{STYLE}</style>",
+        f"<h1>{len(groups)} methods, {len(runs)} runs, {len(runs[0]['tasks'])} tasks</h1>",
+        *(_table(rows) for rows in tables(runs, against)),
+        *(f"<p>{html.escape(text)}</p>" for text in notes(runs)),
+        _image(partial(figures.forgetting_curves, ordered), "accuracy of each task along the sequence"),
+        *(_image(partial(figures.heatmap, _mean(group)), f"mean accuracy of {name}") for name, group in groups.items()),
+        f"<pre>{html.escape(chr(10).join([*machines, json.dumps(settings, indent=1)]))}</pre>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
+
+
+def _mean(group: Sequence[Results]) -> Results:
+    matrices = {
+        key: np.mean([np.array(run[key], dtype=float) for run in group], axis=0) for key in ("accuracy", "pretrained")
+    }
+    seeds = ", ".join(str(run["seed"]) for run in group)
+    return {**group[0], "seed": seeds, **{key: value.tolist() for key, value in matrices.items()}}
+
+
+def _image(draw: Callable[[io.BytesIO], None], text: str) -> str:
+    stream = io.BytesIO()
+    draw(stream)
+    return f"<img alt='{html.escape(text)}' src='data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}'>"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write `report.html` (self-contained) and `report.md` of all runs; returns the exit status."""
+    options = parse(arguments)
+    try:
+        runs = load_runs(options.runs)
+        refuse_mixed(runs)
+        text = markdown(runs, options.against)
+        folder = Path(options.output)
+        for name, content in (("report.html", page(runs, options.against)), ("report.md", text)):
+            with writing(folder / name) as draft:
+                draft.parent.mkdir(parents=True, exist_ok=True)
+                draft.write_text(content, encoding="utf-8")
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text + f"\n{folder / 'report.html'}")
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m reference.evaluation.report", description=main.__doc__)
+    parser.add_argument("runs", nargs="+", help="folders of finished runs, or their results.json")
+    parser.add_argument("--against", default="finetune", help="method that differences are taken to")
+    parser.add_argument("--output", default=".", help="folder for report.html and report.md (default: here)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Tables about methods with small modules: accuracy with and without the task's name, parameters, fate of experts.
+
+python -m reference.studies.expert_report RUNS... --output DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from reference.command import carried_out
+from reference.evaluation import metrics
+from reference.evaluation.bootstrap import compare
+from reference.evaluation.report import files_below, load_runs
+from reference.evaluation.tables import markdown_table, memory, spread
+from reference.methods.adapters import TASK_UNKNOWN
+from reference.methods.igsp import BY_LAYER
+from reference.training.tracking import writing
+
+Results = dict[str, Any]
+Rows = Mapping[str, list[Results]]
+FIGURES = ("transfer", "average", "last")
+CLAIMS = {"trainable_mean": 42.7, "final_with_routers": 86.9}
+NOTES = """\
+Accuracy in percent, mean ± standard deviation over seeds. With a task's name, tasks that have not been trained run the
+pretrained model, so Transfer is its accuracy by construction: judge by the columns without a name, where each image
+and each prompt is given to the nearest finished task, or to none, by the features of the frozen backbone ("by layer":
+by the prototypes of iGSP's layers, each of which decides alone). Parameters in thousands. Trainable: of one task;
+phase 1 and phase 2 are means over tasks, "mean" weights both with their steps, `(N1 p1 + N2 p2) / (N1 + N2)`, and
+averages over tasks (methods of one phase: what trains in a task, averaged over tasks). Final extra: all parameters
+beside the backbone after the last task, without and with routers, prototypes or selectors (`gnsp-exact` changes the
+model itself and stores none). Kept, pruned, reused: experts, summed over layers and tasks; settled: mean step at which
+a router converged, where it did. Time and peak memory of one run."""
+CLAIMED = """\
+Savings of `igsp` in percent: `100 (1 - igsp / other)`; the denominator is the same figure of the other method in this
+table: its mean trainable parameters of a task, its final extra parameters with routers and selectors. The abstract of
+iGSP claims 42.7 % fewer average trainable parameters against the state of the art and 86.9 % fewer final parameters
+against its counterparts, without naming the denominators. Accuracy: igsp less the other method, in points, with a 95 %
+interval from a paired bootstrap over test images and seeds."""
+
+
+def read_rows(places: Sequence[str]) -> dict[str, list[Results]]:
+    """The runs below `places` by the name of their folder, without ``-seed<n>``, in order of appearance.
+
+    A method that changes the model itself trains what its results say and stores nothing beside it.
+
+    Raises:
+        ExperimentError: nothing is there, a file is not a result, or the runs are over different tasks.
+    """
+    rows: dict[str, list[Results]] = {}
+    for file, run in zip(files_below(places), load_runs(places)):
+        whole = {"trainable_mean": float(np.mean(run["trained_parameters"] or [0]))}
+        whole.update(final_without_routers=0, final_with_routers=0)
+        run = {**run, "facts": {**whole, **run.get("facts", {})}}
+        rows.setdefault(file.parent.name.rsplit("-seed", 1)[0], []).append(run)
+    return rows
+
+
+def report(rows: Rows) -> str:
+    """All tables as Markdown."""
+    parts = [markdown_table(accuracy_table(rows)), markdown_table(parameter_table(rows)), NOTES]
+    ours = next((runs for runs in rows.values() if runs[0]["method"] == "igsp"), None)
+    others = {label: runs for label, runs in rows.items() if runs[0]["method"] != "igsp"}
+    if ours and others:
+        parts += [markdown_table(claims_table(ours, others)), CLAIMED]
+    if ours:
+        parts += [f"Experts of `{next(iter(rows))}`, seed {ours[0]['seed']}:", markdown_table(expert_table(ours[0]))]
+    return "\n\n".join(parts) + "\n"
+
+
+def scored(run: Results, way: str) -> Results | None:
+    """The run as scored in the way that begins with `way`; None where there is no such way."""
+    others = run["scored_otherwise"]
+    other = next((others[name] for name in others if name.startswith(way)), None)
+    if other is None:
+        return None
+    found = metrics.summary(np.array(other["accuracy"], dtype=float), run["pretrained"])
+    return {**run, "right": other["right"], **{name: found[name].value for name in FIGURES}}
+
+
+def unnamed(run: Results) -> Results:
+    """The run as scored without a task's name; as it is where the method makes no difference."""
+    return scored(run, TASK_UNKNOWN) or run
+
+
+def accuracy_table(rows: Rows) -> list[list[str]]:
+    """Heading and one row each: accuracy with and without the task's name, time, memory."""
+    heads = [f"{name.capitalize()}{where}" for where in ("", ", no name") for name in FIGURES]
+    table = [["", "seeds", *heads, "Last, by layer", "learned", "seconds", "memory [MiB]"]]
+    for label, runs in rows.items():
+        cells = [spread([run[name] for run in runs]) for name in FIGURES]
+        cells += [spread([unnamed(run)[name] for run in runs]) for name in FIGURES]
+        cells.append(spread([(scored(run, BY_LAYER) or {"last": None})["last"] for run in runs]))
+        cells += [spread([run["diagonal_gain"] for run in runs]), spread([run["seconds"] for run in runs], 0)]
+        table.append([label, str(len(runs)), *cells, spread([memory(run) for run in runs], 0)])
+    return table
+
+
+def parameter_table(rows: Rows) -> list[list[str]]:
+    """Heading and one row each: parameters in thousands, and what became of candidates."""
+    fates = ["kept", "pruned", "reused", "settled"]
+    table = [["", "trainable, phase 1", "phase 2", "mean", "final extra", "with routers", *fates]]
+    for label, runs in rows.items():
+        facts = [run["facts"] for run in runs]
+        phases = [
+            spread([np.mean(f[key]) / 1e3 if key in f else None for f in facts])
+            for key in ("trainable_phase_1", "trainable_phase_2")
+        ]
+        keys = ("trainable_mean", "final_without_routers", "final_with_routers")
+        counts = [spread([f[key] / 1e3 for f in facts]) for key in keys]
+        ends = [
+            spread([sum(t[key] for t in f["tasks"]) if "tasks" in f else None for f in facts], 0)
+            for key in ("kept", "pruned", "reused")
+        ]
+        table.append([label, *phases, *counts, *ends, spread([settled(f) for f in facts], 0)])
+    return table
+
+
+def settled(facts: Mapping[str, Any]) -> float | None:
+    """Mean step at which the routers converged, over the layers and tasks where they did."""
+    steps = [layer["converged"] for task in facts.get("tasks", []) for layer in task["layers"]]
+    known = [step for step in steps if step is not None]
+    return float(np.mean(known)) if known else None
+
+
+def claims_table(ours: Sequence[Results], others: Rows) -> list[list[str]]:
+    """Heading and one row per other method: how much smaller ours is, beside what the abstract claims, and accuracy."""
+    heads = ["mean trainable, saved [%]", "claimed", "final extra, saved [%]", "claimed"]
+    table = [["against", *heads, *(f"{name.capitalize()}, no name" for name in FIGURES[1:])]]
+    for label, runs in others.items():
+        row = [label]
+        for key, claim in CLAIMS.items():
+            mine, theirs = (float(np.mean([run["facts"][key] for run in group])) for group in (ours, runs))
+            row += [f"{100 * (1 - mine / theirs):.1f}" if theirs else "stores none", f"{claim}"]
+        pair = [[unnamed(run) for run in group] for group in (ours, runs)]
+        table.append([*row, *(str(compare(*pair, name) or "-") for name in FIGURES[1:])])
+    return table
+
+
+def expert_table(run: Results) -> list[list[str]]:
+    """Heading and one row per task: phases, candidates, reuse, and the step at which each layer's router converged."""
+    table = [["task", "phase 1 [steps]", "phase 2", "kept", "pruned", "reused", "reuse", "converged, by block"]]
+    for task in run["facts"]["tasks"]:
+        steps = " ".join("-" if layer["converged"] is None else str(layer["converged"]) for layer in task["layers"])
+        reuse = float(np.mean([layer["reuse"] for layer in task["layers"]]))
+        keys = ("steps_phase_1", "steps_phase_2", "kept", "pruned", "reused")
+        table.append([task["task"], *(str(task[key]) for key in keys), f"{reuse:.0%}", steps])
+    return table
+
+
+def routing(results: Results, path: Path) -> None:
+    """One panel per task of an iGSP run: the routing through the history and each candidate over phase 1.
+
+    Thick lines are means over layers, thin ones single layers (of the history, and of the first candidate).
+    """
+    tasks = results["facts"]["tasks"]
+    columns = min(4, len(tasks))
+    rows = -(-len(tasks) // columns)
+    size = (3.1 * columns, 2.3 * rows + 0.6)
+    figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    colours = ["#1f6a96", "#c9432f", "#e39a1f", "#7d3c1e", "#b07aa1", "#59a14f"]
+    for axes, task in zip(grid.flat, tasks):
+        full = [layer["routing"] for layer in task["layers"] if layer["routing"]]
+        most = max((len(points[0]) for points in full), default=1)
+        shares = np.array([[[*point, *[np.nan] * (most - len(point))] for point in points] for points in full])
+        for expert in range(most if len(full) else 0):
+            if expert < 2:
+                axes.plot(task["routing_steps"], shares[:, :, expert].T, color=colours[expert], lw=0.4, alpha=0.5)
+            name = f"candidate {expert}" if expert else "experts of earlier tasks"
+            mean = np.nanmean(shares[:, :, expert], axis=0)
+            axes.plot(task["routing_steps"], mean, color=colours[expert % len(colours)], lw=2, label=name)
+        axes.axvline(task["steps_phase_1"], color="grey", linestyle=":", linewidth=1)
+        fate = f"{task['kept']} kept, {task['pruned']} pruned, {task['reused']} reused"
+        axes.set_title(f"{task['task']}: {fate}", fontsize=8)
+        axes.set_ylim(0, 1.02)
+    for axes in list(grid.flat)[len(tasks) :]:
+        axes.axis("off")
+    figure.supxlabel("step (dotted: end of phase 1)", fontsize=9)
+    figure.supylabel("share of routing", fontsize=9)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
+def write(places: Sequence[str], folder: Path) -> None:
+    """Write and print the tables of the runs below `places` and draw their routing."""
+    rows = read_rows(places)
+    text = report(rows)
+    with writing(folder / "experts.md") as draft:
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+    for label, runs in rows.items():
+        if runs[0]["facts"].get("tasks"):
+            routing(runs[0], folder / f"routing-{label}.png")
+    print(text + f"\n{folder / 'experts.md'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the tables and figures of finished runs; returns the exit status (0, or 2 for an error)."""
+    options = parse(arguments)
+    return carried_out(lambda: write(options.places, Path(options.output)), str)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m reference.studies.expert_report", description=main.__doc__)
+    parser.add_argument("places", nargs="+", help="folders of finished runs, or their results.json")
+    parser.add_argument("--output", default=".", help="folder for experts.md and figures (default: here)")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""The published tables of the gradient-projection family, run again: `python -m reference.tables`."""

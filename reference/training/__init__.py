@@ -1,0 +1,1 @@
+"""The model under experiment, its training steps, and what a run leaves behind."""
