@@ -1,7 +1,7 @@
-"""The table of faults in `docs/faults.md`: number, fault, behaviour, the tests that prove it.
+"""The table of faults in `docs/lab/faults.md`: number, fault, behaviour, the tests that prove it.
 
 python tests/faults/table.py            print the table
-python tests/faults/table.py --write    write it to docs/faults.md
+python tests/faults/table.py --write    write it to docs/lab/faults.md
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
-PAGE = TESTS.parent / "docs" / "faults.md"
+PAGE = TESTS.parent / "docs" / "lab" / "faults.md"
 sys.path.insert(0, str(Path(__file__).parent))
 
 from catalogue import EXCUSED, FAULTS, PARTS  # noqa: E402
@@ -53,7 +53,7 @@ def problems(found: dict[int, list[str]]) -> list[str]:
 
 
 def page(found: dict[int, list[str]]) -> str:
-    """Return the whole of docs/faults.md."""
+    """Return the whole of docs/lab/faults.md."""
     lines = [HEAD]
     for part, faults in PARTS.items():
         lines += [f"## {part}\n", "| | fault | what happens | test |", "|---|---|---|---|"]

@@ -104,7 +104,7 @@ def test_the_page_lists_every_optimizer_of_torch(tmp_path: Path) -> None:
 
 
 def test_the_published_page_shows_no_defect() -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[2] / "docs" / "lab" / "optimizers.md").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) > 150
     assert all(row.split(" | ")[1] in FINE for row in rows)
@@ -112,7 +112,7 @@ def test_the_published_page_shows_no_defect() -> None:
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_the_published_page_lists_every_optimizer_of_the_versions_it_names(library: str) -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[2] / "docs" / "lab" / "optimizers.md").read_text(encoding="utf-8")
     section = re.search(rf"^### {library} (\S+):.*?(?=^### |\Z)", text, re.M | re.S)
     assert section is not None, f"the page has no section about {library}"
     pytest.importorskip(library)
