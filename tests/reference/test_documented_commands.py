@@ -14,7 +14,7 @@ from reference.methods import chosen_methods, refuse_unknown
 from reference.tables.methods import chosen_methods as of_a_table
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "reference" / "benchmarks" / "RESULTS.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PARSED = ("run", "report", "data", "ablation.__main__", "experts", "tables.__main__", "pretrain")
 PARSED += tuple(f"benchmarks.{name}" for name in ("consolidate", "drift", "floors", "peers", "step", "variants"))
 
