@@ -2,7 +2,7 @@
 
     python -m reference.evaluation.headline [RUNS] [--output docs/figures/forgetting.png]
 
-`RUNS` is a folder of finished runs of `reference.run`; the default is the committed runs of eleven tasks of real images.
+`RUNS` is a folder of finished runs of `reference.run` (default: the committed runs of eleven tasks of real images).
 """
 
 from __future__ import annotations
