@@ -77,6 +77,8 @@ class CaptureMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if operator is None:
             operator = self._operators[func] = Operator.of(func)
         if operator.moves_shards:  # a parameter may get the address back that it had before
+            if self.relevance is not None:
+                self.relevance.receive_shards(tensors_among([*args, *kwargs.values()]))
             return func(*args, **kwargs)
         if operator.composite and all(map(is_plain, tensors_among([*args, *kwargs.values()]))):
             with self:

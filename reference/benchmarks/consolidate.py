@@ -38,7 +38,7 @@ BATCH = 32
 # Where the time of a consolidation is spent: part, file, function, and the caller that counts (None: all).
 PLACES = (
     ("forward", "capture.py", "batch", "_observe_replica"),
-    ("relevance", "relevance.py", "probe", None),
+    ("relevance", "relevance.py", "trace", None),
     ("moments", "second_moment.py", "update", None),
     ("eigh", "linalg.py", "eigh", None),
     ("bases", "grow.py", "grow_basis", None),

@@ -82,6 +82,12 @@ class Relevance:
         self._starts = True
         return len(self._steps)
 
+    def receive_shards(self, tensors: Iterable[Tensor]) -> None:
+        """Note tensors that a framework fills with parameters."""
+        for tensor in tensors:
+            self._unwritten.pop(storage_identity(tensor) or 0, None)
+            self._remember(self._unknown, tensor)
+
     def leave(self, tensor: Tensor, name: str) -> None:
         """Note that the bytes of `tensor` are read where operators cannot be seen."""
         if storage_identity(tensor) in self._activations and not self.refused:
