@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
@@ -74,9 +75,14 @@ class Capture:
         distinct = {name: parameters[name] for name in dict.fromkeys(self._names.values())}
         self._memory = AliasTracker(distinct, buffers or {}, untrained or {}, present)
         self._in_step = in_step
-        self._tally = StatisticsAccumulator(
-            dtype=dtype, batch_frobenius=batch_frobenius, statistics=statistics, sketch=sketch
+        self._empty_tally: Callable[[], StatisticsAccumulator] = partial(
+            StatisticsAccumulator,
+            dtype=dtype,
+            batch_frobenius=batch_frobenius,
+            statistics=statistics,
+            sketch=sketch,
         )
+        self._tally = self._empty_tally()
         self._relevance = Relevance() if rows == "relevant" else None
         self._joint = bias == "joint"
         self._batches = 0
@@ -144,7 +150,9 @@ class Capture:
             outputs = self._forward(run, active, counted)
             with torch.inference_mode(False), torch.no_grad():
                 self._tally.end_batch(self._batches)
-        except _WithoutGradients:
+        except _RunAgain:
+            if not self._batches:  # what an unfinished first run has left
+                self._tally = self._empty_tally()
             return self.batch(run, counted=counted)
         finally:
             self._tally.drop_queue()
@@ -181,15 +189,23 @@ class Capture:
         return detach(outputs)
 
     def _run(self, run: Callable[[], Any], watch: CaptureMode) -> Any:
-        """Run the forward pass; where it does not run with gradients, give up on relevance and ask for another run."""
+        """Run the forward pass, again without gradients where it does not run with them, or as `torch.compile` was
+        loaded in the middle of it.
+        """
+        loaded, relevance = "torch._dynamo" in sys.modules, watch.relevance
         try:
             with BypassMode(watch):
-                return run()
-        except RuntimeError as error:
-            if watch.relevance is not None and any(word in str(error) for word in _NO_GRADIENT):
-                watch.relevance.refuse(f"the model does not run with gradients ({str(error).splitlines()[0]})")
-                raise _WithoutGradients from error
+                outputs = run()
+        except Exception as error:
+            if not loaded and "torch._dynamo" in sys.modules:
+                raise _RunAgain from error
+            if relevance is not None and isinstance(error, RuntimeError) and any(w in str(error) for w in _NO_GRADIENT):
+                relevance.refuse(f"the model does not run with gradients ({str(error).splitlines()[0]})")
+                raise _RunAgain from error
             raise
+        if not loaded and "torch._dynamo" in sys.modules:
+            raise _RunAgain
+        return outputs
 
     def _agree_on_probe(self, wanted: bool) -> bool:
         """Where ranks run in step, all of them or none run the probe: its backward pass communicates."""
@@ -220,8 +236,8 @@ class Capture:
         self._tally.refuse([self._names[name]], reason)
 
 
-class _WithoutGradients(Exception):  # noqa: N818
-    """A batch has to be run again without autograd."""
+class _RunAgain(Exception):  # noqa: N818
+    """A batch has to be run again, without autograd or eagerly."""
 
 
 _NO_GRADIENT = ("nference tensor", "grad", "backward", "derivative", "differentia")

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from ..capture.capture import Capture
 from ..distributed import failures
 from ..model.batches import PLAIN, samples_in, tensors_of
-from ..model.loader import LoaderPass, current_parameters, make_runner
+from ..model.loader import LoaderPass, current_parameters, make_runner, refuse_single_batch
 from ..model.storage import is_plain, plain_parts
 from ..subspace.projection import exact_products
 
@@ -114,6 +114,7 @@ def _digest(tensors: Iterable[Tensor], others: Iterable[Any] = ()) -> Tensor:
 
 def find_samples(loader: Iterable[Any], digests: Tensor, limit: int | None) -> dict[bytes, Any]:
     """Return the samples in `loader`, in any order, that have one of the `digests`, by digest."""
+    refuse_single_batch(loader)
     wanted = {bytes(row.tolist()) for row in digests}
     found: dict[bytes, Any] = {}
     for number, batch in enumerate(loader):

@@ -75,17 +75,17 @@ def test_rows_of_several_sizes_count_by_their_energy(small: float) -> None:
     tiny = torch.cat([torch.randn(4, 8), torch.zeros(4, 8)], 1) * small
     x = torch.cat([tiny, torch.cat([torch.zeros(3, 8), torch.randn(3, 8)], 1)])
     model = nn.Linear(16, 8, bias=False)
-    optimizer = _wrapped(model)
+    optimizer = _wrapped(model, Energy())
     optimizer.consolidate([tiny, x], progress=False)
     assert optimizer.bases["weight"].rank == 3  # beside rows of size 1, the tiny ones are below rounding
-    optimizer = _wrapped(model)
+    optimizer = _wrapped(model, Energy())
     optimizer.consolidate([tiny], progress=False)
     assert optimizer.bases["weight"].rank == 4  # alone they are all there is
 
 
 def test_convolutions_and_joint_biases_meet_tiny_rows_too() -> None:
     model, x = nn.Conv2d(3, 4, 3), 1e-25 * torch.randn(1, 3, 5, 5)
-    optimizer = _wrapped(model)
+    optimizer = _wrapped(model, Energy())
     optimizer.consolidate([x], progress=False)
     assert optimizer.bases["weight"].rank == 9
     layer, x = nn.Linear(16, 8), 1e20 * torch.randn(3, 16)
@@ -224,6 +224,10 @@ def test_a_tensor_in_the_place_of_a_loader_is_refused(whole: Any) -> None:
     model = nn.Linear(24, 40)
     with pytest.raises(BatchError, match=r"of shape \(4, 24\) was passed where batches are expected: pass \[tensor\]"):
         _wrapped(model).consolidate(whole, progress=False)
+    optimizer = _wrapped(model)
+    optimizer.consolidate([torch.ones(4, 24)], progress=False)
+    with pytest.raises(BatchError, match="pass"):
+        optimizer.verify(whole)
 
 
 @pytest.mark.parametrize("kind", ["array", "doubles", "with labels", "mapping"])

