@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ..capture.capture import Capture
 from ..distributed import failures
 from ..model.batches import PLAIN, samples_in, tensors_in
-from ..model.loader import LoaderPass, current_parameters, make_runner
+from ..model.loader import LoaderPass, current_parameters, make_runner, refuse_single_batch
 from ..model.restore import fixed_seed
 from ..model.storage import is_plain, plain_parts
 from ..settings import Settings
@@ -163,6 +163,7 @@ def _digest(tensors: Iterable[Tensor], others: Iterable[Any] = ()) -> Tensor:
 
 def find_samples(loader: Iterable[Any], digests: Tensor, limit: int | None) -> dict[bytes, Any]:
     """Return the samples in `loader`, in any order, that have one of the `digests`, by digest."""
+    refuse_single_batch(loader)
     wanted = {bytes(row.tolist()) for row in digests}
     found: dict[bytes, Any] = {}
     for number, batch in enumerate(loader):
