@@ -3,7 +3,7 @@
 The format, schema version 2 (version 1 had neither `scale`, `members` nor `mode`). `__metadata__` of the safetensors
 header has one key, ``nullspace_optim``, with one canonical JSON object (sorted keys, no spaces, ASCII)::
 
-    schema      1                    a reader refuses a newer number and migrates an older one
+    schema      2                    a reader refuses a newer number and migrates an older one
     library     "0.1.0"              nullspace_optim that wrote the file
     torch       "2.6.0"              torch that wrote the file
     tasks       [{...}, ...]         one plain record a consolidation, oldest first: name, policy, sample counts ...
