@@ -127,7 +127,7 @@ def test_parameters_that_overlap_in_part_are_frozen_together(tie: str) -> None:
     assert _moved(model, x, before) == 0.0
 
 
-def test_views_of_one_flat_buffer_that_do_not_overlap_are_weights_of_their_own() -> None:
+def test_views_of_one_buffer_that_do_not_overlap_are_weights_of_their_own() -> None:
     flat = torch.randn(40 * 24 * 2) * 0.2
     model = Pair(lambda w: w, _autoencoder, (40, 24))
     model.one.data, model.two.data = flat[: 40 * 24].view(40, 24), flat[40 * 24 :].view(24, 40)

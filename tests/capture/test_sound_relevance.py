@@ -227,7 +227,7 @@ LEAVING: dict[str, tuple[Callable[..., Tensor], str | None]] = {
 
 
 @pytest.mark.parametrize("name", LEAVING)
-def test_what_leaves_autograd_is_protected_and_named_where_it_is_lost_from_sight(name: str) -> None:
+def test_what_leaves_autograd_is_protected_or_named(name: str) -> None:
     function, operator = LEAVING[name]
     torch.manual_seed(0)
     model, x, later = Sneaks(function), torch.randn(8, 20), torch.randn(64, 20)
