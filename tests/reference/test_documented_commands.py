@@ -11,12 +11,14 @@ import pytest
 
 from reference.config import load_config, parse_overrides
 from reference.methods import chosen_methods, refuse_unknown
-from reference.tables.methods import chosen_methods as of_a_table
+from reference.published.methods import chosen_methods as of_a_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PARSED = ("run", "report", "data", "ablation.__main__", "experts", "tables.__main__", "pretrain")
-PARSED += tuple(f"benchmarks.{name}" for name in ("consolidate", "drift", "floors", "peers", "step", "variants"))
+PARSED = ("run", "evaluation.headline", "evaluation.report", "data.__main__", "published.__main__")
+PARSED += ("studies.run", "studies.expert_report", "studies.pretrain")
+PARSED += tuple(f"benchmarks.{name}" for name in ("consolidate", "counting", "drift", "peers", "step"))
+LEFT_OUT = {"studies.pretrain": "--tasks-root d --captions d", "studies.run": "--output o"}
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
@@ -28,7 +30,9 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     for command in [*fenced, *named]:
         for match in re.finditer(r"python -m reference\.([a-z_.]+)(.*)", command.split("&&")[-1]):
             words = shlex.split(match[2], comments=True)
-            left_out = {"pretrain": "--tasks-root d --captions d", "ablation": "--output o"}.get(match[1], "").split()
+            left_out = {"studies.pretrain": "--tasks-root d --captions d", "studies.run": "--output o"}.get(
+                match[1], ""
+            ).split()
             found.append((match[1], [w for word in words for w in (left_out if word == "..." else [word])]))
     return found
 
@@ -58,19 +62,16 @@ def test_both_kinds_of_commands_are_found() -> None:
     "page, module, words", NAMED, ids=[f"{page.stem}-{n}-{module}" for n, (page, module, _) in enumerate(NAMED)]
 )
 def test_a_named_command_parses(page: Path, module: str, words: list[str]) -> None:
-    name = next((known for known in PARSED if known.removesuffix(".__main__") == module), None)
-    program = importlib.import_module(f"reference.{name or module}")
-    if name is None:
-        assert hasattr(program, "main") and module in ("nightly", "benchmarks.optimizers")
-        return
+    name = next(known for known in PARSED if known.removesuffix(".__main__") == module)
+    program = importlib.import_module(f"reference.{name}")
     if not words:
         return
     numbers = r"(?:^|(?<=,))[A-Z](?=,|$)"  # a letter stands for a number of the reader's choice
-    options = program.parse([re.sub(numbers, "1", word) if module == "tables" else word for word in words])
+    options = program.parse([re.sub(numbers, "1", word) if module == "published" else word for word in words])
     pairs = [pair for pair in getattr(options, "set", []) if not re.search(r"\b[A-Z]\b|\.\.\.", pair)]
     preset = getattr(options, "preset", "demo")
     config = load_config(preset, {**parse_overrides(pairs), "output": "o", "data_root": "d", "model": "m"})
     refuse_unknown(config.of_method)
     methods = getattr(options, "methods", None)
-    if methods and module in ("run", "tables") and not re.search(r"\b[A-Z]\b", methods):
+    if methods and module in ("run", "published") and not re.search(r"\b[A-Z]\b", methods):
         assert chosen_methods(tuple(methods.split(","))) if module == "run" else of_a_table(methods)
