@@ -70,12 +70,17 @@ def draw(folder: Path, path: Path) -> None:
     plt.close(figure)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw the figure from the command line."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m reference.evaluation.headline", description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="?", type=Path, default=HERE / "results" / "mini", help="folder of finished runs")
     parser.add_argument("--output", type=Path, default=FIGURE, help="image to write")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw the figure from the command line."""
+    options = parse(arguments)
     draw(options.runs, options.output)
 
 
