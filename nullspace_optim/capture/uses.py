@@ -161,7 +161,8 @@ class OperatorHandlers:
             rows.source = rows.source.detach()  # a tensor of our own, told from those that others keep
         step = None if self._relevance is None else self._relevance.start()
         storage, label = storage_reference(output) if is_plain(output) else None, operator.label.split(".")[1]
-        use = _Use(name, rows, storage, output.shape, None if storage is None else step, kept, label)
+        shape = torch.Size() if storage is None else output.shape
+        use = _Use(name, rows, storage, shape, None if storage is None else step, kept, label)
         if self._relevance is not None or self._joint:
             self._uses.append(use)
         else:
@@ -231,7 +232,7 @@ class OperatorHandlers:
         simple = operator.name == "embedding" and index.device == output.device and is_plain(index)
         step = self._relevance.start() if self._relevance is not None else None
         index = as_plain(index).detach().clone() + geometry.offset // row
-        use = _LookUp(name, index, shape[0], output.shape, step if simple else None)
+        use = _LookUp(name, index, shape[0], output.shape if simple else torch.Size(), step if simple else None)
         if self._relevance is not None:
             self._uses.append(use)
         else:

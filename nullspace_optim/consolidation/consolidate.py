@@ -18,6 +18,7 @@ from ..distributed.failures import raise_on_all_ranks
 from ..errors import ConsolidationError
 from ..model.loader import LoaderPass
 from ..model.restore import restored_model
+from ..model.storage import is_plain
 from ..report import ConsolidationReport
 from ..settings import Settings
 from ..subspace.basis import BasisStore, Fate
@@ -92,6 +93,11 @@ def _refuse_unready(parameters: Mapping[str, Tensor]) -> None:
             raise ConsolidationError(
                 f"'{name}' is on the meta device and has no values yet: materialise the model and build the optimizer "
                 "from its parameters before consolidating"
+            )
+        if not is_plain(parameter):
+            raise ConsolidationError(
+                f"'{name}' is a {str(parameter.layout).removeprefix('torch.')} tensor, of which kept directions cannot "
+                "be corrected: make it a dense parameter (to_dense()), or give it requires_grad=False"
             )
         if any(size > 1 and step == 0 for size, step in zip(parameter.shape, parameter.stride())):
             raise ConsolidationError(

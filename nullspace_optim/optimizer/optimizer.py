@@ -327,7 +327,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
             present = named_parameters(model)
             lost = lost_parameters(store, core.parameters, present)
             moved = moved_buffers(store, named_buffers(model))
-            work = LoaderPass(model, present, loader or (), "verified", forward, max_batches)
+            work = LoaderPass(model, present, () if loader is None else loader, "verified", forward, max_batches)
             if loader is not None and store.tasks:
                 outcome = compare_outputs(work, store, self._routed, bool(lost or moved))
                 drift = {task: list(layers.values())[-1] for task, layers in outcome.layers.items()}

@@ -86,7 +86,7 @@ class Recorder:
     def _record(self, layer: str, outputs: Sequence[Tensor]) -> None:
         outputs = narrow_outputs(outputs, self._like.get(layer, ()))
         self.layers.append(layer)
-        self.shapes.append(tuple(tuple(output.shape) for output in outputs))
+        self.shapes.append(tuple(tuple(output.shape) if is_plain(output) else () for output in outputs))
         values, norm = sketch(outputs[0] if len(outputs) == 1 and layer != OUTPUT else flat_outputs(outputs))
         self.sketches.append(values)
         self.norms.append(norm)

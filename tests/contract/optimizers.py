@@ -1,6 +1,6 @@
 """Every optimizer of the installed libraries, wrapped: which hold, which are refused and why, which run at all.
 
-    python -m tests.contract.optimizers [--libraries torch,timm] [--steps 200] [--page docs/optimizers.md]
+    python -m tests.contract.optimizers [--libraries torch,timm] [--steps 200] [--page docs/lab/optimizers.md]
 
 A network `[d] -> [d] -> [8]` (`d` = 32; 64 where an optimizer quantizes only larger tensors; 16 for two slow ones)
 consolidates `d / 4` rows of an old task exactly, then learns another one of 32 rows. `drift` is the largest relative

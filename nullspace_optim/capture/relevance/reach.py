@@ -20,7 +20,8 @@ Reach = bool | Tensor
 def storage_identity(tensor: Any) -> int | None:
     """Return the identity of a tensor's storage; `None` for what has none (sparse and nested tensors)."""
     try:
-        return int(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
+        plain = tensor.layout == torch.strided and not tensor.is_nested
+        return int(tensor.untyped_storage()._cdata) if plain else None
     except (NotImplementedError, RuntimeError):
         return None
 
