@@ -109,7 +109,8 @@ def describe_feed(model: nn.Module, forward: Forward | None, batch: Any) -> tupl
 def _describe(value: Any) -> str:
     """Return the kind of one argument: `float32 [64, 3, 32, 32]` for a tensor."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+        shape = list(value.shape) if is_plain(value) else "nested" if value.is_nested else "sparse"
+        return f"{str(value.dtype).removeprefix('torch.')} {shape}"
     return type(value).__name__
 
 

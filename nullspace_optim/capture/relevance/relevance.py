@@ -104,6 +104,8 @@ class Relevance:
         results = tensors_among([output])
         if operator.name in _DROPOUTS:
             self.refuse(f"{operator.label} drops activations at random; call eval() first")
+        if any(tensor.is_nested and tensor.layout == torch.strided for tensor in (*operands, *results)):
+            self.refuse(f"{operator.label} works on nested tensors, whose rows have no place of their own")
         if self.refused:
             return
         bound = operator.bind(args, kwargs)
