@@ -96,7 +96,7 @@ class OperatorHandlers:
     def read(self, operator: Operator, bound: list[Any], by_id: dict[int, Origin], results: list[Tensor]) -> None:
         """Note the rows that met each parameter, or that the parameter was read in another way."""
         handled: set[int] = set()
-        written = {id(bound[i]) for i in operator.outs}  # FSDP2 fills parameters so
+        written = {id(bound[i]) for i in operator.overwrites}  # FSDP2 fills parameters so
         if operator.name == "embedding_renorm_":
             return  # max_norm: rows that were looked up are within it already and stay as they are
         if operator.name in PRODUCTS:
