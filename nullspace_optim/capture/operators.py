@@ -94,6 +94,7 @@ PRODUCTS: dict[str, tuple[ContractionRule, ...]] = {
 CONVOLUTIONS = ("convolution", "_convolution", "convolution_overrideable")
 EMBEDDINGS = ("embedding", "_embedding_bag", "_embedding_bag_forward_only", "embedding_bag")
 COPIES = ("clone", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "detach_copy", "alias_copy")
+OVERWRITES = ("copy_", "fill_", "zero_")
 VIEWS_OF_COPIES = ("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy")
 WITHOUT_READING = (
     *(
@@ -159,8 +160,8 @@ def _place_batched(
 class Operator:
     """What the schema of one operator says.
 
-    `moves_shards`: it is one of those by which FSDP2 fills its parameters; `native`: it is PyTorch's own; `outs`: the
-    positions of arguments that are written and not read (``out=``).
+    `moves_shards`: it is one of those by which FSDP2 fills its parameters; `native`: it is PyTorch's own;
+    `overwrites`: the positions of arguments that are written and not read (``out=``, the target of a copy).
     """
 
     name: str
@@ -172,7 +173,7 @@ class Operator:
     arguments: tuple[str, ...]
     moves_shards: bool = False
     native: bool = True
-    outs: frozenset[int] = frozenset()
+    overwrites: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, func: Any) -> Operator:
@@ -191,8 +192,10 @@ class Operator:
             arguments=tuple(a.name for a in schema.arguments),
             moves_shards=space == "fsdp",
             native=space == "aten",
-            outs=frozenset(
-                i for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write and a.kwarg_only
+            overwrites=frozenset(
+                i
+                for i, a in enumerate(schema.arguments)
+                if a.alias_info and a.alias_info.is_write and (a.kwarg_only or name in OVERWRITES)
             ),
         )
 

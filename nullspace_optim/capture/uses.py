@@ -96,6 +96,7 @@ class OperatorHandlers:
     def read(self, operator: Operator, bound: list[Any], by_id: dict[int, Origin], results: list[Tensor]) -> None:
         """Note the rows that met each parameter, or that the parameter was read in another way."""
         handled: set[int] = set()
+        written = {id(bound[i]) for i in operator.overwrites}  # FSDP2 fills parameters so
         if operator.name == "embedding_renorm_":
             return  # max_norm: rows that were looked up are within it already and stay as they are
         if operator.name in PRODUCTS:
@@ -107,7 +108,7 @@ class OperatorHandlers:
         elif operator.name in ("add", "add_") and self._joint:
             handled = self._read_added_bias(bound, by_id, results[0])
         for identity, origin in by_id.items():
-            if origin.kind is Kind.ALIAS and identity not in handled:
+            if origin.kind is Kind.ALIAS and identity not in handled | written:
                 self._tally.refuse(origin.names, f"read by {operator.label}")
 
     def _read_product(self, operator: Operator, bound: list[Any], by_id: dict[int, Origin], output: Tensor) -> set[int]:

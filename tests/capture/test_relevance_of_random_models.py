@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nullspace_optim import NumericalRank
 from nullspace_optim.capture.capture import Capture
+from nullspace_optim.covariance.accumulator import ParameterStatistics
 from nullspace_optim.settings import Settings
 
 BATCH, TOKENS, WIDTH = 3, 6, 4
@@ -54,7 +55,7 @@ class Held:
 class RandomModel(nn.Module):
     """A chain of random operators on `[b, t, w]`, then a selection, then what is returned."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, steps: Sequence[str] = (), pool: str = "") -> None:
         super().__init__()
         self.dice = random.Random(seed)
         torch.manual_seed(seed)
@@ -62,14 +63,16 @@ class RandomModel(nn.Module):
         self.norms = nn.ModuleList()
         self.names: list[str] = []
         self.cache: list[Tensor] = []
-        self.chain = [self.draw(STEPS) for _ in range(self.dice.randint(1, 4))]
-        self.pool = self.draw(POOLS)
+        self.chain = [self.draw(STEPS, name) for name in steps or [""] * self.dice.randint(1, 4)]
+        self.pool = self.draw(POOLS, pool)
         self.after = [self.draw(STEPS)] if self.dice.random() < 0.3 else []
         self.end = self.draw(ENDS)
         self.double()
 
-    def draw(self, table: dict[str, Callable[[RandomModel], Callable[[Tensor], Any]]]) -> Callable[[Tensor], Any]:
-        name = self.dice.choice(sorted(table))
+    def draw(
+        self, table: dict[str, Callable[[RandomModel], Callable[[Tensor], Any]]], name: str = ""
+    ) -> Callable[[Tensor], Any]:
+        name = name or self.dice.choice(sorted(table))
         self.names.append(name)
         return table[name](self)
 
@@ -85,6 +88,10 @@ class RandomModel(nn.Module):
     def linear(self, inputs: int = WIDTH, outputs: int = WIDTH, zeros: str = "") -> Callable[[Tensor], Tensor]:
         number = self.weight(outputs, inputs, zeros=zeros)
         return lambda x: functional.linear(x, self.weights[number])
+
+    def residual(self) -> Callable[[Tensor], Tensor]:
+        """What a branch is added to: its input, or (so that nothing but the branch leads back) a constant."""
+        return (lambda x: x) if self.dice.random() < 0.5 else (lambda x: torch.full_like(x, 0.3))
 
     def forward(self, x: Tensor) -> Any:
         self.cache.clear()
@@ -111,7 +118,8 @@ def branch(function: Callable[..., Tensor], number: int = 2) -> Callable[[Random
 
     def build(m: RandomModel) -> Step:
         layers = [m.linear(zeros=m.dice.choice(["", "", "half", "all"])) for _ in range(number)]
-        return lambda x: function(x, *(layer(x) for layer in layers))
+        base = m.residual()
+        return lambda x: function(base(x), *(layer(x) for layer in layers))
 
     return build
 
@@ -133,7 +141,7 @@ def attention(m: RandomModel) -> Step:
     q, k, v = m.linear(), m.linear(), m.linear()
     scale, kind = m.dice.choice([None, 1000.0]), m.dice.choice(["none", "causal", "bool", "float", "lowest", "learned"])
     keep = positions(m)
-    learned = m.weight(TOKENS, TOKENS)
+    learned, base = m.weight(TOKENS, TOKENS), m.residual()
 
     def step(x: Tensor) -> Tensor:
         length = x.shape[1]
@@ -147,25 +155,25 @@ def attention(m: RandomModel) -> Step:
             mask = m.weights[learned][:length, :length]
         heads = [layer(x).unflatten(-1, (2, -1)).transpose(1, 2) for layer in (q, k, v)]
         y = functional.scaled_dot_product_attention(*heads, attn_mask=mask, is_causal=kind == "causal", scale=scale)
-        return x + y.transpose(1, 2).flatten(2)
+        return base(x) + y.transpose(1, 2).flatten(2)
 
     return step
 
 
 def explicit_attention(m: RandomModel) -> Step:
-    q, k, v, keep = m.linear(), m.linear(), m.linear(), positions(m)
+    q, k, v, keep, base = m.linear(), m.linear(), m.linear(), positions(m), m.residual()
 
     def step(x: Tensor) -> Tensor:
         scores = 100 * q(x) @ k(x).mT
-        return torch.softmax(scores.masked_fill(~keep[: x.shape[1]], -1e9), -1) @ v(x) + x
+        return torch.softmax(scores.masked_fill(~keep[: x.shape[1]], -1e9), -1) @ v(x) + base(x)
 
     return step
 
 
 def convolution(m: RandomModel) -> Step:
     size, groups = m.dice.choice([1, 3]), m.dice.choice([1, 2])
-    number = m.weight(WIDTH, WIDTH // groups, size)
-    return lambda x: functional.conv1d(x.mT, m.weights[number], padding=size // 2, groups=groups).mT + x
+    number, base = m.weight(WIDTH, WIDTH // groups, size), m.residual()
+    return lambda x: functional.conv1d(x.mT, m.weights[number], padding=size // 2, groups=groups).mT + base(x)
 
 
 def new_columns(m: RandomModel) -> Step:
@@ -174,13 +182,13 @@ def new_columns(m: RandomModel) -> Step:
 
 
 def gate(m: RandomModel) -> Step:
-    inner, number = m.linear(), m.weight(WIDTH, zeros="all")
-    return lambda x: x + m.weights[number] * torch.tanh(inner(x))
+    inner, number, base = m.linear(), m.weight(WIDTH, zeros="all"), m.residual()
+    return lambda x: base(x) + m.weights[number] * torch.tanh(inner(x))
 
 
 def codes(m: RandomModel) -> Step:
-    inner, number = m.linear(), m.weight(16, WIDTH)
-    return lambda x: x + functional.embedding((inner(x)[..., 0] * 3 + 0.013).long() % 16, m.weights[number])
+    inner, number, base = m.linear(), m.weight(16, WIDTH), m.residual()
+    return lambda x: base(x) + functional.embedding((inner(x)[..., 0] * 3 + 0.013).long() % 16, m.weights[number])
 
 
 def masked(how: str) -> Callable[[RandomModel], Step]:
@@ -443,51 +451,70 @@ def free(moment: Tensor) -> Tensor:
     return (vectors * keep[..., None, :]) @ vectors.mT
 
 
-def check(seed: int) -> tuple[int, bool]:
-    """Compare all weights of one model; return how many rows were left out, and whether there was a note."""
-    model, x = RandomModel(seed), torch.randn(BATCH, TOKENS, WIDTH).double()
-    counts = {}
-    for rows in ("all", "relevant"):
-        observer = Capture(
-            dict(model.named_parameters()),
-            Settings(rows=rows, policy=NumericalRank()),
-            buffers=dict(model.named_buffers()),
-        )
-        with observer:
-            observer.batch(lambda: model(x))
-        counts[rows] = sum(int(side.rows.sum()) for seen in observer.captured.values() for side in seen.sides.values())
-    before = results(model, x)
-    parameters = dict(model.named_parameters())
-    for name, seen in observer.captured.items():
-        weight, layout = parameters[name], seen.layout
-        if seen.reasons or (layout is None and seen.row_index is None):
+def observe(model: nn.Module, x: Tensor, rows: Any) -> Capture:
+    settings = Settings(rows=rows, policy=NumericalRank())
+    observer = Capture(dict(model.named_parameters()), settings, buffers=dict(model.named_buffers()))
+    with observer:
+        observer.batch(lambda: model(x))
+    return observer
+
+
+def met(seen: ParameterStatistics) -> Any:
+    index = None if seen.row_index is None else seen.row_index.tolist()
+    return {side: moment.rows.tolist() for side, moment in seen.sides.items()}, index
+
+
+def move(weight: Tensor, seen: ParameterStatistics, size: float) -> Tensor:
+    """A random move of a weight that no row it was captured with can see."""
+    step = size * torch.randn_like(weight)
+    if seen.layout is not None:
+        matrix = seen.layout.to_matrix(step)
+        for side, moment in seen.sides.items():
+            matrix = matrix @ free(moment.matrix) if side == "right" else free(moment.matrix) @ matrix
+        step = seen.layout.from_matrix(matrix, weight.shape)
+    if seen.row_index is not None:
+        step[seen.row_index] = 0
+    return step
+
+
+def check(model: RandomModel) -> tuple[int, bool]:
+    """Move each weight of one model along its rows that were left out, if any, beside the later weights as they are and
+    beside others; return for how many weights there were some, and whether there was a note.
+    """
+    x = torch.randn(BATCH, TOKENS, WIDTH).double()
+    every, relevant = observe(model, x, "all").captured, observe(model, x, "relevant")
+    weights = dict(model.named_parameters())
+    moved = 0
+    for place, name in enumerate(relevant.order):
+        weight, seen = weights[name], relevant.captured[name]
+        if seen.reasons or met(seen) == met(every[name]):
             continue
-        for size in (1.0, 100.0):
-            kept = weight.detach().clone()
-            if layout is not None:
-                matrix = layout.to_matrix(kept)
-                step = size * torch.randn_like(matrix)
-                for side, moment in seen.sides.items():
-                    projector = free(moment.matrix)
-                    step = step @ projector if side == "right" else projector @ step
-                step = layout.from_matrix(step, weight.shape)
-            else:
-                step = size * torch.randn_like(kept)
-            if seen.row_index is not None:
-                step[seen.row_index] = 0
+        moved += 1
+        for change in (False, True):
+            kept = {other: weights[other].detach().clone() for other in relevant.order[place:]}
             with torch.no_grad():
-                weight += step
+                for other in relevant.order[place + 1 :] if change else ():
+                    weights[other].copy_(torch.randn_like(weights[other]))
+                before = results(model, x)
+                weight += move(weight, seen, 100.0)
                 after = results(model, x)
-                weight.copy_(kept)
-            scale = max(1.0, float(before.norm()))
-            assert float((after - before).norm()) <= 1e-5 * scale, (seed, name, model.names, observer.relevance_note)
-    return counts["all"] - counts["relevant"], observer.relevance_note is not None
+                for other, value in kept.items():
+                    weights[other].copy_(value)
+            far = float((after - before).norm()) / max(1.0, float(before.norm()))
+            assert far <= 1e-5, (far, name, model.names, relevant.relevance_note)
+    return moved, relevant.relevance_note is not None
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_each_operator_between_a_layer_and_a_selection(step: str) -> None:
+    for number, pool in enumerate(("first", "last", "middle")):
+        check(RandomModel(number, ["linear", step], pool))
 
 
 @pytest.mark.parametrize(
     "seeds", [range(50), pytest.param(range(50, 1050), marks=pytest.mark.nightly)], ids=["50 models", "1000 models"]
 )
 def test_no_move_along_rows_that_were_left_out_reaches_the_output(seeds: range) -> None:
-    found = [check(seed) for seed in seeds]
-    dropped = sum(rows > 0 for rows, _ in found)
+    found = [check(RandomModel(seed)) for seed in seeds]
+    dropped = sum(weights > 0 for weights, _ in found)
     assert dropped >= len(found) / 4 and sum(note for _, note in found) >= len(found) / 10

@@ -33,7 +33,6 @@ _DROPOUTS = frozenset(("bernoulli", "bernoulli_", "native_dropout", "_fused_drop
 _SHAPES = frozenset((*WITHOUT_READING, "_fused_sdp_choice", "is_pinned", "_assert_tensor_metadata", "resize_output"))
 _EMPTY = frozenset(("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"))
 _ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
-_OVERWRITES = frozenset(("copy_", "fill_", "zero_"))
 
 
 @dataclass(eq=False)
@@ -149,7 +148,7 @@ class Relevance:
             (position, tensor)
             for position, argument in enumerate(bound)
             for tensor in tensors_among([argument])
-            if storage_identity(tensor) in self._activations and not self._only_written(operator, position)
+            if storage_identity(tensor) in self._activations and position not in operator.overwrites
         ]
         pullback = self._pullback(operator, func, bound, reads, results, written)
         distinct = list({id(t): t for t in results if storage_identity(t)}.values())
@@ -159,10 +158,6 @@ class Relevance:
         for tensor in changed:
             if storage_identity(tensor) not in self._unknown:
                 self._remember(self._activations, tensor)
-
-    @staticmethod
-    def _only_written(operator: Operator, position: int) -> bool:
-        return any(position == i and (i in operator.outs or operator.name in _OVERWRITES) for i, _ in operator.writes)
 
     def _pullback(
         self,
@@ -192,7 +187,8 @@ class Relevance:
                 return not (parameter or touched)
 
             call = Call(operator, func, bound, reads, results[0], known)
-            return RULES["dot"](call) if operator.outs else rule(call)
+            into = operator.overwrites and not operator.name.endswith("_")
+            return RULES["dot"](call) if into else rule(call)
         return None
 
     def _say(self, label: str, why: str) -> None:
