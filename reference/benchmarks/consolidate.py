@@ -189,7 +189,7 @@ def _row(case: Case, rows: str, spent: Spent) -> tuple[str, ...]:
         f"{ratio(spent.whole, spent.forward):.2f}",
         f"{growing / plain:.2f}",
         *(f"{value:.2f}" for value in columns),
-        f"{parts['probe'] + parts['estimate']:.2f}",
+        f"{parts['probe']:.2f}",
         f"{rest:.2f}",
     )
 

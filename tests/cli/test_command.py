@@ -33,7 +33,7 @@ def test_inspect_prints_tasks_parameters_and_totals(saved: Path, capsys: pytest.
     assert lines["visual.proj"] == ["visual.proj", "protected", "left", "4/8", "99.9100%", "1,2"]
     assert lines["head.weight"] == ["head.weight", "free", "not", "read"]
     assert "7 protected, 1 full, 2 frozen, 1 free" in text
-    assert "XX" in text
+    assert "37 of 102 used (36.3%)" in text and "3 of 9 frozen" in text
     assert "kept 20 bytes" in text
 
 
