@@ -34,6 +34,7 @@ from ..subspace.shards import local_store, whole_store
 from ..verification.verify import RecentSamples
 from .checks import check_fit, check_shapes, facts_of, refuse_fused
 from .mode import Mode
+from .ownership import check_ownership, claim, disclaim
 
 
 class Engine:
@@ -55,11 +56,14 @@ class Engine:
         self.unguarded: dict[int, str] = {}
         self.held: set[int] = set()
         self.copied = False
+        self.superseded, self.lost = False, ()
+        self.refusals: list[Any] = []
 
     def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step pre-hook of every base."""
         if self.copied:
             self.find_copied_model()
+        check_ownership(self)
         self._warn_unguarded(base)
         self.follow_replaced()
         if self.mode is not None:
@@ -109,6 +113,7 @@ class Engine:
             check_shapes({name: self.store[name] for name in swapped if name in self.store}, swapped)
             self.parameters = {**self.parameters, **swapped}
             self.protection.rebuild(self.store, self.parameters)
+            claim(self)
             for name, guard in self.protection.guards.items():
                 if name in swapped or guard.basis.bias in swapped:
                     guard.seen = ()
@@ -181,6 +186,7 @@ class Engine:
 
     def detach(self) -> None:
         """Remove every hook from bases, model and parameters."""
+        disclaim(self)
         if self.copied:
             self.find_copied_model()
         self.protection.release_gradient_hooks()
@@ -227,6 +233,7 @@ class Engine:
 
     def trainable(self) -> dict[str, Tensor]:
         """Return the parameters with gradients that are both in the bases and in the model, by name."""
+        check_ownership(self)
         self.follow_replaced()
         model = self.owner()
         wrapped = self.wrapped(model)
@@ -296,6 +303,7 @@ class Engine:
         self.store.replace(store)
         self.parameters = {**self.parameters, **parameters}
         self.protection.rebuild(self.store, self.parameters)
+        claim(self)
         model = self.owner()
         self.protection.originals = original_names(model)
         if world_size() > 1:  # what all ranks have measured with

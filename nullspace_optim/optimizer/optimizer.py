@@ -51,6 +51,7 @@ from ..verification.verify import (
 from .checks import facts_of
 from .engine import Engine, check_bases
 from .mode import Mode, build_mode
+from .ownership import take_over
 from .torch_optimizer import WrappedOptimizer
 
 
@@ -122,6 +123,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         if model is not None:
             core.model = weakref.ref(unwrap(model))
         self._attach(core)
+        take_over(core)
 
     @property
     def bases(self) -> Mapping[str, Basis]:

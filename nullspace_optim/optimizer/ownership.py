@@ -1,0 +1,164 @@
+"""Registry of the wrapper that protects each parameter: protection belongs to a model, not to one optimizer object.
+
+A new wrapper over parameters that a living one protects takes its bases over. Bases that were lost with their wrapper
+are named before the next step.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..errors import NullSpaceWarning, OptionError
+from ..model.names import named_parameters
+from ..subspace.basis import BasisStore
+
+SUPERSEDED = (
+    "another NullSpaceOptimizer was made over the same parameters and took the bases of this one over: use that one "
+    "(or call its detach(), then load() here)"
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Protection of one parameter: its name, the engine that holds the bases, and the tasks they keep."""
+
+    name: str
+    owner: weakref.ref[Any]
+    tasks: tuple[str, ...]
+
+
+_CLAIMS: MutableMapping[Tensor, Claim] = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
+
+
+def claim(engine: Any) -> None:
+    """Register everything that `engine` protects as its own."""
+    _forget(engine)
+    tasks, owner = tuple(str(record["name"]) for record in engine.store.tasks), weakref.ref(engine)
+    for name, guard in engine.protection.guards.items():
+        for parameter in (guard.parameter, guard.bias):
+            if parameter is not None:
+                _CLAIMS[parameter] = Claim(name, owner, tasks)
+
+
+def disclaim(engine: Any) -> None:
+    """Register that nothing is protected by `engine`; optimizers whose bases it took over may step again."""
+    _forget(engine)
+    for handle in engine.refusals:
+        handle.remove()
+    engine.refusals.clear()
+    engine.lost = ()
+
+
+def take_over(engine: Any) -> None:
+    """Take over the bases of living wrappers that protect parameters of a new `engine`; note the tasks of dead ones.
+
+    Raises:
+        OptionError: `engine` steps some of the parameters that another wrapper protects, but not all of them, or
+            parameters of several others.
+    """
+    trained = [p for base in engine.bases for group in base.param_groups for p in group["params"]]
+    if engine.mode is not None or not _claims(trained):
+        return
+    gc.collect()  # an optimizer and its hooks refer to each other: dropped ones may be there still
+    claims = _claims(trained)
+    owners = {id(owner): owner for c in claims for owner in [c.owner()] if owner is not None and owner.mode is None}
+    engine.lost = tuple(dict.fromkeys(task for c in claims if c.owner() is None for task in c.tasks))
+    for parameter in [p for p in trained if p in _CLAIMS and _CLAIMS[p].owner() is None]:
+        del _CLAIMS[parameter]  # warned of once
+    ids = {id(p) for p in trained}
+    for owner in owners.values():
+        present = {id(p) for model in (owner.model(), engine.model()) if model is not None for p in model.parameters()}
+        held = [(p, c.name) for p, c in _CLAIMS.items() if c.owner() is owner and id(p) not in ids]
+        outside = [name for p, name in held if id(p) in present]
+        if outside or len(owners) > 1:
+            raise OptionError(
+                f"another NullSpaceOptimizer protects parameters of this base, and {len(outside)} that it does not "
+                f"step ({', '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}): wrap all of them to take its "
+                "bases over, or call its detach() first to give them up"
+                if outside
+                else f"{len(owners)} other NullSpaceOptimizers protect parameters of this base: bases of one can be "
+                "taken over; go on with those, or call detach() on all but one"
+            )
+        _succeed(engine, owner)
+
+
+def check_ownership(engine: Any) -> None:
+    """Warn once of bases that were lost with an earlier wrapper and not loaded since.
+
+    Raises:
+        OptionError: a newer wrapper took the bases over.
+    """
+    if engine.superseded:
+        raise OptionError(SUPERSEDED)
+    if engine.lost:
+        missing = [task for task in engine.lost if task not in {str(record["name"]) for record in engine.store.tasks}]
+        engine.lost = ()
+        if missing:
+            warnings.warn(
+                f"an earlier NullSpaceOptimizer protected these parameters for {', '.join(missing)}, and its bases are "
+                "gone with it: nothing of them is kept from now on. Make the new optimizer while the earlier one "
+                "lives, or save() and load()",
+                NullSpaceWarning,
+                stacklevel=5,
+            )
+
+
+def _claims(parameters: Iterable[Tensor]) -> list[Claim]:
+    return [_CLAIMS[p] for p in parameters if p in _CLAIMS]
+
+
+def _forget(engine: Any) -> None:
+    for parameter in [p for p, held in _CLAIMS.items() if held.owner() is engine]:
+        del _CLAIMS[parameter]
+
+
+def _succeed(engine: Any, owner: Any) -> None:
+    """Hand the bases of `owner` to `engine`; its bases refuse to step from now on."""
+    if engine.model() is None:
+        engine.model = owner.model
+    owner.protection.make_exact()
+    store, recent = owner.snapshot().copy(), owner.recent
+    claims = {c.name: id(p) for p, c in _CLAIMS.items() if c.owner() is owner}
+    owner.detach()
+    try:
+        _drop_replaced(store, claims, engine.owner())
+        engine.adopt(store)
+    except BaseException:
+        owner.attach()
+        owner.take(owner.store, owner.parameters)
+        raise
+    engine.recent, owner.superseded = recent, True
+    engine.refusals += [base.register_step_pre_hook(_refuse) for base in owner.bases]
+
+
+def _drop_replaced(store: BasisStore, claims: Mapping[str, int], model: nn.Module) -> None:
+    """Drop bases of parameters that `model` holds no longer, or in another shape (a head that was replaced)."""
+    named = named_parameters(model)
+    present = {id(p) for p in named.values()}
+    gone = [
+        name
+        for name, basis in store.items()
+        if (tuple(named[name].shape) != tuple(basis.shape) if name in named else claims.get(name) not in present)
+    ]
+    for name in gone:
+        if name in store:  # a bias may have gone with its weight
+            store.remove(name)
+    if gone:
+        warnings.warn(
+            f"{', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''} ({len(gone)} parameters) were replaced since "
+            "they were consolidated: what stands there now is free, and earlier tasks that use it will change",
+            NullSpaceWarning,
+            stacklevel=5,
+        )
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise OptionError(SUPERSEDED)

@@ -1,0 +1,190 @@
+"""One model, several wrappers: bases go over to the newest, are never shared, and their loss is said."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+from training import NEW, OLD, mlp, relative_drift, train
+
+from nullspace_optim import NullSpaceOptimizer, NumericalRank
+from nullspace_optim.errors import BasisFileError, NullSpaceWarning, OptionError
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def protected(model: nn.Module, **options: Any) -> tuple[NullSpaceOptimizer, Tensor]:
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-2), model, policy=NumericalRank(), **options)
+    optimizer.consolidate([OLD], name="old", progress=False)
+    return optimizer, model(OLD).detach()
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_a_new_wrapper_takes_over_the_bases_of_a_living_one(given: bool, precision: str) -> None:
+    model = mlp(24, 32, 4)
+    first, before = protected(model, precision=precision)
+    train(first, model, 3)
+    second = NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2, momentum=0.9), model if given else None)
+    assert [task["name"] for task in second._core.store.tasks] == ["old"]
+    train(second, model)
+    assert relative_drift(model(OLD), before) < 1e-5 and second.verify().ok
+    report = second.consolidate([NEW[:3]], name="new", progress=False)
+    assert report.drift.keys() >= {"old"}
+    kept = model(NEW[:3]).detach()
+    third = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-2), model)
+    train(third, model)
+    assert relative_drift(model(NEW[:3]), kept) < 1e-5 and relative_drift(model(OLD), before) < 1e-5
+
+
+def test_a_wrapper_whose_bases_went_over_refuses_to_go_on() -> None:
+    model = mlp(24, 32, 4)
+    first, _ = protected(model)
+    second = NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2), model)
+    weights = copy.deepcopy(model.state_dict())
+    for action in (lambda: train(first, model, 1), lambda: first.consolidate([NEW], progress=False)):
+        with pytest.raises(OptionError, match="took the bases of this one over"):
+            action()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights.items())
+    base = first._core.bases[0]
+    with pytest.raises(OptionError, match="took the bases of this one over"):
+        base.step()
+    second.detach()
+    train(base, model, 1)  # a plain optimizer again
+
+
+def test_disjoint_wrappers_stay_apart() -> None:
+    model = mlp(24, 32, 4)
+    halves = [list(part.parameters()) for part in model.children() if list(part.parameters())]
+    wrappers = [NullSpaceOptimizer(SGD(half, lr=1e-2), model) for half in halves]
+    for wrapper in wrappers:
+        wrapper.consolidate([OLD], progress=False)
+    before = model(OLD).detach()
+    for wrapper in wrappers:
+        train(wrapper, model)
+        assert wrapper.verify().ok
+    assert relative_drift(model(OLD), before) < 1e-5
+
+
+def test_bases_are_not_split_and_not_joined() -> None:
+    model = mlp(24, 32, 4)
+    first, before = protected(model)
+    with pytest.raises(OptionError, match=r"2\.bias.*detach\(\)|2\.weight.*detach\(\)"):
+        NullSpaceOptimizer(SGD(model[0].parameters(), lr=1e-2), model)
+    train(first, model)
+    assert relative_drift(model(OLD), before) < 1e-5  # the refused one left no trace
+    other = mlp(24, 8)
+    second, _ = protected(other)
+    with pytest.raises(OptionError, match="2 other NullSpaceOptimizers"):
+        NullSpaceOptimizer(SGD([*model.parameters(), *other.parameters()], lr=1e-2))
+    del second
+
+
+def test_bases_that_do_not_fit_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp(24, 32, 4)
+    first, before = protected(model)
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nullspace_optim.optimizer.engine.Engine.adopt", fail)
+        with pytest.raises(MemoryError):
+            NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2), model)
+    train(first, model)
+    assert relative_drift(model(OLD), before) < 1e-5 and first.verify().ok
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_taken_from_a_detached_wrapper() -> None:
+    model = mlp(24, 32, 4)
+    first, _ = protected(model)
+    first.detach()
+    second = NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2), model)
+    train(second, model, 1)
+    assert not second.bases
+
+
+def test_bases_that_went_with_their_wrapper_are_named_once(recwarn: pytest.WarningsRecorder) -> None:
+    model = mlp(24, 32, 4)
+    del_me, _ = protected(model)
+    del del_me
+    second = NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2), model)
+    with pytest.warns(NullSpaceWarning, match=r"for old, and its bases are gone"):
+        train(second, model, 1)
+    recwarn.clear()
+    train(second, model, 1)
+    train(NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2), model), model, 1)
+    assert not recwarn.list
+
+
+@pytest.mark.filterwarnings("error")
+def test_loaded_bases_are_not_called_lost(tmp_path: Path) -> None:
+    model = mlp(24, 32, 4)
+    first, before = protected(model)
+    first.save(tmp_path / "bases.safetensors")
+    del first
+    second = NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2), model)
+    second.load(tmp_path / "bases.safetensors")
+    train(second, model)
+    assert relative_drift(model(OLD), before) < 1e-5
+
+
+def test_another_model_has_another_claim() -> None:
+    model = mlp(24, 32, 4)
+    gone, _ = protected(model)
+    del gone
+    gc.collect()
+    protected(mlp(24, 8))  # claims of its own do not make those above forgotten
+    with pytest.warns(NullSpaceWarning, match="its bases are gone"):
+        train_once = NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2), model)
+        train(train_once, model, 1)
+
+
+def test_a_copy_of_wrapper_and_model_is_owned_apart() -> None:
+    model = mlp(24, 32, 4)
+    first, before = protected(model)
+    twin, copied = copy.deepcopy((model, first))
+    second = NullSpaceOptimizer(SGD(twin.parameters(), lr=1e-2), twin)
+    train(second, twin)
+    train(first, model)
+    assert copied._core.superseded and not first._core.superseded
+    assert relative_drift(twin(OLD), before) < 1e-5 and relative_drift(model(OLD), before) < 1e-5
+
+
+@pytest.mark.parametrize("grown", ["replaced", "in a new model"])
+def test_bases_of_a_replaced_head_are_dropped_and_named(grown: str) -> None:
+    model = mlp(24, 32, 4)
+    first, _ = protected(model)
+    features = model[:2](OLD).detach()
+    if grown == "replaced":
+        model[2] = nn.Linear(32, 7)
+    else:
+        model = nn.Sequential(model[0], model[1], nn.Linear(32, 7))
+    with pytest.warns(NullSpaceWarning, match=r"2\.weight, 2\.bias \(2 parameters\) were replaced"):
+        second = NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2, momentum=0.9), model)
+    train(second, model, 30)
+    assert relative_drift(model[:2](OLD), features) < 1e-5 and first._core.superseded
+    second.consolidate([OLD], name="again", progress=False)
+    before = model(OLD).detach()
+    train(second, model, 30)
+    assert relative_drift(model(OLD), before) < 1e-5
+
+
+def test_the_same_layers_under_other_names_are_refused() -> None:
+    model = mlp(24, 32, 4)
+    first, before = protected(model)
+    other = nn.ModuleDict({"body": model})
+    with pytest.raises(BasisFileError, match=r"0\.weight.*body\.0\.weight"):
+        NullSpaceOptimizer(SGD(other.parameters(), lr=1e-2), other)
+    train(first, model, 30)
+    assert relative_drift(model(OLD), before) < 1e-5
