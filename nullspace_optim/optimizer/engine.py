@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from ..distributed.collectives import check_equal_on_all_ranks
 from ..distributed.failures import raise_on_all_ranks
-from ..distributed.fsdp import refuse_tensor_parallel, refuse_unsupported, reshard, sharded_modules
+from ..distributed.fsdp import refuse_tensor_parallel, reshard, sharded_modules
 from ..distributed.group import local_tensor, world_size
 from ..errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError
 from ..model.find import find_model
@@ -26,7 +26,7 @@ from ..model.hooks import ModelHook, remove_idle_hooks
 from ..model.names import named_buffers, named_parameters, original_names
 from ..model.norm_stats import forget_compiled, freeze_statistics
 from ..model.storage import with_shared_memory
-from ..protection.averaged_weights import Evaluation, evaluated, refuse_unknown_modes
+from ..protection.averaged_weights import Evaluation, evaluated
 from ..protection.step_hooks import Protection
 from ..settings import Settings
 from ..subspace.basis import BasisStore
@@ -328,62 +328,6 @@ class BeforeEvaluation(ModelHook):
             for guard in core.protection.guards.values():
                 if any(guard.parameter is parameter for parameter in pending):
                     guard.mark()
-
-
-def check_bases(bases: list[Any]) -> None:
-    """Refuse what cannot be protected.
-
-    Raises:
-        OptionError: not an optimizer, wrapped already, without step hooks, with weights that cannot be reached,
-            differentiable, LBFGS beside others, or a parameter in two bases.
-    """
-    if not bases:
-        raise OptionError("base=[]: expected an optimizer or a list of optimizers")
-    refuse_unsupported(bases)
-    for base in bases:
-        _check_base(base)
-    if len(bases) > 1 and any(isinstance(base, LBFGS) for base in bases):
-        raise OptionError("LBFGS evaluates its closure many times and cannot share a step: wrap it alone")
-    owners: dict[int, tuple[int, Any]] = {}
-    for number, base in enumerate(bases):
-        for group in base.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in owners:
-                    raise OptionError(
-                        f"a parameter of shape {tuple(parameter.shape)} is in bases {owners[id(parameter)][0]} "
-                        f"and {number}: each parameter belongs to one optimizer"
-                    )
-                owners[id(parameter)] = (number, group)
-
-
-def _check_base(base: Any) -> None:
-    if isinstance(getattr(base, "_core", None), Engine):
-        raise OptionError("base is a NullSpaceOptimizer already: one wrapper is enough, use it or its detach()")
-    if not isinstance(base, Optimizer) or not hasattr(base, "state") or not hasattr(base, "defaults"):
-        raise OptionError(
-            f"base={type(base).__name__}: expected a torch.optim.Optimizer with param_groups, state and defaults "
-            "(one that keeps its own copies of the weights, as offloading optimizers do, would undo every correction)"
-        )
-    if not getattr(type(base).step, "hooked", False):
-        raise OptionError(
-            f"{type(base).__name__}.step() runs no step hooks (its class skips torch.optim.Optimizer.__init__), so "
-            "nothing could be protected; use the optimizer inside it on its own"
-        )
-    if hasattr(base, "fused_backward"):
-        raise OptionError(
-            f"{type(base).__name__} moves the weights during the backward pass, outside step(), where kept directions "
-            "cannot be held; use an optimizer that moves them in step()"
-        )
-    if any(isinstance(getattr(hook, "__self__", None), Engine) for hook in base._optimizer_step_pre_hooks.values()):
-        raise OptionError(
-            f"this {type(base).__name__} is wrapped already: call detach() on its NullSpaceOptimizer first"
-        )
-    refuse_unknown_modes(base)
-    if any(group.get("differentiable") for group in base.param_groups):
-        raise OptionError(
-            f"{type(base).__name__}(differentiable=True): corrections cannot be differentiated through; "
-            "use differentiable=False"
-        )
 
 
 def _place(basis: Any, device: torch.device) -> None:

@@ -48,8 +48,9 @@ from ..verification.verify import (
     output_bounds,
     rounding_limits,
 )
+from .bases import check_bases, forget_curvature, warn_adaptive_rate
 from .checks import facts_of
-from .engine import Engine, check_bases
+from .engine import Engine
 from .mode import Mode, build_mode
 from .ownership import take_over
 from .torch_optimizer import WrappedOptimizer
@@ -119,6 +120,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
             on_full=on_full,
             covariance=covariance,
         )
+        warn_adaptive_rate(bases, options)
         core = Engine(bases, options, chosen)
         if model is not None:
             core.model = weakref.ref(unwrap(model))
@@ -200,6 +202,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
             grown, report = consolidate(work, core.store, core.options, core.recent, communicator())
             core.take(grown, parameters)
             core.align()
+            forget_curvature(core.bases)
             moment.keep_changes = True
         core.protection.mark()
         return self._announced(report)
@@ -298,6 +301,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
                 moments[name] = measure(work, core.options, communicator())
             rest, report = prune_store(core.store, moments, bound)
             core.take(rest, core.parameters)
+            forget_curvature(core.bases)
         core.protection.mark()
         return report
 
@@ -392,6 +396,5 @@ class NullSpaceOptimizer(WrappedOptimizer):
 
     def detach(self) -> Optimizer | list[Optimizer]:
         """Remove every hook from base and model and return the base (the list of bases if several were given)."""
-        core = self._core
-        core.detach()
-        return core.bases[0] if len(core.bases) == 1 else core.bases
+        self._core.detach()
+        return self._core.bases[0] if len(self._core.bases) == 1 else self._core.bases

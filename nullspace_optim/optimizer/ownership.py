@@ -127,15 +127,18 @@ def _succeed(engine: Any, owner: Any) -> None:
     owner.protection.make_exact()
     store, recent = owner.snapshot().copy(), owner.recent
     claims = {c.name: id(p) for p, c in _CLAIMS.items() if c.owner() is owner}
+    refusals, owner.refusals = owner.refusals, []  # those of earlier wrappers stay
     owner.detach()
     try:
         _drop_replaced(store, claims, engine.owner())
         engine.adopt(store)
     except BaseException:
         owner.attach()
+        owner.refusals = refusals
         owner.take(owner.store, owner.parameters)
         raise
     engine.recent, owner.superseded = recent, True
+    engine.refusals += refusals
     engine.refusals += [base.register_step_pre_hook(_refuse) for base in owner.bases]
 
 

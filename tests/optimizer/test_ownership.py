@@ -44,6 +44,9 @@ def test_a_new_wrapper_takes_over_the_bases_of_a_living_one(given: bool, precisi
     third = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-2), model)
     train(third, model)
     assert relative_drift(model(NEW[:3]), kept) < 1e-5 and relative_drift(model(OLD), before) < 1e-5
+    for earlier in (first, second):
+        with pytest.raises(OptionError, match="took the bases of this one over"):
+            train(earlier, model, 1)
 
 
 def test_a_wrapper_whose_bases_went_over_refuses_to_go_on() -> None:
