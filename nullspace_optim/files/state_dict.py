@@ -69,7 +69,7 @@ def pop_protection(state: StateDict) -> tuple[StateDict, Any, str | None]:
     """
     plain = {key: value for key, value in state.items() if key != "nullspace"}
     groups = state.get("param_groups", ())
-    marks = [group["nullspace"] for group in groups if group.get("nullspace") is not None]
+    marks = [group["nullspace"] for group in groups if group.get("nullspace")]
     if any(not isinstance(mark, str) or mark != marks[0] for mark in marks):
         raise BasisFileError(f"the checkpoint's parameter groups carry different or foreign fingerprints: {marks[:3]}")
     if "param_groups" in state:

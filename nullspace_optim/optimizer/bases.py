@@ -33,9 +33,11 @@ def check_bases(bases: list[Any]) -> None:
         for group in base.param_groups:
             for parameter in group["params"]:
                 if id(parameter) in owners:
+                    first = owners[id(parameter)][0]
+                    where = f"bases {first} and {number}" if first != number else "the groups of its optimizer twice"
                     raise OptionError(
-                        f"a parameter of shape {tuple(parameter.shape)} is in bases {owners[id(parameter)][0]} "
-                        f"and {number}: each parameter belongs to one optimizer"
+                        f"a parameter of shape {tuple(parameter.shape)} is in {where}: each parameter belongs to one "
+                        "optimizer, once"
                     )
                 owners[id(parameter)] = (number, group)
 

@@ -1,7 +1,6 @@
 """`NullSpaceOptimizer`: wrap any optimizer, consolidate after each task, verify, save.
 
-The protection itself lives in step hooks on the base optimizer, so `opt.step()`, `base.step()` and
-`scaler.step(base)` are protected alike, and a framework that unwraps the base keeps it. Sources: GNSP (arXiv
+Step hooks on the base protect, so `opt.step()`, `base.step()` and `scaler.step(base)` are alike. Sources: GNSP (arXiv
 2507.19839) and the gradient-projection family (GPM, Adam-NSCL); the anchor correction `W <- W - (W U - A) U^H` after
 the step is this library's own.
 """
@@ -370,8 +369,10 @@ class NullSpaceOptimizer(WrappedOptimizer):
     @torch.no_grad()
     def reanchor(self) -> None:
         """Accept the present weights and buffers as the values to keep (after a deliberate load, EMA swap or merge)."""
-        self._core.follow_replaced()
-        for guard in self._core.protection.guards.values():
+        core = self._core
+        core.follow_replaced()
+        core.protection.make_exact()  # what nobody edited has no drift to accept
+        for guard in core.protection.guards.values():
             basis = guard.stored
             if basis.kept is not None:
                 basis.kept = local_tensor(guard.parameter).clone()
@@ -380,11 +381,10 @@ class NullSpaceOptimizer(WrappedOptimizer):
                     for side, subspace in basis.subspaces.items():
                         subspace.anchor = guard.part.anchor(matrix, subspace.basis, side)
             guard.mark()
-        self._core.protection.rebuild(self._core.store, self._core.parameters)
-        self._core.align()
-        buffers = named_buffers(self.model) if self._core.store.buffers else {}
-        for name in self._core.store.buffers.keys() & buffers.keys():
-            self._core.store.buffers[name] = buffers[name].detach().clone()
+        core.protection.rebuild(core.store, core.parameters)
+        core.align()
+        buffers = named_buffers(self.model) if core.store.buffers else {}
+        core.store.buffers.update({n: buffers[n].detach().clone() for n in core.store.buffers.keys() & buffers.keys()})
 
     def release(self, name: str) -> None:
         """Give up the protection of one parameter: it is free until a later consolidation meets it."""

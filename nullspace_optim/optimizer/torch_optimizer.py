@@ -39,11 +39,13 @@ class WrappedOptimizer(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of the base (of all bases, in order)."""
+        """The parameter groups of the base: its own list (of several bases, a new list of their groups in order)."""
         core = getattr(self, "_core", None)
-        return (
-            self.__dict__["_early"] if core is None else [group for base in core.bases for group in base.param_groups]
-        )
+        if core is None:
+            return self.__dict__["_early"]  # type: ignore[no-any-return]
+        if len(core.bases) == 1:
+            return core.bases[0].param_groups  # type: ignore[no-any-return]
+        return [group for base in core.bases for group in base.param_groups]
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
@@ -82,6 +84,11 @@ class WrappedOptimizer(Optimizer):
         core = getattr(self, "_core", None)
         if core is not None:
             core.bases[0].defaults = defaults
+
+    @property
+    def is_second_order(self) -> bool:
+        """True where a base wants `backward(create_graph=True)` (AdaHessian; timm's training script asks)."""
+        return any(getattr(base, "is_second_order", False) for base in self._core.bases)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Let the base step (with `closure` if given) and return its loss; protection happens in the base's hooks."""
@@ -127,7 +134,8 @@ class WrappedOptimizer(Optimizer):
                     switch()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the base's state dict plus the bases under ``"nullspace"`` and their fingerprint in every group.
+        """Return the base's state dict plus the bases under ``"nullspace"`` and their fingerprint in every group (empty
+        without bases), by which a load finds out that a recipe has dropped them.
 
         Holds tensors and plain values only, so it loads with ``weights_only=True``; a bare base optimizer loads it as
         well.
@@ -137,8 +145,8 @@ class WrappedOptimizer(Optimizer):
         state = join_states([base.state_dict() for base in self._core.bases])
         store = self._core.snapshot()
         groups = state.get("param_groups", ())  # optimizers around an optimizer may have their own structure
-        for group in groups:
-            group.pop("nullspace", None)
+        for group in groups:  # also without bases: torch.distributed.checkpoint fills in keys that are there
+            group["nullspace"] = ""
         if store.tasks or store.extension is not None:
             tensors, metadata = schema.pack(store)
             owed = {**self._core.protection.owed, "allowed": self._core.protection.allowed}

@@ -23,7 +23,8 @@ class Workspace:
         key, size = (like.device, like.dtype), math.prod(shape)
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+            with torch.inference_mode(False):  # training uses it after an evaluation
+                buffer = self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
         return buffer[:size].view(tuple(shape))
 
     @property

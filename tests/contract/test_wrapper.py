@@ -73,6 +73,15 @@ def test_param_groups_state_and_defaults_are_the_bases_own(task: Setting) -> Non
     assert base.defaults["extra"] == 1
 
 
+def test_param_groups_are_one_live_list(task: Setting) -> None:
+    optimizer = wrap(AdamW(task.model.parameters(), lr=0.1), task)
+    groups = list(optimizer.param_groups[0]["params"])
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": groups, "lr": 0.2})
+    assert optimizer.param_groups is optimizer._core.bases[0].param_groups
+    assert [group["lr"] for group in optimizer.param_groups] == [0.2]
+
+
 def test_nothing_of_a_fused_base_leaks_through_the_wrapper(task: Setting) -> None:
     optimizer = wrap(AdamW(task.model.parameters(), fused=True), task)
     assert not hasattr(optimizer, "_step_supports_amp_scaling")
@@ -322,6 +331,21 @@ def test_a_base_is_wrapped_once_until_it_is_detached(task: Setting) -> None:
 def test_a_parameter_in_two_bases_is_refused(task: Setting) -> None:
     with pytest.raises(OptionError, match=r"\(16, 24\) is in bases 0 and 1"):
         NullSpaceOptimizer([SGD(task.model.parameters()), AdamW(task.model[:1].parameters())])
+
+
+def test_a_parameter_twice_in_a_group_is_named_so(task: Setting) -> None:
+    with pytest.warns(UserWarning, match="duplicate"):
+        base = SGD([*task.model.parameters(), task.model[0].weight], lr=0.1)
+    with pytest.raises(OptionError, match="in the groups of its optimizer twice"):
+        NullSpaceOptimizer(base)
+
+
+def test_a_base_of_second_order_says_so(task: Setting) -> None:
+    base = SGD(task.model.parameters(), lr=0.1)
+    assert not wrap(base, task).is_second_order
+    base = SGD(task.model.parameters(), lr=0.1)
+    base.is_second_order = True  # as AdaHessian has it
+    assert NullSpaceOptimizer(base, task.model).is_second_order
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -104,3 +105,22 @@ def test_a_compiled_model_notices_frozen_statistics_and_detach() -> None:
     optimizer.detach()
     compiled(torch.randn(16, 12) + 1)
     assert not torch.equal(model[1].running_mean, before)
+
+
+def test_a_forward_in_training_mode_leaves_the_statistics_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(24, 16), nn.BatchNorm1d(16), nn.Linear(16, 8))
+    optimizer = NullSpaceOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model)
+    inputs = torch.randn(64, 24) * 3 + 1
+    for _ in range(5):
+        model(inputs)
+    model.eval()
+    before, outputs = copy.deepcopy(model.state_dict()), model(inputs).detach()
+
+    def forward(batch: torch.Tensor) -> torch.Tensor:
+        model.train()
+        return model(batch)
+
+    optimizer.consolidate([inputs], forward=forward, progress=False)
+    assert optimizer.verify().ok and not model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model(inputs), outputs)
