@@ -78,6 +78,7 @@ def test_rows_of_several_sizes_count_by_their_energy(small: float) -> None:
     optimizer = _wrapped(model, Energy())
     optimizer.consolidate([tiny, x], progress=False)
     assert optimizer.bases["weight"].rank == 3  # beside rows of size 1, the tiny ones are below rounding
+    optimizer.detach()
     optimizer = _wrapped(model, Energy())
     optimizer.consolidate([tiny], progress=False)
     assert optimizer.bases["weight"].rank == 4  # alone they are all there is

@@ -50,7 +50,7 @@ PARAMETERS = {
     27: Fault("renamed parameters", "prefixes of wrappers are stripped; otherwise missing and unexpected names are listed"),
     28: Fault("tied weights", "one name, both constraints hold"),
     29: Fault("one module called twice in a forward", "rows of both calls count"),
-    30: Fault("a parameter in two groups, bases or wrappers", "two groups: torch refuses; two bases: refused; two wrappers: the first one names it as edited outside"),
+    30: Fault("a parameter in two groups, bases or wrappers", "two groups: torch refuses; two bases: refused; two wrappers: the second takes the bases over, the first refuses"),
     31: Fault("one module under two names", "one entry"),
     32: Fault("the base holds tensors that are not in the model", "listed once in the report, trained as before"),
     33: Fault("parameters of the model that the optimizer lacks", "listed; a warning when they begin to train"),

@@ -32,6 +32,7 @@ def test_an_optimizer_with_tasks_of_its_own_keeps_them() -> None:
     tasks, first = Tasks(TaskOptions(progress=False, max_batches=1)), wrap(model)
     report = tasks.end(first, loader(0), None)
     assert report.batches == 1 and tasks.reports == [report]
+    first.detach()
     second = wrap(model)
     second.consolidate(loader(0), name="own", progress=False)
     tasks.begin(second)
