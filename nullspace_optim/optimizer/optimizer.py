@@ -371,7 +371,6 @@ class NullSpaceOptimizer(WrappedOptimizer):
         """Accept the present weights and buffers as the values to keep (after a deliberate load, EMA swap or merge)."""
         core = self._core
         core.follow_replaced()
-        core.protection.make_exact()  # what nobody edited has no drift to accept
         for guard in core.protection.guards.values():
             basis = guard.stored
             if basis.kept is not None:
