@@ -112,13 +112,17 @@ class Engine:
         if swapped:
             check_shapes({name: self.store[name] for name in swapped if name in self.store}, swapped)
             self.parameters = {**self.parameters, **swapped}
-            self.protection.rebuild(self.store, self.parameters)
-            claim(self)
+            self.rebuild()
             for name, guard in self.protection.guards.items():
                 if name in swapped or guard.basis.bias in swapped:
                     guard.seen = ()
             self.install(model)
         self.held = held
+
+    def rebuild(self) -> None:
+        """Guard what the store keeps of the parameters, as their one protector."""
+        self.protection.rebuild(self.store, self.parameters)
+        claim(self)
 
     def _refuse_foreign(self, model: nn.Module, wrapped: Mapping[str, Tensor]) -> None:
         count = sum(len(group["params"]) for base in self.bases for group in base.param_groups)
@@ -302,8 +306,7 @@ class Engine:
         """Guard what `store` keeps of `parameters`, and hook the model."""
         self.store.replace(store)
         self.parameters = {**self.parameters, **parameters}
-        self.protection.rebuild(self.store, self.parameters)
-        claim(self)
+        self.rebuild()
         model = self.owner()
         self.protection.originals = original_names(model)
         if world_size() > 1:  # what all ranks have measured with

@@ -1,8 +1,7 @@
 """`NullSpaceOptimizer`: wrap any optimizer, consolidate after each task, verify, save.
 
 Step hooks on the base protect, so `opt.step()`, `base.step()` and `scaler.step(base)` are alike. Sources: GNSP (arXiv
-2507.19839) and the gradient-projection family (GPM, Adam-NSCL); the anchor correction `W <- W - (W U - A) U^H` after
-the step is this library's own.
+2507.19839), GPM, Adam-NSCL; the anchor correction `W <- W - (W U - A) U^H` after the step is this library's own.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ from .bases import check_bases, forget_curvature, warn_adaptive_rate
 from .checks import facts_of
 from .engine import Engine
 from .mode import Mode, build_mode
-from .ownership import take_over
+from .ownership import refuse_protected, take_over
 from .torch_optimizer import WrappedOptimizer
 
 
@@ -120,6 +119,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
             covariance=covariance,
         )
         warn_adaptive_rate(bases, options)
+        refuse_protected(bases, chosen)
         core = Engine(bases, options, chosen)
         if model is not None:
             core.model = weakref.ref(unwrap(model))
@@ -371,6 +371,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         """Accept the present weights and buffers as the values to keep (after a deliberate load, EMA swap or merge)."""
         core = self._core
         core.follow_replaced()
+        core.protection.make_exact()  # what nobody edited has no drift to accept
         for guard in core.protection.guards.values():
             basis = guard.stored
             if basis.kept is not None:
@@ -380,7 +381,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
                     for side, subspace in basis.subspaces.items():
                         subspace.anchor = guard.part.anchor(matrix, subspace.basis, side)
             guard.mark()
-        core.protection.rebuild(core.store, core.parameters)
+        core.rebuild()
         core.align()
         buffers = named_buffers(self.model) if core.store.buffers else {}
         core.store.buffers.update({n: buffers[n].detach().clone() for n in core.store.buffers.keys() & buffers.keys()})
@@ -391,7 +392,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
             known = ", ".join(sorted(self._core.store)[:8])
             raise OptionError(f"release('{name}'): no such basis; known names begin with: {known}")
         self._core.store.remove(name)
-        self._core.protection.rebuild(self._core.store, self._core.parameters)
+        self._core.rebuild()
 
     def detach(self) -> Optimizer | list[Optimizer]:
         """Remove every hook from base and model and return the base (the list of bases if several were given)."""

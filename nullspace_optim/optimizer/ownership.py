@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import NullSpaceWarning, OptionError
@@ -57,16 +58,40 @@ def disclaim(engine: Any) -> None:
     engine.lost = ()
 
 
+def refuse_protected(bases: Iterable[Optimizer], mode: object) -> None:
+    """Refuse a mode with experts over parameters that another wrapper protects: it would not keep what they hold.
+
+    Raises:
+        OptionError: another wrapper, without a mode, protects some of them.
+    """
+    owners = [claim.owner() for claim in _claims(_trained(bases))] if mode is not None else []
+    if any(owner is not None and owner.mode is None for owner in owners):
+        raise OptionError(
+            "a NullSpaceOptimizer without a mode protects these parameters, and experts beside them would not keep it: "
+            "go on without mode=, or call detach() on that one to give its bases up"
+        )
+
+
 def take_over(engine: Any) -> None:
     """Take over the bases of living wrappers that protect parameters of a new `engine`; note the tasks of dead ones.
+
+    After an error the new engine is detached and the other wrappers are as they were.
 
     Raises:
         OptionError: `engine` steps some of the parameters that another wrapper protects, but not all of them, or
             parameters of several others.
     """
-    trained = [p for base in engine.bases for group in base.param_groups for p in group["params"]]
+    trained = _trained(engine.bases)
     if engine.mode is not None or not _claims(trained):
         return
+    try:
+        _find_and_succeed(engine, trained)
+    except BaseException:
+        engine.detach()
+        raise
+
+
+def _find_and_succeed(engine: Any, trained: list[Tensor]) -> None:
     gc.collect()  # an optimizer and its hooks refer to each other: dropped ones may be there still
     claims = _claims(trained)
     owners = {id(owner): owner for c in claims for owner in [c.owner()] if owner is not None and owner.mode is None}
@@ -109,6 +134,10 @@ def check_ownership(engine: Any) -> None:
                 NullSpaceWarning,
                 stacklevel=5,
             )
+
+
+def _trained(bases: Iterable[Optimizer]) -> list[Tensor]:
+    return [p for base in bases for group in base.param_groups for p in group["params"]]
 
 
 def _claims(parameters: Iterable[Tensor]) -> list[Claim]:

@@ -22,7 +22,6 @@ from ..files.state_dict import join_states, pop_protection, seal, split_states
 from ..subspace.basis import Fate
 from .dcp import Checkpoint
 from .engine import Engine
-from .ownership import claim
 
 
 class WrappedOptimizer(Optimizer):
@@ -255,8 +254,7 @@ class WrappedOptimizer(Optimizer):
         self._attach(Engine(state["bases"], state["options"], state["mode"]))
         self._core.parameters = state["parameters"]
         self._core.store.replace(state["store"])
-        self._core.protection.rebuild(self._core.store, self._core.parameters)
-        claim(self._core)
+        self._core.rebuild()
         self._core.protection.owed = state["owed"]
         self._core.copied = bool(self._core.store.tasks)
         if self._core.store.buffers:  # a forward pass before the first step must not move them

@@ -124,6 +124,7 @@ def protected_at_random(base: Optimizer, model: Any, precision: str = "exact") -
 def fill(optimizer: NullSpaceOptimizer, share: float) -> None:
     """Put random directions, a `share` of all, in the place of every basis: a curve over ranks without eigenvectors."""
     draws: dict[tuple[int, int], Tensor] = {}
+    optimizer._core.protection.make_exact()  # nothing is owed to the bases that go
     for basis in optimizer.bases.values():
         for side, subspace in basis.subspaces.items():
             if side == "rows":

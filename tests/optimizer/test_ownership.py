@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from training import NEW, OLD, mlp, relative_drift, train
 
-from nullspace_optim import NullSpaceOptimizer, NumericalRank
+from nullspace_optim import IGSP, NullSpaceOptimizer, NumericalRank, StaleAnchorError
 from nullspace_optim.errors import BasisFileError, NullSpaceWarning, OptionError
 
 
@@ -82,9 +82,13 @@ def test_bases_are_not_split_and_not_joined() -> None:
     model = mlp(24, 32, 4)
     first, before = protected(model)
     with pytest.raises(OptionError, match=r"2\.bias.*detach\(\)|2\.weight.*detach\(\)"):
-        NullSpaceOptimizer(SGD(model[0].parameters(), lr=1e-2), model)
+        NullSpaceOptimizer(half := SGD(model[0].parameters(), lr=1e-2), model)
     train(first, model)
     assert relative_drift(model(OLD), before) < 1e-5  # the refused one left no trace
+    train(half, model, 1)
+    with pytest.raises(StaleAnchorError, match="changed outside"):  # a plain optimizer it is, and seen as one
+        train(first, model, 1)
+    first.reanchor()
     other = mlp(24, 8)
     second, _ = protected(other)
     with pytest.raises(OptionError, match="2 other NullSpaceOptimizers"):
@@ -105,6 +109,19 @@ def test_bases_that_do_not_fit_stay_where_they_are(monkeypatch: pytest.MonkeyPat
             NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2), model)
     train(first, model)
     assert relative_drift(model(OLD), before) < 1e-5 and first.verify().ok
+
+
+def test_experts_do_not_go_beside_protected_weights_in_silence() -> None:
+    model = mlp(24, 32, 4)
+    first, before = protected(model)
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(OptionError, match=r"go on without mode=, or call detach\(\)"):
+        NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2), model, mode=IGSP(target_modules="0"))
+    assert [name for name, _ in model.named_modules()] == names
+    train(first, model, 30)
+    assert relative_drift(model(OLD), before) < 1e-5
+    first.detach()
+    NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2), model, mode=IGSP(target_modules="0"))
 
 
 @pytest.mark.filterwarnings("error")

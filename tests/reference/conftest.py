@@ -1,10 +1,21 @@
-"""Small pictures in the shape of the data sets of the published tables."""
+"""The tasks of a module's settings, and small pictures in the shape of the data sets of the published tables."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from table_runs import Images
+
+from reference.config import Config
+from reference.experiment import Experiment, prepare
+
+
+@pytest.fixture(scope="module")
+def experiment(config: Config) -> Experiment:
+    """Tasks, pool and pretrained model of the module's `config`."""
+    prepared = prepare(config)
+    clip = prepared.pretrained(0)
+    return Experiment(prepared.tasks, prepared.pool, lambda seed: clip)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from nullspace_optim import IGSP
 from reference.config import Config, load_config
 from reference.errors import ExperimentError
 from reference.evaluation.bootstrap import compare
-from reference.experiment import Experiment, prepare
+from reference.experiment import Experiment
 from reference.methods import METHODS, Setting
 from reference.methods.adapters import PLAIN, Centres, Routing
 from reference.methods.lora import LoraOfTasks
@@ -36,13 +36,6 @@ FAMILY = ("igsp", "moe-adapters", "lora-per-task", "lora-shared", "lora-shared-n
 @pytest.fixture(scope="module")
 def config() -> Config:
     return load_config("demo", SMALL)
-
-
-@pytest.fixture(scope="module")
-def experiment(config: Config) -> Experiment:
-    prepared = prepare(config)
-    clip = prepared.pretrained(0)
-    return Experiment(prepared.tasks, prepared.pool, lambda seed: clip)
 
 
 @pytest.mark.parametrize("name", FAMILY)

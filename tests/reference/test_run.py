@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from reference.config import Config, load_config
 from reference.errors import ExperimentError
-from reference.experiment import Experiment, prepare
+from reference.experiment import Experiment
 from reference.methods import METHODS
 from reference.run import main
 from reference.sequence import Sequence, StoppedError
@@ -33,13 +33,6 @@ SHAPE = {
 @pytest.fixture(scope="module")
 def config() -> Config:
     return load_config("demo", {**SMALL, "output": "unused"})
-
-
-@pytest.fixture(scope="module")
-def experiment(config: Config) -> Experiment:
-    prepared = prepare(config)
-    clip = prepared.pretrained(0)
-    return Experiment(prepared.tasks, prepared.pool, lambda seed: clip)
 
 
 @pytest.mark.parametrize("name", METHODS)
