@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -23,13 +24,12 @@ from ..covariance.sketch import SketchedCovariance
 from ..distributed.collectives import check_equal_on_all_ranks
 from ..distributed.communicator import communicator
 from ..distributed.failures import raise_on_all_ranks
-from ..distributed.group import local_tensor, world_size
+from ..distributed.group import world_size
 from ..errors import NullSpaceWarning, OptionError
 from ..model.batches import Forward
 from ..model.find import unwrap
 from ..model.loader import LoaderPass
-from ..model.names import named_buffers, named_parameters
-from ..model.restore import restored_model
+from ..model.names import named_parameters
 from ..options import check_number
 from ..policies.base import Policy
 from ..policies.energy import Energy
@@ -37,15 +37,8 @@ from ..protection.sharded import drifts
 from ..report import ConsolidationReport, VerifyReport
 from ..settings import Bias, NormStats, OnFull, Precision, Project, Rows, Settings, Uncovered
 from ..subspace.basis import Basis, Capacity
-from ..subspace.matrix import matrix_of
-from ..verification.verify import (
-    Outcome,
-    compare_outputs,
-    lost_parameters,
-    moved_buffers,
-    output_bounds,
-    rounding_limits,
-)
+from ..verification.verify import rounding_limits, verify
+from .anchors import accept_anchors
 from .bases import check_bases, forget_curvature, warn_adaptive_rate
 from .checks import facts_of
 from .engine import Engine
@@ -323,38 +316,16 @@ class NullSpaceOptimizer(WrappedOptimizer):
         core = self._core
         core.follow_replaced()
         core.protection.make_exact()
-        model, store = self.model, core.store
-        outcome, harmless = Outcome({}, (), ()), False
-        bounds = output_bounds(store)
+        data = () if loader is None else loader
+        work = LoaderPass(self.model, named_parameters(self.model), data, "verified", forward, max_batches)
         with core.evaluated():
             with torch.no_grad():
                 kept = drifts(core.protection.guards)
-            present = named_parameters(model)
-            lost = lost_parameters(store, core.parameters, present)
-            moved = moved_buffers(store, named_buffers(model))
-            work = LoaderPass(model, present, () if loader is None else loader, "verified", forward, max_batches)
-            if loader is not None and store.tasks:
-                outcome = compare_outputs(work, store, self._routed, bool(lost or moved))
-                drift = {task: list(layers.values())[-1] for task, layers in outcome.layers.items()}
-            elif moved:
-                with restored_model(model):
-                    drift = core.recent.drift(work, store)
-            if moved:
-                harmless = bool(drift) and all(drift[task] <= bounds[task] for task in drift)
-        return VerifyReport(
-            kept=kept,
-            buffers=() if harmless else moved,
-            harmless=moved if harmless else (),
-            layers=outcome.layers,
-            missing=outcome.missing,
-            foreign=outcome.foreign,
-            tolerance=core.protection.tolerance if tolerance is None else tolerance,
-            limits=rounding_limits(store, present) if tolerance is None else {},
-            lost=lost,
-            bounds=bounds,
-            tasks=tuple(str(record["name"]) for record in store.tasks),
-            asked=loader is not None,
-        )
+            report = verify(work, core.store, core.parameters, core.recent, self._routed, asked=loader is not None)
+        if tolerance is None:
+            limits = rounding_limits(core.store, work.parameters)
+            return replace(report, kept=kept, tolerance=core.protection.tolerance, limits=limits)
+        return replace(report, kept=kept, tolerance=tolerance)
 
     def _routed(self, task: str) -> AbstractContextManager[None]:
         return nullcontext() if self._core.mode is None else self._core.mode.task(task)
@@ -369,22 +340,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
     @torch.no_grad()
     def reanchor(self) -> None:
         """Accept the present weights and buffers as the values to keep (after a deliberate load, EMA swap or merge)."""
-        core = self._core
-        core.follow_replaced()
-        core.protection.make_exact()  # what nobody edited has no drift to accept
-        for guard in core.protection.guards.values():
-            basis = guard.stored
-            if basis.kept is not None:
-                basis.kept = local_tensor(guard.parameter).clone()
-            if basis.subspaces:
-                with matrix_of(guard.parameter, basis.layout, guard.bias, write=False) as matrix:
-                    for side, subspace in basis.subspaces.items():
-                        subspace.anchor = guard.part.anchor(matrix, subspace.basis, side)
-            guard.mark()
-        core.rebuild()
-        core.align()
-        buffers = named_buffers(self.model) if core.store.buffers else {}
-        core.store.buffers.update({n: buffers[n].detach().clone() for n in core.store.buffers.keys() & buffers.keys()})
+        accept_anchors(self._core)
 
     def release(self, name: str) -> None:
         """Give up the protection of one parameter: it is free until a later consolidation meets it."""

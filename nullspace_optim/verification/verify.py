@@ -16,7 +16,9 @@ from ..distributed.collectives import all_gather_object
 from ..distributed.failures import raise_on_all_ranks
 from ..model.batches import Forward
 from ..model.loader import LoaderPass
+from ..model.names import named_buffers
 from ..model.restore import restored_model
+from ..report import VerifyReport
 from ..subspace.basis import BasisStore
 from .probes import Probe, assemble, compare, find_samples, record_probe
 
@@ -50,6 +52,49 @@ class RecentSamples:
                 after = record_probe(replace(work, task=task, forward=forward), samples, before)
                 found[task] = list(compare(before, after).values())[-1]
         return found
+
+
+def verify(
+    work: LoaderPass,
+    store: BasisStore,
+    held: Mapping[str, Tensor],
+    recent: RecentSamples,
+    routed: Callable[[str], AbstractContextManager[None]],
+    *,
+    asked: bool,
+) -> VerifyReport:
+    """Compare the model of `work` with what `store` keeps: its buffers, and its outputs if samples were given.
+
+    Args:
+        held: the protected parameters, by name; one that the model holds no longer is lost.
+        recent: samples of the last tasks, to tell whether a buffer that moved has moved an output.
+        routed: context in which the model runs as it is for a task.
+        asked: whether the caller gave a loader.
+    """
+    outcome, drift = Outcome({}, (), ()), {}
+    bounds = output_bounds(store)
+    lost = lost_parameters(store, held, work.parameters)
+    moved = moved_buffers(store, named_buffers(work.model))
+    if asked and store.tasks:
+        outcome = compare_outputs(work, store, routed, bool(lost or moved))
+        drift = {task: list(layers.values())[-1] for task, layers in outcome.layers.items()}
+    elif moved:
+        with restored_model(work.model):
+            drift = recent.drift(work, store)
+    harmless = bool(moved and drift) and all(drift[task] <= bounds[task] for task in drift)
+    return VerifyReport(
+        kept={},
+        tolerance=0.0,
+        buffers=() if harmless else moved,
+        harmless=moved if harmless else (),
+        layers=outcome.layers,
+        missing=outcome.missing,
+        foreign=outcome.foreign,
+        lost=lost,
+        bounds=bounds,
+        tasks=tuple(str(record["name"]) for record in store.tasks),
+        asked=asked,
+    )
 
 
 @dataclass(frozen=True)
