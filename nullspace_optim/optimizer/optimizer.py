@@ -38,7 +38,7 @@ from ..report import ConsolidationReport, VerifyReport
 from ..settings import Bias, NormStats, OnFull, Precision, Project, Rows, Settings, Uncovered
 from ..subspace.basis import Basis, Capacity
 from ..verification.verify import rounding_limits, verify
-from .anchors import accept_anchors
+from .anchors import accept_anchors, blend_weights
 from .bases import check_bases, forget_curvature, warn_adaptive_rate
 from .checks import facts_of
 from .engine import Engine
@@ -341,6 +341,24 @@ class NullSpaceOptimizer(WrappedOptimizer):
     def reanchor(self) -> None:
         """Accept the present weights and buffers as the values to keep (after a deliberate load, EMA swap or merge)."""
         accept_anchors(self._core)
+
+    def blend(self, before: Mapping[str, Tensor], share: float) -> None:
+        """Go back from the present weights to those of an earlier time by `share`: less learned, less forgotten.
+
+        `W <- W + share (W_before - W)`, as WiSE-FT does (arXiv 2109.01903), of everything that is not kept; what is
+        kept stays exactly. A dial to turn after training: evaluate a few shares and keep the one you like.
+
+        Args:
+            before: parameters (and buffers) by name, as `state_dict()` gave them before the task; make copies.
+            share: 0..1; 0 changes nothing.
+
+        Raises:
+            OptionError: `share` is out of range, or `before` names nothing of the model.
+            ShapeError: a tensor of `before` has another shape.
+            StaleAnchorError: a protected weight was edited outside the optimizer.
+        """
+        check_number(self, "share", share, 0.0, 1.0, closed="low high")
+        blend_weights(self._core, before, share)
 
     def release(self, name: str) -> None:
         """Give up the protection of one parameter: it is free until a later consolidation meets it."""

@@ -1,0 +1,99 @@
+"""`blend`: part of the way back to earlier weights, with everything kept in its place."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nullspace_optim import SGP, Energy, NullSpaceOptimizer, Policy
+from nullspace_optim.errors import OptionError, ShapeError
+
+
+def network() -> nn.Sequential:
+    """Return a network with an embedding, a joint bias and batch statistics."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(12, 16), nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Linear(32, 4))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all parameters and buffers."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def trained(policy: Policy, bias: str = "freeze") -> tuple[nn.Module, NullSpaceOptimizer, Tensor, dict[str, Tensor]]:
+    """Consolidate rows that use six tokens, then train on all twelve: model, optimizer, old rows, weights before."""
+    model = network()
+    opt = NullSpaceOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model, policy=policy, bias=bias)  # type: ignore[arg-type]
+    old = torch.randint(0, 6, (24, 4))
+    opt.consolidate([old], progress=False)
+    before = state(model)
+    for _ in range(20):
+        opt.zero_grad()
+        (model(torch.randint(0, 12, (16, 4))) - 1).square().mean().backward()
+        opt.step()
+    return model, opt, old, before
+
+
+@pytest.mark.parametrize("bias", ["freeze", "joint"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_weights_are_interpolated_and_what_is_kept_stays(share: float, bias: str) -> None:
+    model, opt, _, before = trained(Energy(0.99), bias)
+    after = state(model)
+    opt.blend(before, share)
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            expected = after[name] + share * (before[name] - after[name])
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    assert opt.verify().ok and opt.verify().worst < 1e-5
+
+
+def test_weights_from_before_an_earlier_consolidation_do_not_bring_its_directions_back() -> None:
+    model, opt, _, _ = trained(Energy(0.99))
+    before = {
+        name: torch.randn_like(value) if value.is_floating_point() else value for name, value in state(model).items()
+    }
+    opt.blend(before, 0.5)
+    assert opt.verify().worst < 1e-5
+    free = {name: basis for name, basis in opt.bases.items() if basis.kept is None and name.endswith("2.weight")}
+    assert free and not torch.allclose(model.get_parameter("2.weight"), before["2.weight"])
+
+
+def test_training_goes_on_after_a_blend_and_soft_directions_are_moved_by_their_share() -> None:
+    model, opt, _, before = trained(SGP(0.9, alpha=3.0))
+    after = state(model)
+    opt.blend(before, 0.5)
+    half = before["2.weight"] + 0.5 * (after["2.weight"] - before["2.weight"])
+    weight = model.get_parameter("2.weight").detach()
+    assert 0 < float((weight - after["2.weight"]).norm()) <= float((half - after["2.weight"]).norm())
+    model(torch.randint(0, 12, (16, 4))).square().mean().backward()
+    opt.step()
+    assert opt.verify().ok
+
+
+def test_bad_arguments_change_nothing_and_name_the_way_out() -> None:
+    model, opt, _, before = trained(Energy(0.99))
+    values = copy.deepcopy(model.state_dict())
+    with pytest.raises(OptionError, match=r"share=1\.5"):
+        opt.blend(before, 1.5)
+    with pytest.raises(OptionError, match="none of its names"):
+        opt.blend({"other": torch.zeros(1)}, 0.5)
+    with pytest.raises(OptionError, match="clone"):
+        opt.blend(model.state_dict(), 0.5)
+    with pytest.raises(ShapeError, match=r"4\.weight"):
+        opt.blend({**before, "4.weight": torch.zeros(3, 3)}, 0.5)
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_half_precision_and_statistics_that_no_task_read_are_blended_too() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).bfloat16()
+    opt = NullSpaceOptimizer(torch.optim.AdamW(model.parameters(), lr=1e-2), model)
+    before = state(model)
+    model[0].weight.add_(1.0)
+    model[1].running_mean.add_(2.0)  # type: ignore[operator, union-attr]
+    opt.blend(before, 0.5)
+    assert torch.allclose(model[0].weight, before["0.weight"] + 0.5, atol=2e-2)
+    assert torch.allclose(model[1].running_mean, before["1.running_mean"] + 1.0, atol=2e-2)  # type: ignore[arg-type]
