@@ -1,0 +1,304 @@
+"""What a small language model keeps of its first corpus while it learns a second one: one curve a method.
+
+    python -m reference.studies.language --output DIR --figure FILE
+
+A GPT of four blocks (width 128, table tied to the head, 2,000 byte-pair tokens) is trained on the sources of Python's
+library, then fine-tuned on another corpus of this machine: English (manual topics and package descriptions) or C++
+(torch's headers). Every method is followed by weight interpolation with the model before (WiSE-FT; `blend`), so each
+draws a curve: perplexity on held-out files of both corpora. Nothing is downloaded; it needs the package `tokenizers`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import math
+import pydoc_data.topics
+import random
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from nullspace_optim import Energy, NullSpaceOptimizer
+from reference.benchmarks.outcome import Outcome, Table, finish, progress
+from reference.benchmarks.workload import quiet
+
+CONTEXT, TOKENS, ROWS = 96, 2000, 16
+SHARES = (0.0, 0.2, 0.4, 0.6)
+SPLITS = {"training": (0.0, 0.85), "validation": (0.85, 0.925), "test": (0.925, 1.0)}
+
+Corpus = dict[str, Tensor]  # token numbers of each split
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to fine-tune: rate, protection (threshold and options) and how many rows of a batch are old data."""
+
+    rate: float = 1e-3
+    threshold: float | None = None
+    project: str = "both"
+    release: bool = False
+    replay: float = 0.0
+    distil: bool = False
+
+
+WAYS = {
+    "plain, 1e-3": Way(),
+    "plain, 3e-4": Way(rate=3e-4),
+    "plain, 1e-4": Way(rate=1e-4),
+    "old data, 1 % of the batch": Way(replay=0.01),
+    "old data, 5 %": Way(replay=0.05),
+    "distillation on old data, 5 %": Way(replay=0.05, distil=True),
+    "ours, Energy(0.999), update": Way(threshold=0.999, project="update"),
+    "ours, Energy(0.99), both": Way(threshold=0.99),
+    "ours, Energy(0.95), both": Way(threshold=0.95),
+    "ours, Energy(0.8), both": Way(threshold=0.8),
+    "ours, Energy(0.95), both, table released": Way(threshold=0.95, release=True),
+    "ours, the same, and distillation, 5 %": Way(threshold=0.95, release=True, replay=0.05, distil=True),
+}
+
+
+class Block(nn.Module):
+    """Attention with four heads and an MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[b, t, width]` to the same."""
+        b, t, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(b, t, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """Causal language model whose token table is its head."""
+
+    def __init__(self, width: int = 128, depth: int = 4) -> None:
+        super().__init__()
+        self.table, self.positions = nn.Embedding(TOKENS, width), nn.Embedding(CONTEXT, width)
+        nn.init.normal_(self.table.weight, std=0.05)
+        nn.init.normal_(self.positions.weight, std=0.02)
+        self.blocks = nn.Sequential(*[Block(width) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits `[b, t, tokens]` of tokens `[b, t]`."""
+        x = self.table(tokens) + self.positions.weight[: tokens.shape[1]]
+        return F.linear(self.norm(self.blocks(x)), self.table.weight)
+
+
+def texts(corpus: str) -> list[str]:
+    """Documents of one corpus, in a fixed order."""
+    if corpus == "python":
+        found = [path.read_text(errors="ignore") for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
+    elif corpus == "english":
+        known = {
+            str(d.metadata["Name"]): str(d.metadata.get_payload() or "") for d in importlib.metadata.distributions()
+        }  # type: ignore[attr-defined]
+        found = [
+            *pydoc_data.topics.topics.values(),
+            *(known[name] for name in sorted(known) if len(known[name]) > 2000),
+        ]
+    else:
+        headers = sorted((Path(torch.__file__).parent / "include" / "ATen").glob("*.h"))
+        found = [path.read_text(errors="ignore") for path in headers[:400]]
+    random.Random(0).shuffle(found)
+    return found
+
+
+def tokenized(new: str) -> tuple[Corpus, Corpus]:
+    """The first corpus and the `new` one as token numbers, split by documents."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    found = {name: texts(name) for name in ("python", new)}
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=TOKENS, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text for documents in found.values() for text in documents], trainer)
+    corpora = []
+    for documents in found.values():
+        numbers = torch.tensor([n for encoded in tokenizer.encode_batch(documents) for n in encoded.ids])
+        size = len(numbers)
+        corpora.append({split: numbers[int(a * size) : int(b * size)] for split, (a, b) in SPLITS.items()})
+    return corpora[0], corpora[1]
+
+
+def rows(data: Tensor, generator: torch.Generator, count: int) -> Tensor:
+    """`count` random windows of a token stream, `[count, CONTEXT + 1]`."""
+    starts = torch.randint(0, len(data) - CONTEXT - 1, (count,), generator=generator)
+    return data[starts[:, None] + torch.arange(CONTEXT + 1)]
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    """Cross entropy of the next token."""
+    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, data: Tensor, batches: int = 8) -> float:
+    """Perplexity on fixed windows of `data`."""
+    generator = torch.Generator().manual_seed(7)
+    return math.exp(mean(float(loss_of(model, rows(data, generator, ROWS))) for _ in range(batches)))
+
+
+def pretrained(corpus: Corpus, steps: int) -> GPT:
+    """A model trained on the first corpus."""
+    torch.manual_seed(0)
+    model, generator = GPT(), torch.Generator().manual_seed(0)
+    optimizer = AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    for step in range(steps):
+        loss = loss_of(model, rows(corpus["training"], generator, ROWS))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 200 == 0:
+            progress(f"pretraining, step {step}: loss {float(loss):.2f}")
+    return model
+
+
+def fine_tuned(
+    way: Way, before: GPT, old: Corpus, new: Corpus, steps: int, seed: int
+) -> tuple[GPT, Callable[[float], GPT]]:
+    """Fine-tune a copy of `before` on `new`: the model, and the function that gives it interpolated by a share."""
+    model = copy.deepcopy(before)
+    optimizer: torch.optim.Optimizer = AdamW(model.parameters(), lr=way.rate)
+    if way.threshold is not None:
+        project = "both" if way.project == "both" else "update"
+        optimizer = NullSpaceOptimizer(optimizer, model, policy=Energy(way.threshold), project=project)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(3)
+        optimizer.consolidate([rows(old["training"], generator, ROWS)[:, :-1] for _ in range(24)], progress=False)
+        if way.release:
+            optimizer.release("table.weight")
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
+    generator = torch.Generator().manual_seed(100 + seed)
+    for _ in range(steps):
+        count = int(torch.poisson(torch.tensor(way.replay * ROWS), generator=generator)) if way.replay else 0
+        loss = loss_of(model, rows(new["training"], generator, ROWS))
+        if count:
+            batch = rows(old["training"], generator, count)
+            loss = loss + count / ROWS * (_distilled(model, before, batch) if way.distil else loss_of(model, batch))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rate.step()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def interpolated(share: float) -> GPT:
+        if isinstance(optimizer, NullSpaceOptimizer):
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(weights[name])
+            optimizer.blend(before.state_dict(), share)
+        else:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(torch.lerp(weights[name], before.get_parameter(name), share))
+        return model
+
+    return model, interpolated
+
+
+def _distilled(model: nn.Module, before: nn.Module, batch: Tensor) -> Tensor:
+    with torch.no_grad():
+        targets = F.softmax(before(batch[:, :-1]), dim=-1).flatten(0, 1)
+    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), targets)
+
+
+def curves(new_name: str, options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[float, float]]]]:
+    """Every method's curve on one pair of corpora, mean over the seeds (of the logarithms): a table and the points."""
+    old, new = tokenized(new_name)
+    before = pretrained(old, options.pretraining)
+    start = tuple(perplexity(before, corpus[options.split]) for corpus in (old, new))
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, way in WAYS.items():
+        if options.methods and not any(part in name for part in options.methods.split(",")):
+            continue
+        progress(f"python, then {new_name}: {name}")
+        found: dict[float, list[tuple[float, float]]] = {share: [] for share in SHARES}
+        for seed in seeds:
+            with quiet():
+                _, interpolated = fine_tuned(way, before, old, new, options.steps, seed)
+                for share in SHARES:
+                    model = interpolated(share)
+                    found[share].append(tuple(math.log(perplexity(model, c[options.split])) for c in (old, new)))  # type: ignore[arg-type]
+        points[name] = [
+            (math.exp(mean(a for a, _ in pairs)), math.exp(mean(b for _, b in pairs))) for pairs in found.values()
+        ]
+    header = ("method", *(f"{share:g} of the way back" if share else "as trained" for share in SHARES))
+    lines = [(name, *(f"{a:.1f} / {b:.0f}" for a, b in found)) for name, found in points.items()]
+    note = (
+        f"Before: {start[0]:.1f} on Python, {start[1]:.0f} on the new corpus. {options.steps} AdamW steps of {ROWS} "
+        f"rows of {CONTEXT} tokens, {len(seeds)} seeds (geometric mean), {options.split} files."
+    )
+    return Table(f"Perplexity on Python / on {new_name}", header, tuple(lines), note), points
+
+
+def draw(found: dict[str, dict[str, list[tuple[float, float]]]], file: str) -> None:
+    """Draw the curves, one panel for each new corpus."""
+    shown = {
+        "plain, 1e-3": "plain, then interpolated (WiSE-FT)",
+        "old data, 5 %": "with 5 % old data",
+        "ours, Energy(0.999), update": "ours, Energy(0.999)",
+        "ours, Energy(0.95), both": 'ours, Energy(0.95), "both"',
+        "ours, Energy(0.95), both, table released": "ours, the same, table released",
+        "ours, the same, and distillation, 5 %": "ours, and distillation on 5 %",
+    }
+    figure, panels = plt.subplots(1, len(found), figsize=(5.2 * len(found), 4.2), squeeze=False)
+    for panel, (name, points) in zip(panels[0], found.items(), strict=True):
+        for method, label in shown.items():
+            if method in points:
+                panel.plot(*zip(*points[method], strict=True), marker="o", ms=4, label=label)
+        panel.set(title=f"Python, then {name}", xlabel="perplexity on Python (old)", xscale="log", yscale="log")
+    panels[0][0].set_ylabel("perplexity on the new corpus")
+    panels[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str]) -> Outcome:
+    """Run the study."""
+    parser = argparse.ArgumentParser(prog="python -m reference.studies.language", description=__doc__)
+    parser.add_argument("--corpora", default="english,cpp", help="new corpora: english, cpp")
+    parser.add_argument("--methods", default="", help="parts of names, with commas; all by default")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--pretraining", type=int, default=1800, metavar="STEPS")
+    parser.add_argument("--output", default="", help="folder of the results")
+    parser.add_argument("--figure", default="", help="file of the figure")
+    options = parser.parse_args(list(arguments))
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    found = {name: curves(name, options) for name in options.corpora.split(",")}
+    if options.figure:
+        draw({name: points for name, (_, points) in found.items()}, options.figure)
+    tables = [table for table, _ in found.values()]
+    return finish("reference.studies.language", arguments, torch.device("cpu"), started, tables, options.output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
