@@ -32,7 +32,7 @@ from ..settings import Settings
 from ..subspace.basis import BasisStore
 from ..subspace.shards import local_store, whole_store
 from ..verification.verify import RecentSamples
-from .checks import check_fit, check_shapes, facts_of, refuse_fused
+from .checks import check_fit, check_growth, facts_of, refuse_fused
 from .mode import Mode
 from .ownership import check_ownership, claim, disclaim
 
@@ -96,7 +96,7 @@ class Engine:
         same tensors as before.
 
         Raises:
-            ShapeError: a replacement has another shape.
+            ShapeError: a replacement has another shape and has not grown from the old weight.
             OptionError: the bases step tensors that are not the model's (DeepSpeed ZeRO).
         """
         held = {id(p) for base in self.bases for group in base.param_groups for p in group["params"]}
@@ -110,7 +110,7 @@ class Engine:
         if self.protection.guards and not known:
             self._refuse_foreign(model, self.wrapped(model))
         if swapped:
-            check_shapes({name: self.store[name] for name in swapped if name in self.store}, swapped)
+            check_growth({n: self.store[n] for n in swapped if n in self.store}, {**self.parameters, **swapped})
             self.parameters = {**self.parameters, **swapped}
             self.rebuild()
             for name, guard in self.protection.guards.items():

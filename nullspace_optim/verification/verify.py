@@ -20,6 +20,7 @@ from ..model.names import named_buffers
 from ..model.restore import restored_model
 from ..report import VerifyReport
 from ..subspace.basis import BasisStore
+from ..subspace.growth import contains, leading_block
 from .probes import Probe, assemble, compare, find_samples, record_probe
 
 RECENT = 3  # tasks whose first samples stay in memory
@@ -168,8 +169,9 @@ def rounding_limits(store: BasisStore, parameters: Mapping[str, Tensor]) -> dict
         unit = None if parameter is None else UNIT.get(parameter.dtype)
         if parameter is None or unit is None:
             continue
+        block = leading_block(parameter, basis.shape) if contains(parameter.shape, basis.shape) else parameter
         grown = [
-            float(parameter.float().norm()) * math.sqrt(s.rank / s.dimension) / max(float(s.anchor.norm()), 1e-30)
+            float(block.float().norm()) * math.sqrt(s.rank / s.dimension) / max(float(s.anchor.norm()), 1e-30)
             for s in basis.subspaces.values()
             if s.rank
         ]
