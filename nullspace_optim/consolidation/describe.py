@@ -57,6 +57,7 @@ def describe(
         coverage_note(work.loader, tally.samples, dataset),
         seen.capture.relevance_note,
         seen.unknown,
+        seen.uncut,
         untrained_note(_untrained(seen, grown)),
         sketch_note(seen.captured),
         few_rows_note(seen.captured, rows),

@@ -100,9 +100,7 @@ def _of_weight(name: str, parameters: Mapping[str, Tensor], seen: ParameterStati
     return replace(seen, sides={"right": right, "left": left})
 
 
-def _widened(
-    old: Basis | None, seen: ParameterStatistics | None, parameters: Mapping[str, Tensor]
-) -> Basis | None:
+def _widened(old: Basis | None, seen: ParameterStatistics | None, parameters: Mapping[str, Tensor]) -> Basis | None:
     """Return what is stored of a parameter, for all of it if it has grown and the task read it."""
     if old is None or seen is None or not seen.met:
         return old
@@ -124,7 +122,9 @@ def _freeze_orphaned_biases(
         if row.name in lost and basis.kept is None:
             reason = "protected together with a weight that is frozen from now on"
             kept = local_tensor(parameters[row.name]).clone()
-            frozen = Basis(row.name, tuple(parameters[row.name].shape), Fate.FROZEN, reason, tasks=basis.tasks, kept=kept)
+            frozen = Basis(
+                row.name, tuple(parameters[row.name].shape), Fate.FROZEN, reason, tasks=basis.tasks, kept=kept
+            )
             grown.put(frozen)
             rows[number] = replace(_line(parameters[row.name], frozen, basis, {}, None), met=row.met)
     return rows

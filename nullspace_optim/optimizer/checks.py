@@ -35,6 +35,7 @@ def check_fit(store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
     check_growth(store, parameters)
 
 
+@torch.no_grad()
 def check_growth(store: Mapping[str, Basis], parameters: Mapping[str, Tensor]) -> None:
     """Refuse parameters of another shape than their basis, unless they have grown and begin with what is kept.
 
@@ -42,18 +43,12 @@ def check_growth(store: Mapping[str, Basis], parameters: Mapping[str, Tensor]) -
         ShapeError: names the parameter and both shapes.
     """
     check_shapes(store, parameters)
-    for name, drift, guard in grown_drifts(store, parameters):
-        if not drift <= STALE.get(guard.parameter.dtype, 1e-3):
-            refuse_growth(guard, drift)
-
-
-@torch.no_grad()
-def grown_drifts(store: Mapping[str, Basis], parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, float, Guard]]:
-    """Yield name, drift of what is kept, and guard of each parameter that is larger than its basis."""
     for name, basis in store.items():
         if (basis.kept is not None or basis.subspaces) and tuple(parameters[name].shape) != basis.shape:
             guard = Guard(parameters[name], basis, parameters[basis.bias] if basis.bias else None)
-            yield name, guard.drift(), guard
+            drift = guard.drift()
+            if not drift <= STALE.get(guard.parameter.dtype, 1e-3):
+                refuse_growth(guard, drift)
 
 
 def refuse_fused(store: Mapping[str, Basis], model: nn.Module) -> None:

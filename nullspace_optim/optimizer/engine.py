@@ -34,7 +34,7 @@ from ..subspace.shards import local_store, whole_store
 from ..verification.verify import RecentSamples
 from .checks import check_fit, check_growth, facts_of, refuse_fused
 from .mode import Mode
-from .ownership import check_ownership, claim, disclaim
+from .ownership import check_ownership, claim, disclaim, warn_lost
 
 
 class Engine:
@@ -56,7 +56,8 @@ class Engine:
         self.unguarded: dict[int, str] = {}
         self.held: set[int] = set()
         self.copied = False
-        self.superseded, self.lost = False, ()
+        self.superseded, self.lost = False, tuple[str, ...]()
+        self.replaced = frozenset[str]()
         self.refusals: list[Any] = []
 
     def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -175,6 +176,7 @@ class Engine:
         self.copied = False
         try:
             self.install(self.owner())
+            claim(self)
         except ModelNotFoundError:
             return False
         return True
@@ -186,6 +188,7 @@ class Engine:
             self.base_handles.append(base.register_step_post_hook(self.after_step))
         if self.mode is not None:
             self.mode.attach(self)
+            claim(self)
             self.protection.amend = self.mode.add_penalty
 
     def detach(self) -> None:
@@ -239,6 +242,7 @@ class Engine:
         """Return the parameters with gradients that are both in the bases and in the model, by name."""
         check_ownership(self)
         self.follow_replaced()
+        warn_lost(self)
         model = self.owner()
         wrapped = self.wrapped(model)
         refuse_fused(self.store, model)

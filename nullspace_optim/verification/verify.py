@@ -19,7 +19,7 @@ from ..model.loader import LoaderPass
 from ..model.names import named_buffers
 from ..model.restore import restored_model
 from ..report import VerifyReport
-from ..subspace.basis import BasisStore
+from ..subspace.basis import BasisStore, Fate
 from ..subspace.growth import contains, leading_block
 from .probes import Probe, assemble, compare, find_samples, record_probe
 
@@ -195,5 +195,9 @@ def _differs(buffer: Tensor, kept: Tensor) -> bool:
 
 
 def lost_parameters(store: BasisStore, held: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return the names with a basis whose tensor, of those `held`, is not the one `present` in the model."""
-    return tuple(name for name in store if name in held and present.get(name) is not held[name])
+    """Return the names that are protected and whose tensor, of those `held`, is not `present` in the model, under
+    whatever name.
+    """
+    ids = {id(parameter) for parameter in present.values()}
+    kept = (name for name, basis in store.items() if basis.fate is not Fate.FREE and name in held)
+    return tuple(name for name in kept if id(held[name]) not in ids)
