@@ -114,9 +114,10 @@ def _sum_tallies(work: LoaderPass, tally: Tally, ranks: Communicator) -> tuple[T
     if not any(batches):
         raise ConsolidationError(f"the loader of task '{work.task}' gave no batches; nothing was changed")
     source = [n > 0 for n in batches].index(True)
-    first, fed = ranks.broadcast_object(source, (first_samples(tally.first), tally.fed))
+    few = first_samples(tally.first)
+    first, fed, cut = ranks.broadcast_object(source, (few, tally.fed, samples_in(few) != samples_in(tally.first)))
     uncut = None
-    if ranks.broadcast_object(source, samples_in(tally.first) != samples_in(first)):
+    if cut:
         apart = run_apart(make_runner(work), first, tally.within)  # on all ranks: they may hold shards of one model
         if not ranks.broadcast_object(source, apart):
             first, uncut = ranks.broadcast_object(source, tally.first), UNCUT
