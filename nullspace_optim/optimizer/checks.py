@@ -18,7 +18,7 @@ from ..subspace.basis import Basis, BasisStore
 from ..subspace.growth import check_shapes
 
 
-def check_fit(store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
+def check_fit(store: BasisStore, parameters: Mapping[str, Tensor], options: Settings) -> None:
     """Refuse bases that do not belong to `parameters`.
 
     Raises:
@@ -32,19 +32,22 @@ def check_fit(store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
             f"the bases name parameters that the model (or the optimizer) lacks: {', '.join(missing[:5])}"
             f"{' ...' if len(missing) > 5 else ''}; without a basis here: {', '.join(unexpected[:5]) or 'none'}"
         )
-    check_growth(store, parameters)
+    check_growth(store, parameters, options)
 
 
 @torch.no_grad()
-def check_growth(store: Mapping[str, Basis], parameters: Mapping[str, Tensor]) -> None:
+def check_growth(store: Mapping[str, Basis], parameters: Mapping[str, Tensor], options: Settings) -> None:
     """Refuse parameters of another shape than their basis, unless they have grown and begin with what is kept.
+
+    With ``project="gradient"`` weights leak, and what they begin with is not compared.
 
     Raises:
         ShapeError: names the parameter and both shapes.
     """
     check_shapes(store, parameters)
     for name, basis in store.items():
-        if (basis.kept is not None or basis.subspaces) and tuple(parameters[name].shape) != basis.shape:
+        compared = basis.kept is not None or (basis.subspaces and options.project != "gradient")
+        if compared and tuple(parameters[name].shape) != basis.shape:
             guard = Guard(parameters[name], basis, parameters[basis.bias] if basis.bias else None)
             drift = guard.drift()
             if not drift <= STALE.get(guard.parameter.dtype, 1e-3):

@@ -111,7 +111,8 @@ class Engine:
         if self.protection.guards and not known:
             self._refuse_foreign(model, self.wrapped(model))
         if swapped:
-            check_growth({n: self.store[n] for n in swapped if n in self.store}, {**self.parameters, **swapped})
+            found = {name: self.store[name] for name in swapped if name in self.store}
+            check_growth(found, {**self.parameters, **swapped}, self.options)
             self.parameters = {**self.parameters, **swapped}
             self.rebuild()
             for name, guard in self.protection.guards.items():
@@ -269,7 +270,7 @@ class Engine:
         """
         with raise_on_all_ranks():
             parameters = self.wrapped(self.owner())
-            check_fit(store, parameters)
+            check_fit(store, parameters, self.options)
         check_equal_on_all_ranks(facts_of(self.options, parameters, store, digests=True), parameters)
         for name, basis in store.items():
             _place(basis, parameters[name].device)
@@ -291,7 +292,7 @@ class Engine:
                 f"construct NullSpaceOptimizer(base, model, mode={wanted!r}) to load them"
             )
         if self.mode is None:
-            check_fit(store, self.wrapped(self.owner()))
+            check_fit(store, self.wrapped(self.owner()), self.options)
 
     def extend(self, store: BasisStore) -> None:
         """Hand the mode's part of a loaded store to the mode, which refuses what does not fit the model."""

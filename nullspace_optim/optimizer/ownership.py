@@ -21,6 +21,7 @@ from ..distributed.fsdp import reshard
 from ..errors import NullSpaceWarning, OptionError, ShapeError
 from ..model.names import named_parameters
 from ..protection.step_hooks import Protection
+from ..settings import Settings
 from ..subspace.basis import Basis, BasisStore
 from ..verification.verify import RecentSamples, lost_parameters
 from .checks import check_growth
@@ -35,6 +36,7 @@ class Owner(Protocol):
     """The parts of an engine by which wrappers of one model find each other and hand bases over."""
 
     bases: list[Optimizer]
+    options: Settings
     mode: Any
     model: Callable[[], nn.Module | None]
     store: BasisStore
@@ -233,7 +235,7 @@ def _succeed(engine: Owner, owner: Owner) -> None:
     refusals, owner.refusals = owner.refusals, []  # those of earlier wrappers stay
     owner.detach()
     try:
-        _drop_replaced(store, claims, engine.owner())
+        _drop_replaced(store, claims, engine.owner(), engine.options)
         engine.adopt(store)
     except BaseException:
         owner.attach()
@@ -245,7 +247,7 @@ def _succeed(engine: Owner, owner: Owner) -> None:
     engine.refusals += [base.register_step_pre_hook(_refuse) for base in owner.bases]
 
 
-def _drop_replaced(store: BasisStore, claims: Mapping[str, int], model: nn.Module) -> None:
+def _drop_replaced(store: BasisStore, claims: Mapping[str, int], model: nn.Module, options: Settings) -> None:
     """Drop bases of parameters that `model` holds no longer, or in another shape (a head that was replaced), unless
     they have grown and begin with what is kept.
     """
@@ -254,7 +256,7 @@ def _drop_replaced(store: BasisStore, claims: Mapping[str, int], model: nn.Modul
     gone = [
         name
         for name, basis in store.items()
-        if (not _found_again(basis, named) if name in named else claims.get(name) not in present)
+        if (not _found_again(basis, named, options) if name in named else claims.get(name) not in present)
     ]
     for name in gone:
         if name in store:  # a bias may have gone with its weight
@@ -268,10 +270,10 @@ def _drop_replaced(store: BasisStore, claims: Mapping[str, int], model: nn.Modul
         )
 
 
-def _found_again(basis: Basis, named: Mapping[str, Tensor]) -> bool:
+def _found_again(basis: Basis, named: Mapping[str, Tensor], options: Settings) -> bool:
     """Return whether a parameter has the shape of its basis, or has grown from it."""
     try:
-        check_growth({basis.name: basis}, named)
+        check_growth({basis.name: basis}, named, options)
     except ShapeError:
         return False
     return True

@@ -40,19 +40,24 @@ class RecentSamples:
         copies = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), samples)
         self._tasks = dict([*self._tasks.items(), (task, (copies, forward))][-RECENT:])
 
-    def drift(self, work: LoaderPass, store: BasisStore) -> dict[str, float]:
-        """Return the relative drift of the final output on the samples of each task, by name.
+    def drift(self, work: LoaderPass, store: BasisStore) -> tuple[dict[str, float], dict[str, str]]:
+        """Return the relative drift of the final output on the samples of each task, by name, and the error for each
+        task whose samples the model cannot run any more (its input has grown).
 
         The model of `work` must be in evaluation mode (`restored_model`).
         """
         known = {str(record["name"]): record for record in store.tasks}
-        found = {}
+        found, failed = {}, {}
         for task, (samples, forward) in self._tasks.items():
             if task in known:
                 before = Probe.of(store.probes[task], known[task])
-                after = record_probe(replace(work, task=task, forward=forward), samples, before)
-                found[task] = list(compare(before, after).values())[-1]
-        return found
+                try:
+                    after = record_probe(replace(work, task=task, forward=forward), samples, before)
+                except Exception as error:  # on all ranks alike
+                    failed[task] = (str(error).splitlines() or [type(error).__name__])[0]
+                else:
+                    found[task] = list(compare(before, after).values())[-1]
+        return found, failed
 
 
 def verify(
@@ -81,7 +86,7 @@ def verify(
         drift = {task: list(layers.values())[-1] for task, layers in outcome.layers.items()}
     elif moved:
         with restored_model(work.model):
-            drift = recent.drift(work, store)
+            drift, _ = recent.drift(work, store)
     harmless = bool(moved and drift) and all(drift[task] <= bounds[task] for task in drift)
     return VerifyReport(
         kept={},
