@@ -235,7 +235,12 @@ class Engine:
         """
         model = self.model()
         if model is None:
-            model = find_model(p for base in self.bases for group in base.param_groups for p in group["params"])
+            try:
+                model = find_model(p for base in self.bases for group in base.param_groups for p in group["params"])
+            except ModelNotFoundError:
+                if not self.parameters:
+                    raise
+                model = find_model(self.parameters.values())  # bases may hold tensors of modules that were replaced
             self.model = weakref.ref(model)
         return model
 
