@@ -83,9 +83,10 @@ def claim(engine: Owner) -> None:
     """Register everything that `engine` protects as its own: with experts, all of the model they stand beside."""
     _forget(engine)
     tasks, owner = tuple(str(record["name"]) for record in engine.store.tasks), weakref.ref(engine)
-    model = engine.model() if engine.mode is not None else None
-    for name, beside in {} if model is None else named_parameters(model).items():
-        _CLAIMS[beside] = Claim(name, owner, tasks)
+    if engine.mode is not None:
+        model = engine.model()  # a copy finds its own later
+        for beside in [*_trained(engine.bases), *(() if model is None else model.parameters())]:
+            _CLAIMS[beside] = Claim("", owner, tasks)
     for name, guard in engine.protection.guards.items():
         for parameter in (guard.parameter, guard.bias):
             if parameter is not None:

@@ -321,7 +321,7 @@ def test_other_precisions_keep_the_old_rows_up_to_their_rounding(kind: type[Any]
 
 @pytest.mark.fault(121)
 @pytest.mark.parametrize("kind", [Replaced, InPlace, Product, Tied, Features])
-def test_a_weight_without_a_free_direction_keeps_its_values_and_learns_in_new_ones(kind: type[Any]) -> None:
+def test_a_full_weight_keeps_its_values_and_learns_in_new_ones(kind: type[Any]) -> None:
     model = kind()
     model.old = torch.randint(0, 9, (40, 2)) if kind is Tied else torch.randn(40, 12)
     optimizer = wrap(model)
