@@ -303,6 +303,26 @@ def test_a_grown_head_trains_as_an_old_and_a_new_head_side_by_side(options: dict
 
 
 @pytest.mark.fault(121)
+@pytest.mark.parametrize("how", ["wider", "side by side"])
+def test_a_wider_output_is_not_drift_of_the_old_one(how: str) -> None:
+    model: Any = Replaced()
+    if how == "side by side":
+        model = Split(model)
+    optimizer = wrap(model)
+    optimizer.consolidate([model.old], name="old", progress=False)
+    if how == "wider":
+        model.grow()
+    else:
+        model.heads.append(nn.Linear(16, 2))
+    follow(optimizer, model)
+    learn(optimizer, model)
+    report = optimizer.verify([model.old])
+    assert report.ok and report.drift("old") < 1e-5 and report.first_break("old") is None
+    later = optimizer.consolidate([model.new[:2]], progress=False)
+    assert later.drift["old"] < 1e-5
+
+
+@pytest.mark.fault(121)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", [Replaced, InPlace])
 def test_other_precisions_keep_the_old_rows_up_to_their_rounding(kind: type[Any], dtype: torch.dtype) -> None:
