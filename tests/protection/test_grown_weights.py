@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -408,7 +409,7 @@ def test_groups_of_a_convolution_are_added_or_the_weight_is_frozen(groups: int) 
 
 @pytest.mark.fault(122)
 @pytest.mark.parametrize("kind", [Replaced, InPlace])
-def test_growth_is_said_in_one_line_and_once(kind: type[Any], recwarn: pytest.WarningsRecorder) -> None:
+def test_growth_is_said_in_one_line_and_once(kind: type[Any], recwarn: pytest.WarningsRecorder, tmp_path: Path) -> None:
     model = kind()
     optimizer = wrap(model)
     optimizer.consolidate([model.old], progress=False)
@@ -420,6 +421,9 @@ def test_growth_is_said_in_one_line_and_once(kind: type[Any], recwarn: pytest.Wa
     recwarn.clear()
     learn(optimizer, model, 3)
     optimizer.verify([model.old])
+    optimizer.save(tmp_path / "bases.safetensors")
+    model.head.weight.data = model.head.weight.data.clone()
+    learn(optimizer, model, 1)
     assert not recwarn.list
 
 

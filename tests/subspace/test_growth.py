@@ -66,13 +66,14 @@ def test_a_wider_weight_keeps_every_functional_of_the_old_one(
         part.covariance = torch.eye(part.size).repeat(groups, 1, 1)
     basis = Basis("w", old, Fate.FULL, "", layout, {side: part}, ("a", "b"), kept=before)
     after = torch.randn(new)
-    leading_block(after, old).copy_(before)
+    leading_block(after, old).copy_(before + 1e-3 * torch.randn(old))  # anchors stay, whatever rounding did since
     wide = widen(basis, after, None)
     found = wide.subspaces[side]
     assert wide.fate is Fate.PROTECTED and wide.kept is None and wide.shape == new
     matrix = wide.layout.to_matrix(after)
     anchors = matrix @ found.basis if side == "right" else found.basis.mT @ matrix
-    assert torch.allclose(found.anchor, anchors, atol=1e-6)
+    assert torch.allclose(found.anchor, anchors, atol=0.03)
+    assert set(part.anchor.flatten().tolist()) <= set(found.anchor.flatten().tolist())
     assert directions(layout, old, side, part, new) <= directions(wide.layout, new, side, found, new)
     assert found.rank == part.rank and found.spectrum.shape == found.basis.shape[:2]
     assert float(found.covariance.sum()) == float(part.covariance.sum())
