@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from ..formatting import plain, scientific, table
 from ..protection.guard import Guard
 from ..protection.step_hooks import ROUNDED
 from ..subspace.basis import Basis, BasisStore
+from ..subspace.growth import contains
 from ..verification.verify import moved_buffers
 from .command import add, add_names, expression, renamer
 from .weights import Weights
@@ -112,7 +113,7 @@ def measure(bases: list[Basis], weights: Mapping[str, Tensor], tolerance: float 
 
     Raises:
         BasisFileError: weights of some bases are missing.
-        ShapeError: a weight has another shape than its basis.
+        ShapeError: a weight has another shape than its basis and does not begin with what is kept.
     """
     wanted = [name for basis in bases for name in (basis.name, basis.bias) if name is not None]
     missing = [name for name in wanted if name not in weights]
@@ -127,10 +128,13 @@ def measure(bases: list[Basis], weights: Mapping[str, Tensor], tolerance: float 
 
 def _line(basis: Basis, weights: Mapping[str, Tensor], tolerance: float | None) -> Line:
     weight = weights[basis.name]
-    if tuple(weight.shape) != basis.shape:
+    guard = Guard(weight, basis, weights[basis.bias] if basis.bias else None)
+    limit = ROUNDED.get(weight.dtype, EXACT) if tolerance is None else tolerance
+    fits = contains(weight.shape, basis.shape)
+    drift = guard.drift() if fits else nan
+    if not fits or (guard.grown and not drift <= limit):
         raise ShapeError(
             f"{basis.name!a} is {tuple(weight.shape)} in the weights, its basis was made for {basis.shape}; "
             "give the weights of the model that the bases were made with"
         )
-    guard = Guard(weight, basis, weights[basis.bias] if basis.bias else None)
-    return Line(basis, guard.drift(), ROUNDED.get(weight.dtype, EXACT) if tolerance is None else tolerance)
+    return Line(basis, drift, limit)

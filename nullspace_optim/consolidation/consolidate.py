@@ -49,7 +49,7 @@ def consolidate(
         with exact_products(seen.device):
             grown, rows = settle_fates(work.parameters, seen.captured, store, work.task, options, ranks)
         remember_task(work, options, seen, grown)
-        report = describe(work, options, seen, grown, rows, recent.drift(work, store))
+        report = describe(work, options, seen, grown, rows, *recent.drift(work, store))
     if options.on_full == "raise":
         _refuse_full(report)
     recent.keep(work.task, seen.tally.first, work.forward)

@@ -19,6 +19,7 @@ from .notes import (
     half_precision_note,
     outside_note,
     sketch_note,
+    unrun_note,
     untrained_note,
     warnings_about,
 )
@@ -49,14 +50,19 @@ def describe(
     grown: BasisStore,
     rows: Sequence[ParameterReport],
     drift: dict[str, float],
+    failed: Mapping[str, str],
 ) -> ConsolidationReport:
-    """Return the report of a consolidation that made `grown`, without duration; `drift` is that of earlier tasks."""
+    """Return the report of a consolidation that made `grown`, without duration; `drift` is that of earlier tasks, of
+    those that could not be run the error.
+    """
     tally, dataset = seen.tally, _dataset_length(work)
     warnings = [tally.fed[1], *warnings_about(work.model, work.forward, rows, work.task, grown)]
     notes = [
         coverage_note(work.loader, tally.samples, dataset),
         seen.capture.relevance_note,
         seen.unknown,
+        seen.uncut,
+        unrun_note(failed),
         untrained_note(_untrained(seen, grown)),
         sketch_note(seen.captured),
         few_rows_note(seen.captured, rows),

@@ -7,6 +7,7 @@ stricter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ from ..policies.base import Policy, Spectrum
 from ..report import ParameterReport
 from ..settings import Settings
 from ..subspace.basis import Basis, BasisStore, Fate, Side, Subspace
+from ..subspace.growth import widen
 from ..subspace.layout import Layout
 from ..subspace.matrix import matrix_of
 from ..subspace.projection import MatrixSide
@@ -63,18 +65,19 @@ def settle_fates(
     grown, policy = store.copy(), options.policy
     if policy.from_weights:
         captured = {name: _of_weight(name, parameters, seen) for name, seen in captured.items()}
+    before = {name: _widened(store.get(name), captured.get(name), parameters) for name in parameters}
     uses = {
-        (name, side): Use(moment, *_before(store.get(name), side))
-        for name in parameters
-        if _grows(captured.get(name), store.get(name))
+        (name, side): Use(moment, *_before(before[name], side))
+        for name, parameter in parameters.items()
+        if _grows(captured.get(name), before[name], parameter)
         for side, moment in captured[name].sides.items()
     }
     choices = _choices(policy, uses, next(iter(parameters.values())).device, ranks)
     rows = []
     for name, parameter in parameters.items():
-        seen, old = captured.get(name), store.get(name)
+        seen, old = captured.get(name), before[name]
         mine = {side: choice for (owner, side), choice in choices.items() if owner == name}
-        if seen is not None and _grows(seen, old):
+        if seen is not None and _grows(seen, old, parameter):
             bias = parameters[seen.bias] if seen.bias else None
             basis = _protected(name, parameter, bias, seen, old, mine, task)
         else:
@@ -97,6 +100,13 @@ def _of_weight(name: str, parameters: Mapping[str, Tensor], seen: ParameterStati
     return replace(seen, sides={"right": right, "left": left})
 
 
+def _widened(old: Basis | None, seen: ParameterStatistics | None, parameters: Mapping[str, Tensor]) -> Basis | None:
+    """Return what is stored of a parameter, for all of it if it has grown and the task read it."""
+    if old is None or seen is None or not seen.met:
+        return old
+    return widen(old, parameters[old.name], parameters.get(old.bias) if old.bias else None)
+
+
 def _before(old: Basis | None, side: MatrixSide) -> tuple[Subspace | None, int]:
     """Return what is stored of one side, and of how many tasks."""
     return (None, 0) if old is None else (old.subspaces.get(side), len(old.tasks))
@@ -112,23 +122,27 @@ def _freeze_orphaned_biases(
         if row.name in lost and basis.kept is None:
             reason = "protected together with a weight that is frozen from now on"
             kept = local_tensor(parameters[row.name]).clone()
-            frozen = Basis(row.name, basis.shape, Fate.FROZEN, reason, tasks=basis.tasks, kept=kept)
+            frozen = Basis(
+                row.name, tuple(parameters[row.name].shape), Fate.FROZEN, reason, tasks=basis.tasks, kept=kept
+            )
             grown.put(frozen)
             rows[number] = replace(_line(parameters[row.name], frozen, basis, {}, None), met=row.met)
     return rows
 
 
-def _grows(seen: ParameterStatistics | None, old: Basis | None) -> bool:
+def _grows(seen: ParameterStatistics | None, old: Basis | None, parameter: Tensor) -> bool:
     """Return whether a parameter's basis can grow by what was seen."""
     if seen is None or not seen.met or seen.reasons or (old and old.fate in (Fate.FROZEN, Fate.FULL)):
         return False
-    return not _conflict(seen, old)
+    return not _conflict(seen, old, parameter)
 
 
-def _conflict(seen: ParameterStatistics, old: Basis | None) -> str:
+def _conflict(seen: ParameterStatistics, old: Basis | None, parameter: Tensor) -> str:
     """Return why this task's use of a weight cannot be joined with its stored basis, or an empty string."""
     if old is None or not old.subspaces:
         return ""
+    if old.shape != tuple(parameter.shape):
+        return f"grown from {old.shape} otherwise than by whole groups with their bias"
     if seen.layout != old.layout:
         return "used with another layout than in an earlier task"
     if seen.bias != old.bias:
@@ -229,7 +243,7 @@ def _settled(
     shape = tuple(parameter.shape)
     if seen is None or not seen.met:
         return old or Basis(name, shape, Fate.FREE, "not read by any consolidated forward pass")
-    reason = "; ".join(seen.reasons) or _conflict(seen, old)
+    reason = "; ".join(seen.reasons) or _conflict(seen, old, parameter)
     if uncovered == "train":
         text = f'{reason}; trained all the same (uncovered="train"): old outputs may move'
         return old if old is not None and old.subspaces else Basis(name, shape, Fate.FREE, text)
@@ -349,7 +363,7 @@ def _line(
 ) -> ParameterReport:
     """Return the report's line of one parameter."""
     main, rows = basis.main, basis.subspaces.get("rows")
-    still = parameter.numel() if basis.fate in (Fate.FROZEN, Fate.FULL) else 0
+    still = math.prod(basis.shape) if basis.fate in (Fate.FROZEN, Fate.FULL) else 0
     if rows is not None and not still:
         still = rows.rank * (parameter.numel() // max(1, len(parameter)))
     line = ParameterReport(

@@ -129,6 +129,17 @@ def untrained_note(names: Sequence[str]) -> str | None:
     )
 
 
+def unrun_note(failed: Mapping[str, str]) -> str | None:
+    """Say that the model cannot run samples of earlier tasks any more, with the error of one."""
+    if not failed:
+        return None
+    task, error = next(iter(failed.items()))
+    return (
+        f"the drift of {name_some(list(failed))} was not measured: the model no longer runs its samples as they were "
+        f"('{task}': {error[:120]}); verify(loader, forward=) compares them in a form that it runs"
+    )
+
+
 def few_rows_note(captured: Mapping[str, ParameterStatistics], rows: Sequence[ParameterReport]) -> str | None:
     """Say that a task gave fewer than ten rows for each direction it keeps."""
     seen = {name: [int(moment.rows.sum()) for moment in found.sides.values()] for name, found in captured.items()}

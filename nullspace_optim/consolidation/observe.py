@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -17,28 +17,35 @@ from ..distributed.communicator import Communicator
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.fsdp import sharded_modules
 from ..errors import ConsolidationError
-from ..model.batches import describe_feed, first_samples, samples_in
-from ..model.loader import LoaderPass, bound_batches, current_parameters, make_runner, name_batch_in_errors
+from ..model.batches import describe_feed, first_samples, leading_outputs, samples_in
+from ..model.loader import LoaderPass, bound_batches, current_parameters, make_runner, name_batch_in_errors, run_apart
 from ..model.names import named_buffers, named_parameters
 from ..settings import Settings
 from ..verification.unread import NOT_REPEATABLE, reaching_parameters
 
+UNCUT = (
+    "the first 32 entries of a batch give other outputs alone than within it (a graph, time steps, crops of an image, "
+    "random numbers): verify() and the drift of later reports look at the whole first batch"
+)
+
 
 @dataclass
 class Tally:
-    """Counts of one rank: the first samples, how they were fed (with a note where that was a guess), the number of
-    batches, and of samples (`None`: a batch had no common first axis).
+    """Counts of one rank: the first batch and the `within` of its outputs (see `run_apart`), how it was fed (with a
+    note where that was a guess), the number of batches, and of samples (`None`: a batch had no common first axis).
     """
 
     first: Any = None
+    within: Sequence[Tensor] = ()
     fed: tuple[str, str | None] = ("", None)
     batches: int = 0
     samples: int | None = 0
 
-    def take(self, work: LoaderPass, batch: Any) -> None:
-        """Count one batch."""
+    def take(self, work: LoaderPass, batch: Any, outputs: Any) -> None:
+        """Count one batch that gave `outputs`."""
         if not self.batches:
-            self.first, self.fed = first_samples(batch), describe_feed(work.model, work.forward, batch)
+            self.first, self.within = batch, leading_outputs(outputs)
+            self.fed = describe_feed(work.model, work.forward, batch)
         count = samples_in(batch)
         self.samples = None if count is None or self.samples is None else self.samples + count
         self.batches += 1
@@ -48,7 +55,8 @@ class Tally:
 class Observation:
     """Statistics of all batches of all ranks, their first samples, their number, and `buffers` as they were before.
 
-    `unknown` tells where it could not be found out whether unread parameters reach the outputs.
+    `unknown` tells where it could not be found out whether unread parameters reach the outputs, `uncut` that first
+    samples are the whole first batch.
     """
 
     capture: Capture
@@ -56,6 +64,7 @@ class Observation:
     device: torch.device
     tally: Tally
     unknown: str | None = None
+    uncut: str | None = None
 
     @property
     def captured(self) -> Mapping[str, ParameterStatistics]:
@@ -80,10 +89,10 @@ def observe(work: LoaderPass, options: Settings, ranks: Communicator) -> Observa
             tally = _observe_shards(work, capture, ranks)
         else:
             tally = _observe_replica(work, capture)
-    tally = _sum_tallies(work, tally, ranks)
+    tally, uncut = _sum_tallies(work, tally, ranks)
     device = next(iter(work.parameters.values())).device
     capture.reduce(device)
-    return Observation(capture, buffers, device, tally, _find_unseen(work, capture, tally.first))
+    return Observation(capture, buffers, device, tally, _find_unseen(work, capture, tally.first), uncut)
 
 
 def _find_unseen(work: LoaderPass, capture: Capture, first: Any) -> str | None:
@@ -96,15 +105,24 @@ def _find_unseen(work: LoaderPass, capture: Capture, first: Any) -> str | None:
     return NOT_REPEATABLE.format(next(iter(unread))) if reaching is None else None
 
 
-def _sum_tallies(work: LoaderPass, tally: Tally, ranks: Communicator) -> Tally:
-    """Return the counts of all ranks, with the first samples of the first rank that has some."""
+def _sum_tallies(work: LoaderPass, tally: Tally, ranks: Communicator) -> tuple[Tally, str | None]:
+    """Return the counts of all ranks, with the first samples of the first rank that has some, and a note if these
+    cannot be cut.
+    """
     counts = ranks.all_gather_object((tally.batches, tally.samples))
     batches = [number for number, _ in counts]
     if not any(batches):
         raise ConsolidationError(f"the loader of task '{work.task}' gave no batches; nothing was changed")
-    first, fed = ranks.broadcast_object([n > 0 for n in batches].index(True), (tally.first, tally.fed))
+    source = [n > 0 for n in batches].index(True)
+    few = first_samples(tally.first)
+    first, fed, cut = ranks.broadcast_object(source, (few, tally.fed, samples_in(few) != samples_in(tally.first)))
+    uncut = None
+    if cut:
+        apart = run_apart(make_runner(work), first, tally.within)  # on all ranks: they may hold shards of one model
+        if not ranks.broadcast_object(source, apart):
+            first, uncut = ranks.broadcast_object(source, tally.first), UNCUT
     samples = [number for _, number in counts if number is not None]
-    return Tally(first, fed, sum(batches), sum(samples) if len(samples) == len(counts) else None)
+    return Tally(first, (), fed, sum(batches), sum(samples) if len(samples) == len(counts) else None), uncut
 
 
 def _share_buffers(model: nn.Module, ranks: Communicator) -> None:
@@ -133,8 +151,8 @@ def _observe_replica(work: LoaderPass, capture: Capture) -> Tally:
     with raise_on_all_ranks():
         for batch in bound_batches(work):
             with name_batch_in_errors(work, tally.batches):
-                capture.batch(lambda batch=batch: run(batch))  # type: ignore[misc]
-            tally.take(work, batch)
+                outputs = capture.batch(lambda batch=batch: run(batch))  # type: ignore[misc]
+            tally.take(work, batch, outputs)
     return tally
 
 
@@ -145,16 +163,15 @@ def _observe_shards(work: LoaderPass, capture: Capture, ranks: Communicator) -> 
     for turn in count():
         with raise_on_all_ranks():
             batch = next(batches, ended)
-            first = first_samples(batch) if turn == 0 and batch is not ended else None
         having = ranks.all_gather_object(batch is not ended)
         if not any(having):
             break
         if turn == 0:
-            lent = ranks.broadcast_object(having.index(True), first)
+            lent = ranks.broadcast_object(having.index(True), batch if batch is not ended else None)
         mine = batch is not ended
         samples = batch if mine else lent
         with raise_on_all_ranks(communicating=True), name_batch_in_errors(work, tally.batches):
-            capture.batch(lambda samples=samples: run(samples), counted=mine)  # type: ignore[misc]
+            outputs = capture.batch(lambda samples=samples: run(samples), counted=mine)  # type: ignore[misc]
         if mine:
-            tally.take(work, batch)
+            tally.take(work, batch, outputs)
     return tally

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..model.loader import LoaderPass
+from ..model.loader import LoaderPass, make_runner, probe_samples
 from ..report import ParameterReport
 from ..subspace.basis import Fate
 from ..verification.probes import record_probe
@@ -80,10 +80,10 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def record_task(
-    work: LoaderPass, samples: Any, batches: int, options: str
+    work: LoaderPass, first: Any, batches: int, options: str
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Return probe tensors and record of the task, for `BasisStore.probes` and `.tasks`."""
-    probe = record_probe(work, samples)
+    """Return probe tensors and record of the task with the batch `first`, for `BasisStore.probes` and `.tasks`."""
+    probe = record_probe(work, probe_samples(make_runner(work), first))
     record: dict[str, object] = {
         "name": work.task,
         "policy": options,

@@ -151,6 +151,27 @@ def first_samples(batch: Any) -> Any:
     return pytree.tree_map_only(Tensor, leading, batch)
 
 
+def leading_outputs(outputs: Any) -> list[Tensor]:
+    """Return copies of the first 32 entries of every floating tensor of `outputs` that has an axis."""
+    floating = (t for t in tensors_in(outputs) if is_plain(t) and (t.is_floating_point() or t.is_complex()))
+    return [t.detach()[:SAMPLES].clone() for t in floating if t.ndim]
+
+
+def outputs_agree(within: Sequence[Tensor], alone: Sequence[Tensor]) -> bool:
+    """Return whether outputs of samples alone are those of the same samples within a batch, as far as both go.
+
+    A relative difference of 1e-2 is the rounding of half precision.
+    """
+    if [t.ndim for t in within] != [t.ndim for t in alone]:
+        return False
+    for one, other in zip(within, alone):
+        common = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape))
+        then, now = (torch.nan_to_num(t[common].to(torch.promote_types(t.dtype, torch.float64))) for t in (one, other))
+        if not float((now - then).norm()) <= 1e-2 * float(then.norm()):
+            return False
+    return True
+
+
 def tensors_in(tree: Any, seen: dict[int, Any] | None = None) -> Iterator[Tensor]:
     """Yield the tensors of a tree of mappings, sequences, sets, dataclasses and plain objects, in order.
 

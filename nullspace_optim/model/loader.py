@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from ..distributed.fsdp import reshard, sharded_modules
 from ..errors import BatchError, ConsolidationError
-from .batches import Forward, feeder, first_samples, samples_in
+from .batches import Forward, feeder, first_samples, leading_outputs, outputs_agree, samples_in
 from .names import present_parameters
+from .restore import fixed_seed
 
 ENDLESS = 100_000
 
@@ -115,8 +116,32 @@ def bound_batches(work: LoaderPass) -> Iterator[Any]:
             )
 
 
+def run_apart(run: Forward, samples: Any, within: Sequence[Tensor]) -> bool:
+    """Return whether the first samples of a batch can stand alone: `run` gives for them the outputs that it gave
+    `within` the batch (see `leading_outputs`).
+
+    They cannot where the first axis is not one of samples: nodes of a graph, steps of time, crops of one image.
+    """
+    try:
+        with torch.no_grad(), fixed_seed():
+            alone = leading_outputs(run(samples))
+    except Exception:  # shapes that the model cannot work with
+        return False
+    return outputs_agree(within, alone)
+
+
+def probe_samples(run: Forward, batch: Any) -> Any:
+    """Return the first 32 samples of `batch`, or all of it where they cannot stand alone."""
+    samples = first_samples(batch)
+    if samples_in(batch) == samples_in(samples):
+        return batch
+    with torch.no_grad(), fixed_seed():
+        within = leading_outputs(run(batch))
+    return samples if run_apart(run, samples, within) else batch
+
+
 def run_batches(work: LoaderPass) -> tuple[Any, int]:
-    """Run the model on every batch and watch nothing; return the first samples and the number of batches.
+    """Run the model on every batch and watch nothing; return the first batch and the number of batches.
 
     Raises:
         ConsolidationError: the loader gave no batches or is endless.
@@ -124,7 +149,7 @@ def run_batches(work: LoaderPass) -> tuple[Any, int]:
     run, first, number = make_runner(work), None, 0
     with torch.no_grad():
         for number, batch in enumerate(bound_batches(work), 1):
-            first = first_samples(batch) if number == 1 else first
+            first = batch if number == 1 else first
             run(batch)
     if not number:
         raise ConsolidationError(f"the loader of task '{work.task}' gave no batches; nothing was changed")

@@ -11,6 +11,7 @@ from ..distributed.group import local_tensor
 from ..errors import OptionError, ShapeError
 from ..model.names import named_buffers, named_parameters
 from ..protection.sharded import correct_across
+from ..subspace.growth import check_shapes
 from ..subspace.matrix import matrix_of
 from .engine import Engine
 
@@ -18,13 +19,15 @@ from .engine import Engine
 def accept_anchors(engine: Engine) -> None:
     """Keep the present weights and buffers from now on."""
     engine.follow_replaced()
+    check_shapes(engine.store, engine.parameters)
     engine.protection.make_exact()  # what nobody edited has no drift to accept
     for guard in engine.protection.guards.values():
         basis = guard.stored
+        weight, bias = guard.blocks()
         if basis.kept is not None:
-            basis.kept = local_tensor(guard.parameter).clone()
+            basis.kept = local_tensor(weight).clone()
         if basis.subspaces:
-            with matrix_of(guard.parameter, basis.layout, guard.bias, write=False) as matrix:
+            with matrix_of(weight, basis.layout, bias, write=False) as matrix:
                 for side, subspace in basis.subspaces.items():
                     subspace.anchor = guard.part.anchor(matrix, subspace.basis, side)
         guard.mark()
@@ -66,7 +69,7 @@ def blend_weights(engine: Engine, before: Mapping[str, Tensor], share: float) ->
             now.lerp_(then.to(now), share)
         for guard in guards:
             if guard.immovable or not guard.soft:
-                guard.align(guard.members)
+                guard.correct()
             else:
                 guard.yield_softly()
         correct_across([(guard, guard.members, True) for guard in guards], softly=True)

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import BasisFileError, ShapeError, StaleAnchorError
+from ..errors import BasisFileError, StaleAnchorError
 from ..files.schema import digest
 from ..model.names import fused_name, named_parameters
+from ..protection.growth_notes import refuse_growth
+from ..protection.guard import Guard
+from ..protection.step_hooks import STALE
 from ..settings import Settings
 from ..subspace.basis import Basis, BasisStore
+from ..subspace.growth import check_shapes
 
 
-def check_fit(store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
+def check_fit(store: BasisStore, parameters: Mapping[str, Tensor], options: Settings) -> None:
     """Refuse bases that do not belong to `parameters`.
 
     Raises:
         BasisFileError: the store names parameters that are not there.
-        ShapeError: a parameter has another shape than its basis.
+        ShapeError: a parameter has another shape than its basis and has not grown from it.
     """
     missing = sorted(set(store) - set(parameters))
     if missing:
@@ -27,24 +32,26 @@ def check_fit(store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
             f"the bases name parameters that the model (or the optimizer) lacks: {', '.join(missing[:5])}"
             f"{' ...' if len(missing) > 5 else ''}; without a basis here: {', '.join(unexpected[:5]) or 'none'}"
         )
-    check_shapes(store, parameters)
+    check_growth(store, parameters, options)
 
 
-def check_shapes(store: Mapping[str, Basis], parameters: Mapping[str, Tensor]) -> None:
-    """Refuse parameters of another shape than their basis, naming both.
+@torch.no_grad()
+def check_growth(store: Mapping[str, Basis], parameters: Mapping[str, Tensor], options: Settings) -> None:
+    """Refuse parameters of another shape than their basis, unless they have grown and begin with what is kept.
+
+    With ``project="gradient"`` weights leak, and what they begin with is not compared.
 
     Raises:
-        ShapeError: a parameter has another shape than its basis.
+        ShapeError: names the parameter and both shapes.
     """
-    wrong = [
-        f"'{name}' is {tuple(parameters[name].shape)}, its basis was made for {basis.shape}"
-        for name, basis in store.items()
-        if tuple(parameters[name].shape) != tuple(basis.shape)
-    ]
-    if wrong:
-        raise ShapeError(
-            f"shapes changed: {'; '.join(wrong[:5])}; use the model the bases were made with, or release() the name"
-        )
+    check_shapes(store, parameters)
+    for name, basis in store.items():
+        compared = basis.kept is not None or (basis.subspaces and options.project != "gradient")
+        if compared and tuple(parameters[name].shape) != basis.shape:
+            guard = Guard(parameters[name], basis, parameters[basis.bias] if basis.bias else None)
+            drift = guard.drift()
+            if not drift <= STALE.get(guard.parameter.dtype, 1e-3):
+                refuse_growth(guard, drift)
 
 
 def refuse_fused(store: Mapping[str, Basis], model: nn.Module) -> None:

@@ -32,9 +32,9 @@ from ..settings import Settings
 from ..subspace.basis import BasisStore
 from ..subspace.shards import local_store, whole_store
 from ..verification.verify import RecentSamples
-from .checks import check_fit, check_shapes, facts_of, refuse_fused
+from .checks import check_fit, check_growth, facts_of, refuse_fused
 from .mode import Mode
-from .ownership import check_ownership, claim, disclaim
+from .ownership import check_ownership, claim, disclaim, warn_lost
 
 
 class Engine:
@@ -56,7 +56,8 @@ class Engine:
         self.unguarded: dict[int, str] = {}
         self.held: set[int] = set()
         self.copied = False
-        self.superseded, self.lost = False, ()
+        self.superseded, self.lost = False, tuple[str, ...]()
+        self.replaced = frozenset[str]()
         self.refusals: list[Any] = []
 
     def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -96,7 +97,7 @@ class Engine:
         same tensors as before.
 
         Raises:
-            ShapeError: a replacement has another shape.
+            ShapeError: a replacement has another shape and has not grown from the old weight.
             OptionError: the bases step tensors that are not the model's (DeepSpeed ZeRO).
         """
         held = {id(p) for base in self.bases for group in base.param_groups for p in group["params"]}
@@ -110,7 +111,8 @@ class Engine:
         if self.protection.guards and not known:
             self._refuse_foreign(model, self.wrapped(model))
         if swapped:
-            check_shapes({name: self.store[name] for name in swapped if name in self.store}, swapped)
+            found = {name: self.store[name] for name in swapped if name in self.store}
+            check_growth(found, {**self.parameters, **swapped}, self.options)
             self.parameters = {**self.parameters, **swapped}
             self.rebuild()
             for name, guard in self.protection.guards.items():
@@ -175,6 +177,7 @@ class Engine:
         self.copied = False
         try:
             self.install(self.owner())
+            claim(self)
         except ModelNotFoundError:
             return False
         return True
@@ -186,6 +189,7 @@ class Engine:
             self.base_handles.append(base.register_step_post_hook(self.after_step))
         if self.mode is not None:
             self.mode.attach(self)
+            claim(self)
             self.protection.amend = self.mode.add_penalty
 
     def detach(self) -> None:
@@ -231,7 +235,12 @@ class Engine:
         """
         model = self.model()
         if model is None:
-            model = find_model(p for base in self.bases for group in base.param_groups for p in group["params"])
+            try:
+                model = find_model(p for base in self.bases for group in base.param_groups for p in group["params"])
+            except ModelNotFoundError:
+                if not self.parameters:
+                    raise
+                model = find_model(self.parameters.values())  # bases may hold tensors of modules that were replaced
             self.model = weakref.ref(model)
         return model
 
@@ -239,6 +248,7 @@ class Engine:
         """Return the parameters with gradients that are both in the bases and in the model, by name."""
         check_ownership(self)
         self.follow_replaced()
+        warn_lost(self)
         model = self.owner()
         wrapped = self.wrapped(model)
         refuse_fused(self.store, model)
@@ -265,7 +275,7 @@ class Engine:
         """
         with raise_on_all_ranks():
             parameters = self.wrapped(self.owner())
-            check_fit(store, parameters)
+            check_fit(store, parameters, self.options)
         check_equal_on_all_ranks(facts_of(self.options, parameters, store, digests=True), parameters)
         for name, basis in store.items():
             _place(basis, parameters[name].device)
@@ -287,7 +297,7 @@ class Engine:
                 f"construct NullSpaceOptimizer(base, model, mode={wanted!r}) to load them"
             )
         if self.mode is None:
-            check_fit(store, self.wrapped(self.owner()))
+            check_fit(store, self.wrapped(self.owner()), self.options)
 
     def extend(self, store: BasisStore) -> None:
         """Hand the mode's part of a loaded store to the mode, which refuses what does not fit the model."""

@@ -22,6 +22,7 @@ from ..files.state_dict import join_states, pop_protection, seal, split_states
 from ..subspace.basis import Fate
 from .dcp import Checkpoint
 from .engine import Engine
+from .ownership import warn_lost
 
 
 class WrappedOptimizer(Optimizer):
@@ -141,6 +142,7 @@ class WrappedOptimizer(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        warn_lost(self._core)
         state = join_states([base.state_dict() for base in self._core.bases])
         store = self._core.snapshot()
         groups = state.get("param_groups", ())  # optimizers around an optimizer may have their own structure
@@ -208,6 +210,7 @@ class WrappedOptimizer(Optimizer):
         """
         with raise_on_all_ranks():
             self._core.follow_replaced()
+            warn_lost(self._core)
             self._core.protection.check_anchors()
         whole = self._core.snapshot()
         with raise_on_all_ranks():

@@ -14,6 +14,7 @@ from ..distributed.group import local_tensor
 from ..errors import OptionError
 from ..settings import Precision
 from ..subspace.basis import Basis, Side, Subspace
+from ..subspace.growth import leading_block
 from ..subspace.linalg import complement
 from ..subspace.matrix import matrix_of, relative
 from ..subspace.projection import (
@@ -61,14 +62,37 @@ class Guard:
         self.basis = local_basis(self.basis, self.part)
 
     @property
+    def frozen(self) -> bool:
+        """True if the value is kept, of a parameter that has grown that of its leading block."""
+        return self.basis.kept is not None
+
+    @property
+    def grown(self) -> bool:
+        """True if the parameter is larger than its basis: its leading block is protected, what is new is free."""
+        return self.parameter.shape != self.stored.shape
+
+    @property
     def immovable(self) -> bool:
         """True if the whole parameter keeps its value."""
-        return self.basis.kept is not None
+        return self.basis.kept is not None and not self.grown
 
     @property
     def members(self) -> list[Tensor]:
         """The tensors that this guard moves: the parameter and a bias folded into it."""
         return [self.parameter] if self.bias is None else [self.parameter, self.bias]
+
+    def blocks(self, weights: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return what the basis is about of `weights` (of `members` unless given): leading blocks if they have grown.
+
+        Args:
+            weights: other tensors in the place of `members`.
+        """
+        weight, *bias = self.members if weights is None else weights
+        shape = self.stored.shape
+        if weight.shape == shape or len(weight.shape) != len(shape):
+            return weight, bias[0] if bias else None
+        groups, rows, _ = self.stored.layout.matrix_shape(shape)
+        return leading_block(weight, shape), leading_block(bias[0], (groups * rows,)) if bias else None
 
     def mark(self) -> None:
         """Remember storage and version of every member as we left it."""
@@ -105,7 +129,7 @@ class Guard:
     def remember(self) -> None:
         """Copy the parameter (and a bias folded in) before the base moves it."""
         blocks = [local_tensor(p) for p in self.members]
-        if not self.previous:
+        if [copy.shape for copy in self.previous] != [block.shape for block in blocks]:
             self.previous = [torch.empty_like(p, memory_format=torch.preserve_format) for p in blocks]
         for copy, block in zip(self.previous, blocks):
             copy.copy_(block)
@@ -116,27 +140,24 @@ class Guard:
         return all(torch.equal(copy, local_tensor(p)) for copy, p in zip(self.previous, self.members))
 
     def correct(self, weights: Sequence[Tensor] | None = None) -> None:
-        """Anchor form on every side: `W <- W - (W U - A) U^H`.
+        """Give the weight every kept value: anchor form on every side, `W <- W - (W U - A) U^H`, or all of it.
 
         `weights` are other tensors in the place of `members`: weights that the base keeps beside them.
         """
-        weight, *bias = self.members if weights is None else weights
-        with matrix_of(weight, self.basis.layout, bias[0] if bias else None) as matrix:
+        weight, bias = self.blocks(weights)
+        if self.basis.kept is not None:
+            local_tensor(weight).copy_(self.basis.kept)
+            return
+        with matrix_of(weight, self.basis.layout, bias) as matrix:
             for subspace in self.basis.subspaces.values():
                 if subspace.rank:
                     space = None if subspace.side == "rows" else self.workspace.take(subspace.anchor.shape, matrix)
                     restore_anchor_(matrix, subspace.basis, subspace.anchor, subspace.side, space)
 
-    def align(self, weights: Sequence[Tensor]) -> None:
-        """Give other weights, in the place of `members`, everything that is kept."""
-        if self.basis.kept is not None:
-            local_tensor(weights[0]).copy_(self.basis.kept)
-        else:
-            self.correct(weights)
-
     def yield_softly(self) -> None:
         """Anchor form of soft sides: what a step may change, anchors follow; everything else is put back."""
-        with matrix_of(self.parameter, self.basis.layout, self.bias) as matrix:
+        weight, bias = self.blocks()
+        with matrix_of(weight, self.basis.layout, bias) as matrix:
             done: list[Subspace] = []
             for subspace in sorted(self.basis.subspaces.values(), key=lambda s: s.side != "rows"):
                 if subspace.side == "rows":
@@ -157,8 +178,8 @@ class Guard:
 
     def correct_difference(self, low_precision: torch.dtype | None) -> None:
         """Difference form on every side: only what the base just added is projected."""
-        with matrix_of(self.parameter, self.basis.layout) as matrix:
-            before = self.basis.layout.to_matrix(self.previous[0]).to(matrix.dtype)
+        with matrix_of(self.blocks()[0], self.basis.layout) as matrix:
+            before = self.basis.layout.to_matrix(self.blocks(self.previous)[0]).to(matrix.dtype)
             for subspace in self.basis.subspaces.values():
                 if subspace.side == "rows":
                     restore_rows_(matrix, subspace.basis, subspace.anchor)
@@ -193,7 +214,11 @@ class Guard:
         bias = None if self.bias is None else self.bias.grad
         if self.bias is not None and bias is None:
             return
-        with matrix_of(gradient, self.basis.layout, bias) as matrix:
+        block, bias = self.blocks([gradient] if bias is None else [gradient, bias])
+        if self.frozen:
+            block.zero_()
+            return
+        with matrix_of(block, self.basis.layout, bias) as matrix:
             for subspace in self.basis.subspaces.values():
                 if subspace.side == "rows":
                     matrix[0].index_fill_(0, subspace.basis, 0.0)
@@ -212,10 +237,11 @@ class Guard:
         """Return the largest relative change of a kept quantity since it was anchored (0 where nothing is kept;
         NaN where one is not a number), of a sharded parameter within this rank's block.
         """
+        weight, bias = self.blocks()
         if self.basis.kept is not None:
-            return relative(local_tensor(self.parameter), self.basis.kept)
+            return relative(local_tensor(weight), self.basis.kept)
         drifts = [0.0]
-        with matrix_of(self.parameter, self.basis.layout, self.bias, write=False) as matrix:
+        with matrix_of(weight, self.basis.layout, bias, write=False) as matrix:
             for subspace in self.basis.subspaces.values():
                 if subspace.rank:
                     drifts.append(float(anchor_drift(matrix, subspace.basis, subspace.anchor, subspace.side)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..distributed.collectives import all_reduce_sum_
 from ..distributed.group import local_tensor
 from ..subspace.basis import Subspace
+from ..subspace.growth import check_shapes
 from ..subspace.matrix import matrix_of
 from ..subspace.projection import anchor, subtract_coordinates_
 from .guard import Guard
@@ -80,6 +81,7 @@ def _group(guard: Guard) -> object:
 @torch.no_grad()
 def drifts(guards: Mapping[str, Guard]) -> dict[str, float]:
     """Return `Guard.drift` of every guard by name, of sharded weights over all ranks (all of them must ask)."""
+    check_shapes({name: g.stored for name, g in guards.items()}, {name: g.parameter for name, g in guards.items()})
     found = {name: guard.drift() for name, guard in guards.items() if guard.part.shard is None}
     shards = {name: guard for name, guard in guards.items() if guard.part.shard is not None}
     if shards:

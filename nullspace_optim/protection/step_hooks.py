@@ -21,8 +21,10 @@ from ..distributed.group import local_tensor
 from ..errors import StaleAnchorError
 from ..settings import Settings
 from ..subspace.basis import BasisStore
+from ..subspace.growth import check_shapes
 from ..subspace.projection import exact_products
 from .averaged_weights import second_weights, state_keys
+from .growth_notes import GrowthNotes, refuse_growth
 from .guard import Guard, guard_low_precision
 from .sharded import correct_across, drifts
 from .workspace import Workspace
@@ -60,6 +62,7 @@ class Protection:
         self._second_weights = False
         self._handles: list[Any] = []
         self._paused = False
+        self._growth = GrowthNotes()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -114,6 +117,7 @@ class Protection:
         for guard in mine:
             if guard.edited:
                 self._refuse_edit(guard)
+        self._growth.announce()
         closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
         if closure is not None:
             wrapped = self._guarded_closure(closure, mine, isinstance(base, LBFGS))
@@ -161,7 +165,7 @@ class Protection:
                 if guard.immovable:
                     if foreign or guard.edited:
                         local_tensor(guard.parameter).copy_(_kept(guard))
-                elif moved and self.options.project != "gradient":
+                elif moved and (guard.frozen or self.options.project != "gradient"):
                     moved = id(guard.parameter) not in self._idle or not guard.unmoved
                     moves[number] = (guard, members, moved)
                     owed |= moved and self._correct(guard)
@@ -177,12 +181,14 @@ class Protection:
         guards = self._guards_of(base)
         pairs = [(guard, weights) for guard in guards for weights in second_weights(base, guard.members)]
         for guard, weights in pairs:
-            guard.align(weights)
+            guard.correct(weights)
         correct_across([(guard, weights, True) for guard, weights in pairs])
 
     def _correct(self, guard: Guard) -> bool:
         """Correct one guard after a step; return True if an exact correction is still owed."""
-        if self._uses_difference(guard):
+        if guard.frozen:
+            guard.correct()
+        elif self._uses_difference(guard):
             low = guard_low_precision(guard) if self.options.precision == "fast" else None
             guard.correct_difference(low)
             guard.pending = True
@@ -264,10 +270,13 @@ class Protection:
         found = drifts(self.guards)
         for name, guard in self.guards.items():
             self._refuse_edit(guard, found[name])
+        self._growth.announce()
         self.make_exact()  # what was accepted with a correction still owed
 
     def _refuse_edit(self, guard: Guard, drift: float | None = None) -> None:
-        if self.options.project == "gradient" and not guard.immovable:
+        check_shapes({guard.basis.name: guard.stored}, {guard.basis.name: guard.parameter})
+        if self.options.project == "gradient" and not guard.frozen:
+            self._growth.note(guard)
             return
         limit = STALE.get(guard.parameter.dtype, 1e-3)
         if guard.pending:
@@ -279,16 +288,19 @@ class Protection:
                 f"'{guard.basis.name}' holds values that are not finite, its kept directions are lost: training "
                 "diverged or it was edited; go back to an earlier checkpoint"
             )
+        if not drift <= limit and guard.grown:
+            refuse_growth(guard, drift)
         if not drift <= limit:
             raise StaleAnchorError(
                 f"'{guard.basis.name}' was changed outside the optimizer: its kept directions moved by {drift:.1e} "
                 f"(limit {limit:.0e}). {FUSED if guard.basis.name in self.originals else ''}If the new weights "
                 "are meant (load_state_dict, EMA swap, merge), call opt.reanchor(); otherwise restore them"
             )
+        self._growth.note(guard)
         guard.mark()
 
     def _uses_difference(self, guard: Guard) -> bool:
-        if guard.immovable or guard.bias is not None or self._second_weights or self.options.project == "gradient":
+        if guard.frozen or guard.bias is not None or self._second_weights or self.options.project == "gradient":
             return False
         return guard.wants_difference(self.options.precision)
 

@@ -19,7 +19,8 @@ from ..model.loader import LoaderPass
 from ..model.names import named_buffers
 from ..model.restore import restored_model
 from ..report import VerifyReport
-from ..subspace.basis import BasisStore
+from ..subspace.basis import BasisStore, Fate
+from ..subspace.growth import contains, leading_block
 from .probes import Probe, assemble, compare, find_samples, record_probe
 
 RECENT = 3  # tasks whose first samples stay in memory
@@ -39,19 +40,24 @@ class RecentSamples:
         copies = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), samples)
         self._tasks = dict([*self._tasks.items(), (task, (copies, forward))][-RECENT:])
 
-    def drift(self, work: LoaderPass, store: BasisStore) -> dict[str, float]:
-        """Return the relative drift of the final output on the samples of each task, by name.
+    def drift(self, work: LoaderPass, store: BasisStore) -> tuple[dict[str, float], dict[str, str]]:
+        """Return the relative drift of the final output on the samples of each task, by name, and the error for each
+        task whose samples the model cannot run any more (its input has grown).
 
         The model of `work` must be in evaluation mode (`restored_model`).
         """
         known = {str(record["name"]): record for record in store.tasks}
-        found = {}
+        found, failed = {}, {}
         for task, (samples, forward) in self._tasks.items():
             if task in known:
                 before = Probe.of(store.probes[task], known[task])
-                after = record_probe(replace(work, task=task, forward=forward), samples, before)
-                found[task] = list(compare(before, after).values())[-1]
-        return found
+                try:
+                    after = record_probe(replace(work, task=task, forward=forward), samples, before)
+                except Exception as error:  # on all ranks alike
+                    failed[task] = (str(error).splitlines() or [type(error).__name__])[0]
+                else:
+                    found[task] = list(compare(before, after).values())[-1]
+        return found, failed
 
 
 def verify(
@@ -80,7 +86,7 @@ def verify(
         drift = {task: list(layers.values())[-1] for task, layers in outcome.layers.items()}
     elif moved:
         with restored_model(work.model):
-            drift = recent.drift(work, store)
+            drift, _ = recent.drift(work, store)
     harmless = bool(moved and drift) and all(drift[task] <= bounds[task] for task in drift)
     return VerifyReport(
         kept={},
@@ -168,8 +174,9 @@ def rounding_limits(store: BasisStore, parameters: Mapping[str, Tensor]) -> dict
         unit = None if parameter is None else UNIT.get(parameter.dtype)
         if parameter is None or unit is None:
             continue
+        block = leading_block(parameter, basis.shape) if contains(parameter.shape, basis.shape) else parameter
         grown = [
-            float(parameter.float().norm()) * math.sqrt(s.rank / s.dimension) / max(float(s.anchor.norm()), 1e-30)
+            float(block.float().norm()) * math.sqrt(s.rank / s.dimension) / max(float(s.anchor.norm()), 1e-30)
             for s in basis.subspaces.values()
             if s.rank
         ]
@@ -193,5 +200,9 @@ def _differs(buffer: Tensor, kept: Tensor) -> bool:
 
 
 def lost_parameters(store: BasisStore, held: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Return the names with a basis whose tensor, of those `held`, is not the one `present` in the model."""
-    return tuple(name for name in store if name in held and present.get(name) is not held[name])
+    """Return the names that are protected and whose tensor, of those `held`, is not `present` in the model, under
+    whatever name.
+    """
+    ids = {id(parameter) for parameter in present.values()}
+    kept = (name for name, basis in store.items() if basis.fate is not Fate.FREE and name in held)
+    return tuple(name for name in kept if id(held[name]) not in ids)

@@ -154,6 +154,15 @@ AROUND = {
     119: Fault("an experiment is interrupted and resumed", "same accuracy matrix and weights, bitwise on the CPU"),
     120: Fault("metrics with missing cells", "shown as \"-\"; averages say how many cells"),
 }  # fmt: skip
+GROWTH = {
+    121: Fault("a weight grows: a class-incremental head, a token table, more channels, features or groups", "what was there stays kept, what is new is free until the next consolidation, which keeps all of it; one line says so"),
+    122: Fault("a weight that has grown with other values in front, or has shrunk", "refused with the name and both shapes until the name is released"),
+    123: Fault("bases of a smaller weight in a file, a state dict, the command line", "they load where the weight begins with what is kept, else refused"),
+    124: Fault("a new wrapper, or a copy, after a weight has grown", "the bases go over; a copy is protected on its own"),
+    125: Fault("a module replaced in the model, the optimizer holds the old one", "named once at `consolidate`, `save` and `state_dict`; `verify()` does not hold"),
+    126: Fault("a null-space wrapper over a model with the experts of a living one", "refused; allowed once that one is detached or gone"),
+    127: Fault("a first axis that is none of samples: graphs, time steps, crops, packed sequences", "consolidated; the probe is the whole first batch, with one note"),
+}  # fmt: skip
 
 PARTS: dict[str, dict[int, Fault]] = {
     "Gradients and steps": STEPS,
@@ -164,6 +173,7 @@ PARTS: dict[str, dict[int, Fault]] = {
     "Files": FILES,
     "Several processes": PROCESSES,
     "iGSP, CLIP losses, command line, experiment": AROUND,
+    "Shapes that grow, modules that are replaced": GROWTH,
 }
 FAULTS: dict[int, Fault] = {number: fault for part in PARTS.values() for number, fault in part.items()}
 

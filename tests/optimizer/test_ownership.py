@@ -124,6 +124,39 @@ def test_experts_do_not_go_beside_protected_weights_in_silence() -> None:
     NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2), model, mode=IGSP(target_modules="0"))
 
 
+@pytest.mark.fault(126)
+@pytest.mark.parametrize("end", ["detached", "dropped"])
+@pytest.mark.parametrize("part", ["all", "backbone", "experts"])
+def test_a_null_space_wrapper_does_not_go_over_living_experts(part: str, end: str) -> None:
+    model = mlp(24, 32, 4)
+    backbone = list(model.parameters())
+    experts = NullSpaceOptimizer(SGD(backbone, lr=1e-2), model, mode=IGSP(target_modules="0"))
+    known = {id(p) for p in backbone}
+    added = [p for p in model.parameters() if id(p) not in known]
+    trained = {"all": [*backbone, *added], "backbone": backbone[:1], "experts": added}[part]
+    assert trained
+    with pytest.raises(OptionError, match=r"with experts.*go on with that one, or call its detach\(\)"):
+        NullSpaceOptimizer(SGD(trained, lr=1e-2), model)
+    train(experts, model, 2)  # the refused one left no trace
+    twin, other = copy.deepcopy((model, experts))
+    with pytest.raises(OptionError, match="with experts"):
+        NullSpaceOptimizer(SGD(twin.parameters(), lr=1e-2), twin)
+    if end == "detached":
+        experts.detach()
+        other.detach()
+    del experts, other
+    for mine in (model, twin):
+        train(NullSpaceOptimizer(SGD(mine.parameters(), lr=1e-2), mine), mine, 1)
+
+
+def test_experts_on_one_tower_leave_the_other_free() -> None:
+    towers = nn.ModuleList([mlp(24, 32, 4), mlp(24, 32, 4)])
+    experts = NullSpaceOptimizer(SGD(towers[0].parameters(), lr=1e-2), towers[0], mode=IGSP(target_modules="0"))
+    second, before = protected(towers[1])
+    train(second, towers[1])
+    assert relative_drift(towers[1](OLD), before) < 1e-5 and experts.status().phase == 1
+
+
 @pytest.mark.filterwarnings("error")
 def test_nothing_is_taken_from_a_detached_wrapper() -> None:
     model = mlp(24, 32, 4)
