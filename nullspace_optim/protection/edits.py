@@ -1,0 +1,45 @@
+"""Edits from outside: weights that something other than the wrapped optimizer changed are refused by name."""
+
+from __future__ import annotations
+
+from math import isnan
+
+import torch
+
+from ..errors import StaleAnchorError
+from .guard import Guard
+from .sharded import drifts
+
+STALE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+FUSED = (
+    "It was the original of a parametrization; if that was removed, the original is gone and the fused weight is a "
+    "new weight. "
+)
+
+
+def refuse_edit(guard: Guard, drift: float | None = None, *, original: bool = False) -> None:
+    """Accept a guard that holds its anchors as the work of this optimizer.
+
+    `drift` is measured if it is not known; `original` is true for the original of a parametrization.
+
+    Raises:
+        StaleAnchorError: a kept quantity moved farther than rounding (and corrections still owed) explain.
+    """
+    limit = STALE.get(guard.parameter.dtype, 1e-3)
+    if guard.pending:
+        limit = max(limit, 1.1 * guard.allowed)
+    if drift is None:
+        drift = drifts({"": guard})[""] if guard.across else guard.drift()
+    if isnan(drift):
+        raise StaleAnchorError(
+            f"'{guard.basis.name}' holds values that are not finite, its kept directions are lost: training "
+            "diverged or it was edited; go back to an earlier checkpoint"
+        )
+    if not drift <= limit:
+        raise StaleAnchorError(
+            f"'{guard.basis.name}' was changed outside the optimizer: its kept directions moved by {drift:.1e} "
+            f"(limit {limit:.0e}). {FUSED if original else ''}If the new weights are meant (load_state_dict, EMA "
+            "swap, merge), call opt.reanchor() to keep them; otherwise opt.restore() puts back what was kept"
+        )
+    guard.mark()
