@@ -18,17 +18,18 @@ FUSED = (
 )
 
 
-def refuse_edit(guard: Guard, drift: float | None = None, *, original: bool = False) -> None:
+def refuse_edit(guard: Guard, drift: float | None = None, *, original: bool = False, fast: bool = False) -> None:
     """Accept a guard that holds its anchors as the work of this optimizer.
 
-    `drift` is measured if it is not known; `original` is true for the original of a parametrization.
+    `drift` is measured if it is not known; `original` is true for the original of a parametrization, `fast` where
+    products are in bfloat16, whose rounding a pending correction has not removed yet.
 
     Raises:
         StaleAnchorError: a kept quantity moved farther than rounding (and corrections still owed) explain.
     """
     limit = STALE.get(guard.parameter.dtype, 1e-3)
     if guard.pending:
-        limit = max(limit, 1.1 * guard.allowed)
+        limit = max(limit, 1.1 * guard.allowed, STALE[torch.bfloat16] if fast else 0.0)
     if drift is None:
         drift = drifts({"": guard})[""] if guard.across else guard.drift()
     if isnan(drift):

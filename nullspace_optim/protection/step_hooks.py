@@ -259,6 +259,7 @@ class Protection:
             guard.yield_softly()
         else:
             guard.correct()
+            guard.pending = False
         return guard.pending
 
     @torch.no_grad()
@@ -341,12 +342,14 @@ class Protection:
     def _refuse_edit(self, guard: Guard, drift: float | None = None) -> None:
         """Refuse an edit, except of weights that projected gradients leave to drift."""
         if self.options.project != "gradient" or guard.immovable:
-            refuse_edit(guard, drift, original=guard.basis.name in self.originals)
+            fast = self.options.precision == "fast"
+            refuse_edit(guard, drift, original=guard.basis.name in self.originals, fast=fast)
 
     def _uses_difference(self, guard: Guard, step: Step) -> bool:
         if guard.immovable or guard.bias is not None or step.second_weights or self.options.project == "gradient":
             return False
-        return guard.wants_difference(self.options.precision)
+        edited = id(guard) in step.accepted  # as in each step of SAM by hand: what is owed must not add up
+        return not edited and guard.wants_difference(self.options.precision)
 
     def _guards_of(self, base: Optimizer) -> list[Guard]:
         ids = {id(p) for group in base.param_groups for p in group["params"]}
