@@ -14,8 +14,8 @@ from torch import Tensor
 from ..errors import BasisFileError, OptionError, ShapeError
 from ..files.basis_file import load
 from ..formatting import plain, scientific, table
+from ..protection.edits import ROUNDED
 from ..protection.guard import Guard
-from ..protection.step_hooks import ROUNDED
 from ..subspace.basis import Basis, BasisStore
 from ..subspace.growth import contains
 from ..verification.verify import moved_buffers

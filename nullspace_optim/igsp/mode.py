@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ from ..model.loader import LoaderPass, run_batches
 from ..model.names import named_parameters
 from ..model.restore import restored_model
 from ..optimizer.mode import Host
-from ..protection.step_hooks import is_zero
+from ..protection.step import is_zero
 from ..subspace.basis import Extension
 from .bank import CHILD, ExpertBank, install_experts, record_task, report_task
 from .constraints import yield_constraints
@@ -46,20 +47,21 @@ class IgspMode:
         self.param_group = ExpertParamGroup(options)
         self.progress = Progress(TrainableCount(0, 0, 0, 0), "the first task begins")
         self.by_hand = False
-        self._host: Host | None = None
+        self._host: Callable[[], Host | None] = lambda: None  # which owns the mode
         self._bank: ExpertBank | None = None
 
     def __repr__(self) -> str:
         return repr(self.options)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_host": None}
+        return {key: value for key, value in self.__dict__.items() if key != "_host"}
 
     @property
     def host(self) -> Host:
         """The optimizer that the mode serves."""
-        assert self._host is not None
-        return self._host
+        host = self._host()
+        assert host is not None
+        return host
 
     @property
     def experts(self) -> ExpertBank:
@@ -70,7 +72,7 @@ class IgspMode:
     @torch.inference_mode(False)
     def attach(self, host: Host) -> None:
         """Put experts beside the layers of the model; a copy of an optimizer brings its own."""
-        self._host = host
+        self._host = weakref.ref(host)
         self.param_group.base = host.bases[-1]
         if self._bank is None:
             self.param_group.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,10 +23,22 @@ FACTOR = 100.0
 class ExpertParamGroup:
     """One marked group of the last base optimizer; the mark survives state dicts and copies."""
 
-    base: Optimizer
-
     def __init__(self, options: IGSP) -> None:
         self.options = options
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self.options}
+
+    @property
+    def base(self) -> Optimizer:
+        """The last base, which is not kept alive."""
+        base = self._base()
+        assert base is not None
+        return base
+
+    @base.setter
+    def base(self, base: Optimizer) -> None:
+        self._base = weakref.ref(base)
 
     def check(self) -> None:
         """Refuse a base that cannot have a group of experts.

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from ..errors import BasisFileError, StaleAnchorError
 from ..files.schema import digest
 from ..model.names import fused_name, named_parameters
+from ..protection.edits import STALE
 from ..protection.growth_notes import refuse_growth
 from ..protection.guard import Guard
-from ..protection.step_hooks import STALE
 from ..settings import Settings
 from ..subspace.basis import Basis, BasisStore
 from ..subspace.growth import check_shapes

@@ -34,8 +34,8 @@ class Checkpoint:
     """
 
     def __init__(self, core: Engine) -> None:
-        """Look at everything that `core` holds."""
-        self._core = core
+        """Look at everything that `core` holds, and keep its bases alive."""
+        self._core, self._bases = core, core.bases
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the model, of the base optimizers and of the protection."""
@@ -43,6 +43,7 @@ class Checkpoint:
 
         core, model = self._core, self._core.owner()
         reshard(model)
+        core.protection.finish_interrupted()
         names = names_by_identity(model)
         with self._complete() as stateless:
             weights, bases = get_state_dict(model, core.bases)

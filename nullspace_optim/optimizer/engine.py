@@ -1,6 +1,8 @@
 """The mutable parts behind one wrapper: bases, store, guards, the model and the hooks on all of them.
 
-Frameworks may subclass or rebind the wrapper itself; everything that changes lives in its `Engine`.
+Frameworks may subclass or rebind the wrapper itself; everything that changes lives in its `Engine`. The hooks on a base
+own the engine, which refers to the base weakly: `base.step()` is protected without the wrapper, and all is freed with
+the last of them.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from ..model.names import named_buffers, named_parameters, original_names
 from ..model.norm_stats import forget_compiled, freeze_statistics
 from ..model.storage import with_shared_memory
 from ..protection.averaged_weights import Evaluation, evaluated
+from ..protection.phases import hook_phases
 from ..protection.step_hooks import Protection
 from ..settings import Settings
 from ..subspace.basis import BasisStore
@@ -41,7 +44,7 @@ class Engine:
     """Bases, options, store, guards and hooks of one wrapper."""
 
     def __init__(self, bases: list[Optimizer], options: Settings, mode: Mode | None = None) -> None:
-        self.bases = bases
+        self._bases = [weakref.ref(base) for base in bases]
         self.options = options
         self.mode = mode
         self.protection = Protection(options)
@@ -59,6 +62,11 @@ class Engine:
         self.superseded, self.lost = False, tuple[str, ...]()
         self.replaced = frozenset[str]()
         self.refusals: list[Any] = []
+
+    @property
+    def bases(self) -> list[Optimizer]:
+        """The wrapped optimizers."""
+        return [base for reference in self._bases if (base := reference()) is not None]
 
     def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Step pre-hook of every base."""
@@ -111,6 +119,7 @@ class Engine:
         if self.protection.guards and not known:
             self._refuse_foreign(model, self.wrapped(model))
         if swapped:
+            self.protection.finish_interrupted()
             found = {name: self.store[name] for name in swapped if name in self.store}
             check_growth(found, {**self.parameters, **swapped}, self.options)
             self.parameters = {**self.parameters, **swapped}
@@ -187,6 +196,7 @@ class Engine:
         for base in self.bases:
             self.base_handles.append(base.register_step_pre_hook(self.before_step))
             self.base_handles.append(base.register_step_post_hook(self.after_step))
+            hook_phases(base)
         if self.mode is not None:
             self.mode.attach(self)
             claim(self)
@@ -194,6 +204,7 @@ class Engine:
 
     def detach(self) -> None:
         """Remove every hook from bases, model and parameters."""
+        self.protection.finish_interrupted()
         disclaim(self)
         if self.copied:
             self.find_copied_model()
@@ -308,6 +319,7 @@ class Engine:
         """Return the store as files and checkpoints hold it: with the part of its mode, and with the anchors and
         kept values of all ranks (where parameters are sharded, all must ask).
         """
+        self.protection.finish_interrupted()
         if self.mode is not None:
             self.store.extension = self.mode.state
         return whole_store(self.store, self.parameters)
@@ -331,8 +343,12 @@ class BeforeEvaluation(ModelHook):
     def __call__(self, model: nn.Module, *args: Any) -> None:
         """Apply pending exact corrections before an evaluation forward."""
         core = self.owner
-        if core is not None and not model.training and core.protection.inexact_steps:
-            pending = tuple(g.parameter for g in core.protection.guards.values() if g.pending and not g.edited)
+        if core is None or model.training:
+            return
+        interrupted = [guard for step in core.protection.interrupted for guard in step.guards]
+        if interrupted or core.protection.inexact_steps:
+            pending = [g.parameter for g in core.protection.guards.values() if g.pending and not g.edited]
+            pending += [p for guard in interrupted for p in guard.members]
             with ExitStack() as versions:  # a graph that waits for its backward pass stays usable
                 for parameter in pending:
                     versions.enter_context(_unsafe_preserve_version_counter(local_tensor(parameter)))

@@ -24,9 +24,12 @@ NULL_SPACE = "null-space"
 class Host(Protocol):
     """The parts of an optimizer that its mode may use."""
 
-    bases: list[Optimizer]
     store: BasisStore
     parameters: dict[str, Tensor]
+
+    @property
+    def bases(self) -> list[Optimizer]:
+        """The wrapped optimizers."""
 
     def owner(self) -> nn.Module:
         """Return the model."""

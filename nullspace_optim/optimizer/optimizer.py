@@ -38,7 +38,7 @@ from ..report import ConsolidationReport, VerifyReport
 from ..settings import Bias, NormStats, OnFull, Precision, Project, Rows, Settings, Uncovered
 from ..subspace.basis import Basis, Capacity
 from ..verification.verify import rounding_limits, verify
-from .anchors import accept_anchors, blend_weights
+from .anchors import accept_anchors, blend_weights, restore_anchors
 from .bases import check_bases, forget_curvature, warn_adaptive_rate
 from .checks import facts_of
 from .engine import Engine
@@ -316,6 +316,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         core = self._core
         core.follow_replaced()
         core.protection.make_exact()
+        core.protection.restore_across()
         data = () if loader is None else loader
         work = LoaderPass(self.model, named_parameters(self.model), data, "verified", forward, max_batches)
         with core.evaluated():
@@ -336,8 +337,6 @@ class NullSpaceOptimizer(WrappedOptimizer):
         """
         return Capacity(self._core.store)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def reanchor(self) -> None:
         """Accept the present weights and buffers as the values to keep (after a deliberate load, EMA swap or merge)."""
         accept_anchors(self._core)
@@ -360,11 +359,22 @@ class NullSpaceOptimizer(WrappedOptimizer):
         check_number(self, "share", share, 0.0, 1.0, closed="low high")
         blend_weights(self._core, before, share)
 
+    def restore(self) -> None:
+        """Put every kept direction, frozen parameter and protected buffer back to its anchor, after an edit by mistake.
+
+        Everything else stays. A step that was interrupted is put back without it. All ranks must call it.
+
+        Raises:
+            StaleAnchorError: a weight is not finite; nothing was changed.
+        """
+        restore_anchors(self._core)
+
     def release(self, name: str) -> None:
         """Give up the protection of one parameter: it is free until a later consolidation meets it."""
         if name not in self._core.store:
             known = ", ".join(sorted(self._core.store)[:8])
             raise OptionError(f"release('{name}'): no such basis; known names begin with: {known}")
+        self._core.protection.finish_interrupted()
         self._core.store.remove(name)
         self._core.rebuild()
 

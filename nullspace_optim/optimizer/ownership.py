@@ -35,7 +35,10 @@ SUPERSEDED = (
 class Owner(Protocol):
     """The parts of an engine by which wrappers of one model find each other and hand bases over."""
 
-    bases: list[Optimizer]
+    @property
+    def bases(self) -> list[Optimizer]:
+        """The wrapped optimizers."""
+
     options: Settings
     mode: Any
     model: Callable[[], nn.Module | None]

@@ -19,7 +19,9 @@ from ..distributed.group import rank
 from ..errors import BasisFileError, NullSpaceWarning, OptionError
 from ..files import basis_file, schema, validate
 from ..files.state_dict import join_states, pop_protection, seal, split_states
+from ..protection.phases import PHASES
 from ..subspace.basis import Fate
+from .bases import one_call_of_global_hooks
 from .dcp import Checkpoint
 from .engine import Engine
 from .ownership import warn_lost
@@ -29,11 +31,12 @@ class WrappedOptimizer(Optimizer):
     """An optimizer that hands everything on to the bases of its `Engine`."""
 
     _core: Engine
+    _bases: list[Optimizer]
 
     def _attach(self, core: Engine) -> None:
         """Become the wrapper of `core` (the optimizer's own tables are made with a placeholder first)."""
         super().__init__([torch.empty(0)], {})
-        self._core = core
+        self._core, self._bases = core, core.bases  # the engine itself does not keep its bases alive
         self.__dict__.pop("_early", None)
         core.attach()
 
@@ -91,20 +94,27 @@ class WrappedOptimizer(Optimizer):
         return any(getattr(base, "is_second_order", False) for base in self._core.bases)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Let the base step (with `closure` if given) and return its loss; protection happens in the base's hooks."""
-        bases = self._core.bases
-        try:
-            if len(bases) == 1:
-                return bases[0].step() if closure is None else bases[0].step(closure)
+        """Let the base step (with `closure` if given) and return its loss; protection happens in the base's hooks.
+
+        After an error or an interrupt every kept direction is back at its anchor.
+        """
+        with self._core.protection.finishing(), one_call_of_global_hooks(self._bases):
+            if len(self._bases) == 1:
+                return self._bases[0].step() if closure is None else self._bases[0].step(closure)
             loss = None
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            for base in bases:
+            for base in self._bases:
                 base.step()
             return loss
-        finally:
-            self._core.protection.put_back()
+
+    def __getattr__(self, name: str) -> Any:
+        """Hand on the parts of a step that are called by hand (SAM's `first_step` and `second_step`)."""
+        bases = self.__dict__.get("_bases", ())
+        if name in PHASES and len(bases) == 1:
+            return getattr(bases[0], name)
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base; its parameters are free until the next consolidation."""
@@ -243,6 +253,7 @@ class WrappedOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         core = self._core
+        core.protection.finish_interrupted()
         return {
             "bases": core.bases,
             "options": core.options,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 
@@ -39,7 +40,7 @@ class Guard:
     """One parameter, its basis, and what its correction needs: a workspace that guards may share.
 
     Of a sharded parameter `basis` is this rank's view of what is `stored`, and `across` are the sides whose coordinates
-    are sums over ranks; `correct_across` serves them.
+    are sums over ranks; `correct_across` serves them, and is owed to a weight that is `behind`.
     """
 
     parameter: Tensor
@@ -53,6 +54,7 @@ class Guard:
     previous: list[Tensor] = field(default_factory=list)
     seen: tuple[tuple[int, ...], ...] | None = None
     pending: bool = False
+    behind: bool = False
     allowed: float = 0.0
 
     def __post_init__(self) -> None:
@@ -155,26 +157,35 @@ class Guard:
                     restore_anchor_(matrix, subspace.basis, subspace.anchor, subspace.side, space)
 
     def yield_softly(self) -> None:
-        """Anchor form of soft sides: what a step may change, anchors follow; everything else is put back."""
+        """Anchor form of soft sides: what a step may change, anchors follow; everything else is put back.
+
+        Anchors of all sides follow at once, at the end: until then `correct` undoes what was begun.
+        """
+        sides = sorted(self.basis.subspaces.values(), key=lambda s: s.side != "rows")
+        done: list[tuple[Subspace, Tensor]] = []
         weight, bias = self.blocks()
         with matrix_of(weight, self.basis.layout, bias) as matrix:
-            done: list[Subspace] = []
-            for subspace in sorted(self.basis.subspaces.values(), key=lambda s: s.side != "rows"):
+            for subspace in sides:
                 if subspace.side == "rows":
                     restore_rows_(matrix, subspace.basis, subspace.anchor)
                 elif subspace.rank:
-                    self._yield(matrix, subspace, done)
-                    done.append(subspace)
+                    done.append((subspace, self._yield(matrix, subspace, done)))
+        if done:
+            torch._foreach_copy_([subspace.anchor for subspace, _ in done], [kept for _, kept in done])
 
-    def _yield(self, matrix: Tensor, subspace: Subspace, done: list[Subspace]) -> None:
-        """Correct one side; what it takes out of the weight is no movement of the sides that are `done`."""
+    def _yield(self, matrix: Tensor, subspace: Subspace, done: list[tuple[Subspace, Tensor]]) -> Tensor:
+        """Correct one side and return its new anchor; what it takes out of the weight is no movement of the sides that
+        are `done`.
+        """
         assert subspace.side != "rows"
         scale = subspace.basis.new_ones(len(subspace.ranks), subspace.basis.shape[2]).real
         scale = scale if subspace.scale is None else subspace.scale
-        removed = yield_anchor_(matrix, subspace.basis, subspace.anchor, scale, subspace.side)
-        for other in done:
+        kept = subspace.anchor.clone()
+        removed = yield_anchor_(matrix, subspace.basis, kept, scale, subspace.side)
+        for other, follows in done:
             assert other.side != "rows"
-            shift_anchor_(other.anchor, other.basis, removed, subspace.basis, other.side)
+            shift_anchor_(follows, other.basis, removed, subspace.basis, other.side)
+        return kept
 
     def correct_difference(self, low_precision: torch.dtype | None) -> None:
         """Difference form on every side: only what the base just added is projected."""
@@ -253,6 +264,19 @@ def _mark(parameter: Tensor) -> tuple[int, ...]:
         return parameter.data_ptr(), parameter._version
     held = local_tensor(parameter)
     return held.data_ptr(), held._version, parameter._version
+
+
+def gradient_hook(guard: Guard) -> Callable[[Tensor], None]:
+    """Return a hook for the gradient that accumulates in the parameter of `guard`; it does not keep the guard alive."""
+    reference = weakref.ref(guard)
+
+    def project(parameter: Tensor) -> None:
+        found = reference()
+        if found is not None and parameter.grad is not None:
+            with torch.no_grad():
+                found.project_gradient(parameter.grad, softly=False)
+
+    return project
 
 
 def guard_low_precision(guard: Guard) -> torch.dtype:

@@ -74,6 +74,13 @@ def correct_across(moves: Sequence[tuple[Guard, Sequence[Tensor], bool]], *, sof
         side.subtract(side.yielded(residual) if softly else residual)
 
 
+def any_rank(flag: bool, guard: Guard) -> bool:
+    """True if `flag` is on any of the ranks that `guard` lies on; all of them must ask."""
+    count = torch.full((1,), float(flag), device=local_tensor(guard.parameter).device)
+    all_reduce_sum_([count], group=_group(guard))
+    return bool(count)
+
+
 def _group(guard: Guard) -> object:
     return None if guard.part.shard is None else guard.part.shard.group
 

@@ -1,16 +1,16 @@
 """What happens around one base step: hide frozen gradients, let the base move, put the kept directions back.
 
-`Protection` owns one `Guard` a parameter. Its two hooks run before and after `step` of every wrapped optimizer, so
-that `opt.step()`, `base.step()` and `scaler.step(base)` are protected alike. No host synchronisation happens in a
-step unless a weight was edited outside the optimizer.
+`Protection` owns one `Guard` a parameter. Its hooks run around `step` of every wrapped optimizer, so that `opt.step()`,
+`base.step()` and `scaler.step(base)` are alike. A step waits for the device only if a weight was edited from outside.
+One that an error or an interrupt ends is finished before anything reads the weights (see `step`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from math import isnan
+from contextlib import contextmanager, suppress
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor
@@ -18,25 +18,19 @@ from torch.optim import LBFGS, Optimizer
 
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.group import local_tensor
-from ..errors import StaleAnchorError
+from ..errors import NullSpaceWarning
 from ..settings import Settings
 from ..subspace.basis import BasisStore
-from ..subspace.growth import check_shapes
 from ..subspace.projection import exact_products
-from .averaged_weights import second_weights, state_keys
-from .growth_notes import GrowthNotes, refuse_growth
-from .guard import Guard, guard_low_precision
-from .sharded import correct_across, drifts
+from .averaged_weights import second_weights
+from .edits import ROUNDED, accept_edit
+from .growth_notes import GrowthNotes
+from .guard import Guard, gradient_hook, guard_low_precision
+from .sharded import any_rank, correct_across, drifts
+from .step import Step, closure_in, replace_closure
 from .workspace import Workspace
 
 EXACT_EVERY = 16
-STALE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
-ROUNDED = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
-
-FUSED = (
-    "It was the original of a parametrization; if that was removed, the original is gone and the fused weight is a "
-    "new weight. "
-)
 
 
 class Protection:
@@ -54,12 +48,8 @@ class Protection:
         self.held: list[Tensor] = []
         self.originals: set[str] = set()
         self.amend: Callable[[], None] = lambda: None
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._steps: list[Step] = []  # begun and not ended
         self._hidden: list[tuple[Tensor, Tensor]] = []
-        self._touched: set[int] = set()
-        self._idle: set[int] = set()
-        self._stepping: dict[int, list[Guard]] = {}
-        self._second_weights = False
         self._handles: list[Any] = []
         self._paused = False
         self._growth = GrowthNotes()
@@ -78,7 +68,7 @@ class Protection:
         self.release_gradient_hooks()
         before, self.guards = self.guards, {}
         self.workspace = Workspace()
-        self._stepping.clear()
+        self._steps.clear()
         for name, basis in store.items():
             if basis.kept is None and not basis.subspaces:
                 continue
@@ -91,7 +81,7 @@ class Protection:
             self.inexact_steps = 0
         if self.options.project == "both":
             self._handles = [
-                guard.parameter.register_post_accumulate_grad_hook(_accumulated(guard))  # type: ignore[no-untyped-call]
+                guard.parameter.register_post_accumulate_grad_hook(gradient_hook(guard))  # type: ignore[no-untyped-call]
                 for guard in self.guards.values()
                 if not guard.immovable and guard.bias is None and guard.parameter.requires_grad
             ]
@@ -112,29 +102,26 @@ class Protection:
         """Step pre-hook of a base: refuse stale anchors, hide frozen gradients, take what the difference form needs."""
         if self._paused:
             return None
+        self.finish_interrupted()
         self.put_back()
-        mine = self._stepping[id(base)] = self._guards_of(base)
-        for guard in mine:
+        step = Step.of(base, self._guards_of(base))
+        for guard in step.guards:
             if guard.edited:
                 self._refuse_edit(guard)
+                step.accepted.add(id(guard))
         self._growth.announce()
-        closure = kwargs.get("closure") if "closure" in kwargs else (args[1] if len(args) > 1 else None)
-        if closure is not None:
-            wrapped = self._guarded_closure(closure, mine, isinstance(base, LBFGS))
-            if "closure" in kwargs:
-                kwargs = {**kwargs, "closure": wrapped}
-            else:
-                args = (args[0], wrapped, *args[2:])
-        self._touched = _with_gradient(mine) if closure is None else set()
-        if self.held and not _marks_writes(base):
-            self._copies = [(parameter, parameter.detach().clone()) for parameter in self.held]
-        if closure is None:
-            self._prepare(mine, project=self.options.project == "gradient")
-        self._idle = _idle(base)
-        self._second_weights = bool(state_keys(base))
-        for guard in mine:
-            if self._uses_difference(guard) or (id(guard.parameter) in self._idle and not guard.immovable):
+        if self.held and step.foreign:
+            step.copies = [(parameter, parameter.detach().clone()) for parameter in self.held]
+        for guard in step.guards:
+            if self._uses_difference(guard, step) or (id(guard.parameter) in step.idle and not guard.immovable):
                 guard.remember()
+        self._steps.append(step)
+        closure = closure_in(args, kwargs)
+        if closure is None:
+            step.touch()
+            self._prepare(step.guards, project=self.options.project == "gradient")
+        else:
+            args, kwargs = replace_closure(args, kwargs, self._guarded_closure(closure, step, isinstance(base, LBFGS)))
         return args, kwargs
 
     @torch.no_grad()
@@ -142,38 +129,116 @@ class Protection:
         """Step post-hook of a base: put kept directions, frozen values and hidden gradients back."""
         if self._paused:
             return
-        foreign, moves = not _marks_writes(base), []
-        for guard in self._stepping.pop(id(base), None) or self._guards_of(base):
-            moved = foreign or any(id(p) in self._touched for p in guard.members) or guard.edited
-            moves.append((guard, guard.members, moved))
-        owed = bool(moves) and self._put_back_moved(moves, foreign)
-        if self._second_weights and self.options.project != "gradient":
+        step = self.step_of(base)
+        if step is None:  # bases changed within the step
+            step = Step.of(base, self._guards_of(base))
+            step.finish(update=self.options.project != "gradient")
+        elif step.guards:
+            self.inexact_steps += self._put_back_moved(step)
+        if step.second_weights and self.options.project != "gradient":
             self.align(base)
-        self.inexact_steps += owed
+        step.restore_copies()
+        self._close(step)
         if self.inexact_steps >= EXACT_EVERY:
             self.make_exact()
-        for parameter, value in self._copies:
-            parameter.detach().copy_(value)
-        self._copies = []
-        self.put_back()
 
-    def _put_back_moved(self, moves: list[tuple[Guard, list[Tensor], bool]], foreign: bool) -> bool:
+    def _put_back_moved(self, step: Step) -> bool:
         """Correct what a step moved; return True if an exact correction is still owed."""
-        owed = False
+        owed, moves = False, [(guard, guard.members, step.moved(guard)) for guard in step.guards]
         with exact_products(local_tensor(moves[0][0].parameter).device):  # once, not for every product
             for number, (guard, members, moved) in enumerate(moves):
                 if guard.immovable:
-                    if foreign or guard.edited:
-                        local_tensor(guard.parameter).copy_(_kept(guard))
+                    if moved:
+                        guard.correct()
                 elif moved and (guard.frozen or self.options.project != "gradient"):
-                    moved = id(guard.parameter) not in self._idle or not guard.unmoved
+                    moved = not step.unmoved(guard)
                     moves[number] = (guard, members, moved)
-                    owed |= moved and self._correct(guard)
+                    owed |= moved and self._correct(guard, step)
             if self.options.project != "gradient":
-                correct_across(moves, softly=True)
-        for guard, _, _ in moves:
+                correct_across(
+                    [(guard, members, moved or guard.behind) for guard, members, moved in moves], softly=True
+                )
+        for guard in step.guards:
+            guard.behind = False
             guard.mark()
         return owed
+
+    def _close(self, step: Step) -> None:
+        """End a step: hidden gradients are there again."""
+        self.put_back()
+        self._steps = [other for other in self._steps if other is not step]
+
+    def step_of(self, base: Optimizer) -> Step | None:
+        """Return the step of `base` that has begun and not ended."""
+        return next((step for step in self._steps if step.base() is base), None)
+
+    def forget_steps(self) -> None:
+        """Take what the weights hold now for given, whatever a step left unfinished; hidden gradients are back."""
+        self._steps.clear()
+        self.put_back()
+
+    def calls_phase(self, base: Optimizer, phase: str) -> bool:
+        """Return True if a step of `base` is at work and calls this part of it, for the first time."""
+        step = self.step_of(base)
+        if step is None or step.failed or phase in step.phases:
+            return False
+        step.phases.add(phase)
+        return True
+
+    @property
+    def interrupted(self) -> list[Step]:
+        """Steps that ended before their correction; one whose closure is at work goes on."""
+        return [step for step in self._steps if not step.evaluating]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def finish_interrupted(self, *, announce: bool = True) -> None:
+        """Finish steps that an error or an interrupt ended: every kept direction goes back to its anchor.
+
+        Of a weight that was written to since then it cannot be told by whom, so this is announced, except right after
+        the error.
+        """
+        for step in self.interrupted:
+            base, update = step.base(), self.options.project != "gradient"
+            written = step.finish(update=update)
+            if base is not None and step.second_weights and update:
+                self.align(base)
+            if any(guard.pending for guard in step.guards):  # ended between two marks
+                self.inexact_steps = max(self.inexact_steps, 1)
+            self._close(step)
+            if announce and written:
+                warn(
+                    f"a step of {'an optimizer' if base is None else type(base).__name__} ended before its correction "
+                    f"(an error or an interrupt): what {written} parameters keep was put back now. If you have "
+                    "changed weights on purpose since, do so again and call opt.reanchor()",
+                    NullSpaceWarning,
+                    stacklevel=2,
+                )
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Run a step; where an error ends it every kept direction goes back to its anchor at once."""
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):  # out of memory once more: the next use of the weights tries again
+                self.finish_interrupted(announce=False)
+            raise
+        finally:
+            self.put_back()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def restore_across(self) -> None:
+        """Put sides that cross ranks back if a step was interrupted on any of them; all ranks must ask."""
+        across = [guard for guard in self.guards.values() if guard.across]
+        if across and any_rank(any(guard.behind for guard in across), across[0]):
+            clean = [guard for guard in across if not guard.edited]
+            correct_across([(guard, guard.members, guard.behind) for guard in across])
+            for guard in across:
+                guard.behind = False
+            for guard in clean:
+                guard.mark()
 
     @torch.no_grad()
     def align(self, base: Optimizer) -> None:
@@ -184,11 +249,11 @@ class Protection:
             guard.correct(weights)
         correct_across([(guard, weights, True) for guard, weights in pairs])
 
-    def _correct(self, guard: Guard) -> bool:
+    def _correct(self, guard: Guard, step: Step) -> bool:
         """Correct one guard after a step; return True if an exact correction is still owed."""
         if guard.frozen:
             guard.correct()
-        elif self._uses_difference(guard):
+        elif self._uses_difference(guard, step):
             low = guard_low_precision(guard) if self.options.precision == "fast" else None
             guard.correct_difference(low)
             guard.pending = True
@@ -196,11 +261,13 @@ class Protection:
             guard.yield_softly()
         else:
             guard.correct()
+            guard.pending = False
         return guard.pending
 
     @torch.no_grad()
     def make_exact(self) -> None:
         """Apply the anchor form where difference-form steps are pending (before anything reads the weights)."""
+        self.finish_interrupted()
         for guard in self.guards.values():
             if guard.pending and not guard.edited:
                 guard.correct()
@@ -215,6 +282,7 @@ class Protection:
         Raises:
             StaleAnchorError: a weight was changed by something other than the wrapped optimizer.
         """
+        self.finish_interrupted()
         owed = self.owed
         pending = [guard for guard in self.guards.values() if guard.pending and not guard.edited]
         saved = [(guard, [p.detach().clone() for p in guard.members]) for guard in pending]
@@ -267,6 +335,7 @@ class Protection:
             StaleAnchorError: a weight was changed by something other than the wrapped optimizer.
         """
         self.make_exact()
+        self.restore_across()
         found = drifts(self.guards)
         for name, guard in self.guards.items():
             self._refuse_edit(guard, found[name])
@@ -274,35 +343,13 @@ class Protection:
         self.make_exact()  # what was accepted with a correction still owed
 
     def _refuse_edit(self, guard: Guard, drift: float | None = None) -> None:
-        check_shapes({guard.basis.name: guard.stored}, {guard.basis.name: guard.parameter})
-        if self.options.project == "gradient" and not guard.frozen:
-            self._growth.note(guard)
-            return
-        limit = STALE.get(guard.parameter.dtype, 1e-3)
-        if guard.pending:
-            limit = max(limit, 1.1 * guard.allowed)
-        if drift is None:
-            drift = drifts({"": guard})[""] if guard.across else guard.drift()
-        if isnan(drift):
-            raise StaleAnchorError(
-                f"'{guard.basis.name}' holds values that are not finite, its kept directions are lost: training "
-                "diverged or it was edited; go back to an earlier checkpoint"
-            )
-        if not drift <= limit and guard.grown:
-            refuse_growth(guard, drift)
-        if not drift <= limit:
-            raise StaleAnchorError(
-                f"'{guard.basis.name}' was changed outside the optimizer: its kept directions moved by {drift:.1e} "
-                f"(limit {limit:.0e}). {FUSED if guard.basis.name in self.originals else ''}If the new weights "
-                "are meant (load_state_dict, EMA swap, merge), call opt.reanchor(); otherwise restore them"
-            )
-        self._growth.note(guard)
-        guard.mark()
+        accept_edit(guard, self.options, self._growth, original=guard.basis.name in self.originals, drift=drift)
 
-    def _uses_difference(self, guard: Guard) -> bool:
-        if guard.frozen or guard.bias is not None or self._second_weights or self.options.project == "gradient":
+    def _uses_difference(self, guard: Guard, step: Step) -> bool:
+        if guard.frozen or guard.bias is not None or step.second_weights or self.options.project == "gradient":
             return False
-        return guard.wants_difference(self.options.precision)
+        written = id(guard) in step.accepted  # in each step of SAM by hand: what is owed must not add up
+        return not written and guard.wants_difference(self.options.precision)
 
     def _guards_of(self, base: Optimizer) -> list[Guard]:
         ids = {id(p) for group in base.param_groups for p in group["params"]}
@@ -332,7 +379,7 @@ class Protection:
                 parameter.grad = gradient
         self._hidden.clear()
 
-    def _guarded_closure(self, closure: Callable[[], Any], guards: list[Guard], line_search: bool) -> Callable[[], Any]:
+    def _guarded_closure(self, closure: Callable[[], Any], step: Step, line_search: bool) -> Callable[[], Any]:
         """Return `closure` followed by hiding (and projecting) gradients.
 
         LBFGS builds its search direction from many evaluations, so there gradients are projected in every evaluation:
@@ -343,46 +390,11 @@ class Protection:
         def evaluate() -> Any:
             with torch.no_grad():
                 self.put_back()
-            loss = closure()
+            with step.evaluation():
+                loss = closure()
             with torch.no_grad():
-                self._touched |= _with_gradient(guards)
-                self._prepare(guards, project)
+                step.touch()
+                self._prepare(step.guards, project)
             return loss
 
         return evaluate
-
-
-def _accumulated(guard: Guard) -> Callable[[Tensor], None]:
-    def project(parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            with torch.no_grad():
-                guard.project_gradient(parameter.grad, softly=False)
-
-    return project
-
-
-def _kept(guard: Guard) -> Tensor:
-    assert guard.basis.kept is not None
-    return guard.basis.kept
-
-
-def _with_gradient(guards: Iterable[Guard]) -> set[int]:
-    """Return the ids of the tensors that the base may move because they have a gradient."""
-    return {id(p) for guard in guards for p in guard.members if p.grad is not None}
-
-
-def _marks_writes(base: Optimizer) -> bool:
-    """False for optimizers that may write through `p.data`, which leaves no mark on the parameter."""
-    return type(base).__module__.startswith("torch.optim")
-
-
-def _idle(base: Optimizer) -> set[int]:
-    """Return the ids of the parameters whose learning rate is zero: most optimizers do not move those (Rprop does)."""
-    return {id(p) for group in base.param_groups if is_zero(group.get("lr")) for p in group["params"]}
-
-
-def is_zero(rate: Any) -> bool:
-    """True for a learning rate of exactly zero that can be read without a device synchronisation."""
-    if isinstance(rate, Tensor):
-        return rate.device.type == "cpu" and float(rate) == 0.0
-    return isinstance(rate, (int, float)) and rate == 0

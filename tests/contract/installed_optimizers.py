@@ -85,7 +85,7 @@ def _split(model: nn.Module, **marks: Any) -> list[dict[str, Any]]:
     return [{"params": [p for p in model.parameters() if p.ndim == 2], **marks}, rest]
 
 
-SHARPNESS = "through step(closure); first_step and second_step called by hand run no hooks, which verify() finds"
+SHARPNESS = "through step(closure), or first_step and second_step called by hand"
 _SMALL = {"lr": 1e-3}
 _HEAVY = {"lr": 1e-3, "momentum": 0.9}
 _STEADY = {"lr": 0.1, "max_iter": 2}  # with its defaults it is done before the consolidation

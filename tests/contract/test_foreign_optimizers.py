@@ -10,7 +10,7 @@ from cases import Case, Setting, setting
 from torch.optim import SGD, AdamW
 from training import relative_drift
 
-from nullspace_optim import NullSpaceOptimizer, NumericalRank, StaleAnchorError
+from nullspace_optim import NullSpaceOptimizer, NumericalRank
 from nullspace_optim.errors import OptionError
 
 
@@ -30,17 +30,17 @@ def consolidated(base: Any, task: Setting) -> NullSpaceOptimizer:
     return optimizer
 
 
-def test_sharpness_aware_phases_called_by_hand_run_no_hooks_and_are_found(task: Setting) -> None:
+def test_sharpness_aware_phases_called_by_hand_hold(task: Setting) -> None:
     base = library("pytorch_optimizer").SAM(task.model.parameters(), SGD, lr=0.5)
     optimizer = consolidated(base, task)
+    outputs, start = task.outputs(), task.loss().item()
     for _ in range(20):
         task.loss().backward()
         base.first_step(zero_grad=True)
         task.loss().backward()
         base.second_step(zero_grad=True)
-    assert not optimizer.verify().ok
-    with pytest.raises(StaleAnchorError, match="changed outside the optimizer"):
-        optimizer.save("never written")
+    assert relative_drift(task.outputs(), outputs) <= 1e-5 and optimizer.verify().ok
+    assert task.loss().item() < start
 
 
 def test_sharpness_aware_steps_with_a_closure_hold(task: Setting) -> None:

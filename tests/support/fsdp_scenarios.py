@@ -32,6 +32,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.optim import SGD
 
 from nullspace_optim import ConsolidationError, Fate, FixedRank, NullSpaceOptimizer
 from nullspace_optim.consolidation.describe import stored_bytes
@@ -258,6 +259,63 @@ def an_edit_is_found_and_accepted(folder: Path) -> None:
     assert optimizer.verify().ok
 
 
+class _Breaking(SGD):
+    """Moves the weights and then fails, once it is told to."""
+
+    broken = False
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                parameter.sub_(parameter.grad, alpha=0.05)
+                parameter.mul_(0.99)
+        if self.broken:
+            self.broken = False
+            raise MemoryError("out of memory")
+
+
+def a_step_that_breaks_off_goes_back_to_the_anchors(folder: Path) -> None:
+    rank = dist.get_rank()
+    for kind, data in ((Plain, rows), (Everything, tokens)):
+        for then in ("step", "verify", "consolidate", "restore"):
+            model = sharded(seeded(kind))
+            optimizer = wrap(model, base := _Breaking(model.parameters(), lr=0.05))
+            optimizer.consolidate(share(data(1), rank), progress=False)
+            assert (kind is Everything) == any(g.across for g in optimizer._core.protection.guards.values())
+            train(model, optimizer, data(2, 2), rank)
+            base.broken = True
+            with pytest.raises(MemoryError):
+                train(model, optimizer, data(3, 1), rank)
+            if then == "step":
+                train(model, optimizer, data(3, 1), rank)
+            elif then == "consolidate":
+                optimizer.consolidate(share(data(3, 1), rank), progress=False)
+            elif then == "restore":
+                optimizer.restore()
+            assert optimizer.verify().ok, (kind, then)
+            train(model, optimizer, data(4, 2), rank)
+            assert optimizer.verify().ok, (kind, then)
+
+
+def restore_undoes_an_edit(folder: Path) -> None:
+    from nullspace_optim import StaleAnchorError
+
+    rank = dist.get_rank()
+    model = sharded(seeded(Everything))
+    optimizer = wrap(model)
+    optimizer.consolidate(share(tokens(1), rank), progress=False)
+    train(model, optimizer, tokens(2, 2), rank)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    with pytest.raises(StaleAnchorError, match=r"opt\.restore\(\)"):
+        optimizer.step()
+    optimizer.restore()
+    assert optimizer.verify().ok
+    train(model, optimizer, tokens(2), rank)
+    assert optimizer.verify().ok
+
+
 def _tower(kind: str) -> nn.Module:
     return nn.Sequential(nn.Linear(12, 8), nn.GELU(), nn.Linear(8, 4))
 
@@ -422,6 +480,8 @@ SCENARIOS = [
     an_error_inside_a_forward_on_one_rank_stops_all_at_once,
     an_interrupt_inside_a_forward_stops_all_at_once,
     an_edit_is_found_and_accepted,
+    a_step_that_breaks_off_goes_back_to_the_anchors,
+    restore_undoes_an_edit,
     fates_do_not_depend_on_where_a_parameter_lies,
     methods_besides_forward_are_captured,
     bases_move_between_one_process_and_shards,

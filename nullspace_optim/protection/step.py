@@ -1,0 +1,129 @@
+"""One step of a base between its two hooks: what it may move, and how it is finished if it was cut short.
+
+A step is atomic. Everything that a correction needs is kept in anchors, so a step that ended early (an interrupt, no
+memory, an error in a closure or in a hook of somebody else) is finished by the anchor form: kept directions, frozen
+parameters and copies are as if the step had been corrected. The difference form does not need the weights of before
+then. Where a side is kept by part, no share of the movement is let through that was not written into the anchor yet.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .averaged_weights import state_keys
+from .guard import Guard
+
+
+@dataclass(eq=False)
+class Step:
+    """A step of `base` that has begun: the guards it may move, and what was found before.
+
+    `touched` are the tensors with a gradient, `idle` those with a learning rate of zero (by identity), `accepted` the
+    guards that were written to since the step before, within rounding; `copies` are tensors that must not move, with
+    their values. `evaluating` is true while a closure runs, `failed` after one that raised an error;
+    `phases` are the parts of a step that the base has called in it (see `phases`).
+    """
+
+    base: weakref.ref[Optimizer]
+    guards: list[Guard]
+    foreign: bool
+    second_weights: bool
+    idle: set[int]
+    touched: set[int] = field(default_factory=set)
+    accepted: set[int] = field(default_factory=set)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    evaluating: bool = False
+    failed: bool = False
+    phases: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, base: Optimizer, guards: list[Guard]) -> Step:
+        """Return a step of `base` before it moves anything."""
+        return cls(weakref.ref(base), guards, not _marks_writes(base), bool(state_keys(base)), _idle(base))
+
+    def moved(self, guard: Guard) -> bool:
+        """True if the base may have moved `guard`: conservative, without waiting for the device."""
+        touched = not guard.immovable and any(id(p) in self.touched for p in guard.members)
+        return touched or self.wrote(guard)
+
+    def wrote(self, guard: Guard) -> bool:
+        """True if `guard` was written to as far as marks tell, which some bases do not leave."""
+        return self.foreign or guard.edited or id(guard) in self.accepted
+
+    def unmoved(self, guard: Guard) -> bool:
+        """True if `guard` stands still at a learning rate of zero, bit for bit."""
+        return id(guard.parameter) in self.idle and bool(guard.previous) and guard.unmoved
+
+    def restore_copies(self) -> None:
+        """Give tensors that must not move their values back."""
+        for parameter, value in self.copies:
+            parameter.detach().copy_(value)
+        self.copies = []
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Mark the step as one that goes on, while its closure runs."""
+        self.evaluating = True
+        try:
+            yield
+        except BaseException:
+            self.failed = True
+            raise
+        finally:
+            self.evaluating = False
+
+    def touch(self) -> None:
+        """Note the tensors that the base may move because they have a gradient."""
+        self.touched |= {id(p) for guard in self.guards for p in guard.members if p.grad is not None}
+
+    def finish(self, *, update: bool) -> int:
+        """Put everything back that is kept, by its anchor; return how many parameters may have been written to.
+
+        What the base has not written to yet stays bit for bit. With ``update=False`` (``project="gradient"``) only
+        frozen parameters are put back. Sides that cross ranks are left to the next sum over ranks.
+        """
+        written = sum(self.wrote(guard) for guard in self.guards)
+        for guard in self.guards:
+            if self.wrote(guard) and (update or guard.frozen):
+                guard.correct()
+                guard.pending, guard.behind = False, bool(guard.across)
+            guard.mark()
+        self.restore_copies()
+        return written
+
+
+def closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+    """Return the closure among the arguments of `step(self, closure=None)`."""
+    found: Callable[[], Any] | None = kwargs["closure"] if "closure" in kwargs else (*args, None, None)[1]
+    return found
+
+
+def replace_closure(args: tuple[Any, ...], kwargs: dict[str, Any], closure: Callable[[], Any]) -> Any:
+    """Return the arguments of `step` with another closure."""
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": closure}
+    return (args[0], closure, *args[2:]), kwargs
+
+
+def is_zero(rate: Any) -> bool:
+    """True for a learning rate of exactly zero that can be read without a device synchronisation."""
+    if isinstance(rate, Tensor):
+        return rate.device.type == "cpu" and float(rate) == 0.0
+    return isinstance(rate, (int, float)) and rate == 0
+
+
+def _marks_writes(base: Optimizer) -> bool:
+    """False for optimizers that may write through `p.data`, which leaves no mark on the parameter."""
+    return type(base).__module__.startswith("torch.optim")
+
+
+def _idle(base: Optimizer) -> set[int]:
+    """Return the ids of the parameters whose learning rate is zero: most optimizers do not move those (Rprop does)."""
+    return {id(p) for group in base.param_groups if is_zero(group.get("lr")) for p in group["params"]}
