@@ -12,13 +12,16 @@ carries the figures of one device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from ..errors import OptionError
 from ..model.batches import SAMPLES
 from ..options import check_choice
 from ..protection.step_hooks import EXACT_EVERY
+from ..protection.weight_stack import FEWEST, LARGEST
 from ..settings import CHOICES, Precision, Project
 from ..subspace.projection import MatrixSide
 from .shapes import Moment, Survey, Weight
@@ -71,7 +74,8 @@ class MemoryCost:
 
     `bases` and `anchors` are stored; `kept` are the values of frozen and full parameters and the buffers;
     `covariances` are second moments kept between tasks (accumulating policies only). `copies` is the transient copy
-    of the weights before the base step, `workspaces` are complements and one residual, made at the first step.
+    of the weights before the base step, `workspaces` are complements and one residual, made at the first step, and
+    bases and anchors of small weights a second time, in stacks.
     """
 
     bases: int = 0
@@ -142,6 +146,7 @@ def predict(survey: Survey, rank: Rank, conditions: Conditions | None = None) ->
     """Return what protection costs if `rank(s)` directions of every side of size `s` are protected in each group."""
     conditions = conditions or Conditions()
     costs = [_Cost(weight, rank, conditions) for weight in survey.weights]
+    _stack(costs)
     used = sum(cost.directions for cost in costs)
     everything = sum(size * weight.matrix[0] for weight in survey.weights for _, size in _sides(weight))
     return Prediction(
@@ -202,6 +207,7 @@ class _Cost:
     rank: Rank
     conditions: Conditions
     ranks: dict[MatrixSide, int] = field(init=False)
+    stack: int = 1
 
     def __post_init__(self) -> None:
         self.ranks = {side: min(self.rank(size), size) for side, size in _sides(self.weight)}
@@ -231,8 +237,28 @@ class _Cost:
             return False
         if devices > 1 and (weight.padded or any(weight.crosses(side) for side in weight.sides)):
             return False
+        if self.stacked(devices) > 1:
+            return False
         beyond = any(2 * self.ranks[side] > size for side, size in _sides(weight))
         return beyond or conditions.precision == "fast"
+
+    @property
+    def stackable(self) -> bool:
+        """True for a weight that is corrected with others of its like, if there are enough (see `weight_stack`)."""
+        weight, conditions = self.weight, self.conditions
+        if self.immovable or conditions.soft or conditions.project == "gradient" or weight.lookup:
+            return False
+        return any(self.ranks.values()) and weight.kind != "transposed" and math.prod(weight.shape) <= LARGEST
+
+    @property
+    def kind(self) -> Hashable:
+        """Facts that weights of one stack have in common (their ranks follow from their shape)."""
+        weight = self.weight
+        return weight.shape, weight.matrix, weight.kind, weight.itemsize, weight.joint, tuple(weight.sides)
+
+    def stacked(self, devices: int) -> int:
+        """Return how many weights are corrected together; shards are corrected one by one."""
+        return self.stack if devices == 1 else 1
 
     def flops(self, devices: int) -> int:
         """Return the operations of one step's correction on one of `devices`."""
@@ -271,18 +297,20 @@ class _Cost:
         if self.immovable or self.conditions.project == "gradient" or self.conditions.soft:
             return 0
         sides = (side for side in self.ranks if not self._crosses(side, devices))
-        return max((self._anchor(side, devices) for side in sides), default=0)
+        return max((self._anchor(side, devices) * self.stacked(devices) for side in sides), default=0)
 
     def memory(self, devices: int, bases: dict[tuple[int, int], int]) -> MemoryCost:
         """Return the bytes on one device; bases of weights that share rows are entered in `bases` once."""
         weight, conditions = self.weight, self.conditions
         g, _, d = weight.matrix
-        anchors = complements = 0
+        anchors = complements = doubles = 0
         for side, size in _sides(weight):
             k = self.ranks[side]
             bases[weight.sides[side], size] = g * size * k * FLOAT + (g * k * FLOAT if conditions.soft else 0)
             anchors += self._anchor(side, devices)
             complements += g * size * (size - k) * FLOAT if self._shorter(side, size) < k else 0
+            if self.stacked(devices) > 1:
+                doubles += g * size * k * max(FLOAT, weight.itemsize) + self._anchor(side, devices)
         lookup, difference = self.rows * d * max(FLOAT, weight.itemsize), self.difference(devices)
         gradients = conditions.project == "gradient" or (conditions.project == "both" and not weight.joint)
         complemented = difference or (gradients and not self.immovable)
@@ -291,8 +319,16 @@ class _Cost:
             anchors=anchors + self.part(lookup, devices),
             kept=self.part(weight.bytes, devices) if self.immovable else 0,
             copies=self.part(weight.bytes, devices) if difference else 0,
-            workspaces=complements if complemented else 0,
+            workspaces=doubles + (complements if complemented else 0),
         )
+
+
+def _stack(costs: list[_Cost]) -> None:
+    """Note at each cost how many weights are corrected together with its own."""
+    alike = Counter(cost.kind for cost in costs if cost.stackable)
+    for cost in costs:
+        if cost.stackable and alike[cost.kind] >= FEWEST:
+            cost.stack = alike[cost.kind]
 
 
 def _memory(survey: Survey, costs: list[_Cost], conditions: Conditions, devices: int) -> MemoryCost:

@@ -40,7 +40,8 @@ class Guard:
     """One parameter, its basis, and what its correction needs: a workspace that guards may share.
 
     Of a sharded parameter `basis` is this rank's view of what is `stored`, and `across` are the sides whose coordinates
-    are sums over ranks; `correct_across` serves them, and is owed to a weight that is `behind`.
+    are sums over ranks; `correct_across` serves them, and is owed to a weight that is `behind`. `members` are the
+    tensors that move together: the parameter and a bias folded into it.
     """
 
     parameter: Tensor
@@ -50,14 +51,18 @@ class Guard:
     stored: Basis = field(init=False)
     part: ShardView = field(init=False)
     across: list[Subspace] = field(init=False)
+    members: list[Tensor] = field(init=False)
+    sharded: bool = field(init=False)
     complements: dict[Side, Tensor] = field(default_factory=dict)
     previous: list[Tensor] = field(default_factory=list)
-    seen: tuple[tuple[int, ...], ...] | None = None
+    seen: tuple[object, ...] | None = None
     pending: bool = False
     behind: bool = False
     allowed: float = 0.0
 
     def __post_init__(self) -> None:
+        self.members = [self.parameter] if self.bias is None else [self.parameter, self.bias]
+        self.sharded = any(hasattr(member, "to_local") for member in self.members)
         self.stored = self.basis
         self.part = shard_view(self.parameter, self.basis.layout, joint=self.bias is not None)
         self.across = [] if self.basis.kept is not None else crossing_sides(self.basis, self.part)
@@ -78,11 +83,6 @@ class Guard:
         """True if the whole parameter keeps its value."""
         return self.basis.kept is not None and not self.grown
 
-    @property
-    def members(self) -> list[Tensor]:
-        """The tensors that this guard moves: the parameter and a bias folded into it."""
-        return [self.parameter] if self.bias is None else [self.parameter, self.bias]
-
     def blocks(self, weights: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
         """Return what the basis is about of `weights` (of `members` unless given): leading blocks if they have grown.
 
@@ -100,11 +100,13 @@ class Guard:
         """Remember storage and version of every member as we left it."""
         self.seen = self._marks()
 
-    def _marks(self) -> tuple[tuple[int, ...], ...]:
+    def _marks(self) -> tuple[object, ...]:
         """Return address and version of every member; a DTensor and its block count their writes separately."""
+        if self.sharded:
+            return tuple(_mark(member) for member in self.members)
         if self.bias is None:
-            return (_mark(self.parameter),)
-        return _mark(self.parameter), _mark(self.bias)
+            return self.parameter.data_ptr(), self.parameter._version
+        return self.parameter.data_ptr(), self.parameter._version, self.bias.data_ptr(), self.bias._version
 
     @property
     def edited(self) -> bool:

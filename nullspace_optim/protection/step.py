@@ -1,4 +1,4 @@
-"""One step of a base between its two hooks: what it may move, and how it is finished if it was cut short.
+"""One step of a base between its two hooks: what it may move, how that is corrected, how it ends if it was cut short.
 
 A step is atomic. Everything that a correction needs is kept in anchors, so a step that ended early (an interrupt, no
 memory, an error in a closure or in a hook of somebody else) is finished by the anchor form: kept directions, frozen
@@ -9,16 +9,21 @@ then. Where a side is kept by part, no share of the movement is let through that
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from warnings import warn
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..errors import NullSpaceWarning
+from ..settings import Settings
 from .averaged_weights import state_keys
 from .guard import Guard
+from .weight_stack import stack_alike
+from .workspace import Workspace
 
 
 @dataclass(eq=False)
@@ -97,6 +102,35 @@ class Step:
             guard.mark()
         self.restore_copies()
         return written
+
+
+class Forms:
+    """How guards are corrected, decided once: together in `stacks`, in the difference form, across ranks."""
+
+    def __init__(self, guards: Iterable[Guard], options: Settings, workspace: Workspace) -> None:
+        moving = [guard for guard in guards if not guard.frozen and options.project != "gradient"]
+        self.stacks = stack_alike(moving, workspace)
+        self.stacked = {id(guard) for stack in self.stacks for guard in stack.guards}
+        alone = [guard for guard in moving if id(guard) not in self.stacked and guard.bias is None]
+        self.by_difference = {id(guard) for guard in alone if guard.wants_difference(options.precision)}
+        self.crossing = any(guard.across for guard in moving)
+
+    def uses_difference(self, guard: Guard, step: Step) -> bool:
+        """True where only the movement is projected; not after an edit, as in each step of SAM by hand: what is owed
+        must not add up.
+        """
+        return id(guard) in self.by_difference and not step.second_weights and id(guard) not in step.accepted
+
+
+def announce_finished(base: Optimizer | None, written: int) -> None:
+    """Warn that a step of `base` was finished after others may have written to the same parameters."""
+    warn(
+        f"a step of {'an optimizer' if base is None else type(base).__name__} ended before its correction (an error or "
+        f"an interrupt): what {written} parameters keep was put back now. If you have changed weights on purpose "
+        "since, do so again and call opt.reanchor()",
+        NullSpaceWarning,
+        stacklevel=3,
+    )
 
 
 def closure_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
-from warnings import warn
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from torch.optim import LBFGS, Optimizer
 
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.group import local_tensor
-from ..errors import NullSpaceWarning
 from ..settings import Settings
 from ..subspace.basis import BasisStore
 from ..subspace.projection import exact_products
@@ -27,7 +25,7 @@ from .edits import ROUNDED, accept_edit
 from .growth_notes import GrowthNotes
 from .guard import Guard, gradient_hook, guard_low_precision
 from .sharded import any_rank, correct_across, drifts
-from .step import Step, closure_in, replace_closure
+from .step import Forms, Step, announce_finished, closure_in, replace_closure
 from .workspace import Workspace
 
 EXACT_EVERY = 16
@@ -50,6 +48,8 @@ class Protection:
         self.amend: Callable[[], None] = lambda: None
         self._steps: list[Step] = []  # begun and not ended
         self._hidden: list[tuple[Tensor, Tensor]] = []
+        self._of_bases: dict[int, tuple[set[int], list[Guard]]] = {}
+        self.forms = Forms((), options, self.workspace)
         self._handles: list[Any] = []
         self._paused = False
         self._growth = GrowthNotes()
@@ -77,6 +77,8 @@ class Protection:
             guard.mark()
             if name in before and before[name].stored is basis:
                 guard.seen, guard.pending = before[name].seen, before[name].pending
+        self._of_bases.clear()
+        self.forms = Forms(self.guards.values(), self.options, self.workspace)
         if not any(guard.pending for guard in self.guards.values()):
             self.inexact_steps = 0
         if self.options.project == "both":
@@ -109,11 +111,14 @@ class Protection:
             if guard.edited:
                 self._refuse_edit(guard)
                 step.accepted.add(id(guard))
+        if any(guard.grown for guard in step.guards if id(guard) in self.forms.stacked):  # through `.data`
+            self.forms = Forms(self.guards.values(), self.options, self.workspace)
         self._growth.announce()
         if self.held and step.foreign:
             step.copies = [(parameter, parameter.detach().clone()) for parameter in self.held]
         for guard in step.guards:
-            if self._uses_difference(guard, step) or (id(guard.parameter) in step.idle and not guard.immovable):
+            idle = bool(step.idle) and id(guard.parameter) in step.idle and not guard.immovable
+            if idle or self.forms.uses_difference(guard, step):
                 guard.remember()
         self._steps.append(step)
         closure = closure_in(args, kwargs)
@@ -144,20 +149,21 @@ class Protection:
 
     def _put_back_moved(self, step: Step) -> bool:
         """Correct what a step moved; return True if an exact correction is still owed."""
-        owed, moves = False, [(guard, guard.members, step.moved(guard)) for guard in step.guards]
-        with exact_products(local_tensor(moves[0][0].parameter).device):  # once, not for every product
-            for number, (guard, members, moved) in enumerate(moves):
-                if guard.immovable:
-                    if moved:
-                        guard.correct()
-                elif moved and (guard.frozen or self.options.project != "gradient"):
-                    moved = not step.unmoved(guard)
-                    moves[number] = (guard, members, moved)
-                    owed |= moved and self._correct(guard, step)
-            if self.options.project != "gradient":
-                correct_across(
-                    [(guard, members, moved or guard.behind) for guard, members, moved in moves], softly=True
-                )
+        owed, moved, update = False, set(), self.options.project != "gradient"
+        with exact_products(local_tensor(step.guards[0].parameter).device):  # once, not for every product
+            for guard in step.guards:
+                if not step.moved(guard) or (step.idle and not guard.immovable and step.unmoved(guard)):
+                    continue
+                moved.add(id(guard))
+                if guard.frozen:
+                    guard.correct()
+                elif update and id(guard) not in self.forms.stacked:
+                    owed |= self._correct(guard, step)
+            for stack in self.forms.stacks:
+                stack.correct(moved)
+            if self.forms.crossing:
+                moves = [(g, g.members, g.behind or id(g) in moved) for g in step.guards]
+                correct_across(moves, softly=True)
         for guard in step.guards:
             guard.behind = False
             guard.mark()
@@ -207,13 +213,7 @@ class Protection:
                 self.inexact_steps = max(self.inexact_steps, 1)
             self._close(step)
             if announce and written:
-                warn(
-                    f"a step of {'an optimizer' if base is None else type(base).__name__} ended before its correction "
-                    f"(an error or an interrupt): what {written} parameters keep was put back now. If you have "
-                    "changed weights on purpose since, do so again and call opt.reanchor()",
-                    NullSpaceWarning,
-                    stacklevel=2,
-                )
+                announce_finished(base, written)
 
     @contextmanager
     def finishing(self) -> Iterator[None]:
@@ -251,9 +251,7 @@ class Protection:
 
     def _correct(self, guard: Guard, step: Step) -> bool:
         """Correct one guard after a step; return True if an exact correction is still owed."""
-        if guard.frozen:
-            guard.correct()
-        elif self._uses_difference(guard, step):
+        if self.forms.uses_difference(guard, step):
             low = guard_low_precision(guard) if self.options.precision == "fast" else None
             guard.correct_difference(low)
             guard.pending = True
@@ -345,15 +343,13 @@ class Protection:
     def _refuse_edit(self, guard: Guard, drift: float | None = None) -> None:
         accept_edit(guard, self.options, self._growth, original=guard.basis.name in self.originals, drift=drift)
 
-    def _uses_difference(self, guard: Guard, step: Step) -> bool:
-        if guard.frozen or guard.bias is not None or step.second_weights or self.options.project == "gradient":
-            return False
-        written = id(guard) in step.accepted  # in each step of SAM by hand: what is owed must not add up
-        return not written and guard.wants_difference(self.options.precision)
-
     def _guards_of(self, base: Optimizer) -> list[Guard]:
         ids = {id(p) for group in base.param_groups for p in group["params"]}
-        return [guard for guard in self.guards.values() if any(id(p) in ids for p in guard.members)]
+        known = self._of_bases.get(id(base))
+        if known is None or known[0] != ids:
+            found = [guard for guard in self.guards.values() if any(id(p) in ids for p in guard.members)]
+            known = self._of_bases[id(base)] = ids, found
+        return known[1]
 
     def _prepare(self, guards: Iterable[Guard], project: bool) -> None:
         """Amend gradients, hide those of held and immovable parameters, project those of protected ones if asked."""

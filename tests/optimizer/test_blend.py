@@ -50,7 +50,7 @@ def test_weights_are_interpolated_and_what_is_kept_stays(share: float, bias: str
     assert opt.verify().ok and opt.verify().worst < 1e-5
 
 
-def test_weights_from_before_an_earlier_consolidation_do_not_bring_its_directions_back() -> None:
+def test_weights_of_any_time_do_not_move_what_is_kept() -> None:
     model, opt, _, _ = trained(Energy(0.99))
     before = {
         name: torch.randn_like(value) if value.is_floating_point() else value for name, value in state(model).items()
@@ -61,7 +61,7 @@ def test_weights_from_before_an_earlier_consolidation_do_not_bring_its_direction
     assert free and not torch.allclose(model.get_parameter("2.weight"), before["2.weight"])
 
 
-def test_training_goes_on_after_a_blend_and_soft_directions_are_moved_by_their_share() -> None:
+def test_training_goes_on_and_soft_directions_move_by_their_share() -> None:
     model, opt, _, before = trained(SGP(0.9, alpha=3.0))
     after = state(model)
     opt.blend(before, 0.5)

@@ -421,6 +421,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "two sides": {"policy": OSF(0.4)},
     "soft": {"policy": SGP(0.9)},
     "soft on two sides": {"policy": SGP(0.9)},
+    "stacks": {},
 }
 
 
@@ -430,6 +431,12 @@ class Tied(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self[0](x).tanh() @ self[0].weight
         return result
+
+
+MODELS: dict[str, Callable[[], nn.Sequential]] = {
+    "soft on two sides": lambda: Tied(nn.Linear(24, 32)),
+    "stacks": lambda: nn.Sequential(*[nn.Linear(24, 24) for _ in range(4)]),
+}
 
 
 def kept(optimizer: NullSpaceOptimizer) -> bool:
@@ -443,10 +450,11 @@ def kept(optimizer: NullSpaceOptimizer) -> bool:
 @pytest.mark.parametrize("wrapped", [True, False], ids=["opt.step", "base.step"])
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_step_may_be_interrupted_at_any_line(setting: str, wrapped: bool, evaluating: bool) -> None:
-    model = mlp() if setting != "soft on two sides" else Tied(nn.Linear(24, 32))
+    model = MODELS.get(setting, mlp)()
     base = SGD(model.parameters(), lr=1e-2, momentum=0.9)
     optimizer = wrap(model, base, **SETTINGS[setting])
     stepper: Any = optimizer if wrapped else base
+    assert bool(optimizer._core.protection.forms.stacks) == (setting == "stacks")
     train(stepper, model)
     line, raised = 0, True
     while raised:

@@ -45,7 +45,8 @@ class Measured:
         self.stored = stored_bytes(self.opt._core.store) + sum(b.nbytes for b in self.opt._core.store.buffers.values())
         self.copies = sum(t.nbytes for guard in guards for t in guard.previous)
         complements = [t for guard in guards for t in guard.complements.values()]
-        self.workspaces = self.protection.workspace.nbytes + sum(t.nbytes for t in complements)
+        stacks = self.protection.forms.stacks
+        self.workspaces = self.protection.workspace.nbytes + sum(t.nbytes for t in [*complements, *stacks])
 
 
 def total(outputs: Any) -> Tensor:
