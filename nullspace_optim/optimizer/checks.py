@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ..errors import BasisFileError, StaleAnchorError
 from ..files.schema import digest
 from ..model.names import fused_name, named_parameters
-from ..protection.edits import STALE
-from ..protection.growth_notes import refuse_growth
+from ..protection.edits import STALE, refuse_growth
 from ..protection.guard import Guard
 from ..settings import Settings
 from ..subspace.basis import Basis, BasisStore

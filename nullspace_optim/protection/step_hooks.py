@@ -21,8 +21,7 @@ from ..settings import Settings
 from ..subspace.basis import BasisStore
 from ..subspace.projection import exact_products
 from .averaged_weights import second_weights
-from .edits import ROUNDED, accept_edit
-from .growth_notes import GrowthNotes
+from .edits import ROUNDED, GrowthNotes, accept_edit
 from .guard import Guard, gradient_hook, guard_low_precision
 from .sharded import any_rank, correct_across, drifts
 from .step import Forms, Step, announce_finished, closure_in, replace_closure
