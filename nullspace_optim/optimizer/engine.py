@@ -24,14 +24,14 @@ from ..errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, Optio
 from ..model.find import find_model
 from ..model.hooks import ModelHook, remove_idle_hooks
 from ..model.names import named_buffers, named_parameters, original_names
-from ..model.norm_stats import forget_compiled, freeze_statistics
+from ..model.norm_stats import forget_compiled, freeze_statistics, statistics
 from ..model.storage import with_shared_memory
 from ..protection.averaged_weights import Evaluation, evaluated
 from ..protection.step_hooks import Protection
 from ..settings import Settings
 from ..subspace.basis import BasisStore
 from ..subspace.shards import local_store, whole_store
-from ..verification.verify import RecentSamples
+from ..verification.verify import RecentSamples, moved_buffers
 from .checks import check_fit, check_shapes, facts_of, refuse_fused
 from .mode import Mode
 from .ownership import check_ownership, claim, disclaim
@@ -169,6 +169,30 @@ class Engine:
         if self.norm_handles:
             forget_compiled()
         self.norm_handles, self.frozen = [], set()
+
+    @contextmanager
+    def kept_statistics(self) -> Iterator[None]:
+        """Put frozen running statistics back that something else has reset or filled anew, and say so; after an error
+        they are as it left them.
+        """
+        found = statistics(self.owner(), self.frozen)
+        moved = {n: found[n].detach().clone() for n in moved_buffers(self.store, found) if n in found}
+        for name in moved:
+            found[name].detach().copy_(self.store.buffers[name])
+        try:
+            yield
+        except BaseException:
+            for name, value in moved.items():
+                found[name].detach().copy_(value)
+            raise
+        if moved:
+            warnings.warn(
+                f"{len(moved)} running statistics that earlier tasks used ({', '.join([*moved][:2])}"
+                f"{', ...' if len(moved) > 2 else ''}) were changed outside the optimizer (update_bn, weight "
+                'averaging) and put back; to keep new ones, call opt.reanchor() first, or use norm_stats="train"',
+                NullSpaceWarning,
+                stacklevel=4,
+            )
 
     def find_copied_model(self) -> bool:
         """After deepcopy or unpickling: hook the copy of the model; return whether there is one."""

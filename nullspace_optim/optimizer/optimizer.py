@@ -190,7 +190,8 @@ class NullSpaceOptimizer(WrappedOptimizer):
         )
         if core.mode is not None:
             return self._announced(core.mode.consolidate(work))
-        with torch.inference_mode(False), core.protection.exactly(), core.evaluated() as moment:  # bases outlive a mode
+        lasting = torch.inference_mode(False)  # bases outlive a mode
+        with lasting, core.protection.exactly(), core.kept_statistics(), core.evaluated() as moment:
             grown, report = consolidate(work, core.store, core.options, core.recent, communicator())
             core.take(grown, parameters)
             core.align()
