@@ -83,8 +83,9 @@ class Engine:
         if names:
             warnings.warn(
                 f"{len(names)} parameters that consolidated tasks read begin to train without a basis "
-                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): old outputs will move. They were not "
-                "trainable then; consolidate those tasks again with these parameters trainable, or keep them fixed",
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): where they take part in old outputs, "
+                "these will move. They were not trainable then; consolidate those tasks again with these parameters "
+                "trainable, or keep them fixed (a head whose outputs those tasks ignored may train)",
                 NullSpaceWarning,
                 stacklevel=5,
             )
@@ -288,7 +289,7 @@ class Engine:
             ConsolidationError: the ranks have loaded different bases.
         """
         with raise_on_all_ranks():
-            parameters = self.wrapped(self.owner())
+            parameters = self.met_by(store)
             check_fit(store, parameters)
         check_equal_on_all_ranks(facts_of(self.options, parameters, store, digests=True), parameters)
         for name, basis in store.items():
@@ -311,7 +312,15 @@ class Engine:
                 f"construct NullSpaceOptimizer(base, model, mode={wanted!r}) to load them"
             )
         if self.mode is None:
-            check_fit(store, self.wrapped(self.owner()))
+            check_fit(store, self.met_by(store))
+
+    def met_by(self, store: BasisStore) -> dict[str, Tensor]:
+        """Return the wrapped parameters, and those of the model that only `store` names: the head of an earlier task
+        that no base steps keeps its basis, and is compared with its anchor like all others.
+        """
+        wrapped = self.wrapped(self.owner())
+        kept = {name for basis in store.values() for name in (basis.name, basis.bias)}
+        return {n: p for n, p in named_parameters(self.owner()).items() if n in kept or n in wrapped}
 
     def extend(self, store: BasisStore) -> None:
         """Hand the mode's part of a loaded store to the mode, which refuses what does not fit the model."""

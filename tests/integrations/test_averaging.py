@@ -217,7 +217,7 @@ def test_callbacks_of_lightning_average_before_the_task_is_consolidated(name: st
 
 
 @pytest.mark.parametrize("name", ["StochasticWeightAveraging", "EMAWeightAveraging"])
-def test_a_callback_that_averages_after_the_consolidation_is_refused_before_training(name: str) -> None:
+def test_averaging_after_the_consolidation_is_refused_before_training(name: str) -> None:
     averaging = lightning_callbacks(name)
     from nullspace_optim.integrations.lightning import ConsolidateCallback
 
