@@ -21,6 +21,7 @@ from ..distributed.failures import raise_on_all_ranks
 from ..distributed.fsdp import refuse_tensor_parallel, reshard, sharded_modules
 from ..distributed.group import local_tensor, world_size
 from ..errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError
+from ..files.rename import match_store
 from ..model.find import find_model
 from ..model.hooks import ModelHook, remove_idle_hooks
 from ..model.names import named_buffers, named_parameters, original_names
@@ -258,7 +259,16 @@ class Engine:
         if model is None:
             model = find_model(p for base in self.bases for group in base.param_groups for p in group["params"])
             self.model = weakref.ref(model)
+            renamed = self.matching(self.store)  # another module around the same parameters than before
+            if renamed is not self.store:
+                self.store.replace(renamed)
+                self.parameters = self.met_by(self.store)
+                self.rebuild()
         return model
+
+    def matching(self, store: BasisStore) -> BasisStore:
+        """Return `store` under the names of the model, where one prefix makes the difference."""
+        return match_store(store, named_parameters(self.owner())) if len(store) else store
 
     def trainable(self) -> dict[str, Tensor]:
         """Return the parameters with gradients that are both in the bases and in the model, by name."""
@@ -276,6 +286,7 @@ class Engine:
 
     def adopt(self, store: BasisStore) -> None:
         """Take over a loaded store; every anchor is compared with the weights before the next step."""
+        store = self.matching(store)
         with raise_on_all_ranks():
             self.check(store)
             self.extend(store)

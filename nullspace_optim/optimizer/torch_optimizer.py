@@ -178,10 +178,10 @@ class WrappedOptimizer(Optimizer):
         core = self._core
         plain, payload, expected = pop_protection(state_dict)
         store = None if payload is None else read_store(payload)
-        if store is not None:
-            core.check(store)
         self._refuse_missing(state_dict, store, expected)
         if store is not None:
+            store = core.matching(store)
+            core.check(store)
             core.extend(store)  # a mode's parameters must exist before their optimizer state is loaded
         for base, part in zip(core.bases, split_states(plain, [len(b.param_groups) for b in core.bases])):
             base.load_state_dict(part)
