@@ -114,7 +114,7 @@ class Checkpoint:
             store = basis_file.loads(state["protection"]["bases"], SOURCE)
         set_state_dict(core.owner(), core.bases, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         drop_state(core, record["stateless"])
-        core.adopt(store)
+        core.adopt(core.matching(store))
         core.protection.owed = record["owed"]
         core.protection.allowed = record["allowed"]
 

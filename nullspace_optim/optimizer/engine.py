@@ -286,7 +286,6 @@ class Engine:
 
     def adopt(self, store: BasisStore) -> None:
         """Take over a loaded store; every anchor is compared with the weights before the next step."""
-        store = self.matching(store)
         with raise_on_all_ranks():
             self.check(store)
             self.extend(store)

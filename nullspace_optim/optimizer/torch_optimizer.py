@@ -251,7 +251,7 @@ class WrappedOptimizer(Optimizer):
         with raise_on_all_ranks():
             store = basis_file.load(path)
         with torch.inference_mode(False):
-            self._core.adopt(store)
+            self._core.adopt(self._core.matching(store))
             self._core.align()
 
     def __getstate__(self) -> dict[str, Any]:
