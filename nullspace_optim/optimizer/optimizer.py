@@ -24,6 +24,7 @@ from ..covariance.sketch import SketchedCovariance
 from ..distributed.collectives import check_equal_on_all_ranks
 from ..distributed.communicator import communicator
 from ..distributed.failures import raise_on_all_ranks
+from ..distributed.fsdp import reshard
 from ..distributed.group import world_size
 from ..errors import NullSpaceWarning, OptionError
 from ..model.batches import Forward
@@ -317,6 +318,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         core = self._core
         core.follow_replaced()
         core.protection.make_exact()
+        reshard(self.model)  # a forward pass without a backward pass leaves parameters gathered
         data = () if loader is None else loader
         work = LoaderPass(self.model, named_parameters(self.model), data, "verified", forward, max_batches)
         with core.evaluated():
