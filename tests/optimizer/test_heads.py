@@ -87,7 +87,7 @@ def test_an_optimizer_for_each_head_keeps_all_finished_heads(how: str, tmp_path:
     assert all(relative_drift(model.outputs(task), then) < 1e-5 for task, then in kept.items())
 
 
-def test_a_head_that_waits_is_protected_once_it_is_stepped_and_missed_if_it_is_edited(tmp_path: Path) -> None:
+def test_a_waiting_head_is_protected_once_stepped_and_an_edit_is_found(tmp_path: Path) -> None:
     model = build()
     optimizer = wrap(model, "1")
     old = finish(model, optimizer, "1")

@@ -77,7 +77,7 @@ def test_bases_move_between_a_model_and_modules_around_it(saved: str, how: str, 
     assert len(again.bases) == len(optimizer.bases)
 
 
-def test_a_loss_that_is_dropped_between_tasks_leaves_one_basis_for_each_parameter() -> None:
+def test_a_loss_dropped_between_tasks_leaves_one_basis_a_parameter() -> None:
     model = build()
     optimizer = wrap(model)
     losses = [Loss(model)]
