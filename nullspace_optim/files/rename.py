@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ..errors import BasisFileError
@@ -57,6 +57,32 @@ def _rename_mode(extension: Extension, rename: Callable[[str], str]) -> Extensio
 def _rename_task(task: Mapping[str, object], rename: Callable[[str], str]) -> dict[str, object]:
     lists = {key: task[key] for key in ("layers", "untrained") if isinstance(task.get(key), (list, tuple))}
     return {**task, **{key: [rename(str(name)) for name in names] for key, names in lists.items()}}  # type: ignore[attr-defined]
+
+
+def match_store(store: BasisStore, names: Collection[str]) -> BasisStore:
+    """Return `store` under `names`, if one prefix taken off or put before all its parameters makes them known.
+
+    A loss module holds the model as `model`; what was consolidated through one is then loaded into the other. Shapes
+    and anchors are compared later, as always. `store` itself is returned where nothing is to do, or no prefix helps.
+    """
+    first = next((name for name in store if name not in names), None)
+    if first is None or store.extension is not None:
+        return store
+    parts = first.split(".")
+    fewer = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
+    more = [name.removesuffix(first) for name in names if name.endswith(f".{first}")]
+    renames = [_without(prefix) for prefix in fewer if all(name.startswith(prefix) for name in store)]
+    renames += [_below(prefix) for prefix in more]
+    fitting = [rename for rename in renames if all(rename(name) in names for name in store)]
+    return rename_store(store, fitting[0]) if len(fitting) == 1 else store
+
+
+def _without(prefix: str) -> Callable[[str], str]:
+    return lambda name: name.removeprefix(prefix)
+
+
+def _below(prefix: str) -> Callable[[str], str]:
+    return lambda name: prefix + name
 
 
 def restrict_store(store: BasisStore, wanted: Callable[[str], bool]) -> BasisStore:

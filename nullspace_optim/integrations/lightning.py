@@ -14,6 +14,7 @@ from .callback import TaskCallback
 from .unwrap import unwrap
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
+AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}  # callbacks that exchange the weights when training ends
 
 
 def _callback() -> type[Any]:
@@ -48,7 +49,18 @@ class ConsolidateCallback(TaskCallback, Callback):
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Hand the bases of an earlier fit on to a new optimizer (a checkpoint that is resumed overrides them)."""
+        """Hand the bases of an earlier fit on to a new optimizer (a checkpoint that is resumed overrides them).
+
+        Raises:
+            OptionError: a callback that comes later would exchange the weights after they were consolidated.
+        """
+        later = trainer.callbacks[trainer.callbacks.index(self) + 1 :]
+        for other in later:
+            if AVERAGING & {kind.__name__ for kind in type(other).__mro__}:
+                raise OptionError(
+                    f"{type(other).__name__} exchanges the weights after {type(self).__name__} has consolidated: "
+                    "put this callback after it, callbacks=[averaging, consolidate]"
+                )
         self._tasks.begin(_optimizer(trainer))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .hooks import ModelHook
 from .names import named_buffers
@@ -59,6 +59,18 @@ def freeze_statistics(model: nn.Module, buffers: Collection[str], owner: object)
         handles.append(module.register_forward_pre_hook(before, prepend=True))
         handles.append(module.register_forward_hook(RestoreMode(before), always_call=True))
     return handles
+
+
+def statistics(model: nn.Module, buffers: Collection[str]) -> dict[str, Tensor]:
+    """Return the buffers named in `buffers` that train-mode forwards of `model` move, by name."""
+    moving = {
+        id(buffer)
+        for module in model.modules()
+        if _statistics(module)
+        for buffer in module._buffers.values()
+        if buffer is not None and buffer.is_floating_point()
+    }
+    return {name: b for name, b in named_buffers(model).items() if name in buffers and id(b) in moving}
 
 
 def _statistics(module: nn.Module) -> list[str]:

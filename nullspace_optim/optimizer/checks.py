@@ -29,7 +29,8 @@ def check_fit(store: BasisStore, parameters: Mapping[str, Tensor], options: Sett
         unexpected = sorted(set(parameters) - set(store))
         raise BasisFileError(
             f"the bases name parameters that the model (or the optimizer) lacks: {', '.join(missing[:5])}"
-            f"{' ...' if len(missing) > 5 else ''}; without a basis here: {', '.join(unexpected[:5]) or 'none'}"
+            f"{' ...' if len(missing) > 5 else ''}; without a basis here: {', '.join(unexpected[:5]) or 'none'}. Use "
+            "the model that they were made with, or release() these names where they were saved, and save again"
         )
     check_growth(store, parameters, options)
 

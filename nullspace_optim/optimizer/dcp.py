@@ -4,13 +4,17 @@ DCP writes weights and optimizer state shard by shard and reads them into any ot
 whole in the checkpoint (the bytes of a basis file, with its checksums); each rank cuts its own part out. DCP expects
 the same entries from every optimizer of a kind, so parameters that never had a gradient (frozen before the first step)
 are given the state of a step that moves nothing; they lose it again when the checkpoint is loaded.
+
+`get_state_dict(model, opt)` of torch keeps nothing but "state" and "param_groups" of an optimizer; `called_by_torch`
+tells `WrappedOptimizer.state_dict` to hand out a state that survives this.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +29,52 @@ from ..model.names import names_by_identity
 from .engine import Engine
 
 SOURCE = "the distributed checkpoint"
+TORCH = "torch.distributed.checkpoint.state_dict"
+
+
+def called_by_torch() -> bool:
+    """True inside `get_state_dict` of torch.distributed.checkpoint, unless it flattens: flattened groups are written
+    once a parameter, and what this library writes in them is not read again.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == TORCH:
+            return not getattr(frame.f_locals.get("info"), "flatten_optimizer_state_dict", False)
+    return False
+
+
+@contextmanager
+def complete(core: Engine) -> Iterator[list[Tensor]]:
+    """Let every trainable parameter have optimizer state; yield those that had none, which lose it on exit."""
+    added: list[tuple[Optimizer, Tensor]] = []
+    with core.unedited(), core.protection.paused():
+        for base in core.bases:
+            trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
+            missing = [p for p in trained if not base.state.get(p)]
+            _take_idle_step(base, trained, missing)
+            added += [(base, p) for p in missing]
+    try:
+        yield [parameter for _, parameter in added]
+    finally:
+        for base, parameter in added:
+            base.state.pop(parameter, None)
+
+
+def names_of(core: Engine, parameters: Iterable[Tensor]) -> list[str]:
+    """Return the names of `parameters` in the model of `core`, sorted; none is looked up where there are none."""
+    wanted = list(parameters)
+    names = names_by_identity(core.owner()) if wanted else {}
+    return sorted(names[id(p)] for p in wanted if id(p) in names)
+
+
+def drop_state(core: Engine, names: Iterable[str]) -> None:
+    """Take the optimizer state of parameters that had none away again."""
+    wanted = set(names)
+    found = [p for name, p in core.wrapped(core.owner()).items() if name in wanted] if wanted else []
+    for base in core.bases:
+        for parameter in found:
+            base.state.pop(parameter, None)
 
 
 class Checkpoint:
@@ -44,11 +94,10 @@ class Checkpoint:
         core, model = self._core, self._core.owner()
         reshard(model)
         core.protection.finish_interrupted()
-        names = names_by_identity(model)
-        with self._complete() as stateless:
+        with complete(core) as stateless:
             weights, bases = get_state_dict(model, core.bases)
         owed, allowed = core.protection.owed, core.protection.allowed
-        record = {"owed": owed, "allowed": allowed, "stateless": sorted(names[id(p)] for p in stateless)}
+        record = {"owed": owed, "allowed": allowed, "stateless": names_of(core, stateless)}
         protection = {"bases": basis_file.dumps(core.snapshot(), SOURCE), "record": json.dumps(record)}
         return {"model": weights, "optimizer": bases, "protection": protection}
 
@@ -65,30 +114,10 @@ class Checkpoint:
             record = json.loads(state["protection"]["record"])
             store = basis_file.loads(state["protection"]["bases"], SOURCE)
         set_state_dict(core.owner(), core.bases, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        parameters = core.wrapped(core.owner())
-        for base in core.bases:
-            for parameter in (parameters[name] for name in record["stateless"] if name in parameters):
-                base.state.pop(parameter, None)
-        core.adopt(store)
+        drop_state(core, record["stateless"])
+        core.adopt(core.matching(store))
         core.protection.owed = record["owed"]
         core.protection.allowed = record["allowed"]
-
-    @contextmanager
-    def _complete(self) -> Iterator[list[Tensor]]:
-        """Let every trainable parameter have optimizer state; yield those that had none, which lose it on exit."""
-        core = self._core
-        added: list[tuple[Optimizer, Tensor]] = []
-        with core.unedited(), core.protection.paused():
-            for base in core.bases:
-                trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
-                missing = [p for p in trained if not base.state.get(p)]
-                _take_idle_step(base, trained, missing)
-                added += [(base, p) for p in missing]
-        try:
-            yield [parameter for _, parameter in added]
-        finally:
-            for base, parameter in added:
-                base.state.pop(parameter, None)
 
 
 @torch.no_grad()

@@ -10,31 +10,31 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
 from ..distributed.collectives import check_equal_on_all_ranks
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.fsdp import refuse_tensor_parallel, reshard, sharded_modules
-from ..distributed.group import local_tensor, world_size
+from ..distributed.group import world_size
 from ..errors import BasisFileError, ModelNotFoundError, NullSpaceWarning, OptionError
+from ..files.rename import match_store
 from ..model.find import find_model
-from ..model.hooks import ModelHook, remove_idle_hooks
+from ..model.hooks import remove_idle_hooks
 from ..model.names import named_buffers, named_parameters, original_names
-from ..model.norm_stats import forget_compiled, freeze_statistics
+from ..model.norm_stats import forget_compiled, freeze_statistics, statistics
 from ..model.storage import with_shared_memory
-from ..protection.averaged_weights import Evaluation, evaluated
+from ..protection.averaged_weights import BeforeEvaluation, Evaluation, evaluated
 from ..protection.phases import hook_phases
 from ..protection.step_hooks import Protection
 from ..settings import Settings
 from ..subspace.basis import BasisStore
 from ..subspace.shards import local_store, whole_store
-from ..verification.verify import RecentSamples
+from ..verification.verify import RecentSamples, moved_buffers
 from .checks import check_fit, check_growth, facts_of, refuse_fused
 from .mode import Mode
 from .ownership import check_ownership, claim, disclaim, warn_lost
@@ -92,8 +92,9 @@ class Engine:
         if names:
             warnings.warn(
                 f"{len(names)} parameters that consolidated tasks read begin to train without a basis "
-                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): old outputs will move. They were not "
-                "trainable then; consolidate those tasks again with these parameters trainable, or keep them fixed",
+                f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): where they take part in old outputs, "
+                "these will move. They were not trainable then; consolidate those tasks again with these parameters "
+                "trainable, or keep them fixed (a head whose outputs those tasks ignored may train)",
                 NullSpaceWarning,
                 stacklevel=5,
             )
@@ -181,6 +182,30 @@ class Engine:
             forget_compiled()
         self.norm_handles, self.frozen = [], set()
 
+    @contextmanager
+    def kept_statistics(self) -> Iterator[None]:
+        """Put frozen running statistics back that something else has reset or filled anew, and say so; after an error
+        they are as it left them.
+        """
+        found = statistics(self.owner(), self.frozen)
+        moved = {n: found[n].detach().clone() for n in moved_buffers(self.store, found) if n in found}
+        for name in moved:
+            found[name].detach().copy_(self.store.buffers[name])
+        try:
+            yield
+        except BaseException:
+            for name, value in moved.items():
+                found[name].detach().copy_(value)
+            raise
+        if moved:
+            warnings.warn(
+                f"{len(moved)} running statistics that earlier tasks used ({', '.join([*moved][:2])}"
+                f"{', ...' if len(moved) > 2 else ''}) were changed outside the optimizer (update_bn, weight "
+                'averaging) and put back; to keep new ones, call opt.reanchor() first, or use norm_stats="train"',
+                NullSpaceWarning,
+                stacklevel=4,
+            )
+
     def find_copied_model(self) -> bool:
         """After deepcopy or unpickling: hook the copy of the model; return whether there is one."""
         self.copied = False
@@ -253,7 +278,16 @@ class Engine:
                     raise
                 model = find_model(self.parameters.values())  # bases may hold tensors of modules that were replaced
             self.model = weakref.ref(model)
+            renamed = self.matching(self.store)  # another module around the same parameters than before
+            if renamed is not self.store:
+                self.store.replace(renamed)
+                self.parameters = self.met_by(self.store)
+                self.rebuild()
         return model
+
+    def matching(self, store: BasisStore) -> BasisStore:
+        """Return `store` under the names of the model, where one prefix makes the difference."""
+        return match_store(store, named_parameters(self.owner())) if len(store) else store
 
     def trainable(self) -> dict[str, Tensor]:
         """Return the parameters with gradients that are both in the bases and in the model, by name."""
@@ -285,7 +319,7 @@ class Engine:
             ConsolidationError: the ranks have loaded different bases.
         """
         with raise_on_all_ranks():
-            parameters = self.wrapped(self.owner())
+            parameters = self.met_by(store)
             check_fit(store, parameters, self.options)
         check_equal_on_all_ranks(facts_of(self.options, parameters, store, digests=True), parameters)
         for name, basis in store.items():
@@ -308,7 +342,15 @@ class Engine:
                 f"construct NullSpaceOptimizer(base, model, mode={wanted!r}) to load them"
             )
         if self.mode is None:
-            check_fit(store, self.wrapped(self.owner()), self.options)
+            check_fit(store, self.met_by(store), self.options)
+
+    def met_by(self, store: BasisStore) -> dict[str, Tensor]:
+        """Return the wrapped parameters, and those of the model that only `store` names: the head of an earlier task
+        that no base steps keeps its basis, and is compared with its anchor like all others.
+        """
+        wrapped = self.wrapped(self.owner())
+        kept = {name for basis in store.values() for name in (basis.name, basis.bias)}
+        return {n: p for n, p in named_parameters(self.owner()).items() if n in kept or n in wrapped}
 
     def extend(self, store: BasisStore) -> None:
         """Hand the mode's part of a loaded store to the mode, which refuses what does not fit the model."""
@@ -335,28 +377,6 @@ class Engine:
             for name in store.buffers.keys() & (buffers := named_buffers(model)).keys():
                 buffers[name].detach().copy_(store.buffers[name])
         self.install(model)
-
-
-class BeforeEvaluation(ModelHook):
-    """Forward pre-hook of the model: an evaluation sees exact weights."""
-
-    def __call__(self, model: nn.Module, *args: Any) -> None:
-        """Apply pending exact corrections before an evaluation forward."""
-        core = self.owner
-        if core is None or model.training:
-            return
-        interrupted = [guard for step in core.protection.interrupted for guard in step.guards]
-        if interrupted or core.protection.inexact_steps:
-            pending = [g.parameter for g in core.protection.guards.values() if g.pending and not g.edited]
-            pending += [p for guard in interrupted for p in guard.members]
-            with ExitStack() as versions:  # a graph that waits for its backward pass stays usable
-                for parameter in pending:
-                    versions.enter_context(_unsafe_preserve_version_counter(local_tensor(parameter)))
-                reshard(model)
-                core.protection.make_exact()
-            for guard in core.protection.guards.values():
-                if any(guard.parameter is parameter for parameter in pending):
-                    guard.mark()
 
 
 def _place(basis: Any, device: torch.device) -> None:

@@ -24,6 +24,7 @@ from ..covariance.sketch import SketchedCovariance
 from ..distributed.collectives import check_equal_on_all_ranks
 from ..distributed.communicator import communicator
 from ..distributed.failures import raise_on_all_ranks
+from ..distributed.fsdp import reshard
 from ..distributed.group import world_size
 from ..errors import NullSpaceWarning, OptionError
 from ..model.batches import Forward
@@ -190,7 +191,8 @@ class NullSpaceOptimizer(WrappedOptimizer):
         )
         if core.mode is not None:
             return self._announced(core.mode.consolidate(work))
-        with torch.inference_mode(False), core.protection.exactly(), core.evaluated() as moment:  # bases outlive a mode
+        lasting = torch.inference_mode(False)  # bases outlive a mode
+        with lasting, core.protection.exactly(), core.kept_statistics(), core.evaluated() as moment:
             grown, report = consolidate(work, core.store, core.options, core.recent, communicator())
             core.take(grown, parameters)
             core.align()
@@ -317,6 +319,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         core.follow_replaced()
         core.protection.make_exact()
         core.protection.restore_across()
+        reshard(self.model)  # a forward pass without a backward pass leaves parameters gathered
         data = () if loader is None else loader
         work = LoaderPass(self.model, named_parameters(self.model), data, "verified", forward, max_batches)
         with core.evaluated():

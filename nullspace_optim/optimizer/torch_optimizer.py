@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.group import rank
 from ..errors import BasisFileError, NullSpaceWarning, OptionError
-from ..files import basis_file, schema, validate
-from ..files.state_dict import join_states, pop_protection, seal, split_states
+from ..files import basis_file, schema
+from ..files.state_dict import carry, join_states, lost_its_mark, pop_protection, read_store, seal, split_states
 from ..protection.phases import PHASES
-from ..subspace.basis import Fate
+from ..subspace.basis import BasisStore, Fate
 from .bases import one_call_of_global_hooks
-from .dcp import Checkpoint
+from .dcp import Checkpoint, called_by_torch, complete, drop_state, names_of
 from .engine import Engine
 from .ownership import warn_lost
 
@@ -148,23 +150,29 @@ class WrappedOptimizer(Optimizer):
         without bases), by which a load finds out that a recipe has dropped them.
 
         Holds tensors and plain values only, so it loads with ``weights_only=True``; a bare base optimizer loads it as
-        well.
+        well. Inside `get_state_dict` of torch.distributed.checkpoint the bases are text in the first group instead, and
+        every trainable parameter has optimizer state.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        warn_lost(self._core)
-        state = join_states([base.state_dict() for base in self._core.bases])
-        store = self._core.snapshot()
+        core, for_dcp = self._core, called_by_torch()
+        warn_lost(core)
+        whole: AbstractContextManager[list[Tensor]] = complete(core) if for_dcp else nullcontext([])
+        with whole as stateless:
+            state = join_states([base.state_dict() for base in core.bases])
+        store = core.snapshot()
         groups = state.get("param_groups", ())  # optimizers around an optimizer may have their own structure
+        kept = bool(store.tasks) or store.extension is not None
+        mark = schema.fingerprint(store) if kept else ""
         for group in groups:  # also without bases: torch.distributed.checkpoint fills in keys that are there
-            group["nullspace"] = ""
-        if store.tasks or store.extension is not None:
-            tensors, metadata = schema.pack(store)
-            owed = {**self._core.protection.owed, "allowed": self._core.protection.allowed}
-            state["nullspace"] = {"tensors": tensors, "metadata": metadata, **owed, "seal": seal(metadata, owed)}
-            print_ = schema.fingerprint(store)
-            for group in groups:
-                group["nullspace"] = print_
+            group["nullspace"] = mark
+        if kept:
+            owed = {**core.protection.owed, "allowed": core.protection.allowed}
+            if for_dcp:
+                carry(state, store, {**owed, "stateless": names_of(core, stateless)})
+            else:
+                tensors, metadata = schema.pack(store)
+                state["nullspace"] = {"tensors": tensors, "metadata": metadata, **owed, "seal": seal(metadata, owed)}
         for post in self._optimizer_state_dict_post_hooks.values():
             state = post(self, state) or state
         return state
@@ -179,38 +187,46 @@ class WrappedOptimizer(Optimizer):
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        core = self._core
         plain, payload, expected = pop_protection(state_dict)
-        store = None
-        if payload is not None:
-            store = validate.unpack(payload["tensors"], payload["metadata"], source="the optimizer's state dict")
-            self._core.check(store)
-        missing = False
-        if expected is not None:
-            present = store if store is not None else self._core.snapshot()
-            known = present.tasks or present.extension is not None
-            missing = not known or schema.fingerprint(present) != expected
-        if missing:
+        store = None if payload is None else read_store(payload)
+        self._refuse_missing(state_dict, store, expected)
+        if store is not None:
+            store = core.matching(store)
+            core.check(store)
+            core.extend(store)  # a mode's parameters must exist before their optimizer state is loaded
+        for base, part in zip(core.bases, split_states(plain, [len(b.param_groups) for b in core.bases])):
+            base.load_state_dict(part)
+        if store is not None and payload is not None:
+            core.settle(store)
+            core.protection.owed = payload
+            core.protection.allowed = payload["allowed"]
+            drop_state(core, payload.get("stateless", ()))
+        for post in self._optimizer_load_state_dict_post_hooks.values():
+            post(self)
+
+    def _refuse_missing(self, state: dict[str, Any], store: BasisStore | None, expected: str | None) -> None:
+        """Refuse a checkpoint whose bases are neither in it nor here; warn of one that never had any."""
+        present = self._core.snapshot() if store is None else store
+        known = bool(present.tasks) or present.extension is not None
+        if expected is not None and (not known or schema.fingerprint(present) != expected):
             raise BasisFileError(
                 "this checkpoint was protected, but its bases are missing or belong to another run: call "
                 "opt.load(path) with the basis file of that run first, or load the checkpoint into the base optimizer "
                 "to go on without protection"
             )
-        if expected is None and payload is None and self._core.store.tasks:
-            warnings.warn(
-                f"the checkpoint holds no bases; the {len(self._core.store.tasks)} consolidated tasks stay protected",
-                NullSpaceWarning,
-                stacklevel=2,
+        if expected is None and not known and lost_its_mark(state):
+            raise BasisFileError(
+                "this state does not say whether it was protected (flatten_optimizer_state_dict drops that, and a bare "
+                "optimizer does not write it): call opt.load(path) with its bases first; if it has none, load it into "
+                "the base optimizer, set_state_dict(model, base, ...)"
             )
-        if store is not None:
-            self._core.extend(store)  # a mode's parameters must exist before their optimizer state is loaded
-        for base, part in zip(self._core.bases, split_states(plain, [len(b.param_groups) for b in self._core.bases])):
-            base.load_state_dict(part)
-        if store is not None and payload is not None:
-            self._core.settle(store)
-            self._core.protection.owed = payload
-            self._core.protection.allowed = payload["allowed"]
-        for post in self._optimizer_load_state_dict_post_hooks.values():
-            post(self)
+        if expected is None and store is None and present.tasks:
+            warnings.warn(
+                f"the checkpoint holds no bases; the {len(present.tasks)} consolidated tasks stay protected",
+                NullSpaceWarning,
+                stacklevel=3,
+            )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write bases, anchors and provenance to one safetensors file (atomic, checksummed, byte-identical when
@@ -248,7 +264,7 @@ class WrappedOptimizer(Optimizer):
         with raise_on_all_ranks():
             store = basis_file.load(path)
         with torch.inference_mode(False):
-            self._core.adopt(store)
+            self._core.adopt(self._core.matching(store))
             self._core.align()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -11,15 +11,19 @@ et al. 2019) are interpolated in the same way.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 
+from ..distributed.fsdp import reshard
+from ..distributed.group import local_tensor
 from ..errors import OptionError
+from ..model.hooks import ModelHook
 
 # Part of a class's name -> the entries of its state that hold weights ("x" and "y" in reference implementations).
 SECOND_WEIGHTS = {"ScheduleFree": ("z", "x", "y"), "Lookahead": ("slow_params",)}
@@ -96,3 +100,25 @@ def evaluated(bases: Sequence[Optimizer]) -> Iterator[Evaluation]:
             with torch.no_grad():
                 for parameter, value in moment.kept:
                     parameter.detach().copy_(value)
+
+
+class BeforeEvaluation(ModelHook):
+    """Forward pre-hook of the model: an evaluation sees exact weights."""
+
+    def __call__(self, model: nn.Module, *args: Any) -> None:
+        """Apply pending exact corrections before an evaluation forward."""
+        core = self.owner
+        if core is None or model.training:
+            return
+        interrupted = [guard for step in core.protection.interrupted for guard in step.guards]
+        if interrupted or core.protection.inexact_steps:
+            pending = [g.parameter for g in core.protection.guards.values() if g.pending and not g.edited]
+            pending += [p for guard in interrupted for p in guard.members]
+            with ExitStack() as versions:  # a graph that waits for its backward pass stays usable
+                for parameter in pending:
+                    versions.enter_context(_unsafe_preserve_version_counter(local_tensor(parameter)))
+                reshard(model)
+                core.protection.make_exact()
+            for guard in core.protection.guards.values():
+                if any(guard.parameter is parameter for parameter in pending):
+                    guard.mark()

@@ -5,15 +5,12 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from cases import take_steps
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import SGD, AdamW, Optimizer
 from training import mlp, relative_drift
 
@@ -346,31 +343,3 @@ def test_a_plain_small_model_is_found_for_a_loaded_state() -> None:
     other.load_state_dict(optimizer.state_dict())
     assert other.model is fresh
     assert other.bases["0.weight"].rank == optimizer.bases["0.weight"].rank
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:torch")
-@pytest.mark.parametrize("loaded", [False, True])
-def test_a_checkpoint_by_the_recipe_of_torch_is_refused_without_its_bases(loaded: bool, tmp_path: Path) -> None:
-    model = _model()
-    optimizer = NullSpaceOptimizer(_adamw(model), model, policy=NumericalRank())
-    take_steps(optimizer, lambda: model(OLD[6]).square().mean(), 3)
-    optimizer.consolidate([OLD[6]], progress=False)
-    take_steps(optimizer, lambda: (model(INPUTS) - TARGETS).square().mean(), 3)
-    optimizer.save(tmp_path / "bases")
-    before = model(OLD[6]).detach()
-    weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=tmp_path / "all")
-
-    model = _model(1)
-    optimizer = NullSpaceOptimizer(_adamw(model), model, policy=NumericalRank())
-    weights, state = get_state_dict(model, optimizer)
-    both = {"model": weights, "optimizer": state}
-    dcp.load(both, checkpoint_id=tmp_path / "all")
-    if loaded:
-        optimizer.load(tmp_path / "bases")
-        set_state_dict(model, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"])
-        take_steps(optimizer, lambda: (model(INPUTS) - TARGETS).square().mean(), 10)
-        assert relative_drift(model(OLD[6]), before) < 1e-5 and optimizer.verify().ok
-        return
-    with pytest.raises(BasisFileError, match=r"protected, but its bases are missing"):
-        set_state_dict(model, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"])

@@ -9,7 +9,21 @@ import fsdp_scenarios
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from models import Everything, Plain, compare, momentum, results, rows, seeded, tokens, train, two_tasks, wrap
+from models import (
+    Everything,
+    Plain,
+    compare,
+    load_by_torch,
+    momentum,
+    results,
+    rows,
+    save_by_torch,
+    seeded,
+    tokens,
+    train,
+    two_tasks,
+    wrap,
+)
 from processes import SHARDS_NEEDED, SHARDS_ON_CPU, run_scenarios
 
 from nullspace_optim import FixedRank
@@ -68,6 +82,7 @@ def one_process_saves(folder: Path) -> None:
     train(model, optimizer, tokens(2))
     optimizer.save(folder / "everything.safetensors")
     dcp.save({"training": optimizer.checkpoint()}, checkpoint_id=folder / "by-one")
+    save_by_torch(model, optimizer, folder / "by-one-torch")
     torch.save({name: weight.detach().clone() for name, weight in model.named_parameters()}, folder / "before.pt")
     train(model, optimizer, tokens(3))
     torch.save({name: weight.detach().clone() for name, weight in model.named_parameters()}, folder / "after.pt")
@@ -102,4 +117,16 @@ def test_one_process_goes_on_where_two_stopped(name: str, outcomes: dict[str, st
     dcp.load({"training": optimizer.checkpoint()}, checkpoint_id=folder / name)
     train(model, optimizer, tokens(4))
     compare(dict(model.named_parameters()), torch.load(folder / f"{name}.pt"))
+    assert optimizer.verify(tokens(1)).ok
+
+
+@needs_shards
+def test_one_process_reads_what_shards_wrote_by_the_recipe_of_torch(outcomes: dict[str, str]) -> None:
+    folder = Path(outcomes["folder"])
+    torch.manual_seed(7)
+    model = Everything()
+    optimizer = wrap(model)
+    load_by_torch(model, optimizer, folder / "by-two-torch")
+    train(model, optimizer, tokens(3))
+    compare(dict(model.named_parameters()), torch.load(folder / "after.pt"))
     assert optimizer.verify(tokens(1)).ok

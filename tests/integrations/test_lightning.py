@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from training import relative_drift
 from two_tasks import build_net, data, example, holding, loader, same_weights, wrap
 
-from nullspace_optim import unwrap
+from nullspace_optim import NullSpaceOptimizer, NumericalRank, unwrap
 from nullspace_optim.errors import OptionError
 
 pytest.importorskip("lightning")
@@ -180,6 +180,32 @@ def test_fabric_keeps_protection_and_unwrap_finds_it() -> None:
                 fabric.backward(nn.functional.cross_entropy(wrapped(inputs), labels))
                 fabric.clip_gradients(wrapped, optimizer, max_norm=0.5)
                 optimizer.step()
+
+
+def test_the_command_line_takes_a_scheduler_as_the_page_says(tmp_path: Path) -> None:
+    pytest.importorskip("jsonargparse")
+    cli = importlib.import_module("lightning.pytorch.cli")
+
+    class Wrapping(cli.LightningCLI):  # type: ignore[misc]
+        @staticmethod
+        def configure_optimizers(lightning_module: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
+            wrapped = NullSpaceOptimizer(optimizer, lightning_module, policy=NumericalRank())
+            lr_scheduler.optimizer = wrapped
+            return [wrapped], [lr_scheduler]
+
+    class Module(type(lit())):  # type: ignore[misc]
+        def train_dataloader(self) -> Any:
+            return loader(0)
+
+        configure_optimizers = framework().LightningModule.configure_optimizers
+
+    quiet = {"logger": "false", "enable_checkpointing": "false", "enable_progress_bar": "false", "accelerator": "cpu"}
+    quiet |= {"max_epochs": "3", "default_root_dir": str(tmp_path)}
+    optimizer = ["--optimizer", "torch.optim.AdamW", "--optimizer.lr", "0.008"]
+    schedule = ["--lr_scheduler", "torch.optim.lr_scheduler.ExponentialLR", "--lr_scheduler.gamma", "0.5"]
+    trainer_options = [part for key, value in quiet.items() for part in (f"--trainer.{key}", value)]
+    run = Wrapping(Module, args=["fit", *optimizer, *schedule, *trainer_options])
+    assert unwrap(run.trainer.optimizers[0]).param_groups[0]["lr"] == pytest.approx(0.001)
 
 
 def test_a_missing_lightning_gives_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,14 +58,19 @@ def bert() -> Any:
     return transformers.BertForSequenceClassification(config)
 
 
-def trainer(model: Any, task: int, folder: Path, call: Any, **options: Any) -> Any:
+def trainer(model: Any, task: int, folder: Path, call: Any, precision: Any = "exact", **options: Any) -> Any:
     options = {"save_strategy": "no", "num_train_epochs": 10, **options}
     arguments = transformers.TrainingArguments(
         str(folder), per_device_train_batch_size=2, report_to=[], disable_tqdm=True, use_cpu=True, seed=0, **options
     )
-    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=3e-3), policy=NumericalRank())
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=3e-3), policy=NumericalRank(), precision=precision)
     return transformers.Trainer(
-        model, arguments, train_dataset=Sentences(task), optimizers=(optimizer, None), callbacks=[call]
+        model,
+        arguments,
+        train_dataset=Sentences(task),
+        eval_dataset=Sentences(task),
+        optimizers=(optimizer, None),
+        callbacks=[call],
     )
 
 
@@ -134,3 +139,22 @@ def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     exec(compile(example("transformers.md"), "transformers.md", "exec"), {"__name__": "__main__"})
     assert (tmp_path / "bases.safetensors").is_file()
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("greater", [False, True], ids=["the best is not the last", "the best comes first"])
+def test_the_best_model_that_is_loaded_at_the_end_is_consolidated(
+    precision: str, greater: bool, tmp_path: Path
+) -> None:
+    model, call = bert(), ConsolidateCallback(progress=False)
+    best = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    best |= {"metric_for_best_model": "loss", "greater_is_better": greater, "num_train_epochs": 6}
+    trainer(model, 0, tmp_path / "one", call, **best, precision=precision).train()
+    old = logits(model.eval()).detach()
+    second = trainer(model, 1, tmp_path / "two", call, **best, precision=precision)
+    second.train()
+    assert relative_drift(logits(model.eval()).detach(), old) < 1e-5
+    assert [report.task for report in call.reports] == ["task 1", "task 2"]
+    assert unwrap(second.optimizer).verify().ok
+    if greater:
+        assert second.state.best_model_checkpoint != f"{tmp_path}/two/checkpoint-12"

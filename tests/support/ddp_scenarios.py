@@ -11,7 +11,22 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from models import Everything, Plain, compare, momentum, results, rows, seeded, share, tokens, train, two_tasks, wrap
+from models import (
+    Everything,
+    Plain,
+    compare,
+    load_by_torch,
+    momentum,
+    results,
+    rows,
+    save_by_torch,
+    seeded,
+    share,
+    tokens,
+    train,
+    two_tasks,
+    wrap,
+)
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
@@ -237,6 +252,18 @@ def checkpoints_move_between_one_process_and_replicas(folder: Path) -> None:
         torch.save(dict(model.module.named_parameters()), folder / "by-replicas.pt")
 
 
+def the_recipe_of_torch_carries_bases_to_replicas(folder: Path) -> None:
+    rank = dist.get_rank()
+    torch.manual_seed(5)
+    model = DistributedDataParallel(Everything())
+    optimizer = wrap(model)
+    load_by_torch(model, optimizer, folder / "by-one-torch")
+    train(model, optimizer, tokens(3), rank)
+    compare(dict(model.module.named_parameters()), torch.load(folder / "after.pt"))
+    assert optimizer.verify(share(tokens(1), rank)).ok
+    save_by_torch(model, optimizer, folder / "by-replicas-torch")
+
+
 class _Branches(nn.Module):
     """Experts that only some batches visit; query and key share their rows, until a mask tells them apart."""
 
@@ -330,6 +357,7 @@ SCENARIOS = [
     ranks_that_differ_are_refused,
     bases_are_saved_once_and_loaded_by_all,
     checkpoints_move_between_one_process_and_replicas,
+    the_recipe_of_torch_carries_bases_to_replicas,
     what_only_one_rank_has_seen_counts,
     declared_rows_of_one_rank_count_on_all,
     sketches_of_all_ranks_make_one,

@@ -17,9 +17,11 @@ from models import (
     Plain,
     Tensors,
     compare,
+    load_by_torch,
     momentum,
     results,
     rows,
+    save_by_torch,
     seeded,
     share,
     tokens,
@@ -424,6 +426,20 @@ def checkpoints_move_from_replicas_to_shards(folder: Path) -> None:
     assert optimizer.verify(share(tokens(1), rank)).ok
 
 
+def the_recipe_of_torch_carries_bases_into_shards_and_back(folder: Path) -> None:
+    rank = dist.get_rank()
+    for start, task, end in (("by-one-torch", 3, "after"), ("by-replicas-torch", 4, "by-replicas")):
+        torch.manual_seed(5)
+        model = sharded(Everything())
+        optimizer = wrap(model)
+        load_by_torch(model, optimizer, folder / start)
+        if start == "by-one-torch":
+            save_by_torch(model, optimizer, folder / "by-two-torch")
+        train(model, optimizer, tokens(task), rank)
+        compare(whole(model), torch.load(folder / f"{end}.pt"), what=start)
+        assert optimizer.verify(share(tokens(1), rank)).ok
+
+
 def a_plan_agrees_with_what_each_rank_holds(folder: Path) -> None:
     rank = dist.get_rank()
     for kind, data, k in ((Everything, tokens, 3), (Everything, tokens, 9), (Plain, rows, 3), (Plain, rows, 10)):
@@ -488,6 +504,7 @@ SCENARIOS = [
     checkpoints_move_between_one_process_and_shards,
     checkpoints_move_between_replicas_and_shards,
     checkpoints_move_from_replicas_to_shards,
+    the_recipe_of_torch_carries_bases_into_shards_and_back,
     a_plan_agrees_with_what_each_rank_holds,
     other_ways_to_shard,
 ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import SGD, AdamW, Optimizer
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer
@@ -124,3 +127,17 @@ def compare(found: Tensors, expected: Tensors, tolerance: float = 1e-5, what: st
     for name, value in expected.items():
         error = float((found[name].double() - value.double()).norm() / value.double().norm().clamp_min(1e-12))
         assert error <= tolerance, f"{what} {name}: {error:.1e}"
+
+
+def save_by_torch(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+    """Save as PyTorch's own recipe does, which knows the optimizer's state and groups only."""
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+
+
+def load_by_torch(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+    """Load what `save_by_torch` saved."""
+    weights, state = get_state_dict(model, optimizer)
+    both = {"model": weights, "optimizer": state}
+    dcp.load(both, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"])
