@@ -41,7 +41,7 @@ class Settings:
     """
 
     policy: Policy = field(default_factory=Energy)
-    project: Project = "update"
+    project: Project = "both"
     precision: Precision = "exact"
     uncovered: Uncovered = "freeze"
     bias: Bias = "freeze"
@@ -53,7 +53,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.policy, Policy):
             raise OptionError(
-                f"policy={self.policy!r}: expected a policy such as Energy(0.999), not {type(self.policy).__name__}"
+                f"policy={self.policy!r}: expected a policy such as Energy(0.99), not {type(self.policy).__name__}"
             )
         if self.covariance != "exact" and self.sketch is None:
             raise OptionError(f"covariance={self.covariance!r}: expected 'exact' or a SketchedCovariance(size, above)")

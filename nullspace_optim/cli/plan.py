@@ -53,9 +53,9 @@ def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument(
         "--policy",
-        default="Energy(0.999)",
+        default="Energy(0.99)",
         help="as in Python; the ranks of FixedRank and RankBudget are known beforehand, those of the others depend on "
-        "data (default Energy(0.999))",
+        "data (default Energy(0.99))",
     )
     parser.add_argument(
         "--fractions", default=FRACTIONS, metavar="K/D,...", help=f"protected shares to print (default {FRACTIONS})"

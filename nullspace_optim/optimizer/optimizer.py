@@ -56,9 +56,10 @@ class NullSpaceOptimizer(WrappedOptimizer):
         model: the module that owns the parameters; found among live modules when needed if not given (a mode needs
             it at once).
         mode: ``"null-space"``; ``"igsp"`` or `IGSP(...)` for experts beside a frozen backbone.
-        policy: which directions to protect; `Energy(0.999)` by default.
-        project: ``"update"`` (anchor correction after the step, exact), ``"gradient"`` (as published methods do;
-            leaks), ``"both"``.
+        policy: which directions to protect; `Energy(0.99)` by default.
+        project: ``"both"``: the gradient as it accumulates, so that adaptive steps fit the free directions, and the
+            anchor correction after the step, which is exact; ``"update"``: the correction alone, learns more slowly;
+            ``"gradient"``: as published methods do, leaks.
         precision: ``"exact"``, or ``"fast"`` (low-precision products, exact every 16th step and before evaluation).
         uncovered: what happens to parameters that were used but cannot be protected: ``"freeze"`` or ``"train"``.
         bias: ``"freeze"``, or ``"joint"`` to protect `[W b]` on `[x; 1]`.
@@ -82,7 +83,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         *,
         mode: object = "null-space",
         policy: Policy | None = None,
-        project: Project = "update",
+        project: Project = "both",
         precision: Precision = "exact",
         uncovered: Uncovered = "freeze",
         bias: Bias = "freeze",

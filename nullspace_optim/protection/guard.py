@@ -269,12 +269,15 @@ def _mark(parameter: Tensor) -> tuple[int, ...]:
 
 
 def gradient_hook(guard: Guard) -> Callable[[Tensor], None]:
-    """Return a hook for the gradient that accumulates in the parameter of `guard`; it does not keep the guard alive."""
+    """Return a hook for the gradient that accumulates in the parameter of `guard`; it does not keep the guard alive.
+
+    A sparse gradient stays as it is: what it moves is corrected after the step.
+    """
     reference = weakref.ref(guard)
 
     def project(parameter: Tensor) -> None:
         found = reference()
-        if found is not None and parameter.grad is not None:
+        if found is not None and parameter.grad is not None and parameter.grad.layout == torch.strided:
             with torch.no_grad():
                 found.project_gradient(parameter.grad, softly=False)
 

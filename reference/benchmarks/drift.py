@@ -244,7 +244,7 @@ def after_new_task(
     optimizer: Optimizer = AdamW(trained, lr=config.learning_rate, weight_decay=0.01)
     share = 0.0
     if policy is not None:
-        optimizer = NullSpaceOptimizer(optimizer, clip.model, policy=policy)
+        optimizer = NullSpaceOptimizer(optimizer, clip.model, policy=policy, project="update")
         consolidate(optimizer, clip, old, images)
         found = [basis.main for basis in optimizer.bases.values() if basis.main is not None]
         share = mean(subspace.rank / subspace.dimension for subspace in found if subspace.side != "rows")

@@ -132,7 +132,7 @@ def ours(task: Task, share: float) -> Contender:
     """One consolidation, then the correction of every step."""
     model = copy.deepcopy(task.model)
     base = AdamW(_trained(model), lr=RATE)
-    optimizer = NullSpaceOptimizer(base, model, policy=Share(share))
+    optimizer = NullSpaceOptimizer(base, model, policy=Share(share), project="update")
     batch = random_batch(model, task.images, task.device, seed=1)
     forward = clip_forward(model, batch.tokens)
     with quiet():

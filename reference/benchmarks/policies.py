@@ -35,7 +35,7 @@ TIMED = 20
 POLICIES: dict[str, Policy | None] = {
     "unprotected": None,
     "Energy (GPM)": Energy(0.97),
-    "Energy (default)": Energy(0.999),
+    "Energy, 0.999": Energy(0.999),
     "TailEnergy (GNSP)": TailEnergy(),
     "EigenvalueRatio (Adam-NSCL)": EigenvalueRatio(),
     "NumericalRank": NumericalRank(),
@@ -155,7 +155,7 @@ def protected(
     base: Optimizer, model: nn.Module, policy: Policy, old: Digits
 ) -> tuple[NullSpaceOptimizer, dict[str, float]]:
     """Consolidate the old task; the optimizer, and what it cost."""
-    optimizer = NullSpaceOptimizer(base, model, policy=policy)
+    optimizer = NullSpaceOptimizer(base, model, policy=policy, project="update")
     images, labels = old.train
     with quiet():
         if isinstance(policy, CGP):

@@ -241,7 +241,7 @@ def over_tasks(settings: Settings) -> list[Table]:
     size, rows = (64, 32) if settings.model == "tiny" else (768, 4096)
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(3)]).to(settings.device)
-    optimizer = NullSpaceOptimizer(Still(model.parameters()), model, policy=Share(0.25, growth=1))
+    optimizer = NullSpaceOptimizer(Still(model.parameters()), model, policy=Share(0.25, growth=1), project="update")
     moments: dict[str, Moment] = {}
     for task in range(1, max(TASKS) + 1):
         progress(f"task {task} of {max(TASKS)}")

@@ -80,7 +80,7 @@ def test_optimizers_that_estimate_their_rate_learn_with_projected_gradients(name
         warnings.simplefilter("error", NullSpaceWarning)
         check(make, project="both")
         with pytest.raises(NullSpaceWarning, match=rf"{name} estimates its learning rate.*project='both'"):
-            wrap(model := mlp(), make(model.parameters()))
+            wrap(model := mlp(), make(model.parameters()), project="update")
 
 
 def test_lbfgs_forgets_its_history_at_a_consolidation_only() -> None:

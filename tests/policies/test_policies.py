@@ -246,7 +246,7 @@ def test_policies_are_frozen_and_compare_by_value(policy):
 
 
 def test_the_defaults_are_the_papers_constants():
-    assert Energy().threshold == 0.999
+    assert Energy().threshold == 0.99
     assert TailEnergy().rho == 0.15 and TailEnergy.batch_frobenius and TailEnergy.merge == "accumulate"
     assert (SGP().threshold, SGP().alpha) == (0.97, 10)
     assert EigenvalueRatio().a == 10 and EigenvalueRatio.merge == "accumulate"
@@ -398,7 +398,8 @@ def test_a_soft_policy_lets_its_share_of_every_adamw_step_through(policy):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False)).double()
     twin = copy.deepcopy(model)
-    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.003, weight_decay=0.1), model, policy=policy)
+    base = AdamW(model.parameters(), lr=0.003, weight_decay=0.1)
+    optimizer = NullSpaceOptimizer(base, model, policy=policy, project="update")
     optimizer.consolidate([task_rows(0)], progress=False)
     free = {}
     for name in ("0.weight", "2.weight"):

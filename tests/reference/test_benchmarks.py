@@ -138,7 +138,7 @@ def test_drift_makes_both_tables(clip_folder: Path, images_folder: Path, tmp_pat
 
 
 def test_policies_are_compared_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = ("unprotected", "Energy (default)", "OWM", "CGP")
+    chosen = ("unprotected", "Energy, 0.999", "OWM", "CGP")
     monkeypatch.setattr(policies, "POLICIES", {name: policies.POLICIES[name] for name in chosen})
     monkeypatch.setattr(policies, "TIMED", 1)
     monkeypatch.setattr(policies, "WARM_UP", 60)
