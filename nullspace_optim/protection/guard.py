@@ -41,7 +41,8 @@ class Guard:
 
     Of a sharded parameter `basis` is this rank's view of what is `stored`, and `across` are the sides whose coordinates
     are sums over ranks; `correct_across` serves them, and is owed to a weight that is `behind`. `members` are the
-    tensors that move together: the parameter and a bias folded into it.
+    tensors that move together: the parameter and a bias folded into it. `norms` are those of the first gradient, and of
+    its part in free directions.
     """
 
     parameter: Tensor
@@ -58,6 +59,7 @@ class Guard:
     seen: tuple[object, ...] | None = None
     pending: bool = False
     behind: bool = False
+    norms: tuple[Tensor, Tensor] | None = None
     allowed: float = 0.0
 
     def __post_init__(self) -> None:
@@ -279,7 +281,10 @@ def gradient_hook(guard: Guard) -> Callable[[Tensor], None]:
         found = reference()
         if found is not None and parameter.grad is not None and parameter.grad.layout == torch.strided:
             with torch.no_grad():
+                before = None if found.norms else local_tensor(parameter.grad).norm()
                 found.project_gradient(parameter.grad, softly=False)
+                if before is not None:
+                    found.norms = before, local_tensor(parameter.grad).norm()
 
     return project
 

@@ -24,7 +24,7 @@ from .averaged_weights import second_weights
 from .edits import ROUNDED, GrowthNotes, accept_edit
 from .guard import Guard, gradient_hook, guard_low_precision
 from .sharded import any_rank, correct_across, drifts
-from .step import Forms, Step, announce_finished, closure_in, replace_closure
+from .step import Forms, Step, announce_finished, closure_in, replace_closure, warn_little_free
 from .workspace import Workspace
 
 EXACT_EVERY = 16
@@ -52,6 +52,7 @@ class Protection:
         self._handles: list[Any] = []
         self._paused = False
         self._growth = GrowthNotes()
+        self.tasks, self._measured = 0, 0  # finished; those after which the free share was measured
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -76,6 +77,7 @@ class Protection:
             guard.mark()
             if name in before and before[name].stored is basis:
                 guard.seen, guard.pending = before[name].seen, before[name].pending
+        self.tasks = len(store.tasks)
         self._of_bases.clear()
         self.forms = Forms(self.guards.values(), self.options, self.workspace)
         if not any(guard.pending for guard in self.guards.values()):
@@ -108,7 +110,7 @@ class Protection:
         step = Step.of(base, self._guards_of(base))
         for guard in step.guards:
             if guard.edited:
-                self._refuse_edit(guard)
+                accept_edit(guard, self.options, self._growth, original=guard.basis.name in self.originals)
                 step.accepted.add(id(guard))
         if any(guard.grown for guard in step.guards if id(guard) in self.forms.stacked):  # through `.data`
             self.forms = Forms(self.guards.values(), self.options, self.workspace)
@@ -123,6 +125,8 @@ class Protection:
         closure = closure_in(args, kwargs)
         if closure is None:
             step.touch()
+            if self._measured != self.tasks and warn_little_free(step.guards):
+                self._measured = self.tasks
             self._prepare(step.guards, project=self.options.project == "gradient")
         else:
             args, kwargs = replace_closure(args, kwargs, self._guarded_closure(closure, step, isinstance(base, LBFGS)))
@@ -335,12 +339,10 @@ class Protection:
         self.restore_across()
         found = drifts(self.guards)
         for name, guard in self.guards.items():
-            self._refuse_edit(guard, found[name])
+            original = guard.basis.name in self.originals
+            accept_edit(guard, self.options, self._growth, original=original, drift=found[name])
         self._growth.announce()
         self.make_exact()  # what was accepted with a correction still owed
-
-    def _refuse_edit(self, guard: Guard, drift: float | None = None) -> None:
-        accept_edit(guard, self.options, self._growth, original=guard.basis.name in self.originals, drift=drift)
 
     def _guards_of(self, base: Optimizer) -> list[Guard]:
         ids = {id(p) for group in base.param_groups for p in group["params"]}

@@ -1,0 +1,87 @@
+"""The first gradients after a consolidation: a task that finds hardly any free direction is told so, once."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nullspace_optim import FixedRank, NullSpaceOptimizer, NullSpaceWarning
+
+MESSAGE = r"only ([\d.]+)% of the new task's gradient"
+
+
+def rows(start: int, count: int, noise: float = 0.0) -> Tensor:
+    """Return rows that lie in eight of 32 coordinates, with a little of all."""
+    batch = noise * torch.randn(count, 32)
+    batch[:, start : start + 8] += torch.randn(count, 8)
+    return batch
+
+
+def shares(optimizer: NullSpaceOptimizer, model: nn.Module, batch: Tensor) -> list[str]:
+    """Take one step on `batch` and return the shares that were warned of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.zero_grad()
+        model(batch).square().sum().backward()
+        optimizer.step()
+    found = [re.search(MESSAGE, str(one.message)) for one in caught if issubclass(one.category, NullSpaceWarning)]
+    return [match[1] for match in found if match]
+
+
+@pytest.mark.parametrize("project", ["update", "both", "gradient"])
+def test_a_task_with_the_same_inputs_is_named_once_and_one_with_others_is_not(project: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(32, 4, bias=False)
+    optimizer = NullSpaceOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1e-3), model, policy=FixedRank(8), project=project
+    )
+    assert not shares(optimizer, model, rows(0, 16))
+    optimizer.consolidate([rows(0, 64)], progress=False)
+    same = rows(0, 16, noise=1e-3)
+    weight, basis = model.weight.detach().clone(), optimizer.bases["weight"].U
+    gradient = 2 * (same @ weight.T).T @ same
+    expected = float((gradient - gradient @ basis @ basis.T).norm() / gradient.norm())
+    assert expected < 0.03
+    (found,) = shares(optimizer, model, same)
+    assert float(found) == pytest.approx(100 * expected, abs=0.051)
+    assert not shares(optimizer, model, same)
+    optimizer.consolidate([rows(8, 64)], progress=False)
+    assert not shares(optimizer, model, rows(16, 16))
+    optimizer.consolidate([rows(16, 64)], progress=False)
+    assert len(shares(optimizer, model, rows(0, 16, noise=1e-3))) == 1
+
+
+def test_frozen_parameters_count_and_gradients_stay_what_they_were() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 4, bias=False), nn.LayerNorm(4))
+    base = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = NullSpaceOptimizer(base, model, policy=FixedRank(8), project="update")
+    optimizer.consolidate([rows(0, 64)], progress=False)
+    batch = rows(16, 16)  # all of the weight's gradient is free
+    expected = torch.autograd.grad(model(batch).square().sum(), list(model.parameters()))
+    model[1].weight.grad = None
+    assert float(expected[0].norm()) < 0.03 * sum(float(one.norm()) for one in expected[1:])
+    assert len(shares(optimizer, model, batch)) == 1
+    for parameter, gradient in zip(model.parameters(), expected):
+        assert parameter.grad is not None and torch.equal(parameter.grad, gradient)
+
+
+def test_a_closure_and_a_step_without_gradients_are_not_in_the_way() -> None:
+    model = nn.Linear(32, 4, bias=False)
+    optimizer = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), model, policy=FixedRank(8))
+    optimizer.consolidate([rows(0, 64)], progress=False)
+    optimizer.step()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(rows(0, 16)).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert len(shares(optimizer, model, rows(0, 16))) == 1
