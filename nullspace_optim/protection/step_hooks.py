@@ -109,8 +109,10 @@ class Protection:
         step = Step.of(base, self._guards_of(base))
         for guard in step.guards:
             if guard.edited:
+                loaded = not guard.seen
                 self._refuse_edit(guard)
-                step.accepted.add(id(guard))
+                if not loaded:  # a resumed run goes on bit for bit
+                    step.accepted.add(id(guard))
         if self.held and step.foreign:
             step.copies = [(parameter, parameter.detach().clone()) for parameter in self.held]
         for guard in step.guards:
