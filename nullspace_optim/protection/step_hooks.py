@@ -108,8 +108,10 @@ class Protection:
         step = Step.of(base, self._guards_of(base))
         for guard in step.guards:
             if guard.edited:
+                loaded = not guard.seen
                 self._refuse_edit(guard)
-                step.accepted.add(id(guard))
+                if not loaded:  # a resumed run goes on bit for bit
+                    step.accepted.add(id(guard))
         if any(guard.grown for guard in step.guards if id(guard) in self.forms.stacked):  # through `.data`
             self.forms = Forms(self.guards.values(), self.options, self.workspace)
         self._growth.announce()
