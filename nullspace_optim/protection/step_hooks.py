@@ -110,8 +110,10 @@ class Protection:
         step = Step.of(base, self._guards_of(base))
         for guard in step.guards:
             if guard.edited:
+                loaded = not guard.seen
                 accept_edit(guard, self.options, self._growth, original=guard.basis.name in self.originals)
-                step.accepted.add(id(guard))
+                if not loaded:  # a resumed run goes on bit for bit
+                    step.accepted.add(id(guard))
         if any(guard.grown for guard in step.guards if id(guard) in self.forms.stacked):  # through `.data`
             self.forms = Forms(self.guards.values(), self.options, self.workspace)
         self._growth.announce()

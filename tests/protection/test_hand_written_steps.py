@@ -167,7 +167,7 @@ def test_a_perturbation_that_is_not_removed_is_refused_with_both_ways_out() -> N
     assert relative_drift(model(OLD), before) <= 1e-5
 
 
-def test_slow_weights_from_before_a_consolidation_are_refused_and_can_be_restored() -> None:
+def test_slow_weights_from_before_a_consolidation_are_refused() -> None:
     model = mlp()
     optimizer = wrap(model, SGD(model.parameters(), lr=0.05))
     slow = [p.detach().clone() for p in model.parameters()]

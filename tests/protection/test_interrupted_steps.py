@@ -159,7 +159,7 @@ def test_whatever_comes_next_sees_the_anchors(half: bool, use: str, tmp_path: An
     assert drift(model(OLD), before) <= 1e-5
 
 
-def test_after_opt_step_broke_off_the_weights_are_exact_at_once_and_gradients_are_there() -> None:
+def test_after_opt_step_broke_off_weights_and_gradients_are_there_at_once() -> None:
     model = mlp()
     base = Breaking(model.parameters(), lr=1e-2)
     optimizer = wrap(model, base)
@@ -263,7 +263,7 @@ def test_an_evaluation_inside_a_closure_does_not_end_the_step() -> None:
     assert drift(model(OLD), before) <= 1e-5
 
 
-def test_a_base_whose_step_calls_the_step_of_its_class_is_corrected_to_the_end() -> None:
+def test_a_base_whose_step_calls_that_of_its_class_is_corrected_to_the_end() -> None:
     class Decaying(SGD):
         def step(self, closure: Any = None) -> Any:
             with torch.no_grad():
@@ -354,7 +354,7 @@ def test_hooks_of_somebody_else_may_fail(ours_first: bool) -> None:
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["opt.step", "base.step"])
-def test_the_weights_that_schedule_free_keeps_are_corrected_after_an_interrupt(wrapped: bool) -> None:
+def test_the_weights_that_schedule_free_keeps_survive_an_interrupt(wrapped: bool) -> None:
     schedulefree = pytest.importorskip("schedulefree")
 
     class Breaking(schedulefree.SGDScheduleFree):  # type: ignore[misc, name-defined]

@@ -126,7 +126,7 @@ def test_ranks_that_differ_are_padded_and_each_weight_keeps_its_own() -> None:
     assert optimizer.verify().worst <= 1e-5
 
 
-def test_weights_that_did_not_move_stay_bitwise_while_others_of_their_stack_are_corrected() -> None:
+def test_weights_of_a_stack_that_did_not_move_stay_bitwise() -> None:
     torch.manual_seed(0)
     model = Deep(bias=False)
     optimizer = run(model, 4, SGD, steps=3)
@@ -198,7 +198,7 @@ def test_soft_weights_and_large_ones_stay_alone() -> None:
     assert stacked(optimizer) == 0
 
 
-def test_deep_models_are_corrected_in_a_handful_of_calls_whatever_their_depth() -> None:
+def test_the_number_of_products_does_not_grow_with_depth() -> None:
     def calls(layers: int) -> int:
         torch.manual_seed(0)
         model = Deep(layers, bias=False)
