@@ -122,14 +122,19 @@ def run_parts(options: argparse.Namespace) -> int:
     return failed
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run all parts, or the one that is this module's own."""
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", required=True, help="folder of the results")
     parser.add_argument("--parts", default="", help=f"which of {','.join(part[0] for part in PARTS)}; all by default")
     parser.add_argument("--toy", action="store_true", help="every part in small")
     parser.add_argument("--language", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args(list(arguments))
+    return parser.parse_args(list(arguments))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run all parts, or the one that is this module's own."""
+    options = parse(arguments)
     if not options.language:
         return 1 if run_parts(options) else 0
     device, started = torch.device("cuda" if torch.cuda.is_available() else "cpu"), time.perf_counter()

@@ -279,8 +279,8 @@ def draw(found: dict[str, dict[str, list[tuple[float, float]]]], file: str) -> N
     plt.close(figure)
 
 
-def main(arguments: Sequence[str]) -> Outcome:
-    """Run the study."""
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m reference.studies.language", description=__doc__)
     parser.add_argument("--corpora", default="english,cpp", help="new corpora: english, cpp")
     parser.add_argument("--methods", default="", help="parts of names, with commas; all by default")
@@ -290,7 +290,12 @@ def main(arguments: Sequence[str]) -> Outcome:
     parser.add_argument("--pretraining", type=int, default=1800, metavar="STEPS")
     parser.add_argument("--output", default="", help="folder of the results")
     parser.add_argument("--figure", default="", help="file of the figure")
-    options = parser.parse_args(list(arguments))
+    return parser.parse_args(list(arguments))
+
+
+def main(arguments: Sequence[str]) -> Outcome:
+    """Run the study."""
+    options = parse(arguments)
     torch.set_num_threads(1)
     started = time.perf_counter()
     found = {name: curves(name, options) for name in options.corpora.split(",")}

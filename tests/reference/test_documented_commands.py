@@ -16,8 +16,8 @@ from reference.published.methods import chosen_methods as of_a_table
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PARSED = ("run", "evaluation.report", "data.__main__", "published.__main__")
-PARSED += ("studies.run", "studies.expert_report", "studies.pretrain", "evaluation.headline")
-PARSED += tuple(f"benchmarks.{name}" for name in ("consolidate", "counting", "drift", "peers", "step"))
+PARSED += ("studies.run", "studies.expert_report", "studies.pretrain", "studies.language", "evaluation.headline")
+PARSED += tuple(f"benchmarks.{name}" for name in ("consolidate", "counting", "drift", "gpu", "peers", "step"))
 LEFT_OUT = {"studies.pretrain": "--tasks-root d --captions d", "studies.run": "--output o"}
 
 
