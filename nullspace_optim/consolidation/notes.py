@@ -17,7 +17,7 @@ from ..subspace.basis import BasisStore, Fate
 NEARLY_FULL = 0.9
 ENOUGH = 10
 MASSIVE = 0.99
-WAYS_OUT = 'lower the policy\'s threshold, prune(), release() a name, or train with project="both"'
+WAYS_OUT = "lower the policy's threshold, prune(), or release() a name"
 
 
 def warnings_about(

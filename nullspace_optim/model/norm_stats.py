@@ -67,18 +67,17 @@ def statistics(model: nn.Module, buffers: Collection[str]) -> dict[str, Tensor]:
         id(buffer)
         for module in model.modules()
         if _statistics(module)
-        for buffer in module._buffers.values()
-        if buffer is not None and buffer.is_floating_point()
+        for buffer in module.buffers(recurse=False)
+        if buffer.is_floating_point()
     }
     return {name: b for name, b in named_buffers(model).items() if name in buffers and id(b) in moving}
 
 
 def _statistics(module: nn.Module) -> list[str]:
     """Return the names of the buffers of `module` itself that its train-mode forward moves."""
-    spectral = [
-        name for name in module._buffers if name == "_u" or f"{name.removesuffix('_u')}_orig" in module._parameters
-    ]
-    return ["running_mean", *spectral] if "running_mean" in module._buffers else spectral
+    names = [name for name, _ in module.named_buffers(recurse=False)]
+    spectral = [name for name in names if name == "_u" or f"{name.removesuffix('_u')}_orig" in module._parameters]
+    return ["running_mean", *spectral] if "running_mean" in names else spectral
 
 
 def forget_compiled() -> None:

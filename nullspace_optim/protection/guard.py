@@ -34,6 +34,8 @@ from ..subspace.projection import (
 from ..subspace.shards import ShardView, crossing_sides, local_basis, shard_view
 from .workspace import Workspace
 
+ROUNDING = 4.0  # units in the last place of the largest entry of a gradient
+
 
 @dataclass
 class Guard:
@@ -41,8 +43,8 @@ class Guard:
 
     Of a sharded parameter `basis` is this rank's view of what is `stored`, and `across` are the sides whose coordinates
     are sums over ranks; `correct_across` serves them, and is owed to a weight that is `behind`. `members` are the
-    tensors that move together: the parameter and a bias folded into it. `norms` are those of the first gradient, and of
-    its part in free directions.
+    tensors that move together: the parameter and a bias folded into it. `norms` are those of the first gradient and of
+    its part in free directions, until the share was `measured`.
     """
 
     parameter: Tensor
@@ -60,6 +62,7 @@ class Guard:
     pending: bool = False
     behind: bool = False
     norms: tuple[Tensor, Tensor] | None = None
+    measured: bool = False
     allowed: float = 0.0
 
     def __post_init__(self) -> None:
@@ -219,7 +222,8 @@ class Guard:
     def project_gradient(self, gradient: Tensor, *, softly: bool = True) -> None:
         """Remove the kept directions from `gradient` (and from the gradient of a bias folded in) in place.
 
-        ``softly=False`` leaves directions alone that are kept by part: the update will be scaled there.
+        ``softly=False`` leaves directions alone that are kept by part, where the update will be scaled, and makes zeros
+        of entries that are rounding: adaptive optimizers would take them for a gradient, however small they are.
         """
         if gradient.layout != torch.strided:
             raise OptionError(
@@ -234,6 +238,7 @@ class Guard:
             block.zero_()
             return
         with matrix_of(block, self.basis.layout, bias) as matrix:
+            limit = None if softly or not matrix.numel() else _rounding(matrix)
             for subspace in self.basis.subspaces.values():
                 if subspace.side == "rows":
                     matrix[0].index_fill_(0, subspace.basis, 0.0)
@@ -247,6 +252,8 @@ class Guard:
                 inside = anchor(matrix, subspace.basis, subspace.side)
                 all_reduce_sum_([inside], group=self.part.shard.group)
                 subtract_coordinates_(matrix, inside, subspace.basis, subspace.side)
+            if limit is not None:
+                matrix.masked_fill_(matrix.abs() <= limit, 0)
 
     def drift(self) -> float:
         """Return the largest relative change of a kept quantity since it was anchored (0 where nothing is kept;
@@ -261,6 +268,11 @@ class Guard:
                 if subspace.rank:
                     drifts.append(float(anchor_drift(matrix, subspace.basis, subspace.anchor, subspace.side)))
         return max(drifts, key=lambda drift: (isnan(drift), drift))
+
+
+def _rounding(gradient: Tensor) -> Tensor:
+    """Return what may be rounding in a projected gradient `[g, m, d]`, `[g, 1, 1]`."""
+    return ROUNDING * torch.finfo(gradient.dtype).eps * gradient.abs().amax((1, 2), keepdim=True)
 
 
 def _mark(parameter: Tensor) -> tuple[int, ...]:
@@ -281,7 +293,7 @@ def gradient_hook(guard: Guard) -> Callable[[Tensor], None]:
         found = reference()
         if found is not None and parameter.grad is not None and parameter.grad.layout == torch.strided:
             with torch.no_grad():
-                before = None if found.norms else local_tensor(parameter.grad).norm()
+                before = None if found.measured or found.norms else local_tensor(parameter.grad).norm()
                 found.project_gradient(parameter.grad, softly=False)
                 if before is not None:
                     found.norms = before, local_tensor(parameter.grad).norm()

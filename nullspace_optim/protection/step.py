@@ -128,9 +128,12 @@ class Forms:
 
 def warn_little_free(guards: Iterable[Guard]) -> bool:
     """Warn if hardly anything of the first gradients lies in free directions; return False without gradients."""
+    guards = list(guards)
     pairs = [pair for guard in guards if (pair := _norms(guard)) is not None]
     if not pairs:
         return False
+    for guard in guards:
+        guard.norms, guard.measured = None, True
     whole, free = (float(torch.stack([norm.double().cpu() for norm in part]).sum()) for part in zip(*pairs))
     if free < LEAST_FREE * whole:
         warn(

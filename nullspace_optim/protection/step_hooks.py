@@ -1,7 +1,8 @@
 """What happens around one base step: hide frozen gradients, let the base move, put the kept directions back.
 
 `Protection` owns one `Guard` a parameter. Its hooks run around `step` of every wrapped optimizer, so that `opt.step()`,
-`base.step()` and `scaler.step(base)` are alike. A step waits for the device only if a weight was edited from outside.
+`base.step()` and `scaler.step(base)` are alike. A step waits for the device only if a weight was edited from outside,
+and once after a consolidation.
 One that an error or an interrupt ends is finished before anything reads the weights (see `step`).
 """
 

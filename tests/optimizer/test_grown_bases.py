@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 from training import NEW, OLD, mlp, relative_drift, train, wrap
 
-from nullspace_optim import NullSpaceOptimizer
+from nullspace_optim import NullSpaceOptimizer, NumericalRank
 from nullspace_optim.cli import main
 from nullspace_optim.errors import NullSpaceWarning, ShapeError
 
@@ -176,7 +176,8 @@ def test_a_language_model_with_new_tokens_keeps_the_logits_of_old_ones(tied: boo
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config)
-    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=3e-3, weight_decay=0.1), model)
+    base = AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    optimizer = NullSpaceOptimizer(base, model, policy=NumericalRank())
     old, mixed = torch.arange(4).reshape(1, 4), torch.randint(2, 44, (4, 8))
     optimizer.consolidate([{"input_ids": old}], progress=False)
     before = model.eval()(old).logits.detach()

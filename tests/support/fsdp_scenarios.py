@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ddp_scenarios import SOFT_OR_TWO_SIDED, Declared, _Broken, everyone, refusal
 from models import (
+    Breaking,
     Everything,
     Plain,
     Tensors,
@@ -34,9 +35,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
-from torch.optim import SGD
 
-from nullspace_optim import ConsolidationError, Fate, FixedRank, NullSpaceOptimizer
+from nullspace_optim import ConsolidationError, Fate, FixedRank, NullSpaceOptimizer, StaleAnchorError
 from nullspace_optim.consolidation.describe import stored_bytes
 from nullspace_optim.errors import CaptureError, OptionError
 from nullspace_optim.planning.predict import Conditions, by_rank, predict
@@ -243,8 +243,6 @@ def an_interrupt_inside_a_forward_stops_all_at_once(folder: Path) -> None:
 
 
 def an_edit_is_found_and_accepted(folder: Path) -> None:
-    from nullspace_optim import StaleAnchorError
-
     rank = dist.get_rank()
     model = sharded(seeded(Everything))
     optimizer = wrap(model)
@@ -261,27 +259,12 @@ def an_edit_is_found_and_accepted(folder: Path) -> None:
     assert optimizer.verify().ok
 
 
-class _Breaking(SGD):
-    """Moves the weights and then fails, once it is told to."""
-
-    broken = False
-
-    def step(self, closure: Any = None) -> Any:
-        with torch.no_grad():
-            for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-                parameter.sub_(parameter.grad, alpha=0.05)
-                parameter.mul_(0.99)
-        if self.broken:
-            self.broken = False
-            raise MemoryError("out of memory")
-
-
 def a_step_that_breaks_off_goes_back_to_the_anchors(folder: Path) -> None:
     rank = dist.get_rank()
     for kind, data in ((Plain, rows), (Everything, tokens)):
         for then in ("step", "verify", "consolidate", "restore"):
             model = sharded(seeded(kind))
-            optimizer = wrap(model, base := _Breaking(model.parameters(), lr=0.05))
+            optimizer = wrap(model, base := Breaking(model.parameters(), lr=0.05))
             optimizer.consolidate(share(data(1), rank), progress=False)
             assert (kind is Everything) == any(g.across for g in optimizer._core.protection.guards.values())
             train(model, optimizer, data(2, 2), rank)
@@ -300,8 +283,6 @@ def a_step_that_breaks_off_goes_back_to_the_anchors(folder: Path) -> None:
 
 
 def restore_undoes_an_edit(folder: Path) -> None:
-    from nullspace_optim import StaleAnchorError
-
     rank = dist.get_rank()
     model = sharded(seeded(Everything))
     optimizer = wrap(model)

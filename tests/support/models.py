@@ -141,3 +141,18 @@ def load_by_torch(model: nn.Module, optimizer: Optimizer, folder: Path) -> None:
     both = {"model": weights, "optimizer": state}
     dcp.load(both, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"])
+
+
+class Breaking(SGD):
+    """Moves the weights and then fails, once it is told to."""
+
+    broken = False
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.no_grad():
+            for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+                parameter.sub_(parameter.grad, alpha=0.05)
+                parameter.mul_(0.99)
+        if self.broken:
+            self.broken = False
+            raise MemoryError("out of memory")
