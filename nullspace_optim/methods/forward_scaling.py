@@ -145,6 +145,7 @@ class Beside:
 class ForwardScaling:
     """The scalings of all weights of one model, one set of mixing matrices a task.
 
+    >>> opt = NullSpaceOptimizer(base, model, policy=TRGP(), project="update")   # doctest: +SKIP
     >>> scaling = ForwardScaling(opt)                                            # doctest: +SKIP
     >>> loss.backward()                                          # the first mini-batch of the new task
     >>> new = scaling.begin("task 3", trust_regions(opt))                        # doctest: +SKIP
@@ -262,7 +263,15 @@ def trust_regions(optimizer: NullSpaceOptimizer, threshold: float = 0.5, most: i
     Reads the gradients `G` of the new task's first mini-batch: an old task is related where `||G S||_F / ||G||_F` is
     above `threshold`; at most `most` of them are taken, the most related first. Paper: 0.5 (0.2 on permuted MNIST), 2.
     Weights whose policy keeps no `members` (any but `TRGP`) have none.
+
+    Raises:
+        OptionError: the optimizer has ``project="both"``, which takes stored subspaces out of the gradient.
     """
+    if optimizer._core.options.project == "both":
+        raise OptionError(
+            'trust_regions(): project="both" has taken the stored subspaces out of the gradients already; make the '
+            'optimizer with project="update"'
+        )
     parameters, found = named_parameters(optimizer.model), {}
     for name, basis in optimizer.bases.items():
         gradient, subspace = parameters[name].grad if name in parameters else None, basis.subspaces.get("right")

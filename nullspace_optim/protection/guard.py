@@ -251,6 +251,9 @@ class Guard:
                 assert subspace.side != "rows" and self.part.shard is not None
                 inside = anchor(matrix, subspace.basis, subspace.side)
                 all_reduce_sum_([inside], group=self.part.shard.group)
+                if subspace.scale is not None:
+                    scale = subspace.scale if softly else subspace.scale.floor()
+                    inside = inside * scale.to(inside.dtype).unsqueeze(-2 if subspace.side == "right" else -1)
                 subtract_coordinates_(matrix, inside, subspace.basis, subspace.side)
             if limit is not None:
                 matrix.masked_fill_(matrix.abs() <= limit, 0)

@@ -152,11 +152,12 @@ def _norms(guard: Guard) -> tuple[Tensor, Tensor] | None:
     if gradient is None or gradient.layout != torch.strided or guard.across or guard.bias is not None:
         return None
     if guard.norms is None:
-        free = gradient.clone()
+        free, made = gradient.clone(), dict(guard.complements)
         if guard.immovable:
             free.zero_()
         else:
             guard.project_gradient(free)
+        guard.complements = made  # what the step itself has no use for is not kept
         guard.norms = local_tensor(gradient).norm(), local_tensor(free).norm()
     return guard.norms
 

@@ -121,7 +121,7 @@ def test_experts_of_another_architecture_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_plain_optimizer_and_the_mode_refuse_each_others_files(tmp_path: Path) -> None:
-    _, opt, _ = history(7)
+    _model, opt, _ = history(7)
     opt.save(tmp_path / "f")
     plain_model = Layer()
     plain = NullSpaceOptimizer(AdamW(plain_model.parameters(), lr=1e-4), plain_model)

@@ -23,7 +23,7 @@ def test_experts_of_a_mode_do_not_pass_to_a_new_optimizer(monkeypatch: pytest.Mo
     tasks.begin(first)
     tasks.end(first, loader(0), None)
     monkeypatch.setattr(first._core, "mode", object())
-    with pytest.raises(OptionError, match="create the NullSpaceOptimizer once"):
+    with pytest.raises(OptionError, match=r"with experts \(a mode\) trains beside these parameters"):
         tasks.begin(wrap(model))
 
 

@@ -40,7 +40,9 @@ def task(seed: int, n: int = 12) -> Tensor:
 
 def protected(policy: Any, base: Any = None) -> tuple[Net, NullSpaceOptimizer]:
     model = Net()
-    optimizer = NullSpaceOptimizer(base(model) if base else AdamW(model.parameters(), lr=0.01), model, policy=policy)
+    optimizer = NullSpaceOptimizer(
+        base(model) if base else AdamW(model.parameters(), lr=0.01), model, policy=policy, project="update"
+    )
     optimizer.consolidate([task(0)], name="a", progress=False)
     return model, optimizer
 
@@ -142,7 +144,7 @@ def test_shared_directions_lead_the_and_of_both_conceptors() -> None:
     model = nn.Linear(12, 4, bias=False)
     old, new = (torch.randn(40, 12) * torch.logspace(0.5, -1, 12)[torch.randperm(12)] for _ in range(2))
     policy = CODECL(aperture=1.5, gain=0.9)
-    optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model, policy=policy)
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model, policy=policy, project="update")
     optimizer.consolidate([old], progress=False)
     moments = optimizer.measure([new], progress=False)
     C, B = (slow.code_cl([rows], 1.5, 0.9, policy.floor) for rows in (old, new))
@@ -178,7 +180,7 @@ def test_under_sgd_weights_move_as_if_the_scaling_were_differentiated() -> None:
 def scaled_linear(dtype: torch.dtype = torch.float64) -> tuple[nn.Sequential, ForwardScaling, list[nn.Parameter]]:
     """A linear layer 30 -> 20 with two related tasks of nine directions each."""
     model = nn.Sequential(nn.Linear(30, 20)).to(dtype)
-    optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, policy=TRGP(0.99))
+    optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, policy=TRGP(0.99), project="update")
     optimizer.consolidate([torch.randn(40, 30, dtype=dtype)], name="a", progress=False)
     scaling = ForwardScaling(optimizer)
     spans = {name: torch.linalg.qr(torch.randn(30, 9))[0][None] for name in "ab"}
@@ -214,7 +216,7 @@ def test_few_rows_are_scaled_beside_the_weight_with_the_same_gradients(rows: Any
 def test_a_capture_sees_the_few_rows_themselves() -> None:
     """Not the scaled rows that meet the weight beside them."""
     model = nn.Sequential(nn.Linear(30, 20, bias=False))
-    optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, policy=TRGP(0.99))
+    optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, policy=TRGP(0.99), project="update")
     optimizer.consolidate([torch.randn(40, 30)], name="a", progress=False)
     scaling = ForwardScaling(optimizer)
     for mix in scaling.begin("b", {"0.weight": {"a": torch.linalg.qr(torch.randn(30, 9))[0][None]}}):
@@ -287,7 +289,8 @@ def test_checkpoints_carry_the_mixing_of_every_task() -> None:
 def test_weights_protected_later_are_scaled_by_group_and_taken_up_again() -> None:
     model, fresh = Net(), Net()
     optimizer, other = (
-        NullSpaceOptimizer(AdamW(m.parameters()), m, policy=TRGP(0.99), uncovered="train") for m in (model, fresh)
+        NullSpaceOptimizer(AdamW(m.parameters()), m, policy=TRGP(0.99), uncovered="train", project="update")
+        for m in (model, fresh)
     )
     optimizer.consolidate([task(0)], name="a", forward=model.conv, progress=False)
     scaling = ForwardScaling(optimizer)  # of the convolution alone
@@ -324,7 +327,9 @@ def test_weights_protected_later_are_scaled_by_group_and_taken_up_again() -> Non
 
 def test_a_model_that_is_one_matrix_is_taken_up() -> None:
     model, fresh = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False)
-    optimizer, other = (NullSpaceOptimizer(SGD(m.parameters(), lr=0.1), m, policy=TRGP()) for m in (model, fresh))
+    optimizer, other = (
+        NullSpaceOptimizer(SGD(m.parameters(), lr=0.1), m, policy=TRGP(), project="update") for m in (model, fresh)
+    )
     optimizer.consolidate([torch.randn(20, 2) @ torch.randn(2, 6)], name="a", progress=False)
     scaling = ForwardScaling(optimizer)
     span = optimizer.bases["weight"].subspaces["right"].basis
@@ -354,7 +359,7 @@ def test_what_is_wrong_is_named() -> None:
 
 def test_measure_is_what_consolidate_would_see_and_keeps_nothing() -> None:
     model = Net()
-    optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model)
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model, project="update")
     moments = optimizer.measure([task(0), task(1)], progress=False)
     patches = nn.functional.unfold(torch.cat([task(0), task(1)]), 3).mT.reshape(-1, 27).double()
     assert torch.allclose(moments["conv.weight"].matrix[0].double(), patches.T @ patches, rtol=1e-4, atol=1e-2)
@@ -380,7 +385,7 @@ class Prompted(nn.Module):
 @pytest.mark.parametrize("side", ["right", "left", "none"])
 def test_declared_rows_replace_what_the_capture_saw(side: Any) -> None:
     model, tokens = Prompted(side), torch.randn(2, 1, 6)
-    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.01), model, policy=Energy(0.9999))
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.01), model, policy=Energy(0.9999), project="update")
     optimizer.consolidate([tokens], progress=False)
     basis = optimizer.bases["prompts"]
     if side == "none":
@@ -401,7 +406,7 @@ def test_declared_rows_replace_what_the_capture_saw(side: Any) -> None:
 
 def test_declared_rows_that_do_not_fit_are_refused() -> None:
     model = Prompted("right")
-    optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model)
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model, project="update")
     with pytest.raises(CaptureError, match=r"rows \(2, 5\) do not fit a parameter \(3, 6\) on the left side"):
         optimizer.consolidate(
             [torch.randn(2, 1, 6)],

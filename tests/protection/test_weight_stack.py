@@ -51,7 +51,7 @@ class Convolutions(nn.Module):
 
 def run(model: nn.Module, fewest: int, base: Any = AdamW, steps: int = 20, **options: Any) -> NullSpaceOptimizer:
     """Consolidate and train `model` where so many weights make a stack."""
-    options = {"policy": FixedRank(5), **options}
+    options = {"policy": FixedRank(5), "project": "update", **options}
     before, weight_stack.FEWEST = weight_stack.FEWEST, fewest
     try:
         optimizer = NullSpaceOptimizer(base(model.parameters(), lr=1e-2), model, **options)

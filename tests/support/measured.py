@@ -25,7 +25,7 @@ class Measured:
         torch.manual_seed(0)
         trained = [p for p in model.parameters() if p.requires_grad]
         options = {"policy": FixedRank(k), "rows": "all", **options}
-        self.opt = NullSpaceOptimizer(torch.optim.SGD(trained, 1e-3), model, **options)
+        self.opt = NullSpaceOptimizer(torch.optim.SGD(trained, 1e-3), model, project="update", **options)
         self.opt.consolidate([batch], forward=run, progress=False)
         self.protection = self.opt._core.protection
         guards = self.protection.guards.values()
