@@ -3,9 +3,9 @@
     python -m reference.studies.language --output DIR --figure FILE
 
 A GPT of four blocks (width 128, table tied to the head, 2,000 byte-pair tokens) is trained on the sources of Python's
-library, then fine-tuned on another corpus of this machine: English (manual topics and package descriptions) or C++
-(torch's headers). Every method is followed by weight interpolation with the model before (WiSE-FT; `blend`), so each
-draws a curve: perplexity on held-out files of both corpora. Nothing is downloaded; it needs the package `tokenizers`.
+library, then fine-tuned on English of this machine (manual topics and package descriptions). Each method is followed by
+interpolation with the weights before (WiSE-FT; `blend`): perplexity on held-out files of both corpora. Nothing is
+downloaded; it needs the package `tokenizers`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
@@ -47,7 +48,7 @@ class Way:
 
     rate: float = 1e-3
     threshold: float | None = None
-    project: str = "both"
+    project: Literal["update", "both"] = "both"
     release: bool = False
     replay: float = 0.0
     distil: bool = False
@@ -104,34 +105,27 @@ class GPT(nn.Module):
         return F.linear(self.norm(self.blocks(x)), self.table.weight)
 
 
-def texts(corpus: str) -> list[str]:
-    """Documents of one corpus, in a fixed order."""
-    if corpus == "python":
-        found = [path.read_text(errors="ignore") for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))]
-    elif corpus == "english":
-        known = {
-            str(d.metadata["Name"]): str(d.metadata.get_payload() or "") for d in importlib.metadata.distributions()
-        }  # type: ignore[attr-defined]
-        found = [
-            *pydoc_data.topics.topics.values(),
-            *(known[name] for name in sorted(known) if len(known[name]) > 2000),
-        ]
-    else:
-        headers = sorted((Path(torch.__file__).parent / "include" / "ATen").glob("*.h"))
-        found = [path.read_text(errors="ignore") for path in headers[:400]]
-    random.Random(0).shuffle(found)
+def texts() -> dict[str, list[str]]:
+    """Documents of the two corpora, in a fixed order."""
+    known = {str(d.metadata["Name"]): str(d.metadata.get_payload() or "") for d in importlib.metadata.distributions()}  # type: ignore[attr-defined]
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    found = {
+        "python": [path.read_text(errors="ignore") for path in sources],
+        "english": [*pydoc_data.topics.topics.values(), *(t for _, t in sorted(known.items()) if len(t) > 2000)],
+    }
+    for documents in found.values():
+        random.Random(0).shuffle(documents)
     return found
 
 
-def tokenized(new: str) -> tuple[Corpus, Corpus]:
-    """The first corpus and the `new` one as token numbers, split by documents."""
+def tokenized() -> tuple[Corpus, Corpus]:
+    """Both corpora as token numbers, split by documents."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    found = {name: texts(name) for name in ("python", new)}
+    found = texts()
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=TOKENS, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator([text for documents in found.values() for text in documents], trainer)
     corpora = []
     for documents in found.values():
@@ -181,10 +175,10 @@ def fine_tuned(
 ) -> tuple[GPT, Callable[[float], GPT]]:
     """Fine-tune a copy of `before` on `new`: the model, and the function that gives it interpolated by a share."""
     model = copy.deepcopy(before)
-    optimizer: torch.optim.Optimizer = AdamW(model.parameters(), lr=way.rate)
+    optimizer = NullSpaceOptimizer(
+        AdamW(model.parameters(), lr=way.rate), model, policy=Energy(way.threshold or 0.99), project=way.project
+    )
     if way.threshold is not None:
-        project = "both" if way.project == "both" else "update"
-        optimizer = NullSpaceOptimizer(optimizer, model, policy=Energy(way.threshold), project=project)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(3)
         optimizer.consolidate([rows(old["training"], generator, ROWS)[:, :-1] for _ in range(24)], progress=False)
         if way.release:
@@ -206,15 +200,8 @@ def fine_tuned(
     weights = {name: value.clone() for name, value in model.state_dict().items()}
 
     def interpolated(share: float) -> GPT:
-        if isinstance(optimizer, NullSpaceOptimizer):
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(weights[name])
-            optimizer.blend(before.state_dict(), share)
-        else:
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(torch.lerp(weights[name], before.get_parameter(name), share))
+        model.load_state_dict(weights)
+        optimizer.blend(before.state_dict(), share)
         return model
 
     return model, interpolated
@@ -226,9 +213,9 @@ def _distilled(model: nn.Module, before: nn.Module, batch: Tensor) -> Tensor:
     return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), targets)
 
 
-def curves(new_name: str, options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[float, float]]]]:
-    """Every method's curve on one pair of corpora, mean over the seeds (of the logarithms): a table and the points."""
-    old, new = tokenized(new_name)
+def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[float, float]]]]:
+    """Every method's curve, mean over the seeds (of the logarithms): a table and the points."""
+    old, new = tokenized()
     before = pretrained(old, options.pretraining)
     start = tuple(perplexity(before, corpus[options.split]) for corpus in (old, new))
     seeds = [int(seed) for seed in options.seeds.split(",")]
@@ -236,7 +223,7 @@ def curves(new_name: str, options: argparse.Namespace) -> tuple[Table, dict[str,
     for name, way in WAYS.items():
         if options.methods and not any(part in name for part in options.methods.split(",")):
             continue
-        progress(f"python, then {new_name}: {name}")
+        progress(name)
         found: dict[float, list[tuple[float, float]]] = {share: [] for share in SHARES}
         for seed in seeds:
             with quiet():
@@ -250,31 +237,20 @@ def curves(new_name: str, options: argparse.Namespace) -> tuple[Table, dict[str,
     header = ("method", *(f"{share:g} of the way back" if share else "as trained" for share in SHARES))
     lines = [(name, *(f"{a:.1f} / {b:.0f}" for a, b in found)) for name, found in points.items()]
     note = (
-        f"Before: {start[0]:.1f} on Python, {start[1]:.0f} on the new corpus. {options.steps} AdamW steps of {ROWS} "
+        f"Before: {start[0]:.1f} on Python, {start[1]:.0f} on English. {options.steps} AdamW steps of {ROWS} "
         f"rows of {CONTEXT} tokens, {len(seeds)} seeds (geometric mean), {options.split} files."
     )
-    return Table(f"Perplexity on Python / on {new_name}", header, tuple(lines), note), points
+    return Table("Perplexity on Python / on English", header, tuple(lines), note), points
 
 
-def draw(found: dict[str, dict[str, list[tuple[float, float]]]], file: str) -> None:
-    """Draw the curves, one panel for each new corpus."""
-    shown = {
-        "plain, 1e-3": "plain, then interpolated (WiSE-FT)",
-        "old data, 5 %": "with 5 % old data",
-        "ours, Energy(0.999), update": "ours, Energy(0.999)",
-        "ours, Energy(0.95), both": 'ours, Energy(0.95), "both"',
-        "ours, Energy(0.95), both, table released": "ours, the same, table released",
-        "ours, the same, and distillation, 5 %": "ours, and distillation on 5 %",
-    }
-    figure, panels = plt.subplots(1, len(found), figsize=(5.2 * len(found), 4.2), squeeze=False)
-    for panel, (name, points) in zip(panels[0], found.items(), strict=True):
-        for method, label in shown.items():
-            if method in points:
-                panel.plot(*zip(*points[method], strict=True), marker="o", ms=4, label=label)
-        panel.set(title=f"Python, then {name}", xlabel="perplexity on Python (old)", xscale="log", yscale="log")
-    panels[0][0].set_ylabel("perplexity on the new corpus")
-    panels[0][-1].legend(fontsize=8)
-    figure.tight_layout()
+def draw(points: dict[str, list[tuple[float, float]]], file: str) -> None:
+    """Draw the curves."""
+    shown = ("plain, 1e-3", "old data, 5 %", "ours, Energy(0.99), both", "ours, Energy(0.8), both")
+    figure, panel = plt.subplots(figsize=(6.0, 4.2), layout="tight")
+    for method in filter(points.__contains__, shown):
+        panel.plot(*zip(*points[method], strict=True), marker="o", ms=4, label=method)
+    panel.set(xlabel="perplexity on Python (old)", ylabel="perplexity on English (new)")
+    panel.legend(fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -282,7 +258,6 @@ def draw(found: dict[str, dict[str, list[tuple[float, float]]]], file: str) -> N
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m reference.studies.language", description=__doc__)
-    parser.add_argument("--corpora", default="english,cpp", help="new corpora: english, cpp")
     parser.add_argument("--methods", default="", help="parts of names, with commas; all by default")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
@@ -298,11 +273,10 @@ def main(arguments: Sequence[str]) -> Outcome:
     options = parse(arguments)
     torch.set_num_threads(1)
     started = time.perf_counter()
-    found = {name: curves(name, options) for name in options.corpora.split(",")}
+    table, points = curves(options)
     if options.figure:
-        draw({name: points for name, (_, points) in found.items()}, options.figure)
-    tables = [table for table, _ in found.values()]
-    return finish("reference.studies.language", arguments, torch.device("cpu"), started, tables, options.output)
+        draw(points, options.figure)
+    return finish("reference.studies.language", arguments, torch.device("cpu"), started, [table], options.output)
 
 
 if __name__ == "__main__":

@@ -52,9 +52,9 @@ def test_perplexity_of_a_model_that_knows_nothing_is_the_number_of_tokens() -> N
 
 
 def test_the_study_writes_its_table_and_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language, "tokenized", lambda new: (corpus(1), corpus(2)))
+    monkeypatch.setattr(language, "tokenized", lambda: (corpus(1), corpus(2)))
     figure = tmp_path / "curves.png"
-    short = ["--corpora", "english", "--methods", "Energy(0.95)", "--seeds", "0", "--steps", "2", "--pretraining", "2"]
+    short = ["--methods", "Energy(0.95)", "--seeds", "0", "--steps", "2", "--pretraining", "2"]
     outcome = language.main([*short, "--output", str(tmp_path), "--figure", str(figure)])
     (table,) = outcome.tables
     assert [row[0] for row in table.rows] == [name for name in language.WAYS if "Energy(0.95)" in name]
@@ -66,7 +66,7 @@ def test_the_study_writes_its_table_and_figure(tmp_path: Path, monkeypatch: pyte
 
 def test_the_corpora_of_this_machine_are_tokenized_by_documents() -> None:
     pytest.importorskip("tokenizers")
-    old, new = language.tokenized("cpp")
+    old, new = language.tokenized()
     for found in (old, new):
         assert len(found["training"]) > 10 * CONTEXT and int(found["training"].max()) < TOKENS
         assert len(found["training"]) > 9 * len(found["test"]) > 0
