@@ -274,8 +274,9 @@ class Guard:
 
 
 def _rounding(gradient: Tensor) -> Tensor:
-    """Return what may be rounding in a projected gradient `[g, m, d]`, `[g, 1, 1]`."""
-    return ROUNDING * torch.finfo(gradient.dtype).eps * gradient.abs().amax((1, 2), keepdim=True)
+    """Return what may be rounding in a projected gradient `[g, m, d]`, `[g, 1, 1]`; 0 after an overflow, which stays."""
+    largest = gradient.abs().amax((1, 2), keepdim=True)
+    return ROUNDING * torch.finfo(gradient.dtype).eps * largest.nan_to_num(0.0, 0.0, 0.0)
 
 
 def _mark(parameter: Tensor) -> tuple[int, ...]:

@@ -98,3 +98,19 @@ def test_what_is_left_by_rounding_is_no_gradient() -> None:
     for _ in range(10):
         shares(optimizer, model, rows(0, 16))
     assert float((model.weight - before).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", ["linear", "table"])
+def test_an_overflow_stays_to_be_found_by_a_gradient_scaler(kind: str, value: float) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = nn.Linear(32, 4, bias=False) if kind == "linear" else nn.Embedding(8, 4)
+    inputs = rows(0, 16) if kind == "linear" else torch.arange(4)
+    optimizer = NullSpaceOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, policy=FixedRank(8), project="both"
+    )
+    optimizer.consolidate([inputs], progress=False)
+    outputs = model(rows(16, 16) if kind == "linear" else torch.arange(4, 8))
+    outputs.backward(torch.full_like(outputs, 1.0).index_fill(0, torch.tensor(0), value))
+    (gradient,) = (parameter.grad for parameter in model.parameters())
+    assert gradient is not None and not bool(gradient.isfinite().all())
