@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 
@@ -34,7 +34,7 @@ from ..subspace.projection import (
 from ..subspace.shards import ShardView, crossing_sides, local_basis, shard_view
 from .workspace import Workspace
 
-ROUNDING = 4.0  # units in the last place of the largest entry of a gradient
+ROUNDING = 4.0  # units in the last place of the largest entry of a row or column
 
 
 @dataclass
@@ -238,7 +238,8 @@ class Guard:
             block.zero_()
             return
         with matrix_of(block, self.basis.layout, bias) as matrix:
-            limit = None if softly or not matrix.numel() else _rounding(matrix)
+            sides = [*self.basis.subspaces, *(subspace.side for subspace in self.across)]
+            limit = None if softly or not matrix.numel() else _rounding(matrix, sides)
             for subspace in self.basis.subspaces.values():
                 if subspace.side == "rows":
                     matrix[0].index_fill_(0, subspace.basis, 0.0)
@@ -273,9 +274,14 @@ class Guard:
         return max(drifts, key=lambda drift: (isnan(drift), drift))
 
 
-def _rounding(gradient: Tensor) -> Tensor:
-    """Return what may be rounding in a projected gradient `[g, m, d]`, `[g, 1, 1]`; 0 after an overflow, which stays."""
-    largest = gradient.abs().amax((1, 2), keepdim=True)
+def _rounding(gradient: Tensor, sides: Iterable[Side]) -> Tensor:
+    """Return what may be rounding in each entry of a gradient `[g, m, d]` once it is projected; 0 after an overflow.
+
+    A product on the right rounds by the entries of its row, on the left by those of its column.
+    """
+    largest = gradient.new_zeros(()).real
+    for side in {"right", "left"} & set(sides):
+        largest = largest + gradient.abs().amax(2 if side == "right" else 1, keepdim=True)
     return ROUNDING * torch.finfo(gradient.dtype).eps * largest.nan_to_num(0.0, 0.0, 0.0)
 
 

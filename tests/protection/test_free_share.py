@@ -114,3 +114,16 @@ def test_an_overflow_stays_to_be_found_by_a_gradient_scaler(kind: str, value: fl
     outputs.backward(torch.full_like(outputs, 1.0).index_fill(0, torch.tensor(0), value))
     (gradient,) = (parameter.grad for parameter in model.parameters())
     assert gradient is not None and not bool(gradient.isfinite().all())
+
+
+def test_rows_of_very_different_scale_all_learn() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(32, 4, bias=False)
+    base = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0, eps=1e-30)
+    optimizer = NullSpaceOptimizer(base, model, policy=FixedRank(8), project="both")
+    optimizer.consolidate([rows(0, 64)], progress=False)
+    before = model.weight.detach().clone()
+    (model(rows(16, 16, noise=0.1)).sum(0) * torch.tensor([1.0, 1e-4, 1e-8, 1e-12])).sum().backward()
+    optimizer.step()
+    moved = (model.weight.detach() - before).norm(dim=1)
+    assert float(moved.min()) > 0.5 * float(moved.max())
