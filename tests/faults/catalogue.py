@@ -163,6 +163,18 @@ GROWTH = {
     126: Fault("a null-space wrapper over a model with the experts of a living one", "refused; allowed once that one is detached or gone"),
     127: Fault("a first axis that is none of samples: graphs, time steps, crops, packed sequences", "consolidated; the probe is the whole first batch, with one note"),
 }  # fmt: skip
+LOOPS = {
+    128: Fault("an interrupt, an error or no memory anywhere inside a step", "the next use of the weights goes on from the anchors; hidden gradients are back"),
+    129: Fault("SAM, Lookahead, extragradient written by hand around `step`", "kept directions stay; what is not taken back is refused with both ways out"),
+    130: Fault("an edit by mistake", "`restore()` puts back everything that is kept, or refuses weights that are not finite and changes nothing"),
+    131: Fault("bases through torch's own distributed checkpoint recipe", "they travel and come back bitwise; a flattened state is refused until they are loaded"),
+    132: Fault("weight averaging and `update_bn` on copies and on the model", "hooks do nothing on copies; statistics that were reset are put back and named"),
+    133: Fault("a task whose gradient has hardly a free part", "one warning with the share, before it is trained"),
+    134: Fault("a projected gradient that is rounding, or has overflowed", "rounding is no gradient; an overflow stays to be found"),
+    135: Fault("interpolation with earlier weights", "`blend` moves what is free; kept directions and frozen values stay"),
+    136: Fault("heads of finished tasks that a new optimizer does not step", "their bases load and wait in it"),
+    137: Fault("bases named by a loss module around the model", "they load into the model inside it, and back"),
+}  # fmt: skip
 
 PARTS: dict[str, dict[int, Fault]] = {
     "Gradients and steps": STEPS,
@@ -174,6 +186,7 @@ PARTS: dict[str, dict[int, Fault]] = {
     "Several processes": PROCESSES,
     "iGSP, CLIP losses, command line, experiment": AROUND,
     "Shapes that grow, modules that are replaced": GROWTH,
+    "Training loops and checkpoints": LOOPS,
 }
 FAULTS: dict[int, Fault] = {number: fault for part in PARTS.values() for number, fault in part.items()}
 

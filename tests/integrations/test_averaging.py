@@ -79,6 +79,7 @@ AVERAGES: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.fault(132)
 @pytest.mark.parametrize("name", AVERAGES)
 @pytest.mark.parametrize("early", [False, True], ids=["copied after", "copied before the task is consolidated"])
 def test_a_copy_averages_and_fills_its_statistics_as_a_plain_model_would(name: str, early: bool) -> None:
@@ -129,6 +130,7 @@ def test_averaged_weights_that_are_loaded_back_are_accepted_by_reanchor() -> Non
     assert optimizer.verify().ok
 
 
+@pytest.mark.fault(132)
 @pytest.mark.parametrize("meant", [False, True])
 def test_statistics_of_the_model_itself_are_put_back_unless_they_are_meant(meant: bool) -> None:
     model, optimizer = consolidated()

@@ -45,6 +45,7 @@ def learn(model: nn.Module, optimizer: Any, steps: int = 10) -> None:
     take_steps(optimizer, lambda: (model(NEW) - 1).square().mean(), steps)
 
 
+@pytest.mark.fault(137)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "running statistics"])
 @pytest.mark.parametrize("how", ["file", "state dict"])
 @pytest.mark.parametrize("saved", ["loss", "nested loss", "model"])

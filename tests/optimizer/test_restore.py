@@ -21,6 +21,7 @@ def protected(model: nn.Module, base: Any, rows: Tensor = OLD, **options: Any) -
     return optimizer
 
 
+@pytest.mark.fault(130)
 @pytest.mark.filterwarnings("ignore::nullspace_optim.NullSpaceWarning")
 @pytest.mark.parametrize(
     "options", [{}, {"bias": "joint"}, {"precision": "fast"}, {"policy": SGP(0.9)}, {"project": "gradient"}], ids=str
@@ -43,6 +44,7 @@ def test_restore_puts_kept_directions_back_and_leaves_free_ones(options: dict[st
     train(optimizer, model)
 
 
+@pytest.mark.fault(130)
 def test_restore_cannot_mend_weights_that_are_not_finite_and_says_so() -> None:
     model = mlp()
     optimizer = protected(model, AdamW(model.parameters()))

@@ -85,6 +85,7 @@ def goes_on_like(
     return all(torch.equal(a, b) for a, b in zip(one[0].parameters(), two[0].parameters()))
 
 
+@pytest.mark.fault(131)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("steps", [3, 0], ids=["with state", "frozen before it had state"])
 @pytest.mark.parametrize("precision", ["exact", "fast"])
@@ -177,6 +178,7 @@ def test_a_bare_checkpoint_leaves_the_bases_of_a_protected_optimizer(tmp_path: P
         train(model, optimizer)
 
 
+@pytest.mark.fault(131)
 @pytest.mark.parametrize("protect", [True, False])
 @pytest.mark.fault(100)
 def test_a_flattened_state_is_refused_until_the_bases_are_loaded(protect: bool, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def shares(optimizer: NullSpaceOptimizer, model: nn.Module, batch: Tensor) -> li
     return [match[1] for match in found if match]
 
 
+@pytest.mark.fault(133)
 @pytest.mark.parametrize("project", ["update", "both", "gradient"])
 def test_a_task_with_the_same_inputs_is_named_once(project: Any) -> None:
     torch.manual_seed(0)
@@ -87,6 +88,7 @@ def test_a_closure_and_a_step_without_gradients_are_not_in_the_way() -> None:
     assert len(shares(optimizer, model, rows(0, 16))) == 1
 
 
+@pytest.mark.fault(134)
 def test_what_is_left_by_rounding_is_no_gradient() -> None:
     """All of the gradient is kept: AdamW must not blow its rounding up to whole steps."""
     torch.manual_seed(0)
@@ -100,6 +102,7 @@ def test_what_is_left_by_rounding_is_no_gradient() -> None:
     assert float((model.weight - before).abs().max()) < 1e-5
 
 
+@pytest.mark.fault(134)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 @pytest.mark.parametrize("kind", ["linear", "table"])
 def test_an_overflow_stays_to_be_found_by_a_gradient_scaler(kind: str, value: float) -> None:

@@ -110,6 +110,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.fault(129)
 @pytest.mark.filterwarnings("ignore::nullspace_optim.NullSpaceWarning")
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("options", OPTIONS)
@@ -152,6 +153,7 @@ def test_soft_policies_and_half_precision_go_with_moves_by_hand(loop: Loop) -> N
         assert optimizer.verify().ok
 
 
+@pytest.mark.fault(129)
 def test_a_perturbation_that_is_not_removed_is_refused_with_both_ways_out() -> None:
     model = mlp()
     optimizer = wrap(model, SGD(model.parameters(), lr=0.01))

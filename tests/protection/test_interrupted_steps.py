@@ -125,6 +125,7 @@ def test_training_goes_on_from_the_anchors_after_a_step_that_broke_off(
     optimizer.consolidate([NEW], progress=False)
 
 
+@pytest.mark.fault(128)
 @pytest.mark.filterwarnings("ignore::nullspace_optim.NullSpaceWarning")
 @pytest.mark.parametrize("half", [False, True], ids=["all moved", "half moved"])
 @pytest.mark.parametrize(
@@ -445,6 +446,7 @@ def kept(optimizer: NullSpaceOptimizer) -> bool:
     return all(torch.equal(g.parameter, g.basis.kept) if g.immovable else g.drift() <= 1e-5 for g in guards)
 
 
+@pytest.mark.fault(128)
 @pytest.mark.filterwarnings("ignore::nullspace_optim.NullSpaceWarning")
 @pytest.mark.parametrize("evaluating", [False, True], ids=["step", "evaluation"])
 @pytest.mark.parametrize("wrapped", [True, False], ids=["opt.step", "base.step"])
