@@ -12,7 +12,8 @@ from torch import Tensor
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.group import local_tensor
 from ..errors import OptionError, ShapeError, StaleAnchorError
-from ..model.names import named_buffers, named_parameters
+from ..model.names import canonical_name, canonical_names, named_buffers
+from ..protection.averaged_weights import second_weights
 from ..protection.sharded import correct_across
 from ..subspace.growth import check_shapes
 from ..subspace.matrix import matrix_of
@@ -87,30 +88,21 @@ def blend_weights(engine: Engine, before: Mapping[str, Tensor], share: float) ->
     """Move parameters and running statistics by `share` of the way back to `before`; what is kept stays kept.
 
     Raises:
-        OptionError: `before` names nothing of the model, or holds its present tensors.
+        OptionError: `before` is no state dict of the model's earlier values.
         ShapeError: a tensor of `before` has another shape.
     """
     engine.follow_replaced()
     engine.protection.make_exact()
-    model, guards = engine.owner(), engine.protection.guards.values()
-    held = {name: b for name, b in named_buffers(model).items() if name not in engine.store.buffers}
-    present = {**held, **named_parameters(model)}
-    named = {name: present[name] for name in before if name in present and present[name].is_floating_point()}
-    if not named:
-        raise OptionError(
-            f"blend(before, ...): none of its names is in {type(model).__name__}; pass a state_dict() of it"
-        )
-    pairs = [(name, local_tensor(now), local_tensor(before[name].detach())) for name, now in named.items()]
-    for name, now, then in pairs:
-        if now.shape != then.shape:
-            raise ShapeError(f"blend: '{name}' is {list(now.shape)} here, in `before` {list(then.shape)}")
-        if now.numel() and now.data_ptr() == then.data_ptr():
-            raise OptionError(
-                f"blend: `before` holds '{name}' itself, not its earlier values; clone() the state_dict()"
-            )
+    pairs = _pairs(engine, before)
+    if not share:
+        return
     with engine.protection.exactly(), engine.evaluated() as moment:
-        for _, now, then in pairs:
-            now.lerp_(then.to(now), share)
+        for now, then in pairs:
+            local_tensor(now).lerp_(then, share)
+            for base in engine.bases:
+                for (beside,) in second_weights(base, [now]):
+                    local_tensor(beside).lerp_(then.to(beside), share)
+        guards = engine.protection.guards.values()
         for guard in guards:
             if guard.immovable or not guard.soft:
                 guard.correct()
@@ -120,3 +112,33 @@ def blend_weights(engine: Engine, before: Mapping[str, Tensor], share: float) ->
         engine.align()
         moment.keep_changes = True
     engine.protection.mark()
+
+
+def _pairs(engine: Engine, before: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return each tensor of the model that may move and is named in `before`, with its block of the value there."""
+    model, kept = engine.owner(), {id(buffer) for _, buffer in _kept_buffers(engine)}
+    every: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    every.update(model.named_parameters(remove_duplicate=False))
+    every = {**{short: every[full] for full, short in canonical_names(every).items()}, **every}
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    unknown = [key for key in before if key not in every and canonical_name(key) not in every]
+    if unknown or not before:
+        raise OptionError(
+            f"blend: {', '.join(map(repr, unknown[:3])) or 'nothing'} in `before` is not in {type(model).__name__}; "
+            "pass a copy of an earlier state_dict() of this model"
+        )
+    for key, value in before.items():
+        now = every[key] if key in every else every[canonical_name(key)]
+        if not (now.is_floating_point() or now.is_complex()) or id(now) in kept:
+            continue
+        if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+            raise OptionError(f"blend: '{key}' in `before` is no dense tensor with values")
+        then = local_tensor(value.detach())
+        if local_tensor(now).shape != then.shape:
+            raise ShapeError(f"blend: '{key}' is {list(now.shape)} here, in `before` {list(value.shape)}")
+        if then.numel() and local_tensor(now).data_ptr() == then.data_ptr():
+            raise OptionError(f"blend: `before` holds '{key}' itself, not its earlier values; clone() the state_dict()")
+        if not bool(then.isfinite().all()) or then.is_complex() != now.is_complex():
+            raise OptionError(f"blend: '{key}' in `before` holds values that are not finite, or not of this kind")
+        found[id(now)] = now, then.to(local_tensor(now))
+    return list(found.values())

@@ -356,11 +356,13 @@ class NullSpaceOptimizer(WrappedOptimizer):
             share: 0..1; 0 changes nothing.
 
         Raises:
-            OptionError: `share` is out of range, or `before` names nothing of the model.
+            OptionError: `share` is out of range, or `before` is no copy of an earlier `state_dict()` of the model.
             ShapeError: a tensor of `before` has another shape.
             StaleAnchorError: a protected weight was edited outside the optimizer.
         """
-        check_number(self, "share", share, 0.0, 1.0, closed="low high")
+        if not (isinstance(share, (int, float)) and 0.0 <= share <= 1.0 and isinstance(before, Mapping)):
+            found = f"blend({type(before).__name__}, share={share!r})"
+            raise OptionError(f"{found}: expected a state dict and a number in [0, 1]")
         blend_weights(self._core, before, share)
 
     def restore(self) -> None:

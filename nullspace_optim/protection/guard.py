@@ -43,7 +43,7 @@ class Guard:
 
     Of a sharded parameter `basis` is this rank's view of what is `stored`, and `across` are the sides whose coordinates
     are sums over ranks; `correct_across` serves them, and is owed to a weight that is `behind`. `members` are the
-    tensors that move together: the parameter and a bias folded into it. `norms` are those of the first gradient and of
+    tensors that move together: the parameter and a bias folded into it. `norms` are those of the last gradient and of
     its part in free directions, until the share was `measured`.
     """
 
@@ -282,7 +282,7 @@ def _rounding(gradient: Tensor, sides: Iterable[Side]) -> Tensor:
     largest = gradient.new_zeros(()).real
     for side in {"right", "left"} & set(sides):
         largest = largest + gradient.abs().amax(2 if side == "right" else 1, keepdim=True)
-    return ROUNDING * torch.finfo(gradient.dtype).eps * largest.nan_to_num(0.0, 0.0, 0.0)
+    return ROUNDING * torch.finfo(torch.float32).eps * largest.nan_to_num(0.0, 0.0, 0.0)  # bases are in float32
 
 
 def _mark(parameter: Tensor) -> tuple[int, ...]:
@@ -290,6 +290,13 @@ def _mark(parameter: Tensor) -> tuple[int, ...]:
         return parameter.data_ptr(), parameter._version
     held = local_tensor(parameter)
     return held.data_ptr(), held._version, parameter._version
+
+
+def size_of(gradient: Tensor) -> Tensor:
+    """Return the norm of this rank's block of `gradient`, in at least float32."""
+    block = local_tensor(gradient)
+    norm: Tensor = torch.linalg.vector_norm(block.float() if block.dtype in (torch.float16, torch.bfloat16) else block)
+    return norm
 
 
 def gradient_hook(guard: Guard) -> Callable[[Tensor], None]:
@@ -303,10 +310,10 @@ def gradient_hook(guard: Guard) -> Callable[[Tensor], None]:
         found = reference()
         if found is not None and parameter.grad is not None and parameter.grad.layout == torch.strided:
             with torch.no_grad():
-                before = None if found.measured or found.norms else local_tensor(parameter.grad).norm()
+                before = None if found.measured else size_of(parameter.grad)
                 found.project_gradient(parameter.grad, softly=False)
                 if before is not None:
-                    found.norms = before, local_tensor(parameter.grad).norm()
+                    found.norms = before, size_of(parameter.grad)
 
     return project
 

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..distributed.group import local_tensor
 from ..errors import NullSpaceWarning
 from ..settings import Settings
 from .averaged_weights import state_keys
-from .guard import Guard
+from .guard import Guard, size_of
 from .weight_stack import stack_alike
 from .workspace import Workspace
 
@@ -126,24 +125,45 @@ class Forms:
         return id(guard) in self.by_difference and not step.second_weights and id(guard) not in step.accepted
 
 
-def warn_little_free(guards: Iterable[Guard]) -> bool:
-    """Warn if hardly anything of the first gradients lies in free directions; return False without gradients."""
+def free_share(guards: Iterable[Guard], base: Optimizer) -> float | None:
+    """Return the share of the gradients of guards and of all else in `base` that lies in free directions, by norms.
+
+    `None` while there are no gradients, only zeros, or an overflow.
+    """
     guards = list(guards)
     pairs = [pair for guard in guards if (pair := _norms(guard)) is not None]
+    guarded = {id(member) for guard in guards for member in guard.members}
+    others = (p for group in base.param_groups for p in group["params"] if id(p) not in guarded)
+    free = [size_of(p.grad) for p in others if p.grad is not None and p.grad.layout == torch.strided]
     if not pairs:
-        return False
+        return None
+    whole, inside = (float(torch.stack([norm.double().cpu() for norm in [*part, *free]]).sum()) for part in zip(*pairs))
+    if not 0 < whole < float("inf"):
+        return None
     for guard in guards:
         guard.norms, guard.measured = None, True
-    whole, free = (float(torch.stack([norm.double().cpu() for norm in part]).sum()) for part in zip(*pairs))
-    if free < LEAST_FREE * whole:
-        warn(
-            f"only {free / whole:.1%} of the new task's gradient lies in free directions: it will hardly be learned, "
-            "or at the price of the old ones, which have the same inputs. Keep less of those (Energy(0.95) or lower), "
-            'release() a weight, or see "When it pays" in the guide',
-            NullSpaceWarning,
-            stacklevel=6,
-        )
-    return True
+    return inside / whole
+
+
+class FreeShare:
+    """One line after a consolidation if hardly anything of a new task's gradients lies in free directions."""
+
+    def __init__(self) -> None:
+        self.tasks, self._told = 0, 0  # consolidated so far, and when it was measured last
+
+    def tell(self, guards: Iterable[Guard], base: Optimizer | None) -> None:
+        """Warn if little is free of the gradients that `base` is about to take, where that is not known yet."""
+        if self._told == self.tasks or base is None or (share := free_share(guards, base)) is None:
+            return
+        self._told = self.tasks
+        if share < LEAST_FREE:
+            warn(
+                f"only {share:.1%} of the new task's gradient lies in free directions: it will hardly be learned, or "
+                "at the price of the old ones, which have the same inputs. Keep less of those (Energy(0.95) or lower), "
+                'release() a weight, or see "When it pays" in the guide',
+                NullSpaceWarning,
+                stacklevel=6,
+            )
 
 
 def _norms(guard: Guard) -> tuple[Tensor, Tensor] | None:
@@ -151,15 +171,15 @@ def _norms(guard: Guard) -> tuple[Tensor, Tensor] | None:
     gradient = guard.parameter.grad
     if gradient is None or gradient.layout != torch.strided or guard.across or guard.bias is not None:
         return None
-    if guard.norms is None:
-        free, made = gradient.clone(), dict(guard.complements)
-        if guard.immovable:
-            free.zero_()
-        else:
-            guard.project_gradient(free)
-        guard.complements = made  # what the step itself has no use for is not kept
-        guard.norms = local_tensor(gradient).norm(), local_tensor(free).norm()
-    return guard.norms
+    if guard.norms is not None:
+        return guard.norms
+    free, made = gradient.clone(), dict(guard.complements)
+    if guard.immovable:
+        free.zero_()
+    else:
+        guard.project_gradient(free)
+    guard.complements = made  # what the step itself has no use for is not kept
+    return size_of(gradient), size_of(free)
 
 
 def announce_finished(base: Optimizer | None, written: int) -> None:

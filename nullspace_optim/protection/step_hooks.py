@@ -25,7 +25,7 @@ from .averaged_weights import second_weights
 from .edits import ROUNDED, GrowthNotes, accept_edit
 from .guard import Guard, gradient_hook, guard_low_precision
 from .sharded import any_rank, correct_across, drifts
-from .step import Forms, Step, announce_finished, closure_in, replace_closure, warn_little_free
+from .step import Forms, FreeShare, Step, announce_finished, closure_in, replace_closure
 from .workspace import Workspace
 
 EXACT_EVERY = 16
@@ -53,7 +53,7 @@ class Protection:
         self._handles: list[Any] = []
         self._paused = False
         self._growth = GrowthNotes()
-        self.tasks, self._measured = 0, 0  # finished; those after which the free share was measured
+        self.free = FreeShare()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -78,7 +78,7 @@ class Protection:
             guard.mark()
             if name in before and before[name].stored is basis:
                 guard.seen, guard.pending = before[name].seen, before[name].pending
-        self.tasks = len(store.tasks)
+        self.free.tasks = len(store.tasks)
         self._of_bases.clear()
         self.forms = Forms(self.guards.values(), self.options, self.workspace)
         if not any(guard.pending for guard in self.guards.values()):
@@ -128,8 +128,7 @@ class Protection:
         closure = closure_in(args, kwargs)
         if closure is None:
             step.touch()
-            if self._measured != self.tasks and warn_little_free(step.guards):
-                self._measured = self.tasks
+            self.free.tell(self.guards.values(), base)
             self._prepare(step.guards, project=self.options.project == "gradient")
         else:
             args, kwargs = replace_closure(args, kwargs, self._guarded_closure(closure, step, isinstance(base, LBFGS)))
@@ -394,6 +393,7 @@ class Protection:
                 loss = closure()
             with torch.no_grad():
                 step.touch()
+                self.free.tell(self.guards.values(), step.base())
                 self._prepare(step.guards, project)
             return loss
 

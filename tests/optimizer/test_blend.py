@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_bad_arguments_change_nothing_and_name_the_way_out() -> None:
     values = copy.deepcopy(model.state_dict())
     with pytest.raises(OptionError, match=r"share=1\.5"):
         opt.blend(before, 1.5)
-    with pytest.raises(OptionError, match="none of its names"):
+    with pytest.raises(OptionError, match="'other' in `before` is not in Sequential"):
         opt.blend({"other": torch.zeros(1)}, 0.5)
     with pytest.raises(OptionError, match="clone"):
         opt.blend(model.state_dict(), 0.5)
@@ -99,3 +100,71 @@ def test_half_precision_and_statistics_that_no_task_read_are_blended_too() -> No
     opt.blend(before, 0.5)
     assert torch.allclose(model[0].weight, before["0.weight"] + 0.5, atol=2e-2)
     assert torch.allclose(model[1].running_mean, before["1.running_mean"] + 1.0, atol=2e-2)  # type: ignore[arg-type]
+
+
+def moved_back(model: nn.Module, base: Any = None) -> dict[str, float]:
+    """Add one to every parameter, blend all the way back, and return what differs, by name."""
+    opt = NullSpaceOptimizer(base or torch.optim.SGD(model.parameters(), lr=0.1), model)
+    before = state(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    opt.blend(before, 1.0)
+    return {name: float((value - before[name]).abs().max()) for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["compiled part", "compiled", "parametrized", "tied"])
+def test_names_of_wrapped_and_tied_weights_are_found(kind: str) -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    if kind == "compiled part":
+        model[0] = torch.compile(model[0], backend="eager")
+    elif kind == "parametrized":
+        nn.utils.parametrizations.spectral_norm(model[0])
+    elif kind == "tied":
+        model[1].weight = model[0].weight
+        opt = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        before = {"1.weight": model[0].weight.detach() - 1}
+        opt.blend(before, 1.0)
+        assert torch.allclose(model[0].weight, before["1.weight"], atol=1e-6)
+        return
+    found = moved_back(torch.compile(model, backend="eager") if kind == "compiled" else model)  # type: ignore[arg-type]
+    assert found and max(found.values()) < 1e-6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), "meta", None])
+def test_values_that_are_none_are_refused_before_anything_moves(bad: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    opt = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    before: Any = state(model)
+    if isinstance(bad, float):
+        before["1.weight"][0, 0] = bad
+    else:
+        before["1.weight"] = None if bad is None else before["1.weight"].to(bad)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    kept = state(model)
+    for share in (0.0, 0.5):
+        with pytest.raises(OptionError, match=r"'1\.weight'"):
+            opt.blend(before, share)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_that_a_base_keeps_beside_the_model_go_back_too() -> None:
+    schedulefree = pytest.importorskip("schedulefree")
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    base = schedulefree.AdamWScheduleFree(model.parameters(), lr=1e-2)
+    base.train()
+    opt = NullSpaceOptimizer(base, model)
+    before = state(model)
+    for factor, rate in ((1.0, 1e-2), (0.0, 1e-12)):
+        base.param_groups[0]["lr"] = rate
+        for _ in range(20):
+            opt.zero_grad()
+            ((model(torch.randn(16, 8)) - 1).square().mean() * factor).backward()
+            opt.step()
+        if factor:
+            opt.blend(before, 1.0)
+    base.eval()
+    assert float((model.weight - before["weight"]).abs().max()) < 1e-5

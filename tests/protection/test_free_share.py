@@ -72,7 +72,7 @@ def test_frozen_parameters_count_and_gradients_stay_what_they_were() -> None:
         assert parameter.grad is not None and torch.equal(parameter.grad, gradient)
 
 
-def test_a_closure_and_a_step_without_gradients_are_not_in_the_way() -> None:
+def test_a_closure_is_measured_and_a_step_without_gradients_is_not() -> None:
     model = nn.Linear(32, 4, bias=False)
     optimizer = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), lr=1e-3), model, policy=FixedRank(8))
     optimizer.consolidate([rows(0, 64)], progress=False)
@@ -84,8 +84,61 @@ def test_a_closure_and_a_step_without_gradients_are_not_in_the_way() -> None:
         loss.backward()
         return loss
 
-    optimizer.step(closure)
+    with pytest.warns(NullSpaceWarning, match=MESSAGE):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("first", ["zero", "overflow", "discarded"])
+@pytest.mark.parametrize("project", ["update", "both"])
+def test_only_gradients_that_are_stepped_count(project: Any, first: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(32, 4, bias=False)
+    base = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = NullSpaceOptimizer(base, model, policy=FixedRank(8), project=project)
+    optimizer.consolidate([rows(0, 64)], progress=False)
+    if first == "discarded":
+        model(rows(16, 16)).square().sum().backward()
+    else:
+        (model(rows(0, 16)) * (0.0 if first == "zero" else float("inf"))).sum().backward()
+    if first == "zero":
+        optimizer.step()
+    optimizer.zero_grad()
     assert len(shares(optimizer, model, rows(0, 16))) == 1
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_gradients_of_all_bases_and_of_free_parameters_count(flip: bool) -> None:
+    torch.manual_seed(0)
+    one, two = nn.Linear(32, 4, bias=False), nn.Linear(32, 4, bias=False)
+    model = nn.ModuleList([one, two])
+    bases = [torch.optim.SGD(part.parameters(), lr=0.01) for part in (one, two)]
+    optimizer = NullSpaceOptimizer(bases[::-1] if flip else bases, model, policy=FixedRank(8))
+    optimizer.consolidate([rows(0, 64)], forward=lambda batch: one(batch) + two(batch), progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NullSpaceWarning)
+        (one(rows(0, 16)).square().sum() + 100 * two(rows(16, 16)).square().sum()).backward()
+        optimizer.step()
+
+
+def test_a_new_head_that_can_learn_is_no_reason_to_warn() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"body": nn.Linear(32, 8, bias=False), "head": nn.Linear(8, 4)})
+    optimizer = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), model, policy=FixedRank(8))
+    optimizer.consolidate([rows(0, 64)], forward=lambda batch: model["body"](batch), progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NullSpaceWarning)
+        model["head"](model["body"](rows(0, 16))).square().sum().backward()
+        optimizer.step()
+
+
+def test_norms_of_half_precision_do_not_overflow() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(64, 64, bias=False).half()
+    base = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = NullSpaceOptimizer(base, model, policy=FixedRank(4))
+    frame = torch.randn(4, 64)
+    optimizer.consolidate([(torch.randn(64, 4) @ frame).half()], progress=False)
+    assert not shares(optimizer, model, ((torch.randn(1, 4) @ frame + torch.randn(1, 64)) * 50).half())
 
 
 @pytest.mark.fault(134)
