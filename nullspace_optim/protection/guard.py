@@ -219,11 +219,11 @@ class Guard:
             self.complements[subspace.side] = free
         return self.complements[subspace.side]
 
-    def project_gradient(self, gradient: Tensor, *, softly: bool = True) -> None:
+    def project_gradient(self, gradient: Tensor, *, softly: bool = True, rounding: bool = True) -> None:
         """Remove the kept directions from `gradient` (and from the gradient of a bias folded in) in place.
 
-        ``softly=False`` leaves directions alone that are kept by part, where the update will be scaled, and makes zeros
-        of entries that are rounding: adaptive optimizers would take them for a gradient, however small they are.
+        ``softly=False`` leaves directions alone that are kept by part, where the update will be scaled.
+        ``rounding=False`` makes zeros of entries that are rounding: adaptive optimizers would take them for a gradient.
         """
         if gradient.layout != torch.strided:
             raise OptionError(
@@ -239,7 +239,7 @@ class Guard:
             return
         with matrix_of(block, self.basis.layout, bias) as matrix:
             sides = [*self.basis.subspaces, *(subspace.side for subspace in self.across)]
-            limit = None if softly or not matrix.numel() else _rounding(matrix, sides)
+            limit = None if rounding or not matrix.numel() else _rounding(matrix, sides)
             for subspace in self.basis.subspaces.values():
                 if subspace.side == "rows":
                     matrix[0].index_fill_(0, subspace.basis, 0.0)
@@ -311,7 +311,7 @@ def gradient_hook(guard: Guard) -> Callable[[Tensor], None]:
         if found is not None and parameter.grad is not None and parameter.grad.layout == torch.strided:
             with torch.no_grad():
                 before = None if found.measured else size_of(parameter.grad)
-                found.project_gradient(parameter.grad, softly=False)
+                found.project_gradient(parameter.grad, softly=False, rounding=False)
                 if before is not None:
                     found.norms = before, size_of(parameter.grad)
 

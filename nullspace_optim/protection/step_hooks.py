@@ -379,12 +379,10 @@ class Protection:
         self._hidden.clear()
 
     def _guarded_closure(self, closure: Callable[[], Any], step: Step, line_search: bool) -> Callable[[], Any]:
-        """Return `closure` followed by hiding (and projecting) gradients.
-
-        LBFGS builds its search direction from many evaluations, so there gradients are projected in every evaluation:
-        the whole line search then stays inside the free directions.
-        """
+        """Return `closure` followed by hiding gradients, and for LBFGS projecting them: its search stays inside."""
         project = line_search or self.options.project == "gradient"
+        if line_search:  # zeros in the place of rounding would spoil its curvature
+            self.release_gradient_hooks()
 
         def evaluate() -> Any:
             with torch.no_grad():
