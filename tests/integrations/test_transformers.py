@@ -63,7 +63,9 @@ def trainer(model: Any, task: int, folder: Path, call: Any, precision: Any = "ex
     arguments = transformers.TrainingArguments(
         str(folder), per_device_train_batch_size=2, report_to=[], disable_tqdm=True, use_cpu=True, seed=0, **options
     )
-    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=3e-3), policy=NumericalRank(), precision=precision)
+    project: Any = "update" if options.get("bf16") else "both"  # AdamW scales up the rounding of such gradients
+    base = AdamW(model.parameters(), lr=3e-3)
+    optimizer = NullSpaceOptimizer(base, policy=NumericalRank(), project=project, precision=precision)
     return transformers.Trainer(
         model,
         arguments,
