@@ -121,6 +121,7 @@ def _pairs(engine: Engine, before: Mapping[str, Tensor]) -> list[tuple[Tensor, T
     every.update(model.named_parameters(remove_duplicate=False))
     every = {**{short: every[full] for full, short in canonical_names(every).items()}, **every}
     found: dict[int, tuple[Tensor, Tensor]] = {}
+    before = {key: value for key, value in before.items() if not key.endswith("_extra_state")}
     unknown = [key for key in before if key not in every and canonical_name(key) not in every]
     if unknown or not before:
         raise OptionError(
@@ -135,7 +136,9 @@ def _pairs(engine: Engine, before: Mapping[str, Tensor]) -> list[tuple[Tensor, T
             raise OptionError(f"blend: '{key}' in `before` is no dense tensor with values")
         then = local_tensor(value.detach())
         if local_tensor(now).shape != then.shape:
-            raise ShapeError(f"blend: '{key}' is {list(now.shape)} here, in `before` {list(value.shape)}")
+            raise ShapeError(
+                f"blend: '{key}' is {list(now.shape)} here, in `before` {list(value.shape)}: leave it out of `before`"
+            )
         if then.numel() and local_tensor(now).data_ptr() == then.data_ptr():
             raise OptionError(f"blend: `before` holds '{key}' itself, not its earlier values; clone() the state_dict()")
         if not bool(then.isfinite().all()) or then.is_complex() != now.is_complex():

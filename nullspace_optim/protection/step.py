@@ -128,15 +128,18 @@ class Forms:
 def free_share(guards: Iterable[Guard], base: Optimizer) -> float | None:
     """Return the share of the gradients of guards and of all else in `base` that lies in free directions, by norms.
 
-    `None` while there are no gradients, only zeros, or an overflow.
+    `None` while there are no gradients, only zeros, or an overflow. NaN if a part of them cannot be measured here: a
+    sparse gradient, a side that crosses ranks.
     """
-    guards = list(guards)
-    pairs = [pair for guard in guards if (pair := _norms(guard)) is not None]
+    guards = [guard for guard in guards if guard.parameter.grad is not None]
+    if not guards:
+        return None
+    if any(guard.across or guard.parameter.grad.layout != torch.strided for guard in guards):  # type: ignore[union-attr]
+        return float("nan")
+    pairs = [_norms(guard) for guard in guards]
     guarded = {id(member) for guard in guards for member in guard.members}
     others = (p for group in base.param_groups for p in group["params"] if id(p) not in guarded)
     free = [size_of(p.grad) for p in others if p.grad is not None and p.grad.layout == torch.strided]
-    if not pairs:
-        return None
     whole, inside = (float(torch.stack([norm.double().cpu() for norm in [*part, *free]]).sum()) for part in zip(*pairs))
     if not 0 < whole < float("inf"):
         return None
@@ -166,19 +169,22 @@ class FreeShare:
             )
 
 
-def _norms(guard: Guard) -> tuple[Tensor, Tensor] | None:
-    """Return the norms of a gradient and of its free part; `None` where they are not known at no cost to others."""
+def _norms(guard: Guard) -> tuple[Tensor, Tensor]:
+    """Return the norms of a gradient and of its free part."""
     gradient = guard.parameter.grad
-    if gradient is None or gradient.layout != torch.strided or guard.across or guard.bias is not None:
-        return None
+    assert gradient is not None
     if guard.norms is not None:
         return guard.norms
+    beside = guard.bias.grad if guard.bias is not None else None
     free, made = gradient.clone(), dict(guard.complements)
+    kept = None if beside is None else beside.clone()
     if guard.immovable:
         free.zero_()
     else:
         guard.project_gradient(free)
     guard.complements = made  # what the step itself has no use for is not kept
+    if beside is not None and kept is not None:  # a joint bias was projected in place
+        beside.copy_(kept)
     return size_of(gradient), size_of(free)
 
 

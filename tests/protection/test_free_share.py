@@ -131,6 +131,23 @@ def test_a_new_head_that_can_learn_is_no_reason_to_warn() -> None:
         optimizer.step()
 
 
+def test_weights_with_a_joint_bias_count_and_keep_their_gradients() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 8), nn.LayerNorm(8))
+    base = torch.optim.SGD(model.parameters(), lr=1e-4)
+    optimizer = NullSpaceOptimizer(base, model, policy=FixedRank(8), bias="joint", project="update")
+    optimizer.consolidate([rows(0, 64)], progress=False)
+    assert optimizer.bases["0.weight"].bias == "0.bias"
+    batch, weight = 1e3 * rows(16, 16), torch.randn(16, 8)  # the norm divides by its inputs' size: no small gradients
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NullSpaceWarning)
+        ((model(batch) * weight).sum() + 1e-3 * (model[0](batch) * weight).sum()).backward()
+        expected = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        optimizer.step()
+    for parameter, gradient in zip(model.parameters(), expected):
+        assert parameter.grad is not None and gradient is not None and torch.equal(parameter.grad, gradient)
+
+
 def test_norms_of_half_precision_do_not_overflow() -> None:
     torch.manual_seed(0)
     model = nn.Linear(64, 64, bias=False).half()

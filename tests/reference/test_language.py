@@ -12,7 +12,7 @@ import torch
 
 from reference.benchmarks import gpu
 from reference.studies import language
-from reference.studies.language import CONTEXT, GPT, TOKENS, Way, fine_tuned, perplexity, rows
+from reference.studies.language import CONTEXT, GPT, TOKENS, fine_tuned, perplexity, rows
 
 
 def corpus(seed: int) -> dict[str, torch.Tensor]:
@@ -48,7 +48,6 @@ def test_perplexity_of_a_model_that_knows_nothing_is_the_number_of_tokens() -> N
     model = GPT(width=8, depth=1)
     torch.nn.init.zeros_(model.table.weight)
     assert perplexity(model, corpus(1)["test"], 1) == pytest.approx(TOKENS, rel=1e-4)
-    assert Way().replay == 0.0
 
 
 def test_the_study_writes_its_table_and_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
