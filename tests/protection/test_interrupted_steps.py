@@ -283,14 +283,20 @@ def test_a_base_whose_step_calls_that_of_its_class_is_corrected_to_the_end() -> 
     assert drift(model(OLD), before) <= 1e-5 and optimizer.verify().ok
 
 
-def test_an_edit_after_a_step_of_the_base_broke_off_is_said() -> None:
-    """Nobody can tell the writes of a step that broke off from later ones, so they are announced together."""
+def broken_off() -> tuple[nn.Module, Breaking, NullSpaceOptimizer]:
+    """Return a protected model whose base was interrupted in a step of its own."""
     model = mlp()
     base = Breaking(model.parameters(), lr=1e-2)
     optimizer = wrap(model, base)
     base.error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         train(base, model, 1)
+    return model, base, optimizer
+
+
+def test_an_edit_after_a_step_of_the_base_broke_off_is_said() -> None:
+    """Nobody can tell the writes of a step that broke off from later ones, so they are announced together."""
+    model, base, optimizer = broken_off()
     with torch.no_grad():
         model[0].weight.mul_(1.5)
     with pytest.warns(NullSpaceWarning, match=r"what \d parameters keep was put back now.*opt\.reanchor\(\)"):
@@ -299,12 +305,7 @@ def test_an_edit_after_a_step_of_the_base_broke_off_is_said() -> None:
 
 
 def test_reanchor_accepts_what_a_step_that_broke_off_left() -> None:
-    model = mlp()
-    base = Breaking(model.parameters(), lr=1e-2)
-    optimizer = wrap(model, base)
-    base.error = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        train(base, model, 1)
+    model, base, optimizer = broken_off()
     model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
     meant = copy.deepcopy(model.state_dict())
     optimizer.reanchor()
