@@ -82,7 +82,7 @@ class OperatorHandlers:
         for use in self._uses:
             mask = None if reached is None or use.step is None else _row_mask(use, reached(use.step))
             if isinstance(use, _LookUp):
-                self._tally.use_rows(use.name, use.index if mask is None else use.index[mask], use.number)
+                self._tally.look_up(use.name, use.index, use.number, mask)
                 continue
             if self._joint and use.rows.place.side == "right":
                 self._tally.pair(use.name, use.bias, use.operator)
@@ -237,7 +237,7 @@ class OperatorHandlers:
         if self._relevance is not None:
             self._uses.append(use)
         else:
-            self._tally.use_rows(name, use.index, use.number)
+            self._tally.look_up(name, use.index, use.number)
         return {id(bound[0])}
 
     def _read_bias(self, operator: Operator, use: _Use | None, bias: Tensor, by_id: dict[int, Origin]) -> set[int]:

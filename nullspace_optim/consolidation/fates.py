@@ -79,7 +79,7 @@ def settle_fates(
         mine = {side: choice for (owner, side), choice in choices.items() if owner == name}
         if seen is not None and _grows(seen, old, parameter):
             bias = parameters[seen.bias] if seen.bias else None
-            basis = _protected(name, parameter, bias, seen, old, mine, task)
+            basis = _protected(name, parameter, bias, seen, old, mine, task, policy)
         else:
             basis = _settled(name, parameter, seen, old, options.uncovered)
         grown.put(basis)
@@ -258,6 +258,7 @@ def _protected(
     old: Basis | None,
     choices: Mapping[MatrixSide, GrownBasis],
     task: str,
+    policy: Policy,
 ) -> Basis:
     """Return the grown basis with its anchors."""
     layout = seen.layout or Layout()
@@ -267,9 +268,9 @@ def _protected(
         for side, choice in choices.items():
             tasks = len(old.tasks) if old else 0
             subspaces[side] = _anchored(matrix, part, side, choice, subspaces.get(side), tasks)
-        if seen.row_index is not None:
-            index = seen.row_index.to(matrix.device)
-            subspaces["rows"] = _used_rows(matrix, part, index, len(parameter), subspaces.get("rows"))
+        if seen.row_counts is not None:
+            counts = seen.row_counts.to(matrix.device)
+            subspaces["rows"] = _read_rows(matrix, part, counts, policy, subspaces.get("rows"))
     if set(part.crossing) & set(subspaces) and any(s.scale is not None for s in subspaces.values()):
         _refuse_soft_crossing(name, subspaces)
     full = any(subspace.full for subspace in subspaces.values())
@@ -336,10 +337,13 @@ def _member_rows(choice: GrownBasis, old: Subspace | None, tasks: int) -> Tensor
     return members
 
 
-def _used_rows(matrix: Tensor, part: ShardView, index: Tensor, size: int, old: Subspace | None) -> Subspace:
-    """Anchor the looked-up rows, of `size`; rows that were protected before keep the anchor they had."""
+def _read_rows(matrix: Tensor, part: ShardView, counts: Tensor, policy: Policy, old: Subspace | None) -> Subspace:
+    """Anchor the rows that `policy` chooses by `counts` `[n]`; rows that were kept before keep the anchor they had."""
+    kept = torch.zeros(len(counts), dtype=torch.bool, device=counts.device)
     if old is not None:
-        index = torch.unique(torch.cat([old.basis, index]))
+        kept[old.basis] = True
+    chosen = kept | policy.rows(counts, kept)
+    index = chosen.nonzero().reshape(-1)
     anchors = part.anchor(matrix, index, "rows")
     if old is not None:
         anchors[torch.isin(index[part.holds(index)], old.basis)] = old.anchor.to(anchors)
@@ -348,9 +352,9 @@ def _used_rows(matrix: Tensor, part: ShardView, index: Tensor, size: int, old: S
         basis=index,
         anchor=anchors,
         ranks=(len(index),),
-        size=size,
+        size=len(counts),
         spectrum=matrix.new_zeros(1, 0, dtype=torch.float32),
-        energy=1.0,
+        energy=float(counts[chosen].sum() / counts.sum().clamp_min(1)),
     )
 
 

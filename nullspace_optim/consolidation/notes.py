@@ -73,7 +73,7 @@ def _about_room(rows: Sequence[ParameterReport], task: str) -> Iterator[str]:
         numbers: dict[str, int] = {}
         for row in rows:
             if row.still:
-                reason = row.reason if row.fate in (Fate.FROZEN, Fate.FULL) else "rows of a table that were looked up"
+                reason = row.reason if row.fate in (Fate.FROZEN, Fate.FULL) else "rows of a table that are kept"
                 numbers[reason] = numbers.get(reason, 0) + row.still
         reason = max(numbers, key=lambda name: numbers[name])
         yield f"{share:.0%} of the trained numbers are frozen from now on, most of them because: {reason}"

@@ -32,16 +32,23 @@ class ParameterStatistics:
     against it.
 
     `sides` maps "right" or "left" to the rows' second moment (size `d + 1` if `bias` names a bias that is
-    protected jointly); `row_index` `[k]` holds the embedding rows that were looked up, sorted; `reasons` name
+    protected jointly); `row_counts` `[n]` counts the samples that looked each row of an embedding up; `reasons` name
     the operators that read the parameter in a way that cannot be protected; `met`: something read it.
     """
 
     layout: Layout | None = None
     sides: dict[WeightSide, Moment] = field(default_factory=dict)
-    row_index: Tensor | None = None
+    row_counts: Tensor | None = None
     reasons: tuple[str, ...] = ()
     bias: str | None = None
     met: bool = False
+
+    @property
+    def row_index(self) -> Tensor | None:
+        """Rows of an embedding that were looked up, `int64` `[k]`, sorted; none on the meta device."""
+        if self.row_counts is None or self.row_counts.is_meta:
+            return self.row_counts if self.row_counts is None else torch.zeros(0, dtype=torch.int64)
+        return self.row_counts.nonzero().reshape(-1).cpu()
 
 
 @dataclass
@@ -72,7 +79,7 @@ class StatisticsAccumulator:
         self._reasons: dict[str, dict[str, None]] = {}
         self._layouts: dict[str, Layout] = {}
         self._moments: dict[tuple[str, WeightSide], Moment] = {}
-        self._used: dict[str, Tensor] = {}
+        self._looked_up: dict[str, Tensor] = {}
         self._partners: dict[str, dict[str | None, str]] = {}
         self._queue: dict[Any, _Waiting] = {}
         self._touched: dict[int, tuple[str, Moment]] = {}
@@ -125,12 +132,21 @@ class StatisticsAccumulator:
         moment.update(rows)
         self._touched.setdefault(id(moment), (name, moment))
 
-    def use_rows(self, name: str, index: Tensor, number: int) -> None:
-        """Note that the rows `index` of the embedding `name` with `number` rows were looked up."""
-        used = self._used.get(name)
-        if used is None:
-            used = self._used[name] = torch.zeros(number, dtype=torch.bool, device=index.device)
-        used[index.reshape(-1)] = True
+    def look_up(self, name: str, index: Tensor, number: int, mask: Tensor | None = None) -> None:
+        """Count the samples that looked up rows `index` `[B, ...]` of the embedding `name` with `number` rows.
+
+        `mask` `[B, ...]` marks the lookups that count. A row counts once a sample, so that padding does not outweigh
+        words.
+        """
+        counts = self._looked_up.get(name)
+        if counts is None:
+            counts = self._looked_up[name] = torch.zeros(number, dtype=torch.int64, device=index.device)
+        if index.is_meta:
+            return
+        sample = torch.arange(index.shape[0] if index.dim() else 1, device=index.device)
+        pairs = sample.reshape(-1, *(1 for _ in index.shape[1:])) * number + index
+        met = torch.unique(pairs if mask is None else pairs[mask.expand_as(pairs)]) % number
+        counts += torch.bincount(met, minlength=number)
 
     def push(self, name: str, rows: Rows | Patches, mask: Tensor | None, *, shape: Sequence[int]) -> None:
         """Queue rows of the weight `name`, of `shape`; `mask` `[B, n]` or `[N, *O]` marks those that count."""
@@ -192,11 +208,10 @@ class StatisticsAccumulator:
         for weight, partners in self._partners.items():
             if name in partners and self._joint_bias(weight) != name:
                 reasons.setdefault(f"read by aten.{partners[name]} as bias")
-        used = self._used.get(name)
         return ParameterStatistics(
             layout=self._layouts.get(name),
             sides=sides,
-            row_index=None if used is None else _indices(used),
+            row_counts=self._looked_up.get(name),
             reasons=tuple(reasons),
             bias=bias,
             met=name in self.order,
@@ -209,7 +224,7 @@ class StatisticsAccumulator:
             "reasons": self._reasons,
             "layouts": self._layouts,
             "partners": self._partners,
-            "used": self._used,
+            "looked_up": self._looked_up,
             "moments": self._moments,
             "declared": self._declared,
         }
@@ -221,14 +236,14 @@ class StatisticsAccumulator:
         reasons: dict[str, dict[str, None]],
         layouts: dict[str, Layout],
         partners: dict[str, dict[str | None, str]],
-        used: dict[str, Tensor],
+        looked_up: dict[str, Tensor],
         moments: dict[tuple[str, WeightSide], Moment],
         declared: set[str],
     ) -> None:
         """Take over the statistics of all ranks together."""
         self.order = dict.fromkeys(order)
         self._reasons, self._layouts, self._partners = reasons, layouts, partners
-        self._used, self._moments, self._declared = used, moments, declared
+        self._looked_up, self._moments, self._declared = looked_up, moments, declared
         self._stripped.clear()
 
     def _add(self, waiting: _Waiting) -> None:
@@ -299,10 +314,5 @@ class StatisticsAccumulator:
         bias = next(iter(partners))
         others = [name for name, names in self._partners.items() if bias in names]
         sides = [side for name, side in self._moments if name == weight]
-        alone = others == [weight] and sides == ["right"] and weight not in self._used
+        alone = others == [weight] and sides == ["right"] and weight not in self._looked_up
         return bias if bias is not None and alone and not self._reasons.get(bias) else None
-
-
-def _indices(flags: Tensor) -> Tensor:
-    """Return where `flags` `[n]` are set, `int64` `[k]` on the CPU; nowhere on the meta device, which has no values."""
-    return torch.zeros(0, dtype=torch.int64) if flags.is_meta else flags.nonzero().reshape(-1).cpu()

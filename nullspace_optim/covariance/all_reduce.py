@@ -31,7 +31,7 @@ class Summary:
     reasons: dict[str, list[str]]
     layouts: dict[str, Layout]
     partners: dict[str, dict[str | None, str]]
-    used: dict[str, Tensor]
+    looked_up: dict[str, Tensor]
     moments: dict[Key, int]
     declared: set[str] = field(default_factory=set)
     shapes: list[Shape] = field(default_factory=list)
@@ -66,7 +66,7 @@ def reduce_statistics(tally: StatisticsAccumulator, device: torch.device) -> Non
         reasons={name: dict.fromkeys(texts) for name, texts in whole.reasons.items()},
         layouts=whole.layouts,
         partners=whole.partners,
-        used={name: used.to(device) for name, used in whole.used.items()},
+        looked_up={name: counts.to(device) for name, counts in whole.looked_up.items()},
         moments=moments,
         declared=whole.declared,
     )
@@ -96,7 +96,7 @@ def _summarised(tally: StatisticsAccumulator) -> tuple[Summary, list[Moment]]:
         reasons={name: list(texts) for name, texts in state["reasons"].items()},
         layouts=dict(state["layouts"]),
         partners=dict(state["partners"]),
-        used={name: used.cpu() for name, used in state["used"].items()},
+        looked_up={name: counts.cpu() for name, counts in state["looked_up"].items()},
         moments={key: numbers[id(moment)] for key, moment in state["moments"].items()},
         declared=set(state["declared"]),
         shapes=[_shape_of(moment) for moment in local],
@@ -121,8 +121,8 @@ def _united(told: Sequence[Summary]) -> Summary:
                 whole.reasons.setdefault(name, []).append(text)
         for name, partners in summary.partners.items():
             whole.partners.setdefault(name, {}).update(partners)
-        for name, used in summary.used.items():
-            whole.used[name] = whole.used[name] | used if name in whole.used else used
+        for name, counts in summary.looked_up.items():
+            whole.looked_up[name] = whole.looked_up[name] + counts if name in whole.looked_up else counts
     whole.order = list(order)
     return whole
 

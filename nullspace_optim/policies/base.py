@@ -95,6 +95,13 @@ class Policy:
         """Return the same for one spectrum alone; joint rules override `ranks` instead."""
         raise NotImplementedError(f"{type(self).__name__} must implement rank() or ranks()")
 
+    def rows(self, counts: Tensor, kept: Tensor) -> Tensor:
+        """Return the rows of an embedding to keep for a new task, as a mask `[n]`: by default each that was read.
+
+        `counts` `[n]`: samples of the task that looked each row up. `kept` `[n]`: rows that are stored already.
+        """
+        return counts > 0
+
     def scale(self, spectrum: Spectrum, take: int, before: Tensor | None) -> Tensor | None:
         """Return how strongly each of the `kept + take` directions is protected, 0..1; `None`: all of them fully.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ..options import check_number
 from .base import Policy, Spectrum
@@ -21,6 +22,9 @@ class Energy(Policy):
 
     Exact: kept directions stay under any base optimizer. Old outputs move by what lies outside them, at most
     `1 - threshold` of the energy of each weight's inputs.
+
+    Rows of an embedding: the input is one-hot, so its energy is how often each row is read (by samples). The rows that
+    are read most are kept, until `threshold` of the reads is reached; rows read equally often are treated alike.
 
     The released GPM code takes one direction fewer on the first task: it counts the directions whose running share is
     still *below* the threshold. ``paper_code=True`` does the same, to reproduce its tables. It also joins new
@@ -42,3 +46,12 @@ class Energy(Policy):
         below = int((reached < self.threshold).sum())
         short = self.paper_code and spectrum.kept == 0
         return min(below if short else below + 1, spectrum.above(0.0))
+
+    def rows(self, counts: Tensor, kept: Tensor) -> Tensor:
+        """Return the rows that are read most and, with those that are `kept`, reach the threshold."""
+        new = counts.masked_fill(kept, 0)
+        missing = self.threshold * float(counts.sum()) - float(counts[kept].sum())
+        order = new.sort(descending=True).values
+        below = int((order.cumsum(0) < missing).sum())
+        least = order[min(below, len(order) - 1)] if missing > 0 else order[0] + 1
+        return new >= least.clamp_min(1)

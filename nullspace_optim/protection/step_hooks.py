@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from ..distributed.failures import raise_on_all_ranks
-from ..distributed.group import local_tensor
 from ..settings import Settings
 from ..subspace.basis import BasisStore
 from ..subspace.projection import exact_products
@@ -155,7 +154,7 @@ class Protection:
     def _put_back_moved(self, step: Step) -> bool:
         """Correct what a step moved; return True if an exact correction is still owed."""
         owed, moved, update = False, set(), self.options.project != "gradient"
-        with exact_products(local_tensor(step.guards[0].parameter).device):  # once, not for every product
+        with exact_products(step.guards[0].parameter.device):  # once, not for every product
             for guard in step.guards:
                 if not step.moved(guard) or (step.idle and not guard.immovable and step.unmoved(guard)):
                     continue

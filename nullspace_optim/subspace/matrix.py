@@ -22,9 +22,9 @@ def matrix_of(parameter: Tensor, layout: Layout, bias: Tensor | None = None, *, 
     invalidates autograd graphs still waiting for backward. Of a sharded parameter it is this rank's block of the stack
     (see `shards`).
     """
-    part = shard_view(parameter, layout, joint=bias is not None)
-    weight, added = (None if p is None else _block(p, part.padded) for p in (parameter, bias))
-    assert weight is not None
+    fill = hasattr(parameter, "to_local") and shard_view(parameter, layout, joint=bias is not None).padded
+    weight = _block(parameter, fill=fill)
+    added = None if bias is None else _block(bias, fill=fill)
     matrix = layout.to_matrix(weight)
     if matrix.dtype in (torch.float16, torch.bfloat16):
         matrix = matrix.float()
@@ -35,15 +35,19 @@ def matrix_of(parameter: Tensor, layout: Layout, bias: Tensor | None = None, *, 
         return
     if bias is not None and added is not None:
         added.copy_(matrix[:, :, -1].reshape(-1))
-        _write_block(bias, added)
         matrix = matrix[:, :, :-1]
     if matrix.data_ptr() != weight.data_ptr() or matrix.dtype != weight.dtype:
         weight.copy_(layout.from_matrix(matrix, weight.shape))
-    _write_block(parameter, weight)
+    if fill:
+        _write_block(parameter, weight)
+        if bias is not None and added is not None:
+            _write_block(bias, added)
 
 
-def _block(parameter: Tensor, fill: bool) -> Tensor:
+def _block(parameter: Tensor, *, fill: bool) -> Tensor:
     """Return this rank's block of `parameter`, in its own memory unless it is to be filled up with zeros."""
+    if not hasattr(parameter, "to_local"):
+        return parameter.detach()
     shard = shard_of(parameter) if fill else None
     return local_tensor(parameter) if shard is None else padded(parameter, shard)
 
