@@ -33,12 +33,17 @@ SMALL = {
 FAMILY = ("igsp", "moe-adapters", "lora-per-task", "lora-shared", "lora-shared-nullspace")
 
 
+def nightly_but(*names: str) -> list[Any]:
+    """The family, of which all but `names` are for the nightly tests."""
+    return [pytest.param(name, marks=() if name in names else pytest.mark.nightly) for name in FAMILY]
+
+
 @pytest.fixture(scope="module")
 def config() -> Config:
     return load_config("demo", SMALL)
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", nightly_but("igsp"))
 @pytest.mark.parametrize("calls", [2, 5, 9], ids=["in-phase-1", "in-phase-2", "in-task-2"])
 def test_resume_is_bitwise(name: str, calls: int, config: Config, experiment: Experiment, tmp_path: Path) -> None:
     straight = Sequence(experiment, METHODS[name], config, 0, tmp_path / "straight")
@@ -55,7 +60,7 @@ def test_resume_is_bitwise(name: str, calls: int, config: Config, experiment: Ex
     assert all(torch.equal(value, other[key]) for key, value in mine.items())
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", nightly_but("lora-shared-nullspace"))
 def test_the_pool_is_seen_alike_by_a_run_taken_up_after_its_last_task(
     name: str, config: Config, experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ SMALL = {
     "batch_size": 8, "evaluation_images": 40, "consolidation_images": 32, "reference_images": 32, "ensemble_share": 0.4,
     "output": "unused",
 }  # fmt: skip
+SLOW = {"moe-adapters", "nullspace-reference", "gradient-reference", "random-basis", "gradient", "gnsp-exact"}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,13 @@ def moved(before: dict[str, torch.Tensor], made: Method) -> set[str]:
     return {name for name, p in made.clip.model.named_parameters() if not torch.equal(p, before[name])}
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"zero-shot", "finetune", "nullspace"}))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.nightly if name in SLOW else ())
+        for name in sorted(set(METHODS) - {"zero-shot", "finetune", "nullspace"})
+    ],
+)
 def test_every_method_resumes_bitwise_in_its_second_task(name: str, experiment: Experiment, tmp_path: Path) -> None:
     straight = Sequence(experiment, METHODS[name], config(), 0, tmp_path / "straight")
     expected = straight.run()
