@@ -147,7 +147,7 @@ def test_a_frozen_product_of_all_experts_names_the_way_out() -> None:
     assert all(reason.endswith("consolidate with model.set_experts_implementation('eager')") for reason in told)
 
 
-def test_experts_in_one_product_are_protected_where_they_are_consolidated_one_by_one() -> None:
+def test_experts_that_are_consolidated_one_by_one_are_protected() -> None:
     model, batch = build("Mixtral")
     if not hasattr(model, "set_experts_implementation"):
         pytest.skip("experts are layers of their own in this transformers")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,13 @@ def test_a_bare_optimizer_is_refused_before_training() -> None:
     trained.optimizer = AdamW(trained.model.parameters())
     with pytest.raises(OptionError, match="no NullSpaceOptimizer inside AdamW: wrap the base optimizer"):
         trained.train(benchmark(False).train_stream[0])
+
+
+def test_a_missing_avalanche_gives_the_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "avalanche.core", None)
+    monkeypatch.delitem(sys.modules, "nullspace_optim.integrations.avalanche")
+    with pytest.raises(ImportError, match="needs Avalanche: pip install"):
+        importlib.import_module("nullspace_optim.integrations.avalanche")
 
 
 def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -291,6 +291,15 @@ def test_push_and_load_through_the_real_client(tmp_path: Path) -> None:
     assert asked.get("private") is True or asked.get("visibility") == "private"
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_write_one_folder(tmp_path: Path) -> None:
+    import hub_scenarios
+    from processes import run_scenarios
+
+    outcomes = run_scenarios(hub_scenarios.SCENARIOS, tmp_path)
+    assert set(outcomes.values()) == {"passed"}, outcomes
+
+
 def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(example("hub.md"), "hub.md", "exec"), {"__name__": "__main__"})
