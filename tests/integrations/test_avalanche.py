@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torch.utils.data import TensorDataset
 from training import relative_drift
 from two_tasks import example
 
@@ -20,7 +21,8 @@ from nullspace_optim.errors import OptionError
 pytest.importorskip(
     "avalanche", reason="Avalanche is not installed (it brings many packages): pip install avalanche-lib"
 )
-from avalanche.benchmarks import tensors_benchmark
+from avalanche.benchmarks import benchmark_from_datasets, tensors_benchmark
+from avalanche.benchmarks.utils import as_classification_dataset
 from avalanche.models import IncrementalClassifier, MultiHeadClassifier, MultiTaskModule
 from avalanche.training.plugins import ReplayPlugin
 from avalanche.training.supervised import Naive
@@ -141,6 +143,19 @@ def test_a_forward_of_your_own_gets_the_batch() -> None:
     plugin = ConsolidatePlugin(progress=False, forward=lambda batch: (seen.append(len(batch)), model(batch[0]))[1])
     strategy(model, plugin).train(benchmark(False).train_stream[0])
     assert seen and set(seen) == {3}
+
+
+def test_training_transforms_are_not_consolidated() -> None:
+    torch.manual_seed(0)
+    model, seen = nn.Linear(WIDTH, 2), []
+    plugin = ConsolidatePlugin(progress=False, forward=lambda batch: (seen.append(batch[0]), model(batch[0]))[1])
+    groups = {"train": (lambda row: row + 100, None), "eval": (None, None)}
+    inputs, labels = rows(0)
+    data = TensorDataset(inputs, labels)
+    data.targets = labels
+    dataset = as_classification_dataset(data, transform_groups=groups)
+    strategy(model, plugin).train(benchmark_from_datasets(train=[dataset]).train_stream[0])
+    assert torch.equal(torch.cat(seen)[:ROWS], inputs)
 
 
 def test_a_bare_optimizer_is_refused_before_training() -> None:
