@@ -25,6 +25,9 @@ from .relevance.relevance import Relevance
 BUILDS = "used to build another weight"
 QUEUE = 4
 
+# What can be done where an operator hides which rows met which weight.
+WAYS_OUT = {"_grouped_mm": ", all experts at once: consolidate with model.set_experts_implementation('eager')"}
+
 
 @dataclass(eq=False)
 class _Use:
@@ -109,7 +112,7 @@ class OperatorHandlers:
             handled = self._read_added_bias(bound, by_id, results[0])
         for identity, origin in by_id.items():
             if origin.kind is Kind.ALIAS and identity not in handled | written:
-                self._tally.refuse(origin.names, f"read by {operator.label}")
+                self._tally.refuse(origin.names, f"read by {operator.label}{WAYS_OUT.get(operator.name, '')}")
 
     def _read_product(self, operator: Operator, bound: list[Any], by_id: dict[int, Origin], output: Tensor) -> set[int]:
         """Take the rows of a product; return the operands that are accounted for."""

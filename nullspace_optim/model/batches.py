@@ -70,13 +70,22 @@ def _arguments(batch: Any, accepted: Mapping[str, inspect.Parameter]) -> tuple[t
             if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
         leading = tuple(batch[: max(1, len(required))])
-        if len(required) <= 1 and isinstance(leading[0], (Mapping, tuple, list)):
+        if len(required) <= 1 and isinstance(leading[0], (Mapping, tuple, list)) and not _with_targets(batch):
             return _arguments(leading[0], accepted)
         return leading, {}
     raise BatchError(
         f"cannot feed a batch of type {type(batch).__name__} to the model; "
         "pass forward=, a callable that takes the batch and runs the model"
     )
+
+
+def _with_targets(batch: Sequence[Any]) -> bool:
+    """Return whether `batch` is a list of images and a list of as many targets, each a mapping (detection)."""
+    if len(batch) != 2 or not all(isinstance(part, (tuple, list)) for part in batch):
+        return False
+    images, targets = batch
+    pairs = len(images) == len(targets) and all(isinstance(target, Mapping) for target in targets)
+    return pairs and all(isinstance(image, Tensor) for image in images)
 
 
 def describe_feed(model: nn.Module, forward: Forward | None, batch: Any) -> tuple[str, str | None]:
@@ -95,7 +104,7 @@ def describe_feed(model: nn.Module, forward: Forward | None, batch: Any) -> tupl
     views = isinstance(first, (tuple, list)) and len(first) > 1 and all(isinstance(t, Tensor) for t in first)
     shape = first.shape[1:] if isinstance(first, Tensor) else ()
     alike = [t for t in batch if isinstance(t, Tensor) and t.ndim > 1 and t.shape[1:] == shape]
-    if views:
+    if views and args[0] is not first:
         guess = f"the first of {len(first)} tensors in the batch's first item was fed"
     elif len(args) == 1 and len(alike) > 1:
         guess = f"the first of {len(batch)} tensors of the batch was fed, of which {len(alike)} look like inputs"
@@ -115,12 +124,14 @@ def _describe(value: Any) -> str:
 
 
 def _keywords(batch: Mapping[Any, Any], accepted: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    if any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        return {str(key): value for key, value in batch.items()}
-    chosen = {str(key): value for key, value in batch.items() if key in accepted}
-    if not chosen:
+    every = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    chosen = {str(key): value for key, value in batch.items() if every or key in accepted}
+    named = (p for p in accepted.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD))
+    lacking = sorted(p.name for p in named if p.default is p.empty and p.name not in chosen)
+    if lacking or not chosen:
+        verb = f"needs {lacking}" if lacking else f"accepts {sorted(accepted)}"
         raise BatchError(
-            f"the batch has the keys {sorted(map(str, batch))}, the model's forward accepts {sorted(accepted)}; "
+            f"the batch has the keys {sorted(map(str, batch))}, the model's forward {verb}; "
             "pass forward=, a callable that takes the batch and runs the model"
         )
     return chosen

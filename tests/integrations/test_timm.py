@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from training import relative_drift
+from two_tasks import example
 
 from nullspace_optim import NullSpaceOptimizer, NumericalRank
 
@@ -63,3 +65,9 @@ def test_adahessian_is_told_from_optimizers_of_first_order() -> None:
 def test_lookahead_of_the_factory_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"Lookahead.step\(\) runs no step hooks"):
         wrapped("lookahead_adamw", build())
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example("timm.md"), "timm.md", "exec"), {"__name__": "__main__"})
+    assert (tmp_path / "bases.safetensors").is_file()

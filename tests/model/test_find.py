@@ -121,6 +121,23 @@ def test_a_batch_that_cannot_be_fed_asks_for_forward(batch: Any) -> None:
     assert not optimizer.bases
 
 
+def test_a_mapping_without_a_required_input_asks_for_forward() -> None:
+    class Open(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(12, 4)
+
+        def forward(self, rows: Tensor, scale: float = 1.0, **others: Any) -> Tensor:
+            return self.layer(rows) * scale
+
+    model = Open()
+    optimizer = NullSpaceOptimizer(SGD(model.parameters()))
+    with pytest.raises(BatchError, match=r"keys \['images'\], the model's forward needs \['rows'\]; pass forward="):
+        optimizer.consolidate([{"images": ROWS}], progress=False)
+    optimizer.consolidate([{"rows": ROWS, "labels": LABELS}], progress=False)
+    assert optimizer.bases["layer.weight"].fate is Fate.PROTECTED
+
+
 def test_the_smallest_owner_is_found_before_and_after_training() -> None:
     inner = Named()
     outer = nn.ModuleDict({"student": inner, "teacher": copy.deepcopy(inner)})
