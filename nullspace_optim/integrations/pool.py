@@ -7,16 +7,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ..errors import BatchError
+from ..model.batches import Forward, feeder
 
 
 class TrainerLoader:
     """Batches of a data set, collated by `trainer` without shuffling, a share of them for each process.
 
     Samples are what the trainer's own data set holds, or texts: strings, or mappings with a ``"text"`` or a list of
-    chat ``"messages"``, which the trainer's tokenizer reads.
+    chat ``"messages"``, which the trainer's tokenizer reads. `forward` reads batches of texts: what a language model
+    says at padding is left out.
 
     Raises:
         BatchError: the trainer cannot make batches of the samples.
@@ -24,6 +27,7 @@ class TrainerLoader:
 
     def __init__(self, trainer: Any, dataset: Any) -> None:
         self.dataset = dataset
+        self.forward: Forward | None = None
         self._trainer = trainer
         with _Understood(self):
             sample = next(iter(dataset)) if isinstance(dataset, IterableDataset) else dataset[0]
@@ -34,6 +38,7 @@ class TrainerLoader:
                 collate = partial(_tokenized, tokenizer=_padding(tokenizer), length=_longest(trainer))
                 loader: Any = DataLoader(dataset, batch_size=trainer.args.eval_batch_size, collate_fn=collate)
                 self._loader = trainer.accelerator.prepare(loader)
+                self.forward = _real_tokens(trainer.model)
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -98,6 +103,20 @@ def _text(sample: Any, tokenizer: Any) -> str | None:
 def _tokenized(samples: list[Any], tokenizer: Any, length: int | None) -> Any:
     texts = [_text(sample, tokenizer) for sample in samples]
     return tokenizer(texts, padding=True, truncation=length is not None, max_length=length, return_tensors="pt")
+
+
+def _real_tokens(model: Any) -> Forward:
+    """Return a forward that leaves out the outputs `[n, t, ...]` of a model at padding."""
+    run = feeder(model)
+
+    def read(batch: Any) -> Any:
+        outputs = run(batch)
+        logits, real = getattr(outputs, "logits", None), batch["attention_mask"].bool()
+        if isinstance(logits, Tensor) and logits.ndim > 2 and logits.shape[:2] == real.shape:
+            return logits[real.to(logits.device)]
+        return outputs
+
+    return read
 
 
 def _padding(tokenizer: Any) -> Any:

@@ -134,7 +134,7 @@ class NullSpaceCallback(TaskCallback, TrainerCallback):
             return
         self._pool = next(name for name in _pool_names() if name not in known)
         pool = batches_of(trainer, self._before)
-        self._log(self._tasks.consolidate(optimizer, pool, self._pool, self._tasks.options.forward))
+        self._log(self._tasks.consolidate(optimizer, pool, self._pool, self._forward(pool)))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse to train with an optimizer that is not the wrapped one."""
@@ -151,7 +151,10 @@ class NullSpaceCallback(TaskCallback, TrainerCallback):
         if after is False or after is None:
             return
         data = kwargs["train_dataloader"] if after is True else batches_of(self._trainer(), after)
-        self._log(self._tasks.end(optimizer, data, self._tasks.options.forward))
+        self._log(self._tasks.end(optimizer, data, self._forward(data)))
+
+    def _forward(self, data: Any) -> Forward | None:
+        return self._tasks.options.forward or getattr(data, "forward", None)
 
     def _wrap(self, optimizer: Any, model: Any) -> Any:
         """Return `optimizer` wrapped, or as it is where it holds a wrapper.
