@@ -35,6 +35,11 @@ class TrainerLoader:
             if _text(sample, tokenizer) is None:
                 self._loader = trainer.get_test_dataloader(dataset)
             else:
+                if not callable(tokenizer):
+                    raise BatchError(
+                        f"this {type(trainer).__name__} has no tokenizer for the texts to consolidate: "
+                        "give it one, processing_class=tokenizer, or give samples of tokens"
+                    )
                 collate = partial(_tokenized, tokenizer=_padding(tokenizer), length=_longest(trainer))
                 loader: Any = DataLoader(dataset, batch_size=trainer.args.eval_batch_size, collate_fn=collate)
                 self._loader = trainer.accelerator.prepare(loader)

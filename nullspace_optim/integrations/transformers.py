@@ -128,6 +128,11 @@ class NullSpaceCallback(TaskCallback, TrainerCallback):
             optimizer.load(self._bases)
         if self._before is None:
             return
+        if optimizer._core.mode is not None:
+            raise OptionError(
+                "consolidate_before= keeps directions of weights that are trained, but this optimizer has a mode: its "
+                "experts stand beside weights that do not move, which keep what they knew without it; leave it out"
+            )
         known = {str(task["name"]) for task in optimizer._core.store.tasks}
         resumed = state.global_step > 0
         if self._pool in known or (resumed and POOL in known):

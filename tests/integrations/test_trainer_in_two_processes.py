@@ -1,4 +1,4 @@
-"""A Trainer in two processes, started by `accelerate launch`: DDP, FSDP2, their checkpoints, and explicit optimizers."""
+"""A Trainer in two processes by `accelerate launch`: DDP, FSDP2, their checkpoints, explicit optimizers."""
 
 from __future__ import annotations
 

@@ -89,11 +89,12 @@ def names(running: Any) -> list[str]:
 @contextmanager
 def keeping_and_learning(model: nn.Module, running: Any, limit: float = 1e-5, better: float = 0.05) -> Any:
     """The body trains task 1: outputs of task 0 stay within `limit`, and the loss of task 1 falls by `better`."""
-    with torch.no_grad():
+    half = torch.autocast("cpu", torch.bfloat16, enabled=running.args.bf16)  # as the trainer lets the model see it
+    with torch.no_grad(), half:
         old, first = logits(model.eval()), loss(model, 1)
     yield
     model = running.model.eval()  # FSDP2 gives another class
-    with torch.no_grad():
+    with torch.no_grad(), half:
         drift, last = relative_drift(logits(model), old), loss(model, 1)
     assert drift <= limit, f"the old outputs have moved by {drift}"
     assert last < first - better, f"the loss of the new task went from {first} to {last}"
