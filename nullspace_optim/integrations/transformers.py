@@ -212,7 +212,7 @@ class NullSpaceCallback(TaskCallback, TrainerCallback):
     def _log(self, report: ConsolidationReport | None) -> None:
         trainer = self._trainer()
         owed = trainer.control.should_log  # logging would count as the trainer's own
-        trainer.log(metrics(self._optimizer, report))
+        Trainer.log(trainer, metrics(self._optimizer, report))  # those of TRL would give up their own averages for it
         trainer.control.should_log = owed
 
 

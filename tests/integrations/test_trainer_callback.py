@@ -197,7 +197,7 @@ def test_an_optimizer_that_is_wrapped_already_is_used(tmp_path: Path) -> None:
 def test_experts_beside_the_backbone_train_with_it(tmp_path: Path) -> None:
     model = bert()
     mode = IGSP("bert.encoder.layer.*.intermediate.dense", cap=10, window=5)
-    given = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-2), model, mode=mode)
+    given = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.1), model, mode=mode)
     running = trainer(model, 1, tmp_path, call(), given={"optimizers": (given, None)}, num_train_epochs=20)
     before = loss(model.eval(), 1)
     running.train()
