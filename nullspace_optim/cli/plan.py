@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 from fractions import Fraction
-from typing import Any
 
 from ..covariance.sketch import SketchedCovariance
 from ..errors import OptionError

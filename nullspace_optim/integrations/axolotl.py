@@ -17,7 +17,8 @@ from ..policies.parse import parse_policy
 from .transformers import NullSpaceCallback
 
 if TYPE_CHECKING:
-    BasePlugin = BaseModel = object
+    BasePlugin = object
+    BaseModel = object
 else:
     try:
         from axolotl.integrations.base import BasePlugin
@@ -31,9 +32,9 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 class NullSpaceConfig(BaseModel):
     """Keys under ``nullspace:``, the arguments of `NullSpaceCallback`.
 
-    `pool` is a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.txt``) or folder (`save_to_disk`) of texts, chats
-    or tokens, a name on the Hub, or a mapping of arguments of `datasets.load_dataset`. `path` is ``bases.safetensors``
-    in `output_dir` by default.
+    `pool` is a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, ``.txt``) or folder (`save_to_disk`) of texts,
+    chats or tokens, a name on the Hub, or a mapping of arguments of `datasets.load_dataset`. `path` is
+    ``bases.safetensors`` in `output_dir` by default.
     """
 
     model_config = {"extra": "forbid"}
@@ -72,7 +73,8 @@ class NullSpacePlugin(BasePlugin):
         """
         if not cfg.get("nullspace"):
             raise OptionError("plugins: names NullSpacePlugin, but nothing says what to keep: nullspace: {pool: ...}")
-        given = NullSpaceConfig(**{key: value for key, value in dict(cfg["nullspace"]).items() if value is not None})
+        settings: Any = NullSpaceConfig
+        given = settings(**{key: value for key, value in dict(cfg["nullspace"]).items() if value is not None})
         options: dict[str, Any] = {} if given.project is None else {"project": given.project}
         if given.policy is not None:
             options["policy"] = parse_policy(given.policy, "nullspace: policy:")
