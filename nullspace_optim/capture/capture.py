@@ -24,7 +24,6 @@ from ..covariance.accumulator import ParameterStatistics, StatisticsAccumulator
 from ..covariance.all_reduce import reduce_statistics, union_over_ranks
 from ..distributed.collectives import all_gather_object
 from ..distributed.group import local_tensor
-from ..errors import CaptureError
 from ..model.batches import detach, tensors_in
 from ..model.storage import tensor_key
 from ..settings import Settings
@@ -220,24 +219,9 @@ def _environment(*, gradients: bool) -> Iterator[None]:
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         if "torch._dynamo" in sys.modules:
-            stack.enter_context(_eagerly())
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.clear_autocast_cache()
         stack.callback(torch.clear_autocast_cache)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         yield
-
-
-def _eagerly() -> Any:
-    """Return the context in which compiled modules run as they were written.
-
-    Raises:
-        CaptureError: this is called from a compiled function.
-    """
-    compiling = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)()
-    if compiling not in (None, False):
-        raise CaptureError(
-            "a function that torch.compile has compiled called consolidate() or measure(): the operators of a compiled "
-            "function cannot be seen from within; call it outside (the model itself may be compiled)"
-        )
-    return torch.compiler.set_stance("force_eager")

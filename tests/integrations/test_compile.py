@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from two_tasks import build_net, data, holding, loader, same_weights, wrap
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer, NumericalRank
-from nullspace_optim.errors import CaptureError
+from nullspace_optim.errors import OptionError
 
 RANKS = (None, 20)  # exactly what was used (few directions), or most of them: an exact step every 16th
 
@@ -128,7 +128,7 @@ def test_a_consolidation_within_a_compiled_function_is_refused(method: str) -> N
         getattr(optimizer, method)(loader(0), progress=False)
         return outputs
 
-    with pytest.raises(CaptureError, match="compiled called consolidate"):
+    with pytest.raises(OptionError, match="compiled called consolidate"):
         step(data(1).tensors[0])
     assert not optimizer.bases
     optimizer.consolidate(loader(0), progress=False)

@@ -242,7 +242,7 @@ BAD_POOLS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("pool", BAD_POOLS)
-def test_a_pool_that_the_collator_does_not_understand_is_told_in_one_sentence(pool: str, tmp_path: Path) -> None:
+def test_a_pool_that_makes_no_batches_is_told_in_one_sentence(pool: str, tmp_path: Path) -> None:
     samples, text = BAD_POOLS[pool]
     model = bert()
     with pytest.raises(BatchError, match=text):
