@@ -22,10 +22,8 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
 NAMES = [
     "replicas",
     "shards",
-    "sharded_checkpoints",
-    "a_basis_file_of_one_engine_begins_the_run_of_another",
-    "an_optimizer_class_of_ones_own",
-    "a_trainer_class_of_ones_own",
+    "sharded_checkpoints_and_a_trainer_class_of_ones_own",
+    "a_basis_file_of_replicas_in_shards_and_an_optimizer_class",
 ]
 
 

@@ -37,7 +37,7 @@ def trainer(model: Any, task: int, folder: Path, callback: Any, precision: Any =
     optimizer = NullSpaceOptimizer(base, policy=NumericalRank(), project=project, precision=precision)
     return transformers.Trainer(
         model,
-        arguments_of(folder, **options),
+        arguments_of(folder, **{"num_train_epochs": 10, **options}),
         train_dataset=Sentences(task),
         eval_dataset=Sentences(task),
         optimizers=(optimizer, None),

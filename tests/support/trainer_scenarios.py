@@ -53,21 +53,16 @@ def make(folder: Path, callback: Any, kind: Any = OnCPU, given: Any = None, **op
     return trainer(bert(), 1, folder, callback, kind, given, **options)
 
 
-def run(folder: Path, callback: Any, kind: Any = OnCPU, given: Any = None, **options: Any) -> Any:
-    running = make(folder, callback, kind, given, **options)
-    with keeping_and_learning(running.model, running):
-        running.train()
-    assert names(running) == ["pool", "task 2"]
-    return running
-
-
-def goes_on(folder: Path, **options: Any) -> None:
-    """A run that is resumed in its middle ends with the weights of the one that was not interrupted."""
-    whole = run(folder, keep(Sentences(0)), save_strategy="steps", save_steps=5, **options)
-    callback = keep(Sentences(0))
-    again = make(folder, callback, **options)
-    again.train(resume_from_checkpoint=str(folder / "checkpoint-5"))
-    assert [report.task for report in callback.reports] == ["task 2"] and names(again) == ["pool", "task 2"]
+def goes_on(folder: Path, wrap: Callable[[Any], Any] = keep, kind: Any = OnCPU, **options: Any) -> None:
+    """The pool is kept; a run that is resumed in its middle ends with the weights of one that was not interrupted."""
+    whole = make(folder, wrap(Sentences(0)), kind, save_strategy="steps", save_steps=3, **options)
+    with keeping_and_learning(whole.model, whole):
+        whole.train()
+    callback = wrap(Sentences(0))
+    again = make(folder, callback, kind, **options)
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    assert names(whole) == names(again) == ["pool", "task 2"]
+    assert [report.task for report in callback.reports] == ["task 2"]
     for one, two in zip(whole.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(_local(one), _local(two))
 
@@ -84,39 +79,29 @@ def shards(folder: Path) -> None:
     goes_on(folder / "fsdp", **SHARDED)
 
 
-def sharded_checkpoints(folder: Path) -> None:
+def sharded_checkpoints_and_a_trainer_class_of_ones_own(folder: Path) -> None:
     sharded = {**SHARDED["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}  # type: ignore[dict-item]
-    goes_on(folder / "sharded", fsdp=True, fsdp_config=sharded)
+    goes_on(folder / "sharded", call, Explicit, fsdp=True, fsdp_config=sharded)
 
 
-def a_basis_file_of_one_engine_begins_the_run_of_another(folder: Path) -> None:
+def a_basis_file_of_replicas_in_shards_and_an_optimizer_class(folder: Path) -> None:
     path = folder / "bases.safetensors"
     first = make(folder / "first", keep(Sentences(0), False, path=path))
     first.train()
-    later = make(folder / "later", keep(bases=path), **SHARDED)
+    given = {"optimizer_cls_and_kwargs": (NullSpaceAdamW, {"lr": 3e-3})}
+    later = make(folder / "later", call(bases=path), OnCPU, given, **SHARDED)
     later.model.load_state_dict(first.model.state_dict())
+    later.train_dataset = Sentences(2)
     with keeping_and_learning(later.model, later, better=-1.0):
         later.train()
-    assert names(later) == ["pool", "task 2"]
-
-
-def an_optimizer_class_of_ones_own(folder: Path) -> None:
-    given = {"optimizer_cls_and_kwargs": (NullSpaceAdamW, {"lr": 3e-3})}
-    running = run(folder / "class", call(Sentences(0)), OnCPU, given, **SHARDED)
-    assert isinstance(unwrap(running.optimizer), NullSpaceAdamW)
-
-
-def a_trainer_class_of_ones_own(folder: Path) -> None:
-    run(folder / "trainer", call(Sentences(0)), Explicit, **SHARDED)
+    assert names(later) == ["pool", "task 2"] and isinstance(unwrap(later.optimizer), NullSpaceAdamW)
 
 
 SCENARIOS: list[Callable[[Path], None]] = [
     replicas,
     shards,
-    sharded_checkpoints,
-    a_basis_file_of_one_engine_begins_the_run_of_another,
-    an_optimizer_class_of_ones_own,
-    a_trainer_class_of_ones_own,
+    sharded_checkpoints_and_a_trainer_class_of_ones_own,
+    a_basis_file_of_replicas_in_shards_and_an_optimizer_class,
 ]
 
 

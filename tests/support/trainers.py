@@ -52,7 +52,7 @@ def keep(before: Any = None, after: Any = True, **options: Any) -> NullSpaceCall
 
 
 def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    options = {"save_strategy": "no", "num_train_epochs": 10, "report_to": [], "learning_rate": 3e-3, **options}
+    options = {"save_strategy": "no", "num_train_epochs": 5, "report_to": [], "learning_rate": 8e-3, **options}
     return TrainingArguments(
         str(folder), per_device_train_batch_size=2, disable_tqdm=True, use_cpu=True, seed=0, **options
     )
