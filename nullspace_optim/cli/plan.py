@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 from fractions import Fraction
-from typing import Any
 
-from .. import policies
 from ..covariance.sketch import SketchedCovariance
 from ..errors import OptionError
 from ..planning.architectures import build
@@ -18,6 +15,7 @@ from ..planning.predict import Conditions, Rank, by_fraction, by_rank, on_both_s
 from ..planning.survey import survey
 from ..policies.base import Policy
 from ..policies.fixed_rank import FixedRank
+from ..policies.parse import parse_policy
 from ..policies.rank_budget import RankBudget
 from ..settings import check_sketchable
 from .command import add
@@ -81,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # a configuration that is not here is an error, not a download
     model = build(options.model, batch=options.batch, sequence=options.sequence)
-    policy = parse_policy(options.policy)
+    policy = parse_policy(options.policy, "--policy")
     sketch = _sketch(options.sketch)
     if sketch is not None:
         check_sketchable(policy)
@@ -111,31 +109,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def parse_policy(text: str) -> Policy:
-    """Return the policy that `text` calls, such as ``Energy(0.99)``; only literal arguments are read.
-
-    Raises:
-        OptionError: not a call of a known policy, or arguments it refuses.
-    """
-    known = {name: kind for name in policies.__all__ if _is_policy(kind := getattr(policies, name))}
-    try:
-        call = ast.parse(text.strip(), mode="eval").body
-        if isinstance(call, ast.Name):
-            call = ast.Call(call, [], [])
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id not in known:
-            raise ValueError("none of these")
-        positional = [ast.literal_eval(argument) for argument in call.args]
-        named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
-        policy: Policy = known[call.func.id](*positional, **named)
-    except (SyntaxError, ValueError, TypeError) as error:
-        if isinstance(error, OptionError):
-            raise
-        raise OptionError(
-            f"--policy {text!a}: expected a call such as Energy(0.99) of one of {', '.join(known)} ({error})"
-        ) from error
-    return policy
-
-
 def _sketch(text: str | None) -> SketchedCovariance | None:
     """Return the sketch of ``--sketch SIZE`` or ``--sketch SIZE,ABOVE``."""
     if text is None:
@@ -146,10 +119,6 @@ def _sketch(text: str | None) -> SketchedCovariance | None:
         if isinstance(error, OptionError):
             raise
         raise OptionError(f"--sketch {text!a}: expected SIZE or SIZE,ABOVE such as 1024,8192") from error
-
-
-def _is_policy(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Policy) and kind is not Policy
 
 
 def _rules(policy: Policy, fractions: str) -> dict[str, Rank]:

@@ -7,7 +7,6 @@ stricter.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -366,13 +365,9 @@ def _line(
     seen: ParameterStatistics | None,
 ) -> ParameterReport:
     """Return the report's line of one parameter."""
-    main, rows = basis.main, basis.subspaces.get("rows")
-    still = math.prod(basis.shape) if basis.fate in (Fate.FROZEN, Fate.FULL) else 0
-    if rows is not None and not still:
-        still = rows.rank * (parameter.numel() // max(1, len(parameter)))
-    line = ParameterReport(
-        basis.name, basis.fate, basis.reason, numbers=parameter.numel(), still=still, met=seen is not None and seen.met
-    )
+    main = basis.main
+    met = seen is not None and seen.met
+    line = ParameterReport(basis.name, basis.fate, basis.reason, numbers=parameter.numel(), still=basis.still, met=met)
     if main is None:
         return line
     return replace(

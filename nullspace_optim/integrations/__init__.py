@@ -1,11 +1,12 @@
-"""Training frameworks: callbacks that consolidate at the end of a task, and the way back to us through their wrappers.
+"""Training frameworks: callbacks that consolidate, figures for loggers, and the way back to us through their wrappers.
 
-`integrations.lightning` and `integrations.transformers` each hold a `ConsolidateCallback`. They import their framework,
-so import them by name; nothing here needs one.
+`integrations.transformers` holds `NullSpaceCallback`, `integrations.lightning` `ConsolidateCallback`,
+`integrations.axolotl` `NullSpacePlugin`. They import their framework, so import them by name; nothing here needs one.
 """
 
 from __future__ import annotations
 
+from .metrics import metrics
 from .unwrap import unwrap
 
-__all__ = ["unwrap"]
+__all__ = ["metrics", "unwrap"]

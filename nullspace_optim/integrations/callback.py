@@ -62,10 +62,21 @@ class Tasks:
         Raises:
             NullSpaceError: what `NullSpaceOptimizer.consolidate` and `save` raise.
         """
+        given = self.options.loader
+        return self.consolidate(optimizer, loader if given is None else given, self.options.name, forward)
+
+    def consolidate(
+        self, optimizer: NullSpaceOptimizer, loader: Iterable[Any], name: str | None, forward: Forward | None
+    ) -> ConsolidationReport:
+        """Consolidate `loader` as task `name` and, if asked, write the bases.
+
+        Raises:
+            NullSpaceError: what `NullSpaceOptimizer.consolidate` and `save` raise.
+        """
         chosen = self.options
         report = optimizer.consolidate(
-            loader if chosen.loader is None else chosen.loader,
-            name=chosen.name,
+            loader,
+            name=name,
             forward=forward,
             max_batches=chosen.max_batches,
             progress=chosen.progress,

@@ -10,7 +10,9 @@ import torch
 
 from ..errors import OptionError
 from ..model.batches import Forward, feeder
+from ..report import ConsolidationReport
 from .callback import TaskCallback
+from .metrics import metrics
 from .unwrap import unwrap
 
 NAMES = ("lightning.pytorch", "pytorch_lightning")
@@ -39,7 +41,8 @@ class ConsolidateCallback(TaskCallback, Callback):
 
     One fit is one task. `configure_optimizers` must return a `NullSpaceOptimizer` (with others beside it if there are
     several). Checkpoints carry the bases of all earlier tasks in the optimizer's state; the task itself is consolidated
-    when its training has ended, so call `trainer.save_checkpoint` after `fit`, or give `path`.
+    when its training has ended, so call `trainer.save_checkpoint` after `fit`, or give `path`. The trainer's loggers
+    get the figures of `integrations.metrics` after each epoch and each consolidation.
 
     The options are those of `TaskCallback`: `loader`, `forward`, `name`, `path`, `max_batches`, `progress`.
 
@@ -68,10 +71,23 @@ class ConsolidateCallback(TaskCallback, Callback):
         if trainer.optimizers:
             _optimizer(trainer)._core.protection.make_exact()
 
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log how much is free, and that what is kept has not moved."""
+        if trainer.loggers and _optimizer(trainer)._core.store.tasks:
+            _log(trainer, None)
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Consolidate the task."""
-        forward = self._tasks.options.forward
-        self._tasks.end(_optimizer(trainer), trainer.train_dataloader, _forward(trainer, pl_module, forward))
+        """Consolidate the task and log what that took."""
+        forward = _forward(trainer, pl_module, self._tasks.options.forward)
+        report = self._tasks.end(_optimizer(trainer), trainer.train_dataloader, forward)
+        if trainer.loggers:
+            _log(trainer, report)
+
+
+def _log(trainer: Any, report: ConsolidationReport | None) -> None:
+    values = metrics(_optimizer(trainer), report)
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
 
 
 def _optimizer(trainer: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Whether stored bases belong to the parameters at hand: names and shapes."""
+"""Whether stored bases belong to the parameters at hand (names and shapes), and whether a call can be served."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..errors import BasisFileError, StaleAnchorError
+from ..errors import BasisFileError, OptionError, StaleAnchorError
 from ..files.schema import digest
 from ..model.names import fused_name, named_parameters
 from ..protection.edits import STALE, refuse_growth
@@ -15,6 +15,20 @@ from ..protection.guard import Guard
 from ..settings import Settings
 from ..subspace.basis import Basis, BasisStore
 from ..subspace.growth import check_shapes
+
+
+def refuse_compiled() -> None:
+    """Refuse to look at a model from within a compiled function.
+
+    Raises:
+        OptionError: the caller runs under torch.compile.
+    """
+    compiling = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)()
+    if compiling not in (None, False):
+        raise OptionError(
+            "a function that torch.compile has compiled called consolidate() or measure(), which cannot see the "
+            "operators from within: call it outside of that function (the model itself may be compiled)"
+        )
 
 
 def check_fit(store: BasisStore, parameters: Mapping[str, Tensor], options: Settings) -> None:

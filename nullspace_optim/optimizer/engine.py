@@ -35,7 +35,7 @@ from ..settings import Settings
 from ..subspace.basis import BasisStore
 from ..subspace.shards import local_store, whole_store
 from ..verification.verify import RecentSamples, moved_buffers
-from .checks import check_fit, check_growth, facts_of, refuse_fused
+from .checks import check_fit, check_growth, facts_of, refuse_compiled, refuse_fused
 from .mode import Mode
 from .ownership import check_ownership, claim, disclaim, warn_lost
 
@@ -291,6 +291,7 @@ class Engine:
 
     def trainable(self) -> dict[str, Tensor]:
         """Return the parameters with gradients that are both in the bases and in the model, by name."""
+        refuse_compiled()
         check_ownership(self)
         self.follow_replaced()
         warn_lost(self)

@@ -7,6 +7,7 @@ zero columns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -137,6 +138,14 @@ class Basis:
         for subspace in self.subspaces.values():
             share *= 1.0 - subspace.held / max(1, subspace.dimension)
         return share
+
+    @property
+    def still(self) -> int:
+        """Number of elements of the parameter that no later step can change."""
+        if self.fate in (Fate.FROZEN, Fate.FULL):
+            return math.prod(self.shape)
+        rows = self.subspaces.get("rows")
+        return 0 if rows is None else rows.rank * (math.prod(self.shape) // max(1, self.shape[0]))
 
 
 class Capacity(dict[str, float]):

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
-from two_tasks import build_net, data, holding, same_weights, wrap
+from two_tasks import build_net, data, holding, loader, same_weights, wrap
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer, NumericalRank
+from nullspace_optim.errors import OptionError
 
 RANKS = (None, 20)  # exactly what was used (few directions), or most of them: an exact step every 16th
 
@@ -114,3 +115,21 @@ def test_saved_in_the_middle_and_resumed_bitwise(what: str, tmp_path: Path) -> N
         with holding(its, lambda its=its: its(data(0).tensors[0]), optimizer=lambda one=one: one):
             steps(1, 20)
     assert same_weights(model, other)
+
+
+@pytest.mark.parametrize("method", ["consolidate", "measure"])
+def test_a_consolidation_within_a_compiled_function_is_refused(method: str) -> None:
+    model = build_net()
+    optimizer = wrap(model)
+
+    @torch.compile(backend="eager")
+    def step(inputs: torch.Tensor) -> torch.Tensor:
+        outputs = model(inputs)
+        getattr(optimizer, method)(loader(0), progress=False)
+        return outputs
+
+    with pytest.raises(OptionError, match="compiled called consolidate"):
+        step(data(1).tensors[0])
+    assert not optimizer.bases
+    optimizer.consolidate(loader(0), progress=False)
+    assert optimizer.bases
