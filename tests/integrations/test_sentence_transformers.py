@@ -21,7 +21,7 @@ WHY = "sentence-transformers' trainer is not installed: pip install sentence-tra
 st = pytest.importorskip("sentence_transformers", reason=WHY)
 datasets = pytest.importorskip("datasets", reason=WHY)
 transformers = pytest.importorskip("transformers")
-from nullspace_optim.integrations.transformers import ConsolidateCallback  # noqa: E402
+from nullspace_optim.integrations.transformers import NullSpaceCallback  # noqa: E402
 
 losses = pytest.importorskip("sentence_transformers.losses")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -84,7 +84,7 @@ def test_two_trainings_are_two_tasks(kind: str, tmp_path: Path) -> None:
         def forward(batch: Any, model: Any = model, running: list[Any] = running) -> Any:
             return [model(column)["sentence_embedding"] for column in running[-1].collect_features(batch)[0]]
 
-        call = ConsolidateCallback(progress=False, forward=forward)
+        call = NullSpaceCallback(progress=False, forward=forward)
         for task in range(2):
             running.append(trainer(model, task, loss, optimizer, tmp_path, *([call] if protected else [])))
             before = model[0].model.encoder.layer[0].output.dense.weight.detach().clone()
@@ -98,7 +98,7 @@ def test_two_trainings_are_two_tasks(kind: str, tmp_path: Path) -> None:
 def test_a_batch_of_columns_asks_for_forward(tmp_path: Path) -> None:
     model = encoder(tmp_path / "tiny")
     optimizer = wrap(model)
-    call = ConsolidateCallback(progress=False)
+    call = NullSpaceCallback(progress=False)
     with pytest.raises(BatchError, match=r"keys \['anchor_.*the model's forward needs \['input'\]; pass forward="):
         trainer(model, 0, losses.MultipleNegativesRankingLoss(model), optimizer, tmp_path, call).train()
     assert not optimizer.bases
