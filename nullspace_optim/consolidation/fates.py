@@ -32,7 +32,7 @@ from ..subspace.matrix import matrix_of
 from ..subspace.projection import MatrixSide
 from ..subspace.shards import ShardView, gather_parameter, shard_view
 from .grow import Eigenbasis, GrownBasis, decompose, grow_basis
-from .grow_sketched import decompose_sketch
+from .grow_rows import decompose_rows, decompose_sketch
 
 Key = tuple[str, MatrixSide]
 Groups = Mapping[Any, list[Key]]
@@ -210,6 +210,9 @@ def _examined(policy: Policy, use: Use, key: Key) -> Eigenbasis:
         return decompose_sketch(
             policy, use.moment.factor, use.moment.trace(), rows, basis, tasks=use.tasks, name=key[0]
         )
+    few = use.moment.factor if policy.merge == "append" else None
+    if few is not None:
+        return decompose_rows(policy, few, rows, stored[0], tasks=use.tasks, name=key[0])
     matrix = use.moment.matrix
     return decompose(policy, matrix, rows, *stored, scale=scale, tasks=use.tasks, name=key[0])
 
