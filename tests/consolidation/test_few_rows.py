@@ -250,3 +250,26 @@ def test_few_rows_too_small_or_large_to_square_are_kept_in_double_precision(size
     moment.update(size * rows_of(1)[None])
     assert moment.factor is not None and moment.dtype == moment.factor.dtype == torch.float64
     assert bool(torch.isfinite(moment.diagonal()).all())
+
+
+def test_the_progress_bar_counts_the_decompositions(capsys: pytest.CaptureFixture[str]) -> None:
+    model = model_of()
+    optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model)
+    optimizer.consolidate([torch.randn(2, 16, 6, 6)], name="flowers", progress=True)
+    shown = capsys.readouterr().err
+    assert "directions of flowers" in shown and "0/3 [" in shown
+    optimizer.consolidate([torch.randn(2, 16, 6, 6)], progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_sketches_are_named_once_where_decompositions_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nullspace_optim.consolidation.notes.WIDE", 120)
+    images = torch.randn(6, 16, 6, 6)  # 96 patches beside 144 features, 6 rows beside 192 and 200
+    said = []
+    for policy in (Energy(), SGP()):
+        model = model_of()
+        optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, policy=policy)
+        said += [optimizer.consolidate([images], progress=False).notes for _ in range(2)]
+    hints = [[note for note in notes if "SketchedCovariance" in note] for notes in said]
+    assert [len(found) for found in hints] == [1, 0, 0, 0]
+    assert hints[0][0].startswith("1 weights have more than 120 inputs ('0.weight': 144)")
