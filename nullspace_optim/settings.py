@@ -73,14 +73,19 @@ class Settings:
         return torch.float64 if self.policy.precise else torch.float32
 
 
+def is_sketchable(policy: Policy) -> bool:
+    """Return whether a policy needs no whole second moments: it appends directions and keeps them fully."""
+    soft = type(policy).scale is not Policy.scale or type(policy).members is not Policy.members
+    return policy.merge == "append" and not (policy.batch_frobenius or soft)
+
+
 def check_sketchable(policy: Policy) -> None:
     """Refuse policies that need whole second moments.
 
     Raises:
         OptionError: the policy merges second moments over tasks, or keeps directions by part.
     """
-    soft = type(policy).scale is not Policy.scale or type(policy).members is not Policy.members
-    if policy.merge != "append" or policy.batch_frobenius or soft:
+    if not is_sketchable(policy):
         raise OptionError(
             f"{type(policy).__name__} needs whole second moments, a SketchedCovariance has none: "
             'use covariance="exact", or a policy that appends, such as Energy or FixedRank'

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
+
+import torch
 
 from reference.config import Config, load_config, parse_overrides
 from reference.errors import ExperimentError
@@ -67,9 +70,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(options: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> Config:
-    """The preset with `defaults` over it, then `--set`, then the named options."""
+    """The preset with `defaults` over it, then `--set`, then the named options. The demo gets one thread."""
     if options.resume and not options.output:
         raise ExperimentError("--resume needs the --output folder of the run to go on with")
+    if options.preset == "demo" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # two wait for each other in many small products where other programs run
     options.output = options.output or f"runs/{options.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     given = {name: value for name in (*NAMED, "output") if (value := getattr(options, name)) is not None}
     return load_config(options.preset, {**(defaults or {}), **parse_overrides(options.set), **given})

@@ -45,9 +45,7 @@ def run(options: argparse.Namespace) -> None:
     chosen_methods(config.methods)
     stop = StopRequest()
     runs = compare(prepare(config), config, output, options.resume, stop)
-    for results in runs:
-        print("\n" + matrix_table(results))
-    print("\n" + summary_table(runs, config.note) + "\n\n" + cost_table(runs))
+    print("\n" + "\n\n".join([*map(matrix_table, runs), summary_table(runs, config.note), cost_table(runs)]))
     print(f"\nresults and figures: {output}")
 
 

@@ -47,7 +47,9 @@ def consolidate(
     with restored_model(work.model, work.loader):
         seen = observe(work, options, ranks)
         with exact_products(seen.device):
-            grown, rows = settle_fates(work.parameters, seen.captured, store, work.task, options, ranks)
+            grown, rows = settle_fates(
+                work.parameters, seen.captured, store, work.task, options, ranks, progress=work.progress
+            )
         remember_task(work, options, seen, grown)
         report = describe(work, options, seen, grown, rows, *recent.drift(work, store))
     if options.on_full == "raise":

@@ -22,6 +22,7 @@ from .notes import (
     unrun_note,
     untrained_note,
     warnings_about,
+    wide_note,
 )
 from .observe import Observation
 
@@ -65,6 +66,7 @@ def describe(
         unrun_note(failed),
         untrained_note(_untrained(seen, grown)),
         sketch_note(seen.captured),
+        wide_note(seen.captured, options) if len(grown.tasks) == 1 else None,
         few_rows_note(seen.captured, rows),
         half_precision_note(work.parameters),
         outside_note(work.model, work.outside),

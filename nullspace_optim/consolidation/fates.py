@@ -7,12 +7,13 @@ stricter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..covariance.accumulator import Moment, ParameterStatistics
 from ..covariance.second_moment import SecondMoment
@@ -31,7 +32,7 @@ from ..subspace.matrix import matrix_of
 from ..subspace.projection import MatrixSide
 from ..subspace.shards import ShardView, gather_parameter, shard_view
 from .grow import Eigenbasis, GrownBasis, decompose, grow_basis
-from .grow_sketched import decompose_sketch
+from .grow_rows import decompose_rows, decompose_sketch
 
 Key = tuple[str, MatrixSide]
 Groups = Mapping[Any, list[Key]]
@@ -59,6 +60,8 @@ def settle_fates(
     task: str,
     options: Settings,
     ranks: Communicator,
+    *,
+    progress: bool = False,
 ) -> tuple[BasisStore, list[ParameterReport]]:
     """Return a store that protects `task` as well, and one report line a parameter; `store` is unchanged."""
     grown, policy = store.copy(), options.policy
@@ -71,7 +74,8 @@ def settle_fates(
         if _grows(captured.get(name), before[name], parameter)
         for side, moment in captured[name].sides.items()
     }
-    choices = _choices(policy, uses, next(iter(parameters.values())).device, ranks)
+    title = f"directions of {task}" if progress else None
+    choices = _choices(policy, uses, next(iter(parameters.values())).device, ranks, title)
     rows = []
     for name, parameter in parameters.items():
         seen, old = captured.get(name), before[name]
@@ -150,7 +154,7 @@ def _conflict(seen: ParameterStatistics, old: Basis | None, parameter: Tensor) -
 
 
 def _choices(
-    policy: Policy, uses: Mapping[Key, Use], device: torch.device, ranks: Communicator
+    policy: Policy, uses: Mapping[Key, Use], device: torch.device, ranks: Communicator, title: str | None
 ) -> dict[Key, GrownBasis]:
     """Apply the policy; weights that share rows and basis share the result.
 
@@ -162,36 +166,37 @@ def _choices(
         groups.setdefault(use.identity, []).append(key)
     work = _joint_choices if policy.joint else _single_choices
     heads = [members[0] for members in groups.values()]
-    chosen = work(policy, {key: uses[key] for key in heads}, groups, ranks)
+    chosen = work(policy, {key: uses[key] for key in heads}, groups, ranks, title)
     choices = ranks.broadcast_from_owners(
         [chosen.get(key) for key in heads], [uses[key].moment.owner for key in heads], device
     )
     return {key: choice for members, choice in zip(groups.values(), choices, strict=True) for key in members}
 
 
-def _mine(uses: Mapping[Key, Use], ranks: Communicator) -> Iterator[tuple[Key, Use]]:
-    """Yield the uses whose second moment this rank holds (all of them if there is one process)."""
-    return ((key, use) for key, use in uses.items() if use.moment.owner == ranks.rank)
+def _mine(uses: Mapping[Key, Use], ranks: Communicator, title: str | None) -> Iterable[tuple[Key, Use]]:
+    """Yield the uses whose second moment this rank holds (all in one process), under a bar if it has a `title`."""
+    mine = [(key, use) for key, use in uses.items() if use.moment.owner == ranks.rank]
+    return tqdm(mine, desc=title, disable=title is None, leave=False)
 
 
 def _single_choices(
-    policy: Policy, uses: Mapping[Key, Use], groups: Groups, ranks: Communicator
+    policy: Policy, uses: Mapping[Key, Use], groups: Groups, ranks: Communicator, title: str | None
 ) -> dict[Key, GrownBasis]:
     """Decide on one weight after the other: the eigenvectors of one are held at a time."""
     choices: dict[Key, GrownBasis] = {}
     with raise_on_all_ranks():
-        for key, use in _mine(uses, ranks):
+        for key, use in _mine(uses, ranks, title):
             candidate = _examined(policy, use, key)
             choices[key] = _chosen(candidate, _ranks(policy, {key: candidate.spectra})[key], use)
     return choices
 
 
 def _joint_choices(
-    policy: Policy, uses: Mapping[Key, Use], groups: Groups, ranks: Communicator
+    policy: Policy, uses: Mapping[Key, Use], groups: Groups, ranks: Communicator, title: str | None
 ) -> dict[Key, GrownBasis]:
     """Decide on the spectra of all weights at once."""
     with raise_on_all_ranks():
-        candidates = {key: _examined(policy, use, key) for key, use in _mine(uses, ranks)}
+        candidates = {key: _examined(policy, use, key) for key, use in _mine(uses, ranks, title)}
     known = ranks.all_gather_object({key: candidate.spectra for key, candidate in candidates.items()})
     spectra = {key: found for part in known for key, found in part.items()}
     with raise_on_all_ranks():
@@ -209,6 +214,9 @@ def _examined(policy: Policy, use: Use, key: Key) -> Eigenbasis:
         return decompose_sketch(
             policy, use.moment.factor, use.moment.trace(), rows, basis, tasks=use.tasks, name=key[0]
         )
+    few = use.moment.factor if policy.merge == "append" else None
+    if few is not None:
+        return decompose_rows(policy, few, rows, stored[0], tasks=use.tasks, name=key[0])
     matrix = use.moment.matrix
     return decompose(policy, matrix, rows, *stored, scale=scale, tasks=use.tasks, name=key[0])
 

@@ -24,6 +24,8 @@ from ..policies.base import Policy, Spectrum
 from ..subspace.conceptors import odds_of
 from ..subspace.linalg import append_directions, complement, eigh, largest_eigenvalue
 
+_SMALLEST = 1e-8  # share of the largest eigenvalue below which directions found from products are made orthonormal
+
 
 @dataclass(frozen=True)
 class Eigenbasis:
@@ -31,7 +33,8 @@ class Eigenbasis:
 
     `moment` `[g, s, s]` is the new task's, `covariance` `[g, s, s]` the merged one (accumulate only). `values`
     `[g, s]` are what the policy sees, zero padded; `vectors` are the eigenvectors of each group, `[s, s]`, or in
-    coordinates of the complement `frames` `[s, s - kept]` of the stored basis, `[s - kept, s - kept]`.
+    coordinates of the complement `frames` `[s, s - kept]` of the stored basis, `[s - kept, s - kept]`. With `few`,
+    `moment` are the rows themselves, `[g, n, s]`, and `frames` their parts outside the stored basis, `[s, n]`.
     """
 
     name: str
@@ -42,6 +45,19 @@ class Eigenbasis:
     vectors: tuple[Tensor, ...]
     frames: tuple[Tensor, ...] | None
     spectra: tuple[Spectrum, ...]
+    few: bool = False
+
+    @property
+    def trace(self) -> float:
+        """Energy of the new task over all groups."""
+        parts = self.moment.abs().square() if self.few else self.moment.diagonal(dim1=1, dim2=2).real
+        return float(parts.double().sum())
+
+    def along(self, basis: Tensor) -> Tensor:
+        """Return the new task's energy `u^H K u` of every column of `basis` `[g, s, k]`, float64 `[g, k]`."""
+        if not self.few:
+            return _energies(self.moment, basis)
+        return (self.moment.conj() @ basis.to(self.moment)).abs().double().square().sum(1)
 
 
 @dataclass(frozen=True)
@@ -128,7 +144,7 @@ def grow_basis(
         basis=grown,
         ranks=ranks,
         spectrum=candidate.values,
-        energy=_energy_taken(candidate.spectra, take) if exact else _energy_inside(candidate.moment, grown, scales),
+        energy=_energy_taken(candidate.spectra, take) if exact else _energy_inside(candidate, grown, scales),
         dropped=_dropped(basis, grown) if renewed and basis is not None else 0.0,
         covariance=candidate.covariance,
         scale=scales,
@@ -227,17 +243,26 @@ def _grown(candidate: Eigenbasis, take: Sequence[int], ranks: tuple[int, ...], b
     """Return the stored columns, if they count as kept, followed by the taken eigenvectors: `[g, s, max(ranks)]`."""
     moment = candidate.moment
     dtype, double = (torch.complex64, torch.complex128) if moment.is_complex() else (torch.float32, torch.float64)
-    grown = torch.zeros(*moment.shape[:2], max(ranks, default=0), dtype=dtype, device=moment.device)
+    grown = torch.zeros(*candidate.values.shape, max(ranks, default=0), dtype=dtype, device=moment.device)
     for group, (spectrum, number) in enumerate(zip(candidate.spectra, take, strict=True)):
         stored = grown[group, :, : spectrum.kept]
         if basis is not None:
             stored.copy_(basis[group, :, : spectrum.kept])
         if number:
-            found = candidate.vectors[group][:, :number]
+            known = min(number, spectrum.above(0.0)) if candidate.few else number
+            found = candidate.vectors[group][:, :known]
             if candidate.frames is not None:
                 found = candidate.frames[group].to(double) @ found.to(double)
-            grown[group, :, : ranks[group]] = append_directions(stored, found, orthonormal=True)
+            joined = append_directions(stored, found, orthonormal=not candidate.few or _well_apart(spectrum, known))
+            grown[group, :, : joined.shape[1]] = joined
+            if known < number:  # a rule that takes directions without energy
+                grown[group, :, joined.shape[1] : ranks[group]] = complement(joined)[:, : number - known]
     return grown
+
+
+def _well_apart(spectrum: Spectrum, number: int) -> bool:
+    """Return whether rounding leaves the `number` leading directions, found from products of rows, orthonormal."""
+    return number == 0 or float(spectrum.values[number - 1]) > _SMALLEST * spectrum.largest
 
 
 def _energy_taken(spectra: Sequence[Spectrum], take: Sequence[int]) -> float:
@@ -250,10 +275,9 @@ def _energy_taken(spectra: Sequence[Spectrum], take: Sequence[int]) -> float:
     return min(inside / total, 1.0) if total > 0 else 1.0
 
 
-def _energy_inside(moment: Tensor, basis: Tensor, scale: Tensor | None) -> float:
+def _energy_inside(candidate: Eigenbasis, basis: Tensor, scale: Tensor | None) -> float:
     """Return `tr(diag(s) U^H K U) / tr K` over all groups (1 if the task has no energy)."""
-    total = float(moment.diagonal(dim1=1, dim2=2).real.double().sum())
-    energies = _energies(moment, basis)
+    total, energies = candidate.trace, candidate.along(basis)
     inside = float((energies if scale is None else energies * scale).sum())
     return min(inside / total, 1.0) if total > 0 else 1.0
 

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ..covariance.accumulator import ParameterStatistics
+from ..covariance.second_moment import SecondMoment
 from ..covariance.sketch import FrequentDirections
 from ..formatting import name_some
 from ..report import ParameterReport, still_share
+from ..settings import Settings, is_sketchable
 from ..subspace.basis import BasisStore, Fate
 
 NEARLY_FULL = 0.9
 ENOUGH = 10
 MASSIVE = 0.99
+WIDE = 4096
 WAYS_OUT = "lower the policy's threshold, prune(), or release() a name"
 
 
@@ -169,6 +172,23 @@ def sketch_note(captured: Mapping[str, ParameterStatistics]) -> str | None:
         f"{len(bounds)} wide weights were measured by sketches of {kept} rows: the second moment of no direction is "
         f"off by more than {bound:.2e} of its weight's energy ('{name}'; Frequent Directions, Ghashami et al. 2016, "
         "Theorem 1.1), and the energies kept are lower bounds"
+    )
+
+
+def wide_note(captured: Mapping[str, ParameterStatistics], options: Settings) -> str | None:
+    """Say that sketches would replace the largest decompositions, where the policy can be served by them."""
+    wide = [
+        (moment.size, name)
+        for name, found in captured.items()
+        for moment in found.sides.values()
+        if isinstance(moment, SecondMoment) and moment.size > WIDE and moment.factor is None
+    ]
+    if not wide or options.policy.from_weights or not is_sketchable(options.policy):
+        return None
+    size, name = max(wide)
+    return (
+        f"{len(wide)} weights have more than {WIDE} inputs ('{name}': {size}), whose decompositions take most of the "
+        f"time: covariance=SketchedCovariance(above={WIDE}) replaces them, with a bound of the error in this report"
     )
 
 

@@ -7,7 +7,8 @@ weights of one attention find each other; the queue is what keeps activations al
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -273,28 +274,21 @@ class StatisticsAccumulator:
 
     def _sum(self, waiting: _Waiting, sums: Sequence[Moment]) -> None:
         """Stream the blocks of rows into `sums`."""
-        dtype = torch.promote_types(sums[0].dtype, waiting.rows.source.dtype)
+        dtype, name = torch.promote_types(sums[0].dtype, waiting.rows.source.dtype), next(iter(waiting.shapes))
         for block, count in waiting.rows.blocks(waiting.mask, dtype):
             for moment in sums:
-                moment.update(block, waiting.rows.place.groups, count)
+                with _enough_memory(name, moment.groups, moment.size, moment.dtype, moment.device):
+                    moment.update(block, waiting.rows.place.groups, count)
 
     def _fresh(self, name: str, rows: Rows | Patches, groups: int) -> Moment:
         """Return an empty sum for the `rows` that met `name`; without statistics it has no features."""
         size = rows.size if self._statistics else 0
         dtype = _COMPLEX[self._dtype] if rows.source.is_complex() else self._dtype
         device = rows.source.device
-        try:
+        with _enough_memory(name, groups, size, dtype, device):
             if self._sketch is not None and size > self._sketch.above and not dtype.is_complex:
                 return FrequentDirections(groups, size, self._sketch.size, dtype=dtype, device=device)
             return SecondMoment(groups, size, dtype=dtype, device=device, batch_frobenius=self._batch_frobenius)
-        except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
-                raise
-            raise CaptureError(
-                f"'{name}': no memory on {device} for its second moment {[groups, size, size]}, "
-                f"{groups * size * size * dtype.itemsize} bytes. Free some, consolidate on the CPU "
-                "(model.cpu() for the pass), or give this parameter requires_grad=False"
-            ) from error
 
     def _size(self, name: str, side: str, shape: Sequence[int]) -> int:
         _, m, d = self._layouts[name].matrix_shape(shape)
@@ -316,3 +310,18 @@ class StatisticsAccumulator:
         sides = [side for name, side in self._moments if name == weight]
         alone = others == [weight] and sides == ["right"] and weight not in self._looked_up
         return bias if bias is not None and alone and not self._reasons.get(bias) else None
+
+
+@contextmanager
+def _enough_memory(name: str, groups: int, size: int, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Name the parameter, the bytes and the way out where memory for a second moment is short."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(error):
+            raise
+        raise CaptureError(
+            f"'{name}': no memory on {device} for its second moment {[groups, size, size]}, "
+            f"{groups * size * size * dtype.itemsize} bytes. Free some, consolidate on the CPU "
+            "(model.cpu() for the pass), or give this parameter requires_grad=False"
+        ) from error

@@ -6,21 +6,24 @@ the output side `m` for side "left"). A `SecondMoment` keeps `sum_i x_i x_i^T`, 
 across batches and across ranks. On the CPU only the block columns of the lower triangle are multiplied, 9/16 of the
 work of a product; elsewhere it is one batched product. BLAS `syrk` would be half the work, but torch has none, and
 scipy's comes with a thread pool of its own that fights with torch's inside a forward pass.
+
+As long as rows are fewer than half the features they are kept as they are: their directions follow from products among
+the rows, `[n, n]`, which is less work than a sum `[s, s]` and its eigenvectors, and less memory.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..subspace.linalg import add_lower_product_
 from ..subspace.projection import exact_products
 
 _SMALL_GROUP = 64
 _BLOCK = 256
-_COLUMNS, _NARROWEST = 8, 128
+_WIDE = 128  # features from which on it pays to keep few rows as they are
 _SMALL, _LARGE = 1e-12, 1e15  # float32 can sum the squares of rows between them
 _DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
@@ -60,7 +63,12 @@ class SecondMoment:
         self.batch_frobenius = batch_frobenius
         self.owner = 0
         self.rows = torch.zeros(groups, dtype=torch.int64)
-        self._sum = torch.zeros(groups, size, size, dtype=dtype, device=device)
+        self._few: list[Tensor] | None = None
+        if size >= _WIDE and not batch_frobenius:
+            self._few = [torch.zeros(groups, 0, size, dtype=dtype, device=device)]
+            self._sum = self._few[0].new_empty(0)
+        else:
+            self._sum = torch.zeros(groups, size, size, dtype=dtype, device=device)
         self._batch: Tensor | None = None
         self._half = False
 
@@ -68,34 +76,45 @@ class SecondMoment:
     def of(cls, matrix: Tensor, rows: int) -> SecondMoment:
         """Return the sum `matrix` `[g, s, s]` of `rows` rows a group."""
         moment = cls(matrix.shape[0], matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
-        moment._sum.copy_(matrix)
+        moment._few, moment._sum = None, matrix.clone()
         moment.rows.fill_(rows)
         return moment
 
     @property
     def groups(self) -> int:
         """Number of groups `g`."""
-        return self._sum.shape[0]
+        return self._held.shape[0]
 
     @property
     def size(self) -> int:
         """Number of features `s`."""
-        return self._sum.shape[1]
+        return self._held.shape[2]
 
     @property
     def dtype(self) -> torch.dtype:
         """Accumulation type: float32 or float64 (complex alike); rows that float32 cannot square make it double."""
-        return self._sum.dtype
+        return self._held.dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the sum."""
-        return self._sum.device
+        return self._held.device
+
+    @property
+    def _held(self) -> Tensor:
+        """The sum `[g, s, s]`, or the first of few rows `[g, n, s]`."""
+        return self._sum if self._few is None else self._few[0]
+
+    @property
+    def factor(self) -> Tensor | None:
+        """All rows `[g, n, s]` in the order they came, as long as they are few; `None` once they are summed up."""
+        return None if self._few is None else torch.cat(self._few, dim=1)
 
     @property
     def matrix(self) -> Tensor:
         """The sum so far, `[g, s, s]`, symmetric. It is the live tensor, not a copy; an open batch is closed first."""
         self.end_batch()
+        self._sum_up()
         if self._half:
             _mirror(self._sum)
             self._half = False
@@ -103,6 +122,8 @@ class SecondMoment:
 
     def diagonal(self) -> Tensor:
         """The sum of squares per feature, `[g, s]`, without completing the symmetric half."""
+        if self._few is not None:
+            return torch.stack([(rows * rows.conj()).sum(1) for rows in self._few]).sum(0)
         diagonal = self._sum.diagonal(dim1=-2, dim2=-1)
         if self._batch is not None:
             diagonal = diagonal + self._batch.diagonal(dim1=-2, dim2=-1)
@@ -127,13 +148,33 @@ class SecondMoment:
             self._batch = torch.zeros_like(self._sum)
         rows = rows.detach().to(self.device)
         self.widen(wide_dtype(rows, self.dtype))
-        target = self._sum if self._batch is None else self._batch
         rows = rows.to(self.dtype)
+        if self._few is not None and index == list(range(self.groups)) and self._has_room(rows.shape[1]):
+            self._few.append(rows.clone())
+            return
+        self._sum_up()
+        self._add(rows, index)
+
+    def _has_room(self, number: int) -> bool:
+        """Return whether `number` rows more are still few beside the features."""
+        return self._few is not None and 2 * (sum(rows.shape[1] for rows in self._few) + number) <= self.size
+
+    def _sum_up(self) -> None:
+        """Go on with the sum in the place of few rows."""
+        if self._few is not None:
+            rows = torch.cat(self._few, dim=1)
+            self._sum = rows.new_zeros(rows.shape[0], rows.shape[2], rows.shape[2])
+            self._few = None
+            self._add(rows, list(range(len(rows))))
+
+    def _add(self, rows: Tensor, index: Sequence[int]) -> None:
+        """Add the products of `rows` `[g, n, s]` to the groups `index`."""
+        target = self._sum if self._batch is None else self._batch
         self._half = True  # only the lower triangle is kept up to date, or exactly symmetric to the upper one
         with torch.no_grad(), exact_products(self.device):
             if self._one_by_one(len(index)):
                 for i, block in zip(index, rows, strict=True):
-                    _add_lower(target[i], block)
+                    add_lower_product_(target[i], block)
                 return
             gram = rows.mT @ rows.conj()
             target.index_add_(0, torch.tensor(index, device=self.device), gram)
@@ -141,6 +182,7 @@ class SecondMoment:
     def widen(self, dtype: torch.dtype) -> None:
         """Go on in `dtype`, which holds all that the present type holds."""
         self._sum = self._sum.to(dtype)
+        self._few = None if self._few is None else [rows.to(dtype) for rows in self._few]
         self._batch = None if self._batch is None else self._batch.to(dtype)
 
     def end_batch(self) -> None:
@@ -161,11 +203,13 @@ class SecondMoment:
         Blocks of rows up to the diagonal, so about half of the matrix; read `matrix` afterwards, not before.
         """
         self.end_batch()
+        self._sum_up()
         self._half = True
         return [self._sum[:, top : top + _BLOCK, : top + _BLOCK] for top in range(0, self.size, _BLOCK)]
 
     def discard(self) -> None:
         """Drop the sum (another rank holds it); shape and row counts stay."""
+        self._sum_up()
         self._sum, self._half = self._sum.to("meta"), False
 
     def merge(self, other: SecondMoment) -> None:
@@ -179,6 +223,7 @@ class SecondMoment:
         twin.batch_frobenius, twin.owner = self.batch_frobenius, self.owner
         twin.rows = self.rows.clone()
         twin._sum = self._sum.clone()
+        twin._few = None if self._few is None else list(self._few)
         twin._batch = None if self._batch is None else self._batch.clone()
         twin._half = self._half
         return twin
@@ -188,7 +233,8 @@ class SecondMoment:
         twin = SecondMoment.__new__(SecondMoment)
         twin.batch_frobenius, twin.owner = self.batch_frobenius, self.owner
         twin.rows = self.rows.clone()
-        twin._sum = self.matrix[:, :size, :size].clone()
+        twin._few = None if self._few is None else [rows[..., :size].contiguous() for rows in self._few]
+        twin._sum = self.matrix[:, :size, :size].clone() if self._few is None else self._sum
         twin._batch, twin._half = None, False
         return twin
 
@@ -197,16 +243,10 @@ class SecondMoment:
         return self.device.type == "cpu" and not self.dtype.is_complex and (groups == 1 or self.size >= _SMALL_GROUP)
 
 
-def _add_lower(target: Tensor, rows: Tensor) -> None:
-    """Add the lower triangle of `rows^T rows` to `target` `[s, s]` in place, block column by block column."""
-    size = rows.shape[1]
-    width = max(_NARROWEST, math.ceil(size / _COLUMNS))
-    for left in range(0, size, width):
-        target[left:, left : left + width].addmm_(rows[:, left:].T, rows[:, left : left + width])
-
-
 def _mirror(matrix: Tensor) -> None:
-    """Copy the lower triangle of `matrix` `[g, s, s]` to the upper one, group by group, in place."""
-    for block in matrix:
-        lower = block.tril(-1)
-        block.tril_().add_(lower.mH)
+    """Copy the lower triangle of `matrix` `[g, s, s]` to the upper one, block by block, in place."""
+    for start in range(0, matrix.shape[1], _BLOCK):
+        end = start + _BLOCK
+        corner = matrix[:, start:end, start:end]
+        corner.copy_(corner.tril() + corner.tril(-1).mH)
+        matrix[:, start:end, end:] = matrix[:, end:, start:end].mH

@@ -20,6 +20,7 @@ _NEGATIVE = 1e-3
 _ORTHONORMAL = 1e-7
 _NEWTON_STEPS = 8
 _POWER_STEPS = 20
+_COLUMNS, _NARROWEST = 8, 128
 _ORDINARY = (1e-6, 1e12)  # entries between them do not leave the range of float32 in what is done here
 
 
@@ -49,7 +50,7 @@ def eigh(matrix: Tensor, *, name: str = "", scale: float = 0.0) -> tuple[Tensor,
             "check the batches given to consolidate, or capture in float64"
         )
     unit = _unit(matrix)
-    values, vectors = _first_finite(matrix / unit, name)
+    values, vectors = _first_finite(matrix if unit == 1 else matrix / unit, name)
     values = values * unit
     lowest, largest = float(values.min()), float(values.max())
     if lowest < -_NEGATIVE * max(largest, scale):
@@ -136,8 +137,8 @@ def polish(basis: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     target = dtype or (torch.complex64 if basis.is_complex() else torch.float32)
     precise = _double(basis)
     for _ in range(_NEWTON_STEPS):
-        gram = precise.mH @ precise
-        error = gram - _column_identity(gram)
+        error = _gram(precise)
+        error.diagonal(dim1=-2, dim2=-1).sub_((error.diagonal(dim1=-2, dim2=-1).abs() > 0).to(error.dtype))
         size = float(torch.linalg.matrix_norm(error).amax()) if error.numel() else 0.0
         if size > _ORTHONORMAL:
             precise = precise - 0.5 * (precise.to(target) @ error.to(target))
@@ -168,8 +169,10 @@ def append_directions(basis: Tensor, found: Tensor, *, orthonormal: bool) -> Ten
     """
     if not found.shape[1]:
         return basis
-    stored, wide = _double(basis), _double(found)
-    outside = wide - stored @ (stored.mH @ wide)
+    outside = _double(found)
+    if basis.shape[1]:
+        stored = _double(basis)
+        outside = outside - stored @ (stored.mH @ outside)
     fresh = polish(outside if orthonormal else orthonormalise(outside))
     return torch.cat([basis, fresh.to(basis)], dim=1)
 
@@ -225,9 +228,21 @@ def random_signs(*shape: int) -> Tensor:
     return torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(shape[0])) * 2 - 1
 
 
-def _column_identity(gram: Tensor) -> Tensor:
-    """Return the identity `[..., k, k]` with zeros where a column of the basis is zero."""
-    return torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1).abs() > 0).to(gram.dtype))
+def add_lower_product_(target: Tensor, rows: Tensor) -> None:
+    """Add the lower triangle of `X^T X` to `target` `[s, s]` in place for rows `X` `[n, s]`, by block columns."""
+    size = rows.shape[1]
+    width = max(_NARROWEST, math.ceil(size / _COLUMNS))
+    for left in range(0, size, width):
+        target[left:, left : left + width].addmm_(rows[:, left:].T, rows[:, left : left + width])
+
+
+def _gram(basis: Tensor) -> Tensor:
+    """Return `U^H U` `[..., k, k]`; of a wide real basis on the CPU only half of it is multiplied."""
+    if basis.ndim != 2 or basis.is_complex() or basis.device.type != "cpu" or basis.shape[1] < 2 * _NARROWEST:
+        return basis.mH @ basis
+    gram = basis.new_zeros(basis.shape[1], basis.shape[1])
+    add_lower_product_(gram, basis)
+    return gram.tril_().add_(gram.tril(-1).mH)
 
 
 def _nonzero(basis: Tensor) -> Tensor:

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
-import pytest
+from contextlib import suppress
+from pathlib import Path
 
+import pytest
+import torch
+
+from reference.command import read_config
 from reference.config import for_method, load_config, parse_overrides
 from reference.data.tasks import ORDERS, chosen, templates_of
 from reference.errors import ExperimentError
 from reference.experiment import prepare
 from reference.methods import chosen_methods
-from reference.run import main
+from reference.run import main, parse
 
 
 def test_overrides_are_typed() -> None:
@@ -83,3 +88,20 @@ def test_mini_needs_a_data_root(capsys: pytest.CaptureFixture[str]) -> None:
 def test_both_orders_hold_the_same_eleven_tasks_with_templates() -> None:
     assert len(ORDERS["I"]) == 11 and set(ORDERS["I"]) == set(ORDERS["II"])
     assert all("{}" in template for task in ORDERS["I"] for template in templates_of(task))
+
+
+@pytest.mark.parametrize(("preset", "given", "threads"), [("demo", None, 1), ("demo", "2", 2), ("mini", None, 2)])
+def test_the_demo_gets_one_thread_unless_the_environment_names_a_number(
+    preset: str, given: str | None, threads: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with suppress(ExperimentError):  # of the preset that needs folders
+            read_config(parse(["--preset", preset, "--output", str(tmp_path)]))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
