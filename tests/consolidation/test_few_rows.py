@@ -100,7 +100,7 @@ def assert_same(found: GrownBasis, dense: GrownBasis) -> None:
 
 
 @pytest.mark.parametrize("policy", APPENDING, ids=repr)
-def test_every_appending_policy_takes_the_directions_of_the_dense_decomposition(policy: Policy) -> None:
+def test_appending_policies_take_what_a_dense_decomposition_gives(policy: Policy) -> None:
     tasks = [torch.stack([rows_of(2 * task, n=40), rows_of(2 * task + 1, n=40)]) for task in range(3)]
     assert_same(*both(policy, tasks[:1]))
     assert_same(*both(policy, tasks))
