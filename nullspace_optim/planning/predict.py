@@ -118,7 +118,8 @@ class ConsolidationCost:
 
     FLOPs of the forward passes (of all samples, and three times of the few that are remembered by digest), of the
     second moments (as whole products; a CPU does 9/16 of wide ones) and of the eigenvectors; `moments` are the
-    bytes of all second moments, held by every device until the pass ends; `largest` is the largest eigenproblem.
+    bytes of all second moments, held by every device until the pass ends; `largest` is the largest eigenproblem. All
+    are upper bounds for weights with fewer rows than half their width.
     """
 
     samples: int

@@ -100,7 +100,7 @@ def assert_same(found: GrownBasis, dense: GrownBasis) -> None:
 
 
 @pytest.mark.parametrize("policy", APPENDING, ids=repr)
-def test_every_appending_policy_takes_the_directions_of_the_dense_decomposition(policy: Policy) -> None:
+def test_appending_policies_take_what_a_dense_decomposition_gives(policy: Policy) -> None:
     tasks = [torch.stack([rows_of(2 * task, n=40), rows_of(2 * task + 1, n=40)]) for task in range(3)]
     assert_same(*both(policy, tasks[:1]))
     assert_same(*both(policy, tasks))
@@ -273,3 +273,11 @@ def test_sketches_are_named_once_where_decompositions_are_wide(monkeypatch: pyte
     hints = [[note for note in notes if "SketchedCovariance" in note] for notes in said]
     assert [len(found) for found in hints] == [1, 0, 0, 0]
     assert hints[0][0].startswith("1 weights have more than 120 inputs ('0.weight': 144)")
+
+
+def test_a_fixed_rank_takes_no_directions_of_rounding() -> None:
+    model = nn.Linear(SIZE, 3)
+    optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, policy=FixedRank(12))
+    for rank in (5, 10, 12):
+        optimizer.consolidate([torch.randn(5, SIZE)], progress=False)
+        assert optimizer.bases["weight"].rank == rank
