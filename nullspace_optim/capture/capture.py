@@ -71,6 +71,7 @@ class Capture:
         self._relevance = Relevance() if options.rows == "relevant" else None
         self._joint = options.bias == "joint"
         self._batches = 0
+        self._samples: int | None = None
         self._gradients = False
 
     def __enter__(self) -> Capture:
@@ -125,13 +126,16 @@ class Capture:
         """Reason why all rows count in spite of ``rows="relevant"``, or `None`."""
         return None if self._relevance is None else self._relevance.note
 
-    def batch(self, run: Callable[[], Any], *, counted: bool = True) -> Any:
+    def batch(self, run: Callable[[], Any], *, counted: bool = True, samples: int | None = None) -> Any:
         """Run one forward pass `run()`, take its rows (unless it is not `counted`), and return its outputs, detached.
+
+        `samples` is their number, by which lookups in an embedding are told apart (`None`: unknown).
 
         Raises:
             CaptureError: a row was not finite, or a weight was cast where it could not be followed.
         """
         relevance = None if self._relevance is None or self._relevance.refused else self._relevance
+        self._samples = samples
         try:
             outputs = self._run(run, relevance, counted)
             with torch.inference_mode(False), torch.no_grad():
@@ -173,7 +177,9 @@ class Capture:
             if counted
             else StatisticsAccumulator(dtype=torch.float32, batch_frobenius=False, statistics=False)
         )
-        uses = OperatorHandlers(self._memory, tally, relevance, joint=self._joint, observe=self._observe)
+        uses = OperatorHandlers(
+            *(self._memory, tally, relevance), joint=self._joint, observe=self._observe, samples=self._samples
+        )
         watch = CaptureMode(self._memory, tally, relevance, uses)
         loaded = "torch._dynamo" in sys.modules
         if relevance is not None:

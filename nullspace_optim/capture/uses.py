@@ -48,11 +48,12 @@ class _Use:
 
 @dataclass(eq=False)
 class _LookUp:
-    """Embedding rows that were looked up."""
+    """Rows `index` of an embedding of `number` rows that were looked up by samples of the numbers `sample`."""
 
     name: str
     index: Tensor
     number: int
+    sample: Tensor
     shape: torch.Size
     step: int | None
 
@@ -72,8 +73,10 @@ class OperatorHandlers:
         *,
         joint: bool,
         observe: Callable[[str, Tensor], None] | None,
+        samples: int | None = None,
     ) -> None:
-        """Hand what meets the parameters of `memory` to `tally`."""
+        """Hand what meets the parameters of `memory` to `tally`; the batch has so many `samples` (`None`: unknown)."""
+        self._samples = samples
         self._memory, self._tally, self._joint, self._observe = memory, tally, joint, observe
         self._relevance = relevance
         self._uses: list[_Use | _LookUp] = []
@@ -85,7 +88,7 @@ class OperatorHandlers:
         for use in self._uses:
             mask = None if reached is None or use.step is None else _row_mask(use, reached(use.step))
             if isinstance(use, _LookUp):
-                self._tally.look_up(use.name, use.index, use.number, mask)
+                self._tally.look_up(use.name, use.index, use.number, use.sample, mask)
                 continue
             if self._joint and use.rows.place.side == "right":
                 self._tally.pair(use.name, use.bias, use.operator)
@@ -235,13 +238,27 @@ class OperatorHandlers:
             self._observe(name, output)
         simple = operator.name == "embedding" and index.device == output.device and is_plain(index)
         step = self._relevance.start() if self._relevance is not None else None
-        index = as_plain(index).detach().clone() + geometry.offset // row
-        use = _LookUp(name, index, shape[0], output.shape if simple else torch.Size(), step if simple else None)
+        index, sample = self._look_ups(operator, bound)
+        index = index + geometry.offset // row
+        use = _LookUp(name, index, shape[0], sample, output.shape if simple else torch.Size(), step if simple else None)
         if self._relevance is not None:
             self._uses.append(use)
         else:
-            self._tally.look_up(name, use.index, use.number)
+            self._tally.look_up(name, use.index, use.number, use.sample)
         return {id(bound[0])}
+
+    def _look_ups(self, operator: Operator, bound: list[Any]) -> tuple[Tensor, Tensor]:
+        """Return the rows that an embedding looks up and the number of the sample, or of the bag, each is for."""
+        index = as_plain(bound[1]).detach()
+        if operator.name == "embedding":
+            return index.clone(), _sample_numbers(index, self._samples)
+        named = dict(zip(operator.arguments, bound))
+        places = torch.arange(len(index), device=index.device)
+        bag = torch.bucketize(places, as_plain(named["offsets"]).detach().to(places), right=True)
+        padding = named.get("padding_idx")  # is left out of its bag
+        if padding is None or padding < 0 or index.is_meta:
+            return index.clone(), bag
+        return index[index != padding], bag[index != padding]
 
     def _read_bias(self, operator: Operator, use: _Use | None, bias: Tensor, by_id: dict[int, Origin]) -> set[int]:
         """Pair a bias with the weight whose product it was added to, or give the reason why it is frozen."""
@@ -294,6 +311,22 @@ class OperatorHandlers:
             for use in self._uses:
                 if isinstance(use, _Use) and storage_pointer(use.rows.source) == pointer:
                     use.rows.clone_source()
+
+
+def _sample_numbers(index: Tensor, samples: int | None) -> Tensor:
+    """Return the number of the sample that each lookup of `index` is for, in a shape that expands to that of `index`.
+
+    Samples stand along the axis that has `samples` entries, or the first one. One axis with a multiple of them holds
+    one sample after the other (flattened tokens).
+    """
+    shape = index.shape
+    if not shape:
+        return torch.zeros_like(index, dtype=torch.int64)
+    axis = shape.index(samples) if samples in shape else 0
+    numbers = torch.arange(shape[axis], device=index.device)
+    if samples and len(shape) == 1 and shape[0] % samples == 0:
+        numbers = numbers // max(1, shape[0] // samples)
+    return numbers.reshape(-1, *(1 for _ in shape[axis + 1 :]))
 
 
 def _row_mask(use: _Use | _LookUp, reach: Reach) -> Tensor | None:

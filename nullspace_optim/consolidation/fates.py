@@ -293,6 +293,7 @@ def _protected(
         kept=local_tensor(parameter).clone() if full and bias is None else None,
     )
     basis.history = (*(old.history if old else ()), basis.rank)
+    basis.energies = (*(old.energy(name) for name in old.tasks), basis.energy(task)) if old else (basis.energy(task),)
     return basis
 
 
@@ -361,7 +362,7 @@ def _read_rows(matrix: Tensor, part: ShardView, counts: Tensor, policy: Policy, 
         ranks=(len(index),),
         size=len(counts),
         spectrum=matrix.new_zeros(1, 0, dtype=torch.float32),
-        energy=float(counts[chosen].sum() / counts.sum().clamp_min(1)),
+        energy=float(counts[chosen].sum() / counts.sum()) if counts.any() else 1.0,
     )
 
 

@@ -151,7 +151,7 @@ def _observe_replica(work: LoaderPass, capture: Capture) -> Tally:
     with raise_on_all_ranks():
         for batch in bound_batches(work):
             with name_batch_in_errors(work, tally.batches):
-                outputs = capture.batch(lambda batch=batch: run(batch))  # type: ignore[misc]
+                outputs = capture.batch(lambda batch=batch: run(batch), samples=samples_in(batch))  # type: ignore[misc]
             tally.take(work, batch, outputs)
     return tally
 
@@ -171,7 +171,11 @@ def _observe_shards(work: LoaderPass, capture: Capture, ranks: Communicator) -> 
         mine = batch is not ended
         samples = batch if mine else lent
         with raise_on_all_ranks(communicating=True), name_batch_in_errors(work, tally.batches):
-            outputs = capture.batch(lambda samples=samples: run(samples), counted=mine)  # type: ignore[misc]
+            outputs = capture.batch(
+                lambda samples=samples: run(samples),  # type: ignore[misc]
+                counted=mine,
+                samples=samples_in(samples),
+            )
         if mine:
             tally.take(work, batch, outputs)
     return tally

@@ -122,7 +122,13 @@ def _without_redundant(basis: Basis, found: Mapping[str, SecondMoment], bound: f
     history = (*basis.history[:-1], smaller.rank)
     reason = basis.reason if basis.fate is fate else "its inputs are known"
     changed = dataclasses.replace(
-        basis, fate=fate, kept=None, reason=reason, subspaces={side: smaller}, history=history
+        basis,
+        fate=fate,
+        kept=None,
+        reason=reason,
+        subspaces={side: smaller},
+        history=history,
+        energies=tuple(max(0.0, basis.energy(task) - lost) for task in basis.tasks),
     )
     return changed, row
 

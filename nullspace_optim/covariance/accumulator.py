@@ -81,6 +81,7 @@ class StatisticsAccumulator:
         self._layouts: dict[str, Layout] = {}
         self._moments: dict[tuple[str, WeightSide], Moment] = {}
         self._looked_up: dict[str, Tensor] = {}
+        self._met: dict[str, list[Tensor]] = {}
         self._partners: dict[str, dict[str | None, str]] = {}
         self._queue: dict[Any, _Waiting] = {}
         self._touched: dict[int, tuple[str, Moment]] = {}
@@ -133,21 +134,17 @@ class StatisticsAccumulator:
         moment.update(rows)
         self._touched.setdefault(id(moment), (name, moment))
 
-    def look_up(self, name: str, index: Tensor, number: int, mask: Tensor | None = None) -> None:
-        """Count the samples that looked up rows `index` `[B, ...]` of the embedding `name` with `number` rows.
+    def look_up(self, name: str, index: Tensor, number: int, sample: Tensor, mask: Tensor | None = None) -> None:
+        """Note that the samples numbered `sample` looked up rows `index` of the embedding `name` with `number` rows.
 
-        `mask` `[B, ...]` marks the lookups that count. A row counts once a sample, so that padding does not outweigh
-        words.
+        `mask` marks the lookups that count; all three have the shape of `index`, or one that expands to it. In a batch
+        a row counts once a sample, however often it is looked up, so that padding does not outweigh words.
         """
-        counts = self._looked_up.get(name)
-        if counts is None:
-            counts = self._looked_up[name] = torch.zeros(number, dtype=torch.int64, device=index.device)
-        if index.is_meta:
-            return
-        sample = torch.arange(index.shape[0] if index.dim() else 1, device=index.device)
-        pairs = sample.reshape(-1, *(1 for _ in index.shape[1:])) * number + index
-        met = torch.unique(pairs if mask is None else pairs[mask.expand_as(pairs)]) % number
-        counts += torch.bincount(met, minlength=number)
+        if name not in self._looked_up:
+            self._looked_up[name] = torch.zeros(number, dtype=torch.int64, device=index.device)
+        if not index.is_meta:
+            pairs = sample * number + index
+            self._met.setdefault(name, []).append(torch.unique(pairs if mask is None else pairs[mask]))
 
     def push(self, name: str, rows: Rows | Patches, mask: Tensor | None, *, shape: Sequence[int]) -> None:
         """Queue rows of the weight `name`, of `shape`; `mask` `[B, n]` or `[N, *O]` marks those that count."""
@@ -174,6 +171,7 @@ class StatisticsAccumulator:
             CaptureError: a row was not finite, or a parameter was cast but nothing was seen to read the copy.
         """
         self.flush()
+        self._count_look_ups()
         for name, moment in self._touched.values():
             if moment.device.type != "meta" and not bool(torch.isfinite(moment.diagonal()).all()):
                 raise CaptureError(
@@ -192,6 +190,7 @@ class StatisticsAccumulator:
         """Forget queued rows (the batch failed or is run again)."""
         self._queue.clear()
         self._touched.clear()
+        self._met.clear()
 
     def captured(self, name: str, shape: Sequence[int]) -> ParameterStatistics:
         """Return the statistics of one parameter of `shape`."""
@@ -246,6 +245,14 @@ class StatisticsAccumulator:
         self._reasons, self._layouts, self._partners = reasons, layouts, partners
         self._looked_up, self._moments, self._declared = looked_up, moments, declared
         self._stripped.clear()
+
+    def _count_look_ups(self) -> None:
+        """Count the samples of the batch that looked each row up."""
+        for name, pairs in self._met.items():
+            counts = self._looked_up[name]
+            met = torch.unique(torch.cat(pairs)) % len(counts)
+            counts += torch.bincount(met, minlength=len(counts))
+        self._met.clear()
 
     def _add(self, waiting: _Waiting) -> None:
         """Add rows to the sums of all weights that met them, once a shared sum."""

@@ -12,6 +12,7 @@ header has one key, ``nullspace_optim``, with one canonical JSON object (sorted 
         fate, reason                 "free" | "protected" | "full" | "frozen", and why
         layout {kind, groups}        how the weight is read as matrices `[g, m, d]` (see `layout`)
         tasks, history               names of the tasks that used it, rank after each of them
+        energies                     share (0..1) of each task's energy that is kept; older files have none
         bias                         bias parameter folded in as one more column (`d + 1`), or null
         sides {side: {ranks, size, energy}}      rank of each group, `s`, share (0..1) of the last task's energy in `U`
     buffers     [name, ...]          buffers that past tasks relied on

@@ -168,6 +168,7 @@ def _describe(basis: Basis) -> dict[str, Any]:
         "layout": {"kind": basis.layout.kind, "groups": basis.layout.groups},
         "tasks": list(basis.tasks),
         "history": list(basis.history),
+        "energies": list(basis.energies),
         "bias": basis.bias,
         "sides": sides,
     }

@@ -110,6 +110,12 @@ class _Record:
             self.fail(f"has a key {key!a} that is not a list of sizes")
         return tuple(values)
 
+    def shares(self, key: str) -> tuple[float, ...]:
+        values = self.get(key, list)
+        if not all(type(value) in (int, float) and 0 <= value <= 1 for value in values):
+            self.fail(f"has a key {key!a} that is not a list of shares")
+        return tuple(values)
+
     def records(self, key: str) -> list[_Record]:
         found = []
         for place, data in enumerate(self.get(key, list)):
@@ -163,9 +169,12 @@ def _read_basis(record: _Record, parts: _Parts) -> Basis:
         layout=_read_layout(record, shape),
         tasks=record.texts("tasks"),
         history=record.sizes("history"),
+        energies=record.shares("energies") if "energies" in record.data else (),
         bias=record.get("bias", str, type(None)),
         kept=parts.optional(f"{name}/kept"),
     )
+    if basis.energies and len(basis.energies) != len(basis.tasks):
+        record.fail(f"has {len(basis.energies)} energies of {len(basis.tasks)} tasks")
     if basis.kept is not None and tuple(basis.kept.shape) != shape:
         record.fail(f"has a kept value of shape {list(basis.kept.shape)}, expected {list(shape)}")
     for side, data in record.get("sides", dict).items():

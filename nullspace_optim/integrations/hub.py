@@ -258,7 +258,7 @@ def _inexact(wrapper: Any) -> Iterator[str]:
         yield "**Not exact**: gradients were projected as published methods do; kept directions leak with every step."
     if _soft(wrapper):
         yield "**Not exact**: the policy protects softly; kept directions may move by the share that it lets through."
-    energy = min((side.energy for side in _sides(wrapper) if side.side != "rows"), default=1.0)
+    energy = min(core.store.energy(str(task["name"])) for task in core.store.tasks)
     if core.mode is None:
         yield (
             "**Not exact**: outputs on the tasks' data. They may move by what the policy cut off (at least "

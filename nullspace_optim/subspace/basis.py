@@ -86,7 +86,7 @@ class Basis:
     """The fate of one parameter and, if it is protected, its subspaces.
 
     `kept` is the value of a frozen parameter; `reason` explains its fate; `tasks` names the consolidations
-    that used it and `history` the rank after each of them.
+    that used it, `history` the rank after each of them and `energies` the least share of each one's energy in a side.
     """
 
     name: str
@@ -97,6 +97,7 @@ class Basis:
     subspaces: dict[Side, Subspace] = field(default_factory=dict)
     tasks: tuple[str, ...] = ()
     history: tuple[int, ...] = ()
+    energies: tuple[float, ...] = ()
     bias: str | None = None
     kept: Tensor | None = None
 
@@ -123,6 +124,18 @@ class Basis:
     def spectrum(self) -> Tensor | None:
         """Eigenvalues `[g, s]` of the last task's second moment on the main side, descending."""
         return None if self.main is None else self.main.spectrum
+
+    def energy(self, task: str) -> float:
+        """Share of the energy of `task` that is kept, on the side where it is least; 1 if nothing is known of it.
+
+        Of a basis that each task chooses anew, and of one without `energies`, it is at most that of the last task.
+        """
+        sides = self.subspaces.values()
+        found = dict(zip(self.tasks, self.energies, strict=True)) if self.energies else {}
+        if task not in found or any(side.covariance is not None for side in sides):
+            known = [found.get(task, 1.0), *(side.energy for side in sides if not math.isnan(side.energy))]
+            return max(0.0, min(known))
+        return found[task]
 
     @property
     def rank(self) -> int:
@@ -205,6 +218,10 @@ class BasisStore(Mapping[str, Basis]):
 
     def __len__(self) -> int:
         return len(self._bases)
+
+    def energy(self, task: str) -> float:
+        """Share of the energy of `task` that is kept, at the parameter where it is least; 1 if none met it."""
+        return min((basis.energy(task) for basis in self.values() if task in basis.tasks), default=1.0)
 
     def replace(self, other: BasisStore) -> None:
         """Take over the whole content of `other`."""

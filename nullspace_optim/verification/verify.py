@@ -156,9 +156,7 @@ def output_bounds(store: BasisStore) -> dict[str, float]:
     bounds = {}
     for record in store.tasks:
         task = str(record["name"])
-        kept = [s.energy for b in store.values() if task in b.tasks for s in b.subspaces.values()]
-        cut = max((1 - energy for energy in kept if not math.isnan(energy)), default=0.0)
-        bounds[task] = max(EXACT, FACTOR * math.sqrt(max(0.0, cut)))
+        bounds[task] = max(EXACT, FACTOR * math.sqrt(max(0.0, 1 - store.energy(task))))
     return bounds
 
 

@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from training import relative_drift
 from two_tasks import build_net, example
 
-from nullspace_optim import NullSpaceOptimizer, NumericalRank
+from nullspace_optim import Energy, NullSpaceOptimizer, NumericalRank
 from nullspace_optim.errors import BasisFileError, OptionError, StaleAnchorError
 from nullspace_optim.igsp import IGSP
 from nullspace_optim.integrations.hub import BASES_FILE, load_bases, model_card, save_pretrained
@@ -197,6 +197,14 @@ def test_the_card_says_what_is_exact_and_what_is_not() -> None:
     assert "leak with every step" in leaking and "**Exact** up to" not in leaking
     model.spare = torch.nn.Linear(2, 2)
     assert "**Not protected**: 2 parameters" in model_card(trained(model, labelled(0)))
+
+
+def test_the_card_counts_the_rows_of_a_table_that_may_move_and_every_task() -> None:
+    model = torch.nn.Embedding(8, 4)
+    opt = wrap(model, policy=Energy(0.5))
+    for tokens, name in ((torch.tensor([0, 0, 0, 0, 1, 2, 3]), "a"), (torch.tensor([0, 0]), "b")):
+        opt.consolidate([tokens], name=name, progress=False)
+    assert f"at least {4 / 7:.2%} of a weight's input energy is kept" in model_card(opt)
 
 
 def test_a_section_is_replaced_in_place_and_no_name_of_a_task_ends_it(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nullspace_optim import Energy, FixedRank, NullSpaceOptimizer, NumericalRank
+from nullspace_optim.capture.capture import Capture
 from nullspace_optim.covariance.accumulator import StatisticsAccumulator
 from nullspace_optim.covariance.all_reduce import _summarised, _united
+from nullspace_optim.settings import Settings
 
 
 class Words(nn.Module):
@@ -71,6 +74,93 @@ def test_a_row_counts_once_a_sample_so_padding_does_not_outweigh_words():
     assert optimizer.bases["table.weight"].subspaces["rows"].rank == 21
 
 
+class Reader(nn.Module):
+    """A head over rows of a table `[40, 8]` that `read(table, tokens)` looks up for samples `[samples, length]`."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.table, self.head, self.read = nn.Embedding(40, 8), nn.Linear(8, 4), read
+
+    def forward(self, tokens):
+        return self.head(self.read(self.table.weight, tokens))
+
+
+def bags(tokens):
+    return torch.arange(0, tokens.numel(), tokens.shape[1])
+
+
+def ragged(weight, tokens):
+    """Bags of tokens `[samples, length]` without the padding, and an empty one at the end."""
+    index = torch.cat([row[row > 0] for row in tokens])
+    sizes = (tokens > 0).sum(1)
+    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    return F.embedding_bag(index.int(), weight, offsets.int())[:-1]
+
+
+READERS = {
+    "flattened": lambda w, t: F.embedding(t.reshape(-1), w).view(*t.shape, -1).mean(1),
+    "time first": lambda w, t: F.embedding(t.T, w).mean(0),
+    "step by step": lambda w, t: torch.stack([F.embedding(step, w) for step in t.T]).mean(0),
+    "twice": lambda w, t: (F.embedding(t, w) + F.embedding(t.flip(1), w)).mean(1),
+    "characters": lambda w, t: F.embedding(t.unflatten(1, (-1, 2)), w).mean((1, 2)),
+    "bags": lambda w, t: F.embedding_bag(t, w, mode="max"),
+    "bags by offsets": lambda w, t: F.embedding_bag(t.reshape(-1), w, bags(t), mode="sum"),
+    "bags with the last offset": lambda w, t: F.embedding_bag(
+        t.reshape(-1), w, torch.cat([bags(t), torch.tensor([t.numel()])]), include_last_offset=True
+    ),
+}
+
+
+@pytest.mark.parametrize("rows", ["all", "relevant"])
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_row_counts_once_a_sample_however_the_table_is_read(read, rows):
+    words = torch.arange(1, 21).repeat(2).view(40, 1)
+    tokens = torch.cat([words, torch.zeros(40, 31, dtype=torch.int64)], dim=1)
+    model = Reader(read)
+    optimizer = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), 0.1), policy=Energy(0.9), rows=rows)
+    optimizer.consolidate([tokens[:25], tokens[25:]], progress=False)
+    kept = optimizer.bases["table.weight"].subspaces["rows"]
+    assert kept.rank == 21 and kept.energy == 1.0
+    expected = torch.tensor([40] + 20 * [2] + 19 * [0])
+    assert torch.equal(counted(model, [tokens[:25], tokens[25:]]), expected)
+
+
+def counted(model, batches):
+    """Samples `[40]` that looked each row of the table up."""
+    watch = Capture(dict(model.named_parameters()), Settings(rows="all"))
+    with watch:
+        for batch in batches:
+            watch.batch(lambda batch=batch: model(batch), samples=len(batch))
+    return watch.captured["table.weight"].row_counts
+
+
+@pytest.mark.parametrize(
+    "read", [lambda w, t: F.embedding_bag(t, w, padding_idx=0), ragged], ids=["padding_idx", "ragged"]
+)
+def test_padding_that_a_bag_leaves_out_is_not_counted(read):
+    words = torch.arange(1, 21).repeat(2).view(40, 1)
+    tokens = torch.cat([words, torch.zeros(40, 31, dtype=torch.int64)], dim=1)
+    tokens[:10, 1:4] = words[:10]
+    expected = torch.tensor([0] + 20 * [2] + 19 * [0])
+    assert torch.equal(counted(Reader(read), [tokens]), expected)
+
+
+def test_a_run_that_failed_counts_no_look_up():
+    model, tokens = Words(), torch.tensor([[1, 2], [2, 3]])
+
+    def fail():
+        model(tokens)
+        raise ValueError
+
+    watch = Capture(dict(model.named_parameters()), Settings(rows="all"))
+    with watch:
+        watch.batch(lambda: model(tokens), samples=2)
+        with pytest.raises(ValueError):
+            watch.batch(fail, samples=2)
+        watch.batch(lambda: model(tokens), samples=2)
+    assert watch.captured["table.weight"].row_counts[:5].tolist() == [0, 2, 4, 2, 0]
+
+
 def test_kept_rows_stay_bitwise_and_rare_ones_train():
     torch.manual_seed(0)
     model, tokens = Words(), zipf(200, 40, 1)
@@ -96,6 +186,7 @@ def test_counts_of_all_ranks_are_added():
     told = []
     for index in ([[0, 1], [1, 1]], [[1, 2]]):
         tally = StatisticsAccumulator(dtype=torch.float32, batch_frobenius=False, statistics=True)
-        tally.look_up("table", torch.tensor(index), 4)
+        tally.look_up("table", torch.tensor(index), 4, torch.arange(len(index))[:, None])
+        tally.end_batch(0)
         told.append(_summarised(tally)[0])
     assert _united(told).looked_up["table"].tolist() == [1, 3, 1, 0]

@@ -227,3 +227,51 @@ def test_a_wider_output_is_no_drift_of_the_old_one() -> None:
     torch.testing.assert_close(model(X)[:, :4], before, rtol=1e-4, atol=1e-5)
     report = optimizer.verify([X])
     assert report.ok and report.drift("task 1") <= 1e-4
+
+
+@pytest.mark.parametrize("narrow_first", [True, False])
+def test_each_task_is_judged_by_what_was_cut_off_of_its_own_energy(narrow_first: bool, tmp_path: Any) -> None:
+    model = nn.Linear(24, 8, bias=False)
+    optimizer = wrap(model, Energy(0.6))
+    wide, narrow = torch.randn(64, 24), torch.randn(64, 1) @ torch.randn(1, 24)
+    tasks = {"narrow": narrow, "wide": wide} if narrow_first else {"wide": wide, "narrow": narrow}
+    expected = {}
+    for name, rows in tasks.items():
+        optimizer.consolidate([rows], name=name, progress=False)
+        kept = optimizer.bases["weight"].subspaces["right"].basis[0]
+        expected[name] = max(1e-3, 3 * (1 - float((rows @ kept).square().sum() / rows.square().sum())) ** 0.5)
+    assert expected["narrow"] < 1e-2 and expected["wide"] > 1
+    assert optimizer.verify([*tasks.values()]).bounds == pytest.approx(expected, rel=1e-2, abs=1e-3)
+    optimizer.save(tmp_path / "bases.safetensors")
+    other = wrap(model, Energy(0.6))
+    other.load(tmp_path / "bases.safetensors")
+    assert other.verify().bounds == optimizer.verify().bounds
+
+
+def test_what_prune_gives_up_counts_for_every_task() -> None:
+    model = nn.Linear(24, 8, bias=False)
+    optimizer = wrap(model)
+    tasks = {name: torch.randn(64, 24) @ torch.diag(10.0 ** -torch.arange(24.0)) for name in "ab"}
+    for name, rows in tasks.items():
+        optimizer.consolidate([rows], name=name, progress=False)
+    assert set(optimizer.verify().bounds.values()) == {1e-3}
+    report = optimizer.prune({name: [rows] for name, rows in tasks.items()}, bound=0.05)
+    lost = max(row.lost for row in report.parameters)
+    assert lost > 1e-4 and optimizer.verify().bounds == pytest.approx(dict.fromkeys("ab", 3 * lost**0.5), rel=0.05)
+
+
+def test_a_table_of_which_nothing_was_read_does_not_loosen_the_bound() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line, self.table = nn.Linear(24, 8), nn.Embedding(10, 8)
+
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            return self.line(x) + self.table(index).sum(0)
+
+    model = Model()
+    optimizer = wrap(model)
+    batch = X, torch.zeros(0, dtype=torch.int64)
+    report = optimizer.consolidate([batch], forward=lambda both: model(*both), progress=False)
+    assert next(row for row in report.parameters if row.name == "table.weight").energy == 1.0
+    assert optimizer.verify().bounds == {"task 1": 1e-3}
