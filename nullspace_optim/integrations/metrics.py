@@ -14,7 +14,7 @@ def metrics(optimizer: Any, report: ConsolidationReport | None = None) -> dict[s
     ``nullspace/free``: share of the directions that are free; ``nullspace/frozen``: share of the trained numbers that
     no later step can change; ``nullspace/drift``: largest relative change of a kept quantity (rounding is 1e-7 to
     1e-5). With the `report` of a consolidation also ``nullspace/kept``: share of the outputs of earlier tasks that is
-    unmoved, of the task that has moved most.
+    unmoved, of the task that has moved most (0 where they moved by more than their size).
 
     Several processes (FSDP2) must all call it.
 
@@ -34,5 +34,5 @@ def metrics(optimizer: Any, report: ConsolidationReport | None = None) -> dict[s
         "nullspace/drift": ours.verify().worst,
     }
     if report is not None and report.drift:
-        found["nullspace/kept"] = 1.0 - max(report.drift.values())
+        found["nullspace/kept"] = max(0.0, 1.0 - max(report.drift.values()))
     return found
