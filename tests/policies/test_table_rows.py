@@ -114,6 +114,25 @@ READERS = {
 }
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        torch.arange(6),
+        torch.arange(6)[None],
+        torch.arange(6).expand(8, 6),
+        torch.arange(6)[:, None],
+        (torch.arange(6)[:, None] - torch.arange(6)).clamp(min=0),
+    ],
+    ids=["positions", "one row", "expanded", "one column", "distances"],
+)
+def test_rows_that_every_sample_reads_are_kept_alike(index):
+    model = Reader(lambda weight, tokens: F.embedding(index, weight).flatten(0, -2).mean(0) + tokens[:, :1])
+    optimizer = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), 0.1), policy=Energy(0.6))
+    optimizer.consolidate([torch.ones(8, 3)], progress=False)
+    kept = optimizer.bases["table.weight"].subspaces["rows"]
+    assert kept.basis.tolist() == [0, 1, 2, 3, 4, 5] and kept.energy == 1.0
+
+
 @pytest.mark.parametrize("rows", ["all", "relevant"])
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 def test_a_row_counts_once_a_sample_however_the_table_is_read(read, rows):
