@@ -316,17 +316,17 @@ class OperatorHandlers:
 def _sample_numbers(index: Tensor, samples: int | None) -> Tensor:
     """Return the number of the sample that each lookup of `index` is for, in a shape that expands to that of `index`.
 
-    Samples stand along the axis that has `samples` entries, or the first one. One axis with a multiple of them holds
-    one sample after the other (flattened tokens).
+    Samples stand along the axis that has `samples` entries, or one after the other along a first axis with a multiple
+    of them (flattened tokens). Otherwise all samples share the lookups (positions, distances). Where their number is
+    unknown they stand along the first axis.
     """
     shape = index.shape
-    if not shape:
-        return torch.zeros_like(index, dtype=torch.int64)
     axis = shape.index(samples) if samples in shape else 0
-    numbers = torch.arange(shape[axis], device=index.device)
-    if samples and len(shape) == 1 and shape[0] % samples == 0:
-        numbers = numbers // max(1, shape[0] // samples)
-    return numbers.reshape(-1, *(1 for _ in shape[axis + 1 :]))
+    entries = shape[axis] if shape else 1
+    known = samples or entries
+    each = entries // known if known and entries % known == 0 else entries
+    numbers = torch.arange(entries, device=index.device) // max(1, each)
+    return numbers.reshape(-1, *(1 for _ in shape[axis + 1 :])) if shape else numbers[0]
 
 
 def _row_mask(use: _Use | _LookUp, reach: Reach) -> Tensor | None:

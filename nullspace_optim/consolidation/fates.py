@@ -350,7 +350,11 @@ def _read_rows(matrix: Tensor, part: ShardView, counts: Tensor, policy: Policy, 
     kept = torch.zeros(len(counts), dtype=torch.bool, device=counts.device)
     if old is not None:
         kept[old.basis] = True
-    chosen = kept | policy.rows(counts, kept)
+    mask = policy.rows(counts, kept)
+    if mask.dtype != torch.bool or mask.shape != counts.shape:
+        found, n = f"{mask.dtype} {list(mask.shape)}", len(counts)
+        raise ConsolidationError(f"{type(policy).__name__}.rows() returned {found}, expected a mask, torch.bool [{n}]")
+    chosen = kept | mask
     index = chosen.nonzero().reshape(-1)
     anchors = part.anchor(matrix, index, "rows")
     if old is not None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import re
 from collections.abc import Iterator
@@ -64,8 +65,9 @@ def save_pretrained(
     wrapper, inner, target = unwrap(optimizer), unwrap_model(model), Path(folder)
     with raise_on_all_ranks():
         _check(wrapper, inner)
-        if repo_id is not None and not push_to_hub:
-            raise OptionError(f"repo_id={repo_id!r} without push_to_hub=True: nothing would be pushed")
+        for option, value in (("repo_id", repo_id), ("private", private)):
+            if value is not None and not push_to_hub:
+                raise OptionError(f"{option}={value!r} without push_to_hub=True: nothing would be pushed")
         api = _hub().HfApi() if push_to_hub else None
         target.mkdir(parents=True, exist_ok=True)
     before = _written(target)
@@ -80,7 +82,7 @@ def save_pretrained(
         path.write_text(_with_section(text, card), encoding="utf-8")
         if api is None:
             return None
-        new = [name for name, time in _written(target).items() if before.get(name) != time]
+        new = [glob.escape(name) for name, time in _written(target).items() if before.get(name) != time]
         created = api.create_repo(repo_id or target.resolve().name, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=created.repo_id, folder_path=target, allow_patterns=new, commit_message="Weights with their bases"

@@ -84,7 +84,7 @@ def _with_targets(batch: Sequence[Any]) -> bool:
     if len(batch) != 2 or not all(isinstance(part, (tuple, list)) for part in batch):
         return False
     images, targets = batch
-    pairs = len(images) == len(targets) and all(isinstance(target, Mapping) for target in targets)
+    pairs = 0 < len(images) == len(targets) and all(isinstance(target, Mapping) for target in targets)
     return pairs and all(isinstance(image, Tensor) for image in images)
 
 
@@ -143,8 +143,11 @@ SAMPLES = 32
 def samples_in(batch: Any) -> int | None:
     """Return the common first dimension of all tensors of `batch`, None if there is none.
 
-    Sparse and nested tensors cannot be cut into samples by slices, so they have none.
+    Sparse and nested tensors cannot be cut into samples by slices, so they have none; nor have a list of images and
+    their targets, whose first axes are channels and boxes.
     """
+    if isinstance(batch, (tuple, list)) and _with_targets(batch):
+        return None
     leaves = pytree.tree_leaves(batch)
     others = [leaf for leaf in leaves if not isinstance(leaf, Tensor) or not is_plain(leaf)]
     sizes = {leaf.shape[0] if leaf.ndim else -1 for leaf in leaves if isinstance(leaf, Tensor) and is_plain(leaf)}

@@ -51,7 +51,8 @@ class Energy(Policy):
         """Return the rows that are read most and, with those that are `kept`, reach the threshold."""
         new = counts.masked_fill(kept, 0)
         missing = self.threshold * float(counts.sum()) - float(counts[kept].sum())
+        if missing <= 0:
+            return torch.zeros_like(kept)
         order = new.sort(descending=True).values
         below = int((order.cumsum(0) < missing).sum())
-        least = order[min(below, len(order) - 1)] if missing > 0 else order[0] + 1
-        return new >= least.clamp_min(1)
+        return new >= order[min(below, len(order) - 1)].clamp_min(1)

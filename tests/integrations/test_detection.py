@@ -13,6 +13,8 @@ from training import relative_drift
 from two_tasks import example
 
 from nullspace_optim import NullSpaceOptimizer
+from nullspace_optim.errors import BatchError
+from nullspace_optim.model.batches import samples_in
 
 detection = pytest.importorskip("torchvision.models.detection", reason="torchvision is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -94,3 +96,20 @@ def test_a_list_of_images_without_targets_is_read_as_before() -> None:
 def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(example("detection.md"), "detection.md", "exec"), {"__name__": "__main__"})
+
+
+def test_three_boxes_are_not_taken_for_three_samples_of_three_channels() -> None:
+    model = detector()
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model)
+    targets = [{"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]] * 3), "labels": torch.ones(3, dtype=torch.int64)}] * 2
+    loader = [(images, targets) for images, _ in batches(0)]
+    assert samples_in(loader[0]) is None
+    assert optimizer.consolidate(loader, progress=False).samples is None
+    assert optimizer.verify(loader).ok
+
+
+def test_no_image_at_all_is_refused() -> None:
+    model = detector()
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model)
+    with pytest.raises(BatchError, match="cannot feed"):
+        optimizer.consolidate([([], [])], progress=False)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -228,6 +229,8 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(tmp_path: Pa
     optimizer = trained(model, labelled(0))
     with pytest.raises(OptionError, match="repo_id='me/x' without push_to_hub=True"):
         save_pretrained(model, optimizer, tmp_path, repo_id="me/x")
+    with pytest.raises(OptionError, match="private=True without push_to_hub=True"):
+        save_pretrained(model, optimizer, tmp_path, private=True)
     with pytest.raises(OptionError, match="holds none of the optimizer's parameters"):
         save_pretrained(bert(), optimizer, tmp_path)
     with torch.no_grad():
@@ -297,6 +300,25 @@ def test_push_and_load_through_the_real_client(tmp_path: Path) -> None:
     assert {BASES_FILE, "README.md", "model.safetensors", "config.json"} == set(hub.files["me/kept"])
     asked = hub.created[0]
     assert asked.get("private") is True or asked.get("visibility") == "private"
+
+
+def test_a_file_whose_name_is_a_pattern_is_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filter_repo_objects = importlib.import_module("huggingface_hub.utils").filter_repo_objects
+    uploaded = []
+
+    class Api:
+        def create_repo(self, name: str, **_: Any) -> Any:
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, *, folder_path: Path, allow_patterns: list[str], **_: Any) -> Any:
+            names = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+            uploaded.extend(filter_repo_objects(names, allow_patterns=allow_patterns))
+            return SimpleNamespace(commit_url="here")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    adapted = peft.get_peft_model(gpt(), peft.LoraConfig(target_modules=["c_attn"]), adapter_name="law[1]")
+    assert save_pretrained(adapted, wrap(adapted), tmp_path, push_to_hub=True) == "here"
+    assert {"law[1]/adapter_config.json", BASES_FILE} <= set(uploaded)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")

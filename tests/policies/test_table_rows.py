@@ -1,5 +1,7 @@
 """Which rows of a token table a task keeps: by how many of its samples read them."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from nullspace_optim import Energy, FixedRank, NullSpaceOptimizer, NumericalRank
 from nullspace_optim.capture.capture import Capture
 from nullspace_optim.covariance.accumulator import StatisticsAccumulator
 from nullspace_optim.covariance.all_reduce import _summarised, _united
+from nullspace_optim.errors import ConsolidationError
 from nullspace_optim.settings import Settings
 
 
@@ -111,6 +114,25 @@ READERS = {
 }
 
 
+@pytest.mark.parametrize(
+    "index",
+    [
+        torch.arange(6),
+        torch.arange(6)[None],
+        torch.arange(6).expand(8, 6),
+        torch.arange(6)[:, None],
+        (torch.arange(6)[:, None] - torch.arange(6)).clamp(min=0),
+    ],
+    ids=["positions", "one row", "expanded", "one column", "distances"],
+)
+def test_rows_that_every_sample_reads_are_kept_alike(index):
+    model = Reader(lambda weight, tokens: F.embedding(index, weight).flatten(0, -2).mean(0) + tokens[:, :1])
+    optimizer = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), 0.1), policy=Energy(0.6))
+    optimizer.consolidate([torch.ones(8, 3)], progress=False)
+    kept = optimizer.bases["table.weight"].subspaces["rows"]
+    assert kept.basis.tolist() == [0, 1, 2, 3, 4, 5] and kept.energy == 1.0
+
+
 @pytest.mark.parametrize("rows", ["all", "relevant"])
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 def test_a_row_counts_once_a_sample_however_the_table_is_read(read, rows):
@@ -180,6 +202,33 @@ def test_kept_rows_stay_bitwise_and_rare_ones_train():
     assert not moved[rows.basis].any() and moved[counts > 0].any()
     optimizer.consolidate([tokens], progress=False)  # nothing is missing
     assert torch.equal(optimizer.bases["table.weight"].subspaces["rows"].basis, rows.basis)
+
+
+@dataclass(frozen=True)
+class Often(Energy):
+    """Keeps rows that at least three samples read, as an index where a mask is asked for."""
+
+    mask: bool = True
+
+    def rows(self, counts, kept):
+        return counts >= 3 if self.mask else (counts >= 3).nonzero()[:, 0]
+
+
+def test_a_rule_of_ones_own_gives_a_mask():
+    tokens, model = zipf(64, 40, 0), Words()
+    wrong = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), 0.1), policy=Often(mask=False))
+    with pytest.raises(ConsolidationError, match=r"Often.rows\(\) returned torch.int64 \[\d+\], expected a mask"):
+        wrong.consolidate([tokens], progress=False)
+    assert not wrong.bases
+    wrong.detach()
+    optimizer = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), 0.1), policy=Often())
+    optimizer.consolidate([tokens], progress=False)
+    counts = torch.stack([torch.bincount(row.unique(), minlength=40) for row in tokens]).sum(0)
+    assert optimizer.bases["table.weight"].subspaces["rows"].basis.tolist() == (counts >= 3).nonzero()[:, 0].tolist()
+
+
+def test_an_empty_table_keeps_nothing():
+    assert Energy().rows(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.bool)).tolist() == []
 
 
 def test_counts_of_all_ranks_are_added():
