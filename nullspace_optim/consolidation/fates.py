@@ -352,10 +352,9 @@ def _read_rows(matrix: Tensor, part: ShardView, counts: Tensor, policy: Policy, 
         kept[old.basis] = True
     mask = policy.rows(counts, kept)
     if mask.dtype != torch.bool or mask.shape != counts.shape:
-        found, n = f"{mask.dtype} {list(mask.shape)}", len(counts)
-        raise ConsolidationError(f"{type(policy).__name__}.rows() returned {found}, expected a mask, torch.bool [{n}]")
-    chosen = kept | mask
-    index = chosen.nonzero().reshape(-1)
+        found = f"{type(policy).__name__}.rows() returned {mask.dtype} {list(mask.shape)}"
+        raise ConsolidationError(f"{found}, expected a mask, torch.bool [{len(counts)}]")
+    index = (chosen := kept | mask).nonzero().reshape(-1)
     anchors = part.anchor(matrix, index, "rows")
     if old is not None:
         anchors[torch.isin(index[part.holds(index)], old.basis)] = old.anchor.to(anchors)
@@ -378,8 +377,7 @@ def _line(
     seen: ParameterStatistics | None,
 ) -> ParameterReport:
     """Return the report's line of one parameter."""
-    main = basis.main
-    met = seen is not None and seen.met
+    main, met = basis.main, seen is not None and seen.met
     line = ParameterReport(basis.name, basis.fate, basis.reason, numbers=parameter.numel(), still=basis.still, met=met)
     if main is None:
         return line
