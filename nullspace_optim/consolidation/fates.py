@@ -210,15 +210,13 @@ def _examined(policy: Policy, use: Use, key: Key) -> Eigenbasis:
     scale = before.scale if before else None
     rows = use.moment.rows.tolist()
     if isinstance(use.moment, FrequentDirections):
-        basis = before.basis if before else None
         return decompose_sketch(
-            policy, use.moment.factor, use.moment.trace(), rows, basis, tasks=use.tasks, name=key[0]
+            policy, use.moment.factor, use.moment.trace(), rows, stored[0], tasks=use.tasks, name=key[0]
         )
     few = use.moment.factor if policy.merge == "append" else None
     if few is not None:
         return decompose_rows(policy, few, rows, stored[0], tasks=use.tasks, name=key[0])
-    matrix = use.moment.matrix
-    return decompose(policy, matrix, rows, *stored, scale=scale, tasks=use.tasks, name=key[0])
+    return decompose(policy, use.moment.matrix, rows, *stored, scale=scale, tasks=use.tasks, name=key[0])
 
 
 def _chosen(candidate: Eigenbasis, ranks: tuple[int, ...], use: Use) -> GrownBasis:
@@ -354,7 +352,8 @@ def _read_rows(matrix: Tensor, part: ShardView, counts: Tensor, policy: Policy, 
     if mask.dtype != torch.bool or mask.shape != counts.shape:
         found = f"{type(policy).__name__}.rows() returned {mask.dtype} {list(mask.shape)}"
         raise ConsolidationError(f"{found}, expected a mask, torch.bool [{len(counts)}]")
-    index = (chosen := kept | mask).nonzero().reshape(-1)
+    chosen = kept | mask
+    index = chosen.nonzero().reshape(-1)
     anchors = part.anchor(matrix, index, "rows")
     if old is not None:
         anchors[torch.isin(index[part.holds(index)], old.basis)] = old.anchor.to(anchors)

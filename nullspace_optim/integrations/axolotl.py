@@ -3,7 +3,7 @@
 plugins: [nullspace_optim.integrations.axolotl.NullSpacePlugin]
 nullspace:
   pool: pool.jsonl
-  policy: Energy(0.95)
+  policy: Energy(0.8)
 """
 
 from __future__ import annotations

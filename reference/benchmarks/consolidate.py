@@ -40,7 +40,7 @@ PLACES = (
     ("forward", "capture.py", "batch", "_observe_replica"),
     ("relevance", "relevance.py", "trace", None),
     ("moments", "second_moment.py", "update", None),
-    ("eigh", "fates.py", "_examined", None),
+    ("solve", "fates.py", "_examined", None),
     ("bases", "grow.py", "grow_basis", None),
     ("probe", "probes.py", "record_probe", None),
 )
@@ -175,8 +175,8 @@ def peer_seconds(case: Case, sizes: dict[str, int], device: torch.device) -> tup
 def _row(case: Case, rows: str, spent: Spent) -> tuple[str, ...]:
     plain, whole, parts = median(spent.forward), median(spent.whole), spent.parts
     growing = parts["forward"] + parts["relevance"] + parts["moments"]
-    rest = whole - growing - parts["eigh"] - parts["bases"] - parts["probe"]
-    columns = (parts[part] for part in ("forward", "relevance", "moments", "eigh", "bases", "probe"))
+    rest = whole - growing - parts["solve"] - parts["bases"] - parts["probe"]
+    columns = (parts[part] for part in ("forward", "relevance", "moments", "solve", "bases", "probe"))
     return (
         f"{case.name}, {case.images} images",
         rows,
@@ -194,7 +194,7 @@ def _pass_table(rows: Sequence[tuple[str, ...]], repeats: int) -> Table:
         "Consolidation of one task, seconds",
         (
             "model", "rows", "forward only", "consolidate", "ratio", "ratio of what grows with the data",
-            "forward, observed", "relevance", "second moments", "eigh", "bases", "probe", "rest",
+            "forward, observed", "relevance", "second moments", "solve", "bases", "probe", "rest",
         ),
         tuple(rows),
         f"{repeats} pairs, forward-only and consolidation in turn, float32, random images. Forward, relevance and "
@@ -206,7 +206,7 @@ def _pass_table(rows: Sequence[tuple[str, ...]], repeats: int) -> Table:
 
 def _compare(case: Case, spent: Spent, device: torch.device) -> tuple[str, ...]:
     rows_svd, gram_svd = peer_seconds(case, spent.sizes, device)
-    ours = spent.parts["moments"] + spent.parts["eigh"]
+    ours = spent.parts["moments"] + spent.parts["solve"]
     cells = [f"{value:.2f}" for value in (ours, rows_svd, gram_svd)]
     return f"{case.name}, {case.images} images", *cells, f"{rows_svd / ours:.1f}", f"{gram_svd / ours:.1f}"
 
@@ -214,7 +214,7 @@ def _compare(case: Case, spent: Spent, device: torch.device) -> tuple[str, ...]:
 def _peer_table(rows: Sequence[tuple[str, ...]]) -> Table:
     return Table(
         "Finding the directions: ours beside full decompositions, seconds for all matrices",
-        ("model", "second moments + eigh", "SVD of rows (GPM)", "Gram and its SVD (GNSP)", "GPM / ours", "GNSP / ours"),
+        ("model", "moments + solve", "SVD of rows (GPM)", "Gram and its SVD (GNSP)", "GPM / ours", "GNSP / ours"),
         tuple(rows),
         "Ours: from the last row of the model above; weights that share their rows share one decomposition. The "
         "SVDs: torch.linalg.svd of noise, each shape once, times the number of weights of that shape.",
