@@ -19,14 +19,14 @@ from ..errors import ConsolidationError
 from ..model.loader import LoaderPass
 from ..model.restore import restored_model
 from ..model.storage import is_plain
-from ..report import ConsolidationReport
+from ..report import ConsolidationReport, ParameterReport
 from ..settings import Settings
 from ..subspace.basis import BasisStore, Fate
 from ..subspace.projection import exact_products
 from ..verification.verify import RecentSamples
 from .describe import describe, remember_task
 from .fates import settle_fates
-from .observe import observe
+from .observe import Observation, observe
 
 
 def consolidate(
@@ -46,16 +46,21 @@ def consolidate(
         _check(work, store)
     with restored_model(work.model, work.loader):
         seen = observe(work, options, ranks)
-        with exact_products(seen.device):
-            grown, rows = settle_fates(
-                work.parameters, seen.captured, store, work.task, options, ranks, progress=work.progress
-            )
+        grown, rows = settle(work, seen, store, options, ranks)
         remember_task(work, options, seen, grown)
         report = describe(work, options, seen, grown, rows, *recent.drift(work, store))
     if options.on_full == "raise":
         _refuse_full(report)
     recent.keep(work.task, seen.tally.first, work.forward)
     return grown, replace(report, seconds=time.perf_counter() - started)
+
+
+def settle(
+    work: LoaderPass, seen: Observation, store: BasisStore, options: Settings, ranks: Communicator
+) -> tuple[BasisStore, list[ParameterReport]]:
+    """Return the bases that protect what was seen as well, and a line for each parameter; `store` is unchanged."""
+    with exact_products(seen.device):
+        return settle_fates(work.parameters, seen.captured, store, work.task, options, ranks, progress=work.progress)
 
 
 def measure(work: LoaderPass, options: Settings, ranks: Communicator) -> dict[str, SecondMoment]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..covariance.second_moment import SecondMoment
+from ..errors import OptionError
 from ..formatting import table
 from ..subspace.basis import Basis, BasisStore, Fate, Subspace
 from ..subspace.projection import exact_products
@@ -62,6 +63,19 @@ class PruneReport:
         ]
         rows = [[row.name, str(row.before), str(row.after), f"{row.lost:.2e}"] for row in self.parameters]
         return "\n".join([*lines, table(["parameter", "before", "after", "energy given up"], rows)])
+
+
+def check_loaders(loaders: Mapping[str, object], store: BasisStore) -> list[str]:
+    """Return the names of all consolidated tasks, each of which needs a loader: what is not seen would be given up.
+
+    Raises:
+        OptionError: a task is missing or unknown.
+    """
+    known = [str(task["name"]) for task in store.tasks]
+    if set(loaders) != set(known) or not known:
+        found = f"prune(loaders with {sorted(loaders)})"
+        raise OptionError(f"{found}: expected one loader for each consolidated task, {known}")
+    return known
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..distributed.group import world_size
 from ..errors import OptionError
 from ..model.loader import LoaderPass
 from ..report import ConsolidationReport
@@ -85,14 +86,26 @@ def register_mode(name: str, options: type[Options], build: Callable[[Options], 
     MODES[name] = options, build
 
 
-def build_mode(mode: object) -> Mode | None:
+def build_mode(mode: object, model: nn.Module | None) -> Mode | None:
     """Return a new mode for the argument ``mode=``, None for plain null-space protection.
 
     Raises:
-        OptionError: no mode of this name.
+        OptionError: no mode of this name, no model for its experts, or several processes.
     """
     if isinstance(mode, str) and mode == NULL_SPACE:
         return None
+    chosen = _named_mode(mode)
+    if world_size() > 1:
+        raise OptionError(
+            f"mode={mode!r} runs in one process so far: its phases would not advance together on all ranks; use "
+            'mode="null-space" in several processes'
+        )
+    if model is None:
+        raise OptionError(f"mode={mode!r} adds experts to the model at once: pass it, model=")
+    return chosen
+
+
+def _named_mode(mode: object) -> Mode:
     if isinstance(mode, str) and mode in MODES:
         options, build = MODES[mode]
         return build(options())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..consolidation.consolidate import consolidate, measure
-from ..consolidation.prune import PruneReport, prune_store
+from ..consolidation.preview import Preview, preview
+from ..consolidation.prune import PruneReport, check_loaders, prune_store
 from ..covariance.second_moment import SecondMoment
 from ..covariance.sketch import SketchedCovariance
 from ..distributed.collectives import check_equal_on_all_ranks
 from ..distributed.communicator import communicator
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.fsdp import reshard
-from ..distributed.group import world_size
 from ..errors import NullSpaceWarning, OptionError
 from ..model.batches import Forward
 from ..model.find import unwrap
@@ -94,14 +94,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
     ) -> None:
         bases: list[Any] = list(base) if isinstance(base, (list, tuple)) else [base]
         check_bases(bases)
-        chosen = build_mode(mode)
-        if chosen is not None and world_size() > 1:
-            raise OptionError(
-                f"mode={mode!r} runs in one process so far: its phases would not advance together on all ranks; use "
-                'mode="null-space" in several processes'
-            )
-        if chosen is not None and model is None:
-            raise OptionError(f"mode={mode!r} adds experts to the model at once: pass it, model=")
+        chosen = build_mode(mode, model)
         options = Settings(
             policy=Energy() if policy is None else policy,
             project=project,
@@ -255,6 +248,26 @@ class NullSpaceOptimizer(WrappedOptimizer):
         work = LoaderPass(self.model, core.trainable(), loader, "measured", forward, max_batches, progress)
         return measure(work, core.options, communicator())
 
+    def preview(
+        self,
+        loader: Iterable[Any],
+        policies: Sequence[Policy] = (Energy(0.999), Energy(0.99), Energy(0.95), Energy(0.8)),
+        *,
+        loss: Callable[[], Tensor] | None = None,
+        forward: Forward | None = None,
+        max_batches: int | None = None,
+        progress: bool = True,
+    ) -> Preview:
+        """Return what `consolidate(loader)` would keep with each policy, and how much a new task could still learn.
+
+        Nothing is kept. `loss()` runs the model on a batch of the new task; other arguments are as in `consolidate`.
+        """
+        self._refuse_mode("preview")
+        core = self._core
+        work = LoaderPass(self.model, core.trainable(), loader, "preview", forward, max_batches, progress)
+        with core.protection.exactly(), core.evaluated():
+            return preview(work, core.store, core.options, communicator(), policies, loss)
+
     def prune(
         self,
         loaders: Mapping[str, Iterable[Any]],
@@ -270,23 +283,16 @@ class NullSpaceOptimizer(WrappedOptimizer):
         `bound` of its energy at any parameter; old outputs may move by what was given up.
 
         Args:
-            loaders: for every consolidated task, by name, its data; a task that is missing could lose everything.
+            loaders: the data of every consolidated task by name.
             bound: share of energy, 0..1.
-            forward: as in `consolidate`, one for all tasks or one for each.
-            max_batches, progress: as in `consolidate`.
+            forward: as in `consolidate`, one for all tasks or one for each, like `max_batches` and `progress`.
 
         Raises:
-            OptionError: a task is missing or unknown, `bound` is out of range, or experts are pruned instead (a mode).
+            OptionError: a task is missing or unknown, `bound` is out of range, or a mode prunes its experts itself.
         """
-        core = self._core
         check_number(self, "bound", bound, 0.0, 1.0, closed="low")
-        known = [str(task["name"]) for task in core.store.tasks]
-        if core.mode is not None or set(loaders) != set(known) or not known:
-            raise OptionError(
-                f"prune(loaders with {sorted(loaders)}): expected one loader for each consolidated task, {known}"
-                if core.mode is None
-                else "prune() is for null-space protection; a mode prunes its experts itself, within its tasks"
-            )
+        self._refuse_mode("prune")
+        core, known = self._core, check_loaders(loaders, self._core.store)
         forwards = forward if isinstance(forward, Mapping) else dict.fromkeys(known, forward)
         with core.protection.exactly(), core.evaluated():
             moments = {}
@@ -331,6 +337,12 @@ class NullSpaceOptimizer(WrappedOptimizer):
             limits = rounding_limits(core.store, work.parameters)
             return replace(report, kept=kept, tolerance=core.protection.tolerance, limits=limits)
         return replace(report, kept=kept, tolerance=tolerance)
+
+    def _refuse_mode(self, method: str) -> None:
+        if self._core.mode is not None:
+            raise OptionError(
+                f"{method}() is for null-space protection; a mode prunes its experts itself, within its tasks"
+            )
 
     def _routed(self, task: str) -> AbstractContextManager[None]:
         return nullcontext() if self._core.mode is None else self._core.mode.task(task)

@@ -125,8 +125,8 @@ class Forms:
         return id(guard) in self.by_difference and not step.second_weights and id(guard) not in step.accepted
 
 
-def free_share(guards: Iterable[Guard], base: Optimizer) -> float | None:
-    """Return the share of the gradients of guards and of all else in `base` that lies in free directions, by norms.
+def free_share(guards: Iterable[Guard], parameters: Iterable[Tensor]) -> float | None:
+    """Return the share of the gradients of `parameters` that `guards` leave in free directions, by norms.
 
     `None` while there are no gradients, only zeros, or an overflow. NaN if a part of them cannot be measured here: a
     sparse gradient, a side that crosses ranks.
@@ -138,8 +138,8 @@ def free_share(guards: Iterable[Guard], base: Optimizer) -> float | None:
         return float("nan")
     pairs = [_norms(guard) for guard in guards]
     guarded = {id(member) for guard in guards for member in guard.members}
-    others = (p for group in base.param_groups for p in group["params"] if id(p) not in guarded)
-    free = [size_of(p.grad) for p in others if p.grad is not None and p.grad.layout == torch.strided]
+    others = [p.grad for p in parameters if id(p) not in guarded and p.grad is not None]
+    free = [size_of(gradient) for gradient in others if gradient.layout == torch.strided]
     whole, inside = (float(torch.stack([norm.double().cpu() for norm in [*part, *free]]).sum()) for part in zip(*pairs))
     if not 0 < whole < float("inf"):
         return None
@@ -156,7 +156,10 @@ class FreeShare:
 
     def tell(self, guards: Iterable[Guard], base: Optimizer | None) -> None:
         """Warn if little is free of the gradients that `base` is about to take, where that is not known yet."""
-        if self._told == self.tasks or base is None or (share := free_share(guards, base)) is None:
+        if self._told == self.tasks or base is None:
+            return
+        share = free_share(guards, (p for group in base.param_groups for p in group["params"]))
+        if share is None:
             return
         self._told = self.tasks
         if share < LEAST_FREE:
