@@ -16,6 +16,7 @@ from ..formatting import size, table
 from ..model.loader import LoaderPass
 from ..model.restore import restored_model
 from ..policies.base import Policy
+from ..policies.energy import Energy
 from ..protection.guard import Guard
 from ..protection.step import LEAST_FREE, free_share
 from ..report import ConsolidationReport
@@ -26,6 +27,7 @@ from .describe import describe
 from .observe import Observation, observe
 
 LITTLE_FREE = 0.1
+THRESHOLDS: tuple[Policy, ...] = (Energy(0.999), Energy(0.99), Energy(0.95), Energy(0.8))
 
 
 @dataclass(frozen=True)

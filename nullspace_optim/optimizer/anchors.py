@@ -91,6 +91,9 @@ def blend_weights(engine: Engine, before: Mapping[str, Tensor], share: float) ->
         OptionError: `before` is no state dict of the model's earlier values.
         ShapeError: a tensor of `before` has another shape.
     """
+    if not (isinstance(share, (int, float)) and 0.0 <= share <= 1.0 and isinstance(before, Mapping)):
+        found = f"blend({type(before).__name__}, share={share!r})"
+        raise OptionError(f"{found}: expected a state dict and a number in [0, 1]")
     engine.follow_replaced()
     engine.protection.make_exact()
     pairs = _pairs(engine, before)

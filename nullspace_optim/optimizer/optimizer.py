@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..consolidation.consolidate import consolidate, measure
-from ..consolidation.preview import Preview, preview
+from ..consolidation.preview import THRESHOLDS, Preview, preview
 from ..consolidation.prune import PruneReport, check_loaders, prune_store
 from ..covariance.second_moment import SecondMoment
 from ..covariance.sketch import SketchedCovariance
@@ -202,7 +202,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         return report
 
     def task(self, name: str | Sequence[str | None] | None) -> AbstractContextManager[None]:
-        """Run the model as it is for the finished task `name` inside this context, in modes with routers.
+        """Run the model as for the finished task `name` inside this context, in modes with routers.
 
         A task that has no router runs the plain backbone. A sequence names the task of each sample of a batch, as a
         classifier of your own finds it, None for the plain backbone. None alone: no task is named, every sample is
@@ -251,7 +251,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
     def preview(
         self,
         loader: Iterable[Any],
-        policies: Sequence[Policy] = (Energy(0.999), Energy(0.99), Energy(0.95), Energy(0.8)),
+        policies: Sequence[Policy] = THRESHOLDS,
         *,
         loss: Callable[[], Tensor] | None = None,
         forward: Forward | None = None,
@@ -372,9 +372,6 @@ class NullSpaceOptimizer(WrappedOptimizer):
             ShapeError: a tensor of `before` has another shape.
             StaleAnchorError: a protected weight was edited outside the optimizer.
         """
-        if not (isinstance(share, (int, float)) and 0.0 <= share <= 1.0 and isinstance(before, Mapping)):
-            found = f"blend({type(before).__name__}, share={share!r})"
-            raise OptionError(f"{found}: expected a state dict and a number in [0, 1]")
         blend_weights(self._core, before, share)
 
     def restore(self) -> None:
