@@ -196,6 +196,7 @@ def test_the_card_says_what_is_exact_and_what_is_not() -> None:
     assert "protects softly" in soft and "**Exact** up to" not in soft
     leaking = card(project="gradient")
     assert "leak with every step" in leaking and "**Exact** up to" not in leaking
+    assert "may give up directions" in card(policy=TailEnergy()) and "may give up directions" not in strict
     model.spare = torch.nn.Linear(2, 2)
     assert "**Not protected**: 2 parameters" in model_card(trained(model, labelled(0)))
 
