@@ -261,7 +261,7 @@ def _inexact(wrapper: Any) -> Iterator[str]:
     if _soft(wrapper):
         yield "**Not exact**: the policy protects softly; kept directions may move by the share that it lets through."
     if core.mode is None and core.options.policy.merge == "accumulate":
-        yield "**Not exact**: the policy weighs all tasks together, so a later one may give up directions of earlier ones."
+        yield "**Not exact**: the policy weighs all tasks together; a later one may give up directions of earlier ones."
     energy = min(core.store.energy(str(task["name"])) for task in core.store.tasks)
     if core.mode is None:
         yield (

@@ -18,7 +18,7 @@ from torch.optim import AdamW
 from training import relative_drift
 from two_tasks import build_net, example
 
-from nullspace_optim import Energy, NullSpaceOptimizer, NumericalRank
+from nullspace_optim import Energy, NullSpaceOptimizer, NumericalRank, TailEnergy
 from nullspace_optim.errors import BasisFileError, OptionError, StaleAnchorError
 from nullspace_optim.igsp import IGSP
 from nullspace_optim.integrations.hub import BASES_FILE, load_bases, model_card, save_pretrained
