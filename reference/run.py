@@ -77,13 +77,10 @@ def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
 
 def resume_command(options: argparse.Namespace) -> str:
     """The command that goes on where this one stopped."""
+    named = [(name.replace("_", "-"), getattr(options, name)) for name in NAMED]
+    given = [pair for pair in (*named, *(("set", text) for text in options.set)) if pair[1] is not None]
     words = ["python", "-m", "reference.run", "--preset", options.preset, "--output", options.output, "--resume"]
-    for name in NAMED:
-        if getattr(options, name) is not None:
-            words += [f"--{name.replace('_', '-')}", getattr(options, name)]
-    for pair in options.set:
-        words += ["--set", pair]
-    return shlex.join(words)
+    return shlex.join([*words, *(word for name, value in given for word in (f"--{name}", value))])
 
 
 if __name__ == "__main__":

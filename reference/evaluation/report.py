@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from reference.command import carried_out
 from reference.errors import ExperimentError
 from reference.evaluation import figures
 from reference.evaluation.bootstrap import compare
 from reference.evaluation.tables import Results, markdown_table, memory, spread, unknown_tasks, whole
 from reference.methods import METHODS
-from reference.training.tracking import writing
+from reference.training.tracking import write_text
 
 
 def _of_pool(run: Results, figure: str) -> float | None:
@@ -201,20 +202,17 @@ def _image(draw: Callable[[io.BytesIO], None], text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write `report.html` (self-contained) and `report.md` of all runs; returns the exit status."""
     options = parse(arguments)
-    try:
-        runs = load_runs(options.runs)
-        refuse_mixed(runs)
-        text = markdown(runs, options.against)
-        folder = Path(options.output)
-        for name, content in (("report.html", page(runs, options.against)), ("report.md", text)):
-            with writing(folder / name) as draft:
-                draft.parent.mkdir(parents=True, exist_ok=True)
-                draft.write_text(content, encoding="utf-8")
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return carried_out(lambda: write(options.runs, options.against, Path(options.output)), str)
+
+
+def write(places: Sequence[str], against: str, folder: Path) -> None:
+    """Write both reports of the runs below `places` into `folder` and print the second."""
+    runs = load_runs(places)
+    refuse_mixed(runs)
+    text = markdown(runs, against)
+    write_text(folder / "report.html", page(runs, against))
+    write_text(folder / "report.md", text)
     print(text + f"\n{folder / 'report.html'}")
-    return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

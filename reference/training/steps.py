@@ -151,6 +151,7 @@ def learn(
     number: int = 0,
     first_step: int = 0,
     after_step: Callable[[Step], None] | None = None,
+    smallest_crop: float = SMALLEST_CROP,
 ) -> None:
     """Let `learner` train `task` (the `number`-th) from `first_step` on.
 
@@ -170,7 +171,7 @@ def learn(
     for step in bar:
         rate = schedule.at(step)
         learner.set_rate(rate)
-        images = clip.normalised(crop(task.train.images[order[step]], seeded(seed, number, step)))
+        images = clip.normalised(crop(task.train.images[order[step]], seeded(seed, number, step), smallest_crop))
         batch = Batch(images, task.train.labels[order[step]], tokens, number, step, order[step])
         started = time.perf_counter()
         loss = _one_step(learner, batch, config)
