@@ -146,7 +146,7 @@ class Run(SavedRun):
             **self._identity(),
             "ACC": round(last(matrix).value, 4),
             "BWT": round(backward_transfer(matrix).value, 4) if tasks > 1 else None,
-            "policy": repr(self.method.policy(self.protocol)) if self.method.policy else None,
+            "policy": repr(self.method.rule(self.protocol)) if self.method.policy else None,
             **self.state,
             "seconds": round(self.state["seconds"], 1),
             "torch": torch.__version__,
