@@ -17,7 +17,7 @@ from reference.errors import ExperimentError
 CONFIGS = Path(__file__).parent / "configs"
 WHOLE = (
     "iterations", "batch_size", "reference_images", "evaluation_images", "consolidation_images", "reference_batch",
-    "replay_bytes", "lora_rank", "moe_experts",
+    "replay_bytes", "lora_rank", "moe_experts", "robust_images",
 )  # fmt: skip
 INTERVALS = {
     **dict.fromkeys(("label_smoothing", "energy", "gnsp_rho", "wise_share", "matched_share"), (0.0, 1.0)),
@@ -59,6 +59,8 @@ class Config:
             first for tasks trained before the latest one, all for the others.
         also_templates: further rules of the same kind whose scores are stored beside the accuracy matrix.
         consolidation_images: most images of one task that are consolidated; `null`: all.
+        robust_images: test images of each task that are attacked before and after the sequence; `null`: none, since it
+            takes as long as training a task.
         reference_images: how many images of the reference pool `nullspace-reference` protects.
         layers: what methods without adapters train, and so protect: `all` (both towers), `vision` (the image tower) or
             `gnsp` (the MLPs of the image tower and its projection, 25 tensors in ViT-B/16).
@@ -113,6 +115,7 @@ class Config:
     evaluation_images: int | None = None
     evaluation_templates: Literal["first", "all", "gnsp"] = "first"
     also_templates: tuple[Literal["first", "all", "gnsp"], ...] = ()
+    robust_images: int | None = None
     consolidation_images: int | None = None
     reference_images: int = 1000
     layers: Literal["all", "vision", "gnsp"] = "all"

@@ -16,8 +16,8 @@ from typing import Any
 from reference.command import NAMED, StopRequest, add_settings, carried_out, read_config
 from reference.config import Config
 from reference.errors import ExperimentError
-from reference.evaluation import figures
-from reference.evaluation.tables import cost_table, matrix_table, summary_table
+from reference.evaluation import figures, report
+from reference.evaluation.tables import aligned, matrix_table
 from reference.experiment import Experiment, prepare
 from reference.methods import chosen_methods
 from reference.sequence import Sequence
@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> None:
     chosen_methods(config.methods)
     stop = StopRequest()
     runs = compare(prepare(config), config, output, options.resume, stop)
-    print("\n" + "\n\n".join([*map(matrix_table, runs), summary_table(runs, config.note), cost_table(runs)]))
+    tables = [*map(matrix_table, runs), *map(aligned, report.tables(runs, ""))]
+    print("\n" + "\n\n".join([*tables, "\n".join(report.notes(runs))]))
     print(f"\nresults and figures: {output}")
 
 

@@ -48,11 +48,6 @@ class Outcome:
         about = f"`{self.command}`\n\n{self.machine}; {self.date}; {self.seconds:.0f} s in all"
         return "\n\n".join([f"## {self.benchmark}", about, *(table.markdown() for table in self.tables)])
 
-    def save(self, folder: str | Path) -> None:
-        """Write `<benchmark>.md` and `<benchmark>.json` into `folder`, which is made if it is missing."""
-        write_text(Path(folder) / f"{self.benchmark}.md", self.markdown() + "\n")
-        write_json(Path(folder) / f"{self.benchmark}.json", asdict(self))
-
 
 def finish(
     benchmark: str, arguments: Sequence[str], device: torch.device, started: float, tables: Sequence[Table], output: str
@@ -64,7 +59,8 @@ def finish(
     outcome = Outcome(benchmark.rpartition(".")[2], command, machine(device), date, seconds, tuple(tables))
     print("\n" + outcome.markdown())
     if output:
-        outcome.save(output)
+        write_text(Path(output) / f"{outcome.benchmark}.md", outcome.markdown() + "\n")
+        write_json(Path(output) / f"{outcome.benchmark}.json", asdict(outcome))
     return outcome
 
 
