@@ -27,6 +27,7 @@ from reference.evaluation.robust import robust_accuracy
 from reference.evaluation.scoring import Board, Scorer, as_results
 from reference.experiment import Experiment
 from reference.methods import Method, Setting
+from reference.methods.refine import refine
 from reference.training.clip import Clip
 from reference.training.saved_run import SavedRun
 from reference.training.steps import Step, learn
@@ -91,6 +92,8 @@ class Sequence(SavedRun):
         self.clip: Clip = experiment.pretrained(seed).copy()
         if config.gradient_checkpointing:
             self.clip.recompute()
+        if config.refine_steps:
+            refine(Setting(self.clip, config, experiment.tasks, experiment.pool, seed))
         self.method = method(Setting(self.clip, config, experiment.tasks, experiment.pool, seed))
         self.scorer = Scorer(self.method, experiment.tasks, config)
         self.progress = Progress()
