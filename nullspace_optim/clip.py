@@ -81,7 +81,15 @@ def read_outputs(outputs: Any) -> ClipOutputs:
     return read
 
 
-def distillation_loss(student: Any, teacher: Any, *, temperature: float = 2.0, rows: Rows = "both") -> Tensor:
+def distillation_loss(
+    student: Any,
+    teacher: Any,
+    *,
+    temperature: float = 2.0,
+    rows: Rows = "both",
+    truth: float = 0.0,
+    labels: Tensor | None = None,
+) -> Tensor:
     """Cross entropy between the softened logits of `teacher` and of `student` on the same images and texts; scalar.
 
     With logits `t` and `s` `[n, m]` and temperature `T`: `T^2 * mean_i sum_j -softmax(t/T)_ij log softmax(s/T)_ij` over
@@ -89,11 +97,18 @@ def distillation_loss(student: Any, teacher: Any, *, temperature: float = 2.0, r
     It differs from the KL divergence by the teacher's entropy, which is constant: the gradient is the same. The teacher
     gets no gradient.
 
+    With `truth` `a` above 0 the `n` images and texts are pairs, and the targets are `a Y + (1 - a) softmax(t/T)`, where
+    `Y` `[n, n]` is that of `alignment_loss` for `labels` `[n]` (CLIP-Refine, arXiv 2504.12717, with ``truth=0.5``,
+    ``temperature=1`` and half the sum of both directions).
+
     Raises:
-        OptionError: `temperature` is not positive, `rows` is unknown, or teacher and student are the same outputs.
+        OptionError: `temperature` is not positive, `truth` is outside 0..1, `rows` is unknown, or teacher and student
+            are the same outputs.
         BatchError: outputs that are not those of a CLIP.
-        ShapeError: teacher and student saw different numbers of images or texts.
+        ShapeError: teacher and student saw different numbers of images or texts, or with `truth` no pairs.
     """
+    if not 0.0 <= truth <= 1.0:
+        raise OptionError(f"truth={truth!r}: expected a number in [0, 1]")
     if not (isfinite(temperature) and temperature > 0):
         raise OptionError(f"temperature={temperature!r}: expected a number in (0, inf)")
     check_choice("rows", rows, get_args(Rows))
@@ -104,12 +119,35 @@ def distillation_loss(student: Any, teacher: Any, *, temperature: float = 2.0, r
         raise ShapeError(
             f"student logits {tuple(ours.shape)} but teacher logits {tuple(theirs.shape)}: feed both alike"
         )
+    known = _truth(theirs, labels) if truth else None
     sides = {"both": ((ours, theirs), (ours.T, theirs.T)), "image": ((ours, theirs),), "text": ((ours.T, theirs.T),)}
     total = ours.new_zeros(())
     for ours, theirs in sides[rows]:
         targets = F.softmax(theirs / temperature, dim=1)
+        if known is not None:
+            targets = truth * known + (1 - truth) * targets
         total = total + temperature**2 * F.cross_entropy(ours / temperature, targets)
     return total
+
+
+def random_alignment_loss(images: Tensor, texts: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """Squared distance of both features of a pair to one random point, mean over pairs and modalities; scalar.
+
+    `1/(2n) sum_i (||I_i - r_i||^2 + ||T_i - r_i||^2)` with one `r_i ~ N(0, 1)^d` a pair and call, drawn by `generator`
+    (of the features' device), the same for both modalities (random feature alignment, CLIP-Refine, arXiv 2504.12717).
+    `images` and `texts` `[n, d]` are *raw* features: of unit features the expectation is constant. In expectation it is
+    `sum_i (||I_i||^2 + ||T_i||^2) / (2n) + d`, a penalty on norms; all that couples the modalities is the shared noise.
+    The released code takes the mean over dimensions as well, and not over modalities: `2 / d` times this value.
+
+    Raises:
+        ShapeError: features that are not `[n, d]` both.
+    """
+    if images.ndim != 2 or images.shape != texts.shape or not len(images):
+        raise ShapeError(f"images {tuple(images.shape)} and texts {tuple(texts.shape)}: expected n pairs, [n, d] twice")
+    wide = torch.promote_types(images.dtype, torch.float32)
+    noise = torch.randn(images.shape, dtype=wide, device=images.device, generator=generator)
+    distances = ((part.to(wide) - noise).square().sum() for part in (images, texts))
+    return sum(distances, start=noise.new_zeros(())) / (2 * len(images))
 
 
 def alignment_loss(outputs: Any, labels: Tensor | None = None, *, smoothing: float = 0.2) -> Tensor:
@@ -128,6 +166,13 @@ def alignment_loss(outputs: Any, labels: Tensor | None = None, *, smoothing: flo
     if not 0.0 <= smoothing <= 1.0:
         raise OptionError(f"smoothing={smoothing!r}: expected a number in [0, 1]")
     logits = read_outputs(outputs).logits()
+    targets = _truth(logits, labels)
+    losses = (F.cross_entropy(side, targets, label_smoothing=smoothing) for side in (logits, logits.T))
+    return sum(losses, start=logits.new_zeros(()))
+
+
+def _truth(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """Return `Y` `[n, n]`: the share of each text in the mass of an image, equal for all of one kind."""
     count = len(logits)
     labels = torch.arange(count, device=logits.device) if labels is None else labels.to(logits.device)
     if logits.shape[1] != count or labels.shape != (count,):
@@ -135,9 +180,7 @@ def alignment_loss(outputs: Any, labels: Tensor | None = None, *, smoothing: flo
             f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected n pairs, [n, n] and [n]"
         )
     equal = (labels[:, None] == labels[None, :]).to(logits.dtype)
-    targets = equal / equal.sum(dim=1, keepdim=True)
-    losses = (F.cross_entropy(side, targets, label_smoothing=smoothing) for side in (logits, logits.T))
-    return sum(losses, start=logits.new_zeros(()))
+    return equal / equal.sum(dim=1, keepdim=True)
 
 
 def _refuse_self(student: ClipOutputs, teacher: ClipOutputs) -> None:

@@ -17,14 +17,15 @@ from reference.errors import ExperimentError
 CONFIGS = Path(__file__).parent / "configs"
 WHOLE = (
     "iterations", "batch_size", "reference_images", "evaluation_images", "consolidation_images", "reference_batch",
-    "replay_bytes", "lora_rank", "moe_experts",
+    "replay_bytes", "lora_rank", "moe_experts", "robust_images",
 )  # fmt: skip
 INTERVALS = {
     **dict.fromkeys(("label_smoothing", "energy", "gnsp_rho", "wise_share", "matched_share"), (0.0, 1.0)),
     **dict.fromkeys(("ensemble_share", "prune_bound"), (0.0, 1.0)),
     **dict.fromkeys(("weight_decay", "warmup", "zscl_l2", "ewc_weight"), (0.0, float("inf"))),
     **dict.fromkeys(("distillation_weight", "alignment_weight", "sgp_alpha"), (0.0, float("inf"))),
-    "learning_rate": (0.0, 10.0),
+    **dict.fromkeys(("learning_rate", "refine_rate"), (0.0, 10.0)),
+    "refine_steps": (0, float("inf")),
     "temperature": (1e-3, 1e3),
 }
 FOLDERS = ("data_root", "model", "reference_root")
@@ -59,6 +60,8 @@ class Config:
             first for tasks trained before the latest one, all for the others.
         also_templates: further rules of the same kind whose scores are stored beside the accuracy matrix.
         consolidation_images: most images of one task that are consolidated; `null`: all.
+        robust_images: test images of each task that are attacked before and after the sequence; `null`: none, since it
+            takes as long as training a task.
         reference_images: how many images of the reference pool `nullspace-reference` protects.
         layers: what methods without adapters train, and so protect: `all` (both towers), `vision` (the image tower) or
             `gnsp` (the MLPs of the image tower and its projection, 25 tensors in ViT-B/16).
@@ -66,6 +69,8 @@ class Config:
         sgp_alpha: directions are kept by their importance with SGP's alpha (soft protection); `null`: fully.
         prune_bound: after each task, protected directions are given back as long as no task so far loses more than
             this share of its energy (their images are read again); 0: never.
+        refine_steps, refine_rate, refine_loss: CLIP-Refine's phase on the reference pool before any method; its control
+            `norm` in place of `random`. Scores before training are then those of the refined model. 0 steps: none.
         pool_losses: GNSP's two losses on the reference pool beside our methods as well.
         project: `update` (weights corrected after the step) or `both` (gradients projected as well), for our methods.
         reference_batch: images of the pool beside each training batch, for methods with losses on it; `null`: as many
@@ -113,12 +118,16 @@ class Config:
     evaluation_images: int | None = None
     evaluation_templates: Literal["first", "all", "gnsp"] = "first"
     also_templates: tuple[Literal["first", "all", "gnsp"], ...] = ()
+    robust_images: int | None = None
     consolidation_images: int | None = None
     reference_images: int = 1000
     layers: Literal["all", "vision", "gnsp"] = "all"
     energy: float = 0.999
     sgp_alpha: float | None = None
     prune_bound: float = 0.0
+    refine_steps: int = 0
+    refine_rate: float = 1e-6
+    refine_loss: Literal["random", "norm"] = "random"
     pool_losses: bool = False
     project: Literal["update", "both"] = "both"
     reference_batch: int | None = None

@@ -34,7 +34,11 @@ def prepare(config: Config) -> Experiment:
         ExperimentError: anything missing or unreadable, named with the way out.
     """
     refuse_unknown(config.of_method)
-    wanted = config.pool_losses or any(method.needs_reference for method in chosen_methods(config.methods))
+    wanted = (
+        config.pool_losses
+        or config.refine_steps
+        or any(method.needs_reference for method in chosen_methods(config.methods))
+    )
     if config.preset == "demo":
         pretraining = demo.pretraining_task()
         rendered = demo.reference_pool(pretraining, config.reference_images)

@@ -16,8 +16,8 @@ from typing import Any
 from reference.command import NAMED, StopRequest, add_settings, carried_out, read_config
 from reference.config import Config
 from reference.errors import ExperimentError
-from reference.evaluation import figures
-from reference.evaluation.tables import cost_table, matrix_table, summary_table
+from reference.evaluation import figures, report
+from reference.evaluation.tables import aligned, matrix_table
 from reference.experiment import Experiment, prepare
 from reference.methods import chosen_methods
 from reference.sequence import Sequence
@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> None:
     chosen_methods(config.methods)
     stop = StopRequest()
     runs = compare(prepare(config), config, output, options.resume, stop)
-    print("\n" + "\n\n".join([*map(matrix_table, runs), summary_table(runs, config.note), cost_table(runs)]))
+    tables = [*map(matrix_table, runs), *map(aligned, report.tables(runs, ""))]
+    print("\n" + "\n\n".join([*tables, "\n".join(report.notes(runs))]))
     print(f"\nresults and figures: {output}")
 
 
@@ -77,13 +78,10 @@ def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
 
 def resume_command(options: argparse.Namespace) -> str:
     """The command that goes on where this one stopped."""
+    named = [(name.replace("_", "-"), getattr(options, name)) for name in NAMED]
+    given = [pair for pair in (*named, *(("set", text) for text in options.set)) if pair[1] is not None]
     words = ["python", "-m", "reference.run", "--preset", options.preset, "--output", options.output, "--resume"]
-    for name in NAMED:
-        if getattr(options, name) is not None:
-            words += [f"--{name.replace('_', '-')}", getattr(options, name)]
-    for pair in options.set:
-        words += ["--set", pair]
-    return shlex.join(words)
+    return shlex.join([*words, *(word for name, value in given for word in (f"--{name}", value))])
 
 
 if __name__ == "__main__":

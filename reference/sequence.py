@@ -23,9 +23,11 @@ from reference.errors import ExperimentError
 from reference.evaluation import metrics
 from reference.evaluation.costs import costs, summary_of_steps
 from reference.evaluation.retrieval import pool_figures
+from reference.evaluation.robust import robust_accuracy
 from reference.evaluation.scoring import Board, Scorer, as_results
 from reference.experiment import Experiment
 from reference.methods import Method, Setting
+from reference.methods.refine import refine
 from reference.training.clip import Clip
 from reference.training.saved_run import SavedRun
 from reference.training.steps import Step, learn
@@ -54,6 +56,7 @@ class Progress:
     boards: dict[str, Board] = field(default_factory=dict)
     trained: list[int] = field(default_factory=list)
     pool: list[dict[str, float]] = field(default_factory=list)
+    robust: list[dict[str, list[float]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ACTIVITIES, 0.0))
 
     @classmethod
@@ -89,6 +92,8 @@ class Sequence(SavedRun):
         self.clip: Clip = experiment.pretrained(seed).copy()
         if config.gradient_checkpointing:
             self.clip.recompute()
+        if config.refine_steps:
+            refine(Setting(self.clip, config, experiment.tasks, experiment.pool, seed))
         self.method = method(Setting(self.clip, config, experiment.tasks, experiment.pool, seed))
         self.scorer = Scorer(self.method, experiment.tasks, config)
         self.progress = Progress()
@@ -128,6 +133,7 @@ class Sequence(SavedRun):
         self.log("started", method=self.method.name, seed=self.seed, config=recorded(self.config))
         self._evaluate(None)
         self._look_at_pool()
+        self._attack()
         self._consolidate("reference", self.method.before_sequence)
         self._save()
 
@@ -195,7 +201,7 @@ class Sequence(SavedRun):
                 self.scorer.add_row(self.progress.boards, number)
             else:
                 for board in self.progress.boards.values():
-                    board.add(list(board.right[0]))
+                    board.add(list(board.right[0]), board.gaps[0])
 
     def _look_at_pool(self) -> None:
         """Retrieval and modality gap on the reference pool, if there is one."""
@@ -203,8 +209,17 @@ class Sequence(SavedRun):
             with self._timed("evaluation"), self.method.without_task():
                 self.progress.pool.append(pool_figures(self.clip, self.experiment.pool, self.config))
 
+    def _attack(self) -> None:
+        """Accuracy on attacked images of every task, where the settings ask for it."""
+        found: dict[str, list[float]] = {}
+        for task in self.experiment.tasks if self.config.robust_images else ():
+            with self._timed("evaluation"), self.method.evaluating(self.method.evaluations[0], task):
+                found[task.name] = robust_accuracy(self.clip, task, self.config)
+        self.progress.robust.append(found)
+
     def _results(self) -> dict[str, Any]:
         self._look_at_pool()
+        self._attack()
         self.log("finished", seconds=self.progress.seconds)
         matrix, pretrained = np.array(self.main.accuracy), self.main.pretrained
         chance = [100 / len(task.class_names) for task in self.experiment.tasks]
@@ -220,6 +235,7 @@ class Sequence(SavedRun):
             "transfer_known": metrics.transfer_known(matrix, pretrained, chance).value,
             "unknown_tasks": [task.name for i, task in enumerate(self.experiment.tasks) if i not in known],
             "pool": dict(zip(("before", "after"), self.progress.pool)),
+            "robust": dict(zip(("before", "after"), self.progress.robust)),
             "scored_otherwise": others,
             "facts": self.method.facts(),
             "seconds": sum(self.progress.seconds.values()),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nullspace_optim import ShapeError
-from nullspace_optim.clip import alignment_loss, distillation_loss
+from nullspace_optim.clip import alignment_loss, distillation_loss, random_alignment_loss
 from nullspace_optim.errors import BatchError, OptionError
 
 
@@ -173,3 +173,56 @@ def test_on_a_real_open_clip_model(as_dict: bool) -> None:
         found.append(float(value.detach()))
     assert found[-1] < found[0]
     assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("truth", [0.3, 1.0])
+def test_the_truth_is_mixed_into_the_teachers_answers(truth: float) -> None:
+    torch.manual_seed(0)
+    student, teacher, labels = outputs(scale=3.0), outputs(scale=3.0), torch.tensor([0, 1, 0, 2, 1])
+    ours, theirs = (3.0 * o["image_features"].double() @ o["text_features"].double().T for o in (student, teacher))
+    total = 0.0
+    for one, other in ((ours, theirs), (ours.T, theirs.T)):
+        for i in range(5):
+            same = [j for j in range(5) if labels[j] == labels[i]]
+            p, q = (torch.exp(row[i] / 2.0) / torch.exp(row[i] / 2.0).sum() for row in (other, one))
+            for j in range(5):
+                target = truth * (j in same) / len(same) + (1 - truth) * float(p[j])
+                total -= 4.0 * target * float(q[j].log()) / 5
+    found = distillation_loss(student, teacher, truth=truth, labels=labels)
+    assert float(found) == pytest.approx(total, rel=1e-5)
+    if truth == 1.0:
+        softened = {**student, "logit_scale": torch.tensor(1.5)}
+        assert float(found) == pytest.approx(4 * float(alignment_loss(softened, labels, smoothing=0.0)), rel=1e-6)
+
+
+def test_truth_asks_for_pairs_and_a_share() -> None:
+    with pytest.raises(ShapeError, match="expected n pairs"):
+        distillation_loss(outputs(4, 3), outputs(4, 3), truth=0.5)
+    with pytest.raises(OptionError, match=r"truth=1.5: expected a number in \[0, 1\]"):
+        distillation_loss(outputs(), outputs(), truth=1.5)
+    assert float(distillation_loss(outputs(4, 3), outputs(4, 3), truth=0.0)) > 0
+
+
+def test_random_alignment_draws_one_point_for_both_features_of_a_pair() -> None:
+    images, texts = 3 * torch.randn(6, 4), (2 * torch.randn(6, 4)).requires_grad_()
+    found = random_alignment_loss(images, texts, generator=torch.Generator().manual_seed(3))
+    points = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    slow = sum(float((images[i] - points[i]).square().sum() + (texts[i] - points[i]).square().sum()) for i in range(6))
+    assert float(found) == pytest.approx(slow / 12, rel=1e-5)
+    (gradient,) = torch.autograd.grad(found, texts)
+    assert torch.allclose(gradient, (texts - points) / 6)
+    mean = (images + texts) / 2  # the points that all pairs would meet at minimise it, and apart they cost their gap
+    meeting = random_alignment_loss(mean, mean, generator=torch.Generator().manual_seed(3))
+    assert float(found - meeting) == pytest.approx(float((images - texts).square().sum()) / 24, rel=1e-4)
+
+
+def test_random_alignment_is_a_penalty_on_norms_in_expectation() -> None:
+    images, texts, generator = 3 * torch.randn(5, 4), torch.randn(5, 4), torch.Generator().manual_seed(0)
+    drawn = torch.stack([random_alignment_loss(images, texts, generator=generator) for _ in range(4000)])
+    expected = float((images.square().sum() + texts.square().sum()) / 10 + 4)
+    assert abs(float(drawn.mean()) - expected) < 4 * float(drawn.std()) / 4000**0.5
+    half = random_alignment_loss(images.bfloat16(), texts.bfloat16())
+    assert half.dtype == torch.float32
+    for wrong in (torch.randn(4, 4), torch.randn(5, 3), torch.randn(5)):
+        with pytest.raises(ShapeError, match="expected n pairs"):
+            random_alignment_loss(images, wrong)

@@ -7,10 +7,12 @@ from .class_wise import consolidate_classes
 from .forward_scaling import ForwardScaling, shared_directions, trust_regions
 from .lora import begin_lora, inflora_rows, keeplora_rows, lora_rows
 from .prompts import declare_prompt, declare_tokens
+from .turn import begin_turn, merge_turn
 
 __all__ = [
     "ForwardScaling",
     "begin_lora",
+    "begin_turn",
     "consolidate_classes",
     "declare_prompt",
     "declare_rows",
@@ -18,6 +20,7 @@ __all__ = [
     "inflora_rows",
     "keeplora_rows",
     "lora_rows",
+    "merge_turn",
     "shared_directions",
     "stand_in",
     "trust_regions",

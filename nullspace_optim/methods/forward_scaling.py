@@ -6,7 +6,7 @@ task's name at evaluation, and `k^2` parameters a task, weight and related task.
 is forgotten by it.
 
 The gradient reaches `Q`, and `W` as if it were unscaled (`W S` counts as constant): what the published codes add to the
-gradient of `W` lies in the span of `S`, which the projection removes again.
+gradient of `W` lies in the span of `S`, which a hard projection removes again (a conceptor leaves the share `1 - c`).
 
 `W S` alone takes `m d k` products. An `nn.Linear` that meets few rows `x` gives the same output with fewer: its own
 product with `W` and one with the scaled rows `x S (Q - I)^T S^T` beside it (`Beside`).

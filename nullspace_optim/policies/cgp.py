@@ -19,7 +19,9 @@ class CGP(Energy):
     Ours where the paper leaves room or goes further: prototypes are mean outputs (the paper's are mean activations of
     a layer), so that all weights agree on the groups; classes are joined within one call, not with classes of earlier
     tasks; a joined group pools its samples and adds what the stored basis lacks of them, where the paper selects the
-    columns of the earlier class's basis again, and so may drop some.
+    columns of the earlier class's basis again, and so may drop some. The released code joins where the *absolute*
+    cosine of a layer's mean activations is above the threshold, with classes of all earlier tasks as well; mean outputs
+    have signs, and opposite ones are not alike.
 
     The published update subtracts one projection after the other for bases that are not orthogonal to each other, which
     is no projection, and its residual removes the last basis only; here a class adds what lies outside all others, so

@@ -30,7 +30,9 @@ class CODECL(Policy):
     `verify` checks. OR never loosens: `C or B >= C`.
 
     The released code measures the gain by the sum of row norms, `sum ||C x|| / sum ||x||`; a second moment tells the
-    root of the sum of squares. The optional forward scaling is `ForwardScaling` with `shared_directions`.
+    root of the sum of squares. The optional forward scaling is `ForwardScaling` with `shared_directions`; the released
+    code begins its mixing at random (`start=` of `ForwardScaling.begin`) and leaves out linear layers of at most 50
+    inputs and convolutions whose patches have at most 80 values.
     """
 
     aperture: float = 6.0

@@ -18,8 +18,10 @@ class PEGP(Energy):
     looked-up matrix, which `consolidate` freezes. Exact for the kept directions; old outputs move by what was cut off,
     and for prompts by the value path of attention, which no published code covers either.
 
-    The released code multiplies embeddings by a projector of *samples*, which fits only because 24 * 32 = 768, and
-    compares fourth powers of singular values with the threshold; here it is the paper's feature space and energy.
+    The released code trains a second copy of the prompts for five epochs *without* projection after a task and takes
+    the mean of both: it keeps nothing exactly. It multiplies embeddings by a projector of *samples*, which fits only
+    because 24 * 32 = 768, and compares fourth powers of singular values with the threshold. Here no step is without
+    projection, and it is the paper's feature space and energy.
     """
 
     threshold: float = 0.90

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -24,9 +24,13 @@ class SplitLoRA(Policy):
     Exact for the kept directions. As published, a LoRA's `A` is drawn from the free directions and frozen while `B`
     trains (`lora_rows` and `begin_lora`); as a policy of full weights every update stays in the free directions, which
     is the same guarantee.
+
+    The released code drops `max(k - 1, 1) + 1` columns, so it protects at least two directions; ``paper_code=True``
+    does the same.
     """
 
     alpha: float = 20.0
+    paper_code: bool = field(default=False, kw_only=True)
     merge: ClassVar[Merge] = "accumulate"
 
     def __post_init__(self) -> None:
@@ -39,4 +43,4 @@ class SplitLoRA(Policy):
         missing = 1 - torch.cat([spectrum.shares.new_zeros(1), spectrum.shares.cumsum(0)])
         number = torch.arange(spectrum.size + 1, dtype=torch.float64, device=missing.device)
         loss = (spectrum.tasks + 1) * missing - self.alpha * (spectrum.size - number) / spectrum.size
-        return min(max(int(loss.argmin()), 1), spectrum.above(0.0))
+        return min(max(int(loss.argmin()), 2 if self.paper_code else 1), spectrum.above(0.0))

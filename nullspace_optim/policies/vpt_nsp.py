@@ -22,8 +22,9 @@ class VPTNSP(Policy):
 
     For prompts `P` `[M, d]` old attention stays if `Q W_k dP^T = 0` (right side) and `S_P dP = 0` (left side), with the
     old inputs' queries `Q` and attention `S_P` to the prompts (eq. 9 to 14); `declare_prompt` hands both to
-    `consolidate`, which sums them over tasks. The elbow is the largest second difference of the singular values, which
-    are smoothed (Gaussian, 10) and trimmed by 1.5 % at each end if there are 128 or more. The projector is
+    `consolidate`, which sums them over tasks. The elbow is the largest second difference of the singular values of the
+    uncentred covariance `K`, its eigenvalues (not their roots, the singular values of the rows), which are smoothed
+    (Gaussian, 10) and trimmed by 1.5 % at each end if there are 128 or more. The projector is
     `eta N N^T + (1 - eta) I` with `N` the free directions, so `1 - eta` leaks. Paper: `eta` 0.94 to 0.98.
 
     No guarantee for `eta < 1`: a step lets `1 - eta` of its movement through, which is what `verify` checks. With
@@ -31,7 +32,8 @@ class VPTNSP(Policy):
     prompts with tokens (the paper adds a loss on the norm's statistics, which is not part of a policy).
 
     The published projector is also divided by its Frobenius norm, which shrinks the learning rate by
-    `sqrt(dim N)`; here the rate stays what the user set. Its single-tensor optimizer path projects nothing.
+    `sqrt(dim N)`; here the rate stays what the user set. Its single-tensor optimizer path raises
+    `NotImplementedError`: only ``foreach`` projects.
     """
 
     eta: float = 0.98
@@ -42,15 +44,15 @@ class VPTNSP(Policy):
 
     def rank(self, spectrum: Spectrum) -> int:
         """Return how many directions stand before the elbow."""
-        singular = spectrum.values.double().clamp(min=0).sqrt()
-        if len(singular) < 3 or spectrum.total <= 0:
-            return min(len(singular), spectrum.above(0.0))
+        values = spectrum.values.double().clamp(min=0)
+        if len(values) < 3 or spectrum.total <= 0:
+            return min(len(values), spectrum.above(0.0))
         first = 0
-        if len(singular) >= LONG:
-            singular = _smoothed(singular)
-            first = int(TRIMMED * len(singular))
-            singular = singular[first : len(singular) - first]
-        return min(int(singular.diff().diff().argmax()) + 1 + first, spectrum.above(0.0))
+        if len(values) >= LONG:
+            values = _smoothed(values)
+            first = int(TRIMMED * len(values))
+            values = values[first : len(values) - first]
+        return min(int(values.diff().diff().argmax()) + 1 + first, spectrum.above(0.0))
 
     def scale(self, spectrum: Spectrum, take: int, before: Tensor | None) -> Tensor | None:
         """Return `eta` for every kept direction (`None`, fully, for 1)."""

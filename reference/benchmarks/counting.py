@@ -24,6 +24,7 @@ from fractions import Fraction
 from statistics import mean, median
 
 import torch
+from torch.utils.benchmark import Timer
 
 from nullspace_optim import Basis, NullSpaceOptimizer
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
@@ -104,20 +105,17 @@ def measured_rates(device: torch.device, size: int = 0) -> Rates:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
-        found[dtype] = 2.0 * size**3 / _best(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), device)  # type: ignore[misc]
+        found[dtype] = 2.0 * size**3 / _best(lambda a=left, b=right, c=out: torch.mm(a, b, out=c))  # type: ignore[misc]
     source = torch.ones(32 * size * size, device=device)
     target = torch.zeros_like(source)
-    copied = 2.0 * source.nbytes / _best(lambda: target.copy_(source), device)
+    copied = 2.0 * source.nbytes / _best(lambda: target.copy_(source))
     return Rates("measured here", found[torch.float32], found[torch.bfloat16], copied)
 
 
-def _best(run: Callable[[], object], device: torch.device, least: float = 1.0) -> float:
-    """The shortest run within `least` seconds, three at least."""
-    run()
-    times, ends = [seconds(run, device)], time.perf_counter() + least
-    while len(times) < 3 or time.perf_counter() < ends:
-        times.append(seconds(run, device))
-    return min(times)
+def _best(run: Callable[[], object]) -> float:
+    """Seconds of the shortest run within a second or more."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=1.0).times)
 
 
 def main(arguments: Sequence[str]) -> Outcome:

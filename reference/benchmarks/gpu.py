@@ -14,8 +14,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from torch.optim import AdamW
 
@@ -24,23 +26,7 @@ from reference.benchmarks.outcome import Table, finish, progress
 from reference.benchmarks.workload import quiet, seconds
 
 BUDGET = 540  # seconds
-STEP = "--shares 1/16,1/4,1/2,3/4 --parts step"
-PASS = "--rows relevant --no-peers"
-PAPER = "--preset paper --set source=stand-in --set model=ViT-B-16-quickgelu:random --tasks dtd --methods"
-
-# Name, seconds it may take, module, arguments, what stands in their place with --toy (nothing: left out).
-PARTS = (
-    ("step", 120, "reference.benchmarks.step", f"--model ViT-B-16 --batch 64 --repeats 10 {STEP}",
-     "--model tiny --batch 2 --repeats 1 --shares 1/4 --parts step"),
-    ("consolidate", 100, "reference.benchmarks.consolidate", f"--model ViT-B-16 --images 1000 {PASS}",
-     f"--model tiny --images 4 {PASS}"),
-    ("language", 110, "reference.benchmarks.gpu", "--language", "--language --toy"),
-    ("peers", 90, "reference.benchmarks.peers", "--model ViT-B-16 --blocks 12 --batch 64 --repeats 3 --shares 1/4,3/4",
-     "--model tiny --blocks 1 --batch 2 --images 2 --repeats 1 --shares 1/4 --methods exact,dense"),
-    ("paper", 90, "reference.run", f"{PAPER} nullspace --set iterations=50 --set evaluation_images=64", ""),
-    ("counting", 60, "reference.benchmarks.counting", "--models ViT-B-16 --shares 1/4,1/2 --product 4096",
-     "--models tiny --shares 1/4 --repeats 1 --product 64"),
-)  # fmt: skip
+PARTS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 
 
 def causal_model(toy: bool, device: torch.device) -> nn.Module:
@@ -104,9 +90,10 @@ def run_parts(options: argparse.Namespace) -> int:
     """Run every part that the time allows; return the number of those that failed."""
     started, failed = time.monotonic(), 0
     Path(options.output).mkdir(parents=True, exist_ok=True)
-    for name, limit, module, full, toy in PARTS:
+    for name, part in PARTS.items():
+        limit, module = part["limit"], part["module"]
         left = BUDGET - (time.monotonic() - started)
-        chosen = toy if options.toy else full
+        chosen = part["toy" if options.toy else "full"]
         if not chosen or (options.parts and name not in options.parts.split(",")):
             continue
         place = Path(options.output) / name if module == "reference.run" else Path(options.output)
@@ -125,7 +112,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.gpu", description=__doc__)
     parser.add_argument("--output", required=True, help="folder of the results")
-    parser.add_argument("--parts", default="", help=f"which of {','.join(part[0] for part in PARTS)}; all by default")
+    parser.add_argument("--parts", default="", help=f"which of {','.join(PARTS)}; all by default")
     parser.add_argument("--toy", action="store_true", help="every part in small")
     parser.add_argument("--language", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(list(arguments))

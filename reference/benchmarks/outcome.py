@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
-import os
-import platform
 import shlex
 import sys
 import tempfile
@@ -16,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from reference.training.tracking import processor
+from reference.training import tracking
+from reference.training.tracking import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -30,8 +28,8 @@ class Table:
 
     def markdown(self) -> str:
         """The table under a heading, its note below it."""
-        lines = [f"### {self.title}", "", _line(self.header), _line(["---"] * len(self.header)), *map(_line, self.rows)]
-        return "\n".join([*lines, *(["", self.note] if self.note else [])])
+        lines = ["| " + " | ".join(cells) + " |" for cells in (self.header, ["---"] * len(self.header), *self.rows)]
+        return "\n\n".join(filter(None, [f"### {self.title}", "\n".join(lines), self.note]))
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,6 @@ class Outcome:
         about = f"`{self.command}`\n\n{self.machine}; {self.date}; {self.seconds:.0f} s in all"
         return "\n\n".join([f"## {self.benchmark}", about, *(table.markdown() for table in self.tables)])
 
-    def save(self, folder: str | Path) -> None:
-        """Write `<benchmark>.md` and `<benchmark>.json` into `folder`, which is made if it is missing."""
-        where = Path(folder)
-        where.mkdir(parents=True, exist_ok=True)
-        (where / f"{self.benchmark}.md").write_text(self.markdown() + "\n", encoding="utf-8")
-        (where / f"{self.benchmark}.json").write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
 
 def finish(
     benchmark: str, arguments: Sequence[str], device: torch.device, started: float, tables: Sequence[Table], output: str
@@ -68,16 +59,17 @@ def finish(
     outcome = Outcome(benchmark.rpartition(".")[2], command, machine(device), date, seconds, tuple(tables))
     print("\n" + outcome.markdown())
     if output:
-        outcome.save(output)
+        write_text(Path(output) / f"{outcome.benchmark}.md", outcome.markdown() + "\n")
+        write_json(Path(output) / f"{outcome.benchmark}.json", asdict(outcome))
     return outcome
 
 
 def machine(device: torch.device) -> str:
     """Processor, cores, threads in use and versions, in one line."""
-    parts = [f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
-    if device.type == "cuda":
-        parts.insert(0, torch.cuda.get_device_name(device))
-    return "; ".join([*parts, f"torch {torch.__version__}", f"Python {platform.python_version()}"])
+    facts = tracking.machine()
+    gpu = [facts["gpu"]] if device.type == "cuda" else []
+    cores = f"{facts['processor']}, {facts['cpus']} cores, {facts['threads']} threads"
+    return "; ".join([*gpu, cores, f"torch {torch.__version__}", f"Python {facts['python']}"])
 
 
 def progress(text: str) -> None:
@@ -90,7 +82,3 @@ def saved_bytes(save: Callable[[Path], object]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder) / "saved")
         return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -11,13 +11,13 @@ nothing, projects gradients to the other `min(m, d) - k`. Packages: `python -m p
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import importlib.util
 import multiprocessing
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -38,16 +38,6 @@ from reference.training.tracking import resident_peak
 
 GAP = 200  # steps between two decompositions of GaLore, its own default
 TOKENS = 50  # rows that an image gives in ViT-B/32
-
-
-@dataclass(frozen=True)
-class Task:
-    """Model that all methods train, everything but its MLPs frozen, and the sizes of their data."""
-
-    model: nn.Module
-    batch: int
-    images: int
-    device: torch.device
 
 
 @dataclass
@@ -97,10 +87,10 @@ def main(arguments: Sequence[str]) -> Outcome:
     return finish("reference.benchmarks.peers", arguments, device, started, tables, options.output)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> Namespace:
     """The command line."""
     about = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.peers", description=about)
+    parser = ArgumentParser(prog="python -m reference.benchmarks.peers", description=about)
     parser.add_argument("--model", default="ViT-B-32", help="open_clip architecture, or tiny")
     parser.add_argument("--blocks", type=int, default=2, help="use only so many blocks of each tower")
     parser.add_argument("--batch", type=int, default=32, help="image-text pairs a step")
@@ -114,21 +104,21 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def prepared(options: argparse.Namespace, device: torch.device) -> Task:
-    """The model with only its MLPs to be trained."""
+def prepared(options: Namespace, device: torch.device) -> Namespace:
+    """The model that all methods train, everything but its MLPs frozen, and the sizes of their data."""
     model = build(options.model, options.blocks, device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".mlp." in name and name.endswith("weight"))
-    return Task(model, options.batch, options.images, device)
+    return Namespace(model=model, batch=options.batch, images=options.images, device=device)
 
 
-def plain(task: Task, share: float) -> Contender:
+def plain(task: Namespace, share: float) -> Contender:
     """AdamW without protection."""
     model = copy.deepcopy(task.model)
     return _contender(task, model, AdamW(_trained(model), lr=RATE))
 
 
-def ours(task: Task, share: float) -> Contender:
+def ours(task: Namespace, share: float) -> Contender:
     """One consolidation, then the correction of every step."""
     model = copy.deepcopy(task.model)
     base = AdamW(_trained(model), lr=RATE)
@@ -140,7 +130,7 @@ def ours(task: Task, share: float) -> Contender:
     return _guarded(task, model, optimizer, took)
 
 
-def ours_fast(task: Task, share: float) -> Contender:
+def ours_fast(task: Namespace, share: float) -> Contender:
     """The same step with fast products; its consolidation is that of `ours`, so random directions serve here."""
     model = copy.deepcopy(task.model)
     optimizer = protected_at_random(AdamW(_trained(model), lr=RATE), model, "fast")
@@ -148,13 +138,13 @@ def ours_fast(task: Task, share: float) -> Contender:
     return _guarded(task, model, optimizer, None)
 
 
-def _guarded(task: Task, model: nn.Module, optimizer: NullSpaceOptimizer, took: float | None) -> Contender:
+def _guarded(task: Namespace, model: nn.Module, optimizer: NullSpaceOptimizer, took: float | None) -> Contender:
     sides = [side for basis in optimizer.bases.values() for side in basis.subspaces.values()]
     held = [tensor for side in sides for tensor in (side.basis, side.anchor)]
     return _contender(task, model, optimizer, took, held, lambda: saved_bytes(optimizer.save))
 
 
-def dense(task: Task, share: float) -> Contender:
+def dense(task: Namespace, share: float) -> Contender:
     """The gradient times a dense `P` before AdamW; prepared by a full SVD of every Gram matrix, as GNSP does."""
     model = copy.deepcopy(task.model)
     projectors, took = [], 0.0
@@ -176,7 +166,7 @@ def gram_svd(size: int, rows: int, device: torch.device) -> tuple[Tensor, float]
     return found[0], took
 
 
-def osf(task: Task, share: float) -> Contender:
+def osf(task: Namespace, share: float) -> Contender:
     """PEFT's orthogonal subspace fine-tuning of the same modules."""
     peft = importlib.import_module("peft")
     config = peft.OSFConfig(effective_rank=share, target_modules=["c_fc", "c_proj"])
@@ -186,7 +176,7 @@ def osf(task: Task, share: float) -> Contender:
     return _contender(task, wrapped[0], base, took, (), lambda: saved_bytes(wrapped[0].save_pretrained))
 
 
-def galore(task: Task, share: float) -> Contender:
+def galore(task: Namespace, share: float) -> Contender:
     """GaLore's AdamW of the same matrices; its preparation is its first step, where it decomposes all gradients."""
     galore_torch = importlib.import_module("galore_torch")
     model = copy.deepcopy(task.model)
@@ -200,7 +190,7 @@ def galore(task: Task, share: float) -> Contender:
     return contender
 
 
-METHODS: dict[str, tuple[str, Callable[[Task, float], Contender]]] = {
+METHODS: dict[str, tuple[str, Callable[[Namespace, float], Contender]]] = {
     "plain": ("AdamW, no protection", plain),
     "exact": ("ours, exact", ours),
     "fast": ("ours, fast", ours_fast),
@@ -211,7 +201,7 @@ METHODS: dict[str, tuple[str, Callable[[Task, float], Contender]]] = {
 PACKAGES = {"osf": "peft", "galore": "galore_torch"}
 
 
-def by_rank(options: argparse.Namespace, device: torch.device) -> Table:
+def by_rank(options: Namespace, device: torch.device) -> Table:
     """Steps of all methods in turn, at every share."""
     task = prepared(options, device)
     batch = random_batch(task.model, options.images, device, seed=1)
@@ -266,7 +256,7 @@ def installed(methods: str) -> list[str]:
     return there
 
 
-def peaks(options: argparse.Namespace, device: torch.device) -> Table:
+def peaks(options: Namespace, device: torch.device) -> Table:
     """Peak memory of preparation and three steps, each method in a process of its own."""
     rows = []
     for share in map(Fraction, options.shares.split(",")):
@@ -288,7 +278,7 @@ def peaks(options: argparse.Namespace, device: torch.device) -> Table:
     )
 
 
-def _peak(name: str, share: float, options: argparse.Namespace, device: str) -> int:
+def _peak(name: str, share: float, options: Namespace, device: str) -> int:
     where = torch.device(device)
     contender = METHODS[name][1](prepared(options, where), share)
     for _ in range(3):
@@ -301,7 +291,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _contender(
-    task: Task,
+    task: Namespace,
     model: nn.Module,
     optimizer: Any,
     preparation: float | None = None,

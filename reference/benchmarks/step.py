@@ -10,9 +10,9 @@ GNSP): `G <- G P`, `2 m d^2`, whatever k is.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -49,19 +49,6 @@ STEP_ROWS = 2048
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Settings of the measurements: see `parse` for each field."""
-
-    model: str
-    blocks: int | None
-    batch: int
-    repeats: int
-    shares: tuple[Fraction, ...]
-    autocast: torch.dtype
-    device: torch.device
-
-
-@dataclass(frozen=True)
 class Trainer:
     """A model with an optimizer over all its parameters."""
 
@@ -94,28 +81,17 @@ class Trainer:
 
 def main(arguments: Sequence[str]) -> Outcome:
     """Run what the command line asks for."""
-    options = parse(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    graphic = device.type == "cuda"
-    settings = Settings(
-        model=options.model or ("ViT-B-16" if graphic else "ViT-B-32"),
-        blocks=options.blocks,
-        batch=options.batch or (64 if graphic else 32),
-        repeats=options.repeats or (20 if graphic else 2),
-        shares=tuple(sorted(Fraction(share) for share in options.shares.split(","))),
-        autocast=getattr(torch, options.autocast or ("bfloat16" if graphic else "float32")),
-        device=device,
-    )
+    settings = parse(arguments)
     started = time.perf_counter()
     parts = {"step": whole_steps, "projection": projections, "tasks": over_tasks}
-    tables = [table for name in options.parts.split(",") for table in parts[name](settings)]
-    return finish("step", arguments, device, started, tables, options.output)
+    tables = [table for name in settings.parts.split(",") for table in parts[name](settings)]
+    return finish("step", arguments, settings.device, started, tables, settings.output)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+def parse(arguments: Sequence[str]) -> Namespace:
+    """The command line, with the defaults of the device."""
     about = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.step", description=about)
+    parser = ArgumentParser(prog="python -m reference.benchmarks.step", description=about)
     parser.add_argument("--model", help="open_clip architecture, or tiny; default: ViT-B-32 (CPU), ViT-B-16 (GPU)")
     parser.add_argument("--blocks", type=int, help="use only so many blocks of each tower; default: all")
     parser.add_argument("--batch", type=int, help="image-text pairs a step; default: 32 (CPU), 64 (GPU)")
@@ -125,10 +101,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--parts", default="step,projection,tasks", help="which of step,projection,tasks")
     parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
     parser.add_argument("--output", default="", help="folder for step.md and step.json")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    graphic = options.device.type == "cuda"
+    options.model = options.model or ("ViT-B-16" if graphic else "ViT-B-32")
+    options.batch, options.repeats = options.batch or (64 if graphic else 32), options.repeats or (20 if graphic else 2)
+    options.shares = tuple(sorted(Fraction(share) for share in options.shares.split(",")))
+    options.autocast = getattr(torch, options.autocast or ("bfloat16" if graphic else "float32"))
+    return options
 
 
-def whole_steps(settings: Settings) -> list[Table]:
+def whole_steps(settings: Namespace) -> list[Table]:
     """Training steps with protection over steps without, for every share and both precisions."""
     with_it = build(settings.model, settings.blocks, settings.device)
     batch = random_batch(with_it, settings.batch, settings.device)
@@ -145,16 +128,16 @@ def whole_steps(settings: Settings) -> list[Table]:
         for share in settings.shares:
             progress(f"training step, k/d {share}, {precision}")
             fill(optimizer, float(share))
-            found[share, precision] = _compare(bare, guarded, settings, operations, precision)
+            found[share, precision] = _compare(bare, guarded, settings.repeats, operations, precision)
         optimizer.detach()
     rows = [(str(share), precision, *cells) for (share, precision), cells in sorted(found.items())]
     return [_step_table(rows, settings, bare, operations)]
 
 
-def _compare(bare: Trainer, guarded: Trainer, settings: Settings, operations: float, precision: str) -> tuple[str, ...]:
+def _compare(bare: Trainer, guarded: Trainer, repeats: int, operations: float, precision: str) -> tuple[str, ...]:
     """Time pairs of steps without and with protection: the cells of one row."""
     guarded.optimizer.step()  # does not count: it makes workspaces and complements
-    pairs = [(bare.timed_step(), guarded.timed_step()) for _ in range(settings.repeats)]
+    pairs = [(bare.timed_step(), guarded.timed_step()) for _ in range(repeats)]
     plain = median(without[0] for without, _ in pairs)
     added = median(with_it[1] for _, with_it in pairs) - median(without[1] for without, _ in pairs)
     assert isinstance(guarded.optimizer, NullSpaceOptimizer)
@@ -169,7 +152,7 @@ def _compare(bare: Trainer, guarded: Trainer, settings: Settings, operations: fl
     )
 
 
-def _step_table(rows: Sequence[tuple[str, ...]], settings: Settings, bare: Trainer, operations: float) -> Table:
+def _step_table(rows: Sequence[tuple[str, ...]], settings: Namespace, bare: Trainer, operations: float) -> Table:
     depth = "" if settings.blocks is None else f", {settings.blocks} blocks a tower"
     kind = str(settings.autocast).removeprefix("torch.")
     other = torch.bfloat16 if settings.autocast == torch.float32 else torch.float32
@@ -193,7 +176,7 @@ def _step_table(rows: Sequence[tuple[str, ...]], settings: Settings, bare: Train
     )  # fmt: skip
 
 
-def projections(settings: Settings) -> list[Table]:
+def projections(settings: Namespace) -> list[Table]:
     """The correction alone against `G <- G P`, on every matrix shape of the model once."""
     repeats = 3 * settings.repeats
     rows: list[tuple[str, ...]] = []
@@ -236,7 +219,7 @@ class Moment:
     file: int
 
 
-def over_tasks(settings: Settings) -> list[Table]:
+def over_tasks(settings: Namespace) -> list[Table]:
     """The cost of protection after 1, 5, 10 and 20 consolidated tasks of small growth."""
     size, rows = (64, 32) if settings.model == "tiny" else (768, 4096)
     torch.manual_seed(0)

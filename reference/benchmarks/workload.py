@@ -17,11 +17,11 @@ from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nullspace_optim import NullSpaceOptimizer, SketchedCovariance, clip_forward
+from nullspace_optim.clip import alignment_loss
 from nullspace_optim.errors import NullSpaceWarning
 from nullspace_optim.policies import FixedRank, Policy, Spectrum
 
@@ -99,10 +99,7 @@ def random_batch(model: Any, size: int, device: torch.device, seed: int = 0) -> 
 
 def contrastive_loss(model: Any, batch: Batch) -> Tensor:
     """CLIP's own training loss over the batch; scalar."""
-    images, texts, scale = model(batch.images, batch.tokens)[:3]
-    logits = (scale * images @ texts.T).float()
-    pairs = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+    return alignment_loss(model(batch.images, batch.tokens), smoothing=0.0) / 2
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:

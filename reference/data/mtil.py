@@ -23,6 +23,7 @@ from reference.errors import ExperimentError
 CLASSES = Path(__file__).parents[1] / "configs" / "classes.yaml"
 
 Samples = tuple[list[Any], list[int]]  # paths or arrays, and class numbers
+Read = Callable[[str, str, bool], tuple[Sequence[str], Samples]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Source:
     test: int
     layout: str
     where: str
-    read: Callable[[str, str, bool], tuple[Sequence[str], Samples]]
+    read: Read
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,6 @@ def plain(name: str) -> str:
     return re.sub(r"[_/]+", " ", name).strip()
 
 
-def _listed(dataset: Any) -> Samples:
-    """Samples of torchvision data sets that keep `_image_files` and `_labels`."""
-    return [str(path) for path in dataset._image_files], list(dataset._labels)
-
-
 def _part(samples: Samples, part: str) -> Samples:
     """Train or test part of a data set without an official split."""
     numbers: Any = range(len(samples[1]))
@@ -96,9 +92,14 @@ def _part(samples: Samples, part: str) -> Samples:
     return [samples[0][i] for i in chosen], [samples[1][i] for i in chosen]
 
 
-def _aircraft(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
-    found = datasets.FGVCAircraft(root, split=part, annotation_level="variant", download=download)
-    return found.classes, _listed(found)
+def _with_parts(name: str, **options: Any) -> Read:
+    """The reader of a data set that has the parts train and test and lists its files."""
+
+    def read(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
+        found = getattr(datasets, name)(root, split=part, download=download, **options)
+        return found.classes, ([str(path) for path in found._image_files], list(found._labels))
+
+    return read
 
 
 def _caltech(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
@@ -115,11 +116,6 @@ def _cifar(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples
     return found.classes, (list(found.data), list(found.targets))
 
 
-def _dtd(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
-    found = datasets.DTD(root, split=part, partition=1, download=download)
-    return found.classes, _listed(found)
-
-
 def _eurosat(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
     found = datasets.EuroSAT(root, download=download)
     samples = ([path for path, _ in found.samples], [label for _, label in found.samples])
@@ -128,12 +124,8 @@ def _eurosat(root: str, part: str, download: bool) -> tuple[Sequence[str], Sampl
 
 def _flowers(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
     found = datasets.Flowers102(root, split=part, download=download)
-    return [str(number) for number in range(102)], _listed(found)  # named in configs/classes.yaml
-
-
-def _food(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
-    found = datasets.Food101(root, split=part, download=download)
-    return found.classes, _listed(found)
+    names = [str(number) for number in range(102)]  # named in configs/classes.yaml
+    return names, ([str(path) for path in found._image_files], list(found._labels))
 
 
 def _mnist(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
@@ -159,17 +151,19 @@ def _sun(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
 
 _BY_TORCHVISION = "python -m reference.data check --data-root DIR --download"
 SOURCES: dict[str, Source] = {
-    "aircraft": Source(100, 3334, 3333, "fgvc-aircraft-2013b/data/images/*.jpg", _BY_TORCHVISION, _aircraft),
+    "aircraft": Source(100, 3334, 3333, "fgvc-aircraft-2013b/data/images/*.jpg", _BY_TORCHVISION,
+        _with_parts("FGVCAircraft", annotation_level="variant"),
+    ),
     "caltech101": Source(
         101, 6941, 1736, "caltech101/101_ObjectCategories/<class>/*.jpg", _BY_TORCHVISION, _caltech
     ),
     "cifar100": Source(100, 50000, 10000, "cifar-100-python/{train,test,meta}", _BY_TORCHVISION, _cifar),
-    "dtd": Source(47, 1880, 1880, "dtd/dtd/{images,labels}", _BY_TORCHVISION, _dtd),
+    "dtd": Source(47, 1880, 1880, "dtd/dtd/{images,labels}", _BY_TORCHVISION, _with_parts("DTD", partition=1)),
     "eurosat": Source(10, 21600, 5400, "eurosat/2750/<class>/*.jpg", _BY_TORCHVISION, _eurosat),
     "flowers102": Source(
         102, 1020, 6149, "flowers-102/{jpg,imagelabels.mat,setid.mat}", _BY_TORCHVISION, _flowers
     ),
-    "food101": Source(101, 75750, 25250, "food-101/{images,meta}", _BY_TORCHVISION, _food),
+    "food101": Source(101, 75750, 25250, "food-101/{images,meta}", _BY_TORCHVISION, _with_parts("Food101")),
     "mnist": Source(10, 60000, 10000, "MNIST/raw/*-ubyte", _BY_TORCHVISION, _mnist),
     "oxford_pets": Source(37, 3680, 3669, "oxford-iiit-pet/{images,annotations}", _BY_TORCHVISION, _pets),
     "stanford_cars": Source(

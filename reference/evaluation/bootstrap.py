@@ -33,22 +33,12 @@ class Interval(NamedTuple):
         return f"{self.difference:+.1f} [{self.low:.1f}, {self.high:.1f}]"
 
 
-def transfer(cells: Array) -> Array:
-    """`metrics.transfer` of matrices `[T, T, b]`, `[b]`."""
-    return np.mean([cells[:i, i].mean(axis=0) for i in range(1, len(cells))], axis=0)
-
-
-def average(cells: Array) -> Array:
-    """`metrics.average` of matrices `[T, T, b]`, `[b]`."""
-    return cells.mean(axis=(0, 1))
-
-
-def last(cells: Array) -> Array:
-    """`metrics.last` of matrices `[T, T, b]`, `[b]`."""
-    return cells[-1].mean(axis=0)
-
-
-FIGURES: dict[str, Callable[[Array], Array]] = {"transfer": transfer, "average": average, "last": last}
+# Of `metrics`, for matrices `[T, T, b]`: `[b]`.
+FIGURES: dict[str, Callable[[Array], Array]] = {
+    "transfer": lambda cells: np.mean([cells[:i, i].mean(axis=0) for i in range(1, len(cells))], axis=0),
+    "average": lambda cells: cells.mean(axis=(0, 1)),
+    "last": lambda cells: cells[-1].mean(axis=0),
+}
 
 
 def resampled(run: dict[str, Any], replicates: int = REPLICATES, seed: int = 0) -> Array:

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from reference.command import carried_out
 from reference.errors import ExperimentError
 from reference.evaluation import figures
 from reference.evaluation.bootstrap import compare
-from reference.evaluation.tables import Results, markdown_table, memory, spread, unknown_tasks, whole
+from reference.evaluation.tables import Results, gap, markdown_table, memory, robust_share, spread, whole
 from reference.methods import METHODS
-from reference.training.tracking import writing
+from reference.training.tracking import write_text
 
 
 def _of_pool(run: Results, figure: str) -> float | None:
@@ -40,21 +41,30 @@ REST: dict[str, Callable[[Results], float | None]] = {
     "image → text @1": partial(_of_pool, figure="image_to_text_at_1"),
     "text → image @1": partial(_of_pool, figure="text_to_image_at_1"),
     "modality gap": partial(_of_pool, figure="modality_gap"),
+    "positive cosine": partial(gap, figure="positive_cosine"),
+    "negative cosine": partial(gap, figure="negative_cosine"),
+    "gap on tasks": partial(gap, figure="modality_gap"),
+    "robust, share kept": robust_share,
     "trained parameters [M]": lambda run: (
         max(run["trained_parameters"]) / 1e6 if run.get("trained_parameters") else None
     ),
+    "s / iteration": lambda run: run.get("seconds_per_iteration"),
+    "s / 1,000 images consolidated": lambda run: run.get("consolidation_seconds_per_1000_images"),
     "seconds": lambda run: run["seconds"],
     "memory [MiB]": memory,
 }
 OF_THE_POOL = {"reference_root", "reference_images"}
 NOT_A_METHODS_OWN = {"methods", "seeds", "note", "device"}
-DIGITS = dict.fromkeys(REST, 1) | {"modality gap": 3, "seconds": 0, "memory [MiB]": 0}
+DIGITS = {name: 3 if "cosine" in name or "gap" in name or "share" in name else 1 for name in REST}
+DIGITS |= {"seconds": 0, "memory [MiB]": 0, "s / iteration": 4}
 READING = (
     "Accuracy in percent. Transfer: tasks not yet trained (mean of column means above the diagonal); known tasks: only "
     "those whose accuracy before training was at least three times chance. Average: all cells. Last: all tasks at the "
     "end. Preserve: trained tasks later on. Forgetting: best minus last. Learned: mean of the diagonal minus "
     "pretrained. A dash: cells of the matrix are missing. Retrieval and modality gap on the reference pool after the "
-    "last task: methods with losses on it train on these very pairs. Mean ± standard "
+    "last task: methods with losses on it train on these very pairs. Cosines of test images with their own class and "
+    "with the others, and the gap on tasks: after the last, mean over tasks. Robust, share kept: of the accuracy under "
+    "an attack of half a grey level. Mean ± standard "
     "deviation over seeds; differences with a 95 % interval from a paired bootstrap over test images and seeds."
 )
 STYLE = (
@@ -148,8 +158,8 @@ def markdown(runs: Sequence[Results], against: str) -> str:
 def notes(runs: Sequence[Results]) -> list[str]:
     """Remarks below the tables."""
     found = [f"Pretrained, before any training: {np.nanmean([run['pretrained'] for run in runs]):.1f} on average."]
-    if unknown := unknown_tasks(runs):
-        found.append(f"Not known before training (below three times chance): {unknown}.")
+    if unknown := list(dict.fromkeys(task for run in runs for task in run.get("unknown_tasks", []))):
+        found.append(f"Not known before training (below three times chance): {', '.join(unknown)}.")
     before = [run["pool"]["before"] for run in runs if run.get("pool", {}).get("before")]
     if before:
         first = before[0]
@@ -201,20 +211,17 @@ def _image(draw: Callable[[io.BytesIO], None], text: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write `report.html` (self-contained) and `report.md` of all runs; returns the exit status."""
     options = parse(arguments)
-    try:
-        runs = load_runs(options.runs)
-        refuse_mixed(runs)
-        text = markdown(runs, options.against)
-        folder = Path(options.output)
-        for name, content in (("report.html", page(runs, options.against)), ("report.md", text)):
-            with writing(folder / name) as draft:
-                draft.parent.mkdir(parents=True, exist_ok=True)
-                draft.write_text(content, encoding="utf-8")
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return carried_out(lambda: write(options.runs, options.against, Path(options.output)), str)
+
+
+def write(places: Sequence[str], against: str, folder: Path) -> None:
+    """Write both reports of the runs below `places` into `folder` and print the second."""
+    runs = load_runs(places)
+    refuse_mixed(runs)
+    text = markdown(runs, against)
+    write_text(folder / "report.html", page(runs, against))
+    write_text(folder / "report.md", text)
     print(text + f"\n{folder / 'report.html'}")
-    return 0
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

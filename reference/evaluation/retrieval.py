@@ -1,4 +1,4 @@
-"""Retrieval both ways between general images and captions, and the modality gap."""
+"""Geometry of the two modalities: retrieval both ways on the pool, cosines and the modality gap on every task."""
 
 from __future__ import annotations
 
@@ -24,6 +24,19 @@ def pool_figures(clip: Clip, pool: ReferencePool, config: Config) -> dict[str, f
     texts = text_features(clip, clip.tokens(sentences), config).cpu()
     figures = recalls(images @ texts.T, kind)
     return {**figures, "modality_gap": float((images.mean(0) - texts[kind].mean(0)).norm())}
+
+
+def gap_figures(features: Tensor, labels: Tensor, texts: Tensor) -> dict[str, float]:
+    """Mean cosine of images with their own class and with the other classes, and the modality gap, of one task.
+
+    `features` `[n, e]` and class vectors `texts` `[c, e]` have length 1; `labels` `[n]`. The first two are eq. 1 and 2
+    of MG-CLIP (arXiv 2507.09118); the gap is that of `pool_figures`, over images and the vectors of their classes.
+    """
+    cosines, labels = (features @ texts.T).double(), labels.to(features.device)
+    own = cosines.gather(1, labels[:, None])
+    others = (cosines.sum() - own.sum()) / (cosines.numel() - len(own))
+    gap = (features.mean(0) - texts[labels].mean(0)).norm()
+    return {"positive_cosine": float(own.mean()), "negative_cosine": float(others), "modality_gap": float(gap)}
 
 
 def recalls(similarity: Tensor, kind: Tensor) -> dict[str, float]:

@@ -18,25 +18,30 @@ from tqdm import tqdm
 
 from reference.config import Config
 from reference.data.tasks import Task
+from reference.evaluation.retrieval import gap_figures
 from reference.methods import Method
 from reference.training.steps import accuracy, scores
 
 Rule = Literal["first", "all", "gnsp"]
+Gap = dict[str, float] | None
 
 
 @dataclass
 class Board:
     """One way of scoring: the pretrained row, then one row per finished task; `right[0]` belongs to `pretrained`.
 
-    `accuracy[j][i]` is in percent, NaN where it was not measured; `right[j][i]` is `packed` booleans, one an image.
+    `accuracy[j][i]` is in percent, NaN where it was not measured; `right[j][i]` is `packed` booleans, one an image;
+    `gaps[j][i]` are `gap_figures`, None where they were not measured.
     """
 
     pretrained: list[float] = field(default_factory=list)
     accuracy: list[list[float]] = field(default_factory=list)
     right: list[list[str]] = field(default_factory=list)
+    gaps: list[list[Gap]] = field(default_factory=list)
 
-    def add(self, row: list[Tensor | str | None]) -> None:
-        """Append what was found for each task: booleans, the packed entry of an earlier row, or None."""
+    def add(self, row: list[Tensor | str | None], gaps: list[Gap] | None = None) -> None:
+        """Append what was found for each task: booleans, the packed entry of an earlier row, or None; and gaps."""
+        self.gaps.append(gaps or [None] * len(row))
         entries = ["" if cell is None else cell if isinstance(cell, str) else packed(cell) for cell in row]
         values = [float("nan") if not entry else accuracy(unpacked(entry)) for entry in entries]
         self.right.append(entries)
@@ -74,24 +79,27 @@ class Scorer:
         """Score after task `number` (None: before the first) and append a row to every board."""
         last = number == len(self.tasks) - 1
         rows: dict[str, list[Tensor | str | None]] = {name: [] for name in self.names}
+        gaps: list[Gap] = []
         for i, task in enumerate(tqdm(self.tasks, desc="evaluate", leave=False, disable=None)):
-            if number is None or self.method.scored == "all" or (self.method.scored == "end" and last):
-                found: Iterable[Tensor | str | None] = self._score(task, i, number)
-            elif self.method.scored == "own":
-                found = self._score(task, i, number) if i == number else [boards[n].right[-1][i] for n in self.names]
+            own = self.method.scored == "own"
+            found: Iterable[Tensor | str | None]
+            if number is None or self.method.scored == "all" or (last and not own) or (own and i == number):
+                found = self._score(task, i, number, gaps)
             else:
-                found = [None] * len(rows)
+                found = [boards[name].right[-1][i] if own else None for name in self.names]
+                gaps.append(boards[self.names[0]].gaps[-1][i] if own else None)
             for row, cell in zip(rows.values(), found):
                 row.append(cell)
         for name, row in rows.items():
-            boards.setdefault(name, Board()).add(row)
+            boards.setdefault(name, Board()).add(row, gaps if name == self.names[0] else None)
 
-    def _score(self, task: Task, i: int, number: int | None) -> list[Tensor]:
+    def _score(self, task: Task, i: int, number: int | None, gaps: list[Gap]) -> list[Tensor]:
         found: list[Tensor] = []
         counts = tuple(self._templates(rule, task, i, number) for rule in self.rules)
         for kind in self.method.evaluations:
             with self.method.evaluating(kind, task):
-                found += scores(self.method.clip, task, self.config, counts)
+                look = None if found else lambda *seen: gaps.append(gap_figures(*seen))
+                found += scores(self.method.clip, task, self.config, counts, look)
         return found
 
     def _templates(self, rule: Rule, task: Task, i: int, number: int | None) -> int:
@@ -102,4 +110,4 @@ class Scorer:
 
 def as_results(board: Board) -> dict[str, Any]:
     """The board as results keep it."""
-    return {"accuracy": board.accuracy, "pretrained": board.pretrained, "right": board.right}
+    return {"accuracy": board.accuracy, "pretrained": board.pretrained, "right": board.right, "gaps": board.gaps}

@@ -11,7 +11,6 @@ from reference.evaluation import metrics
 
 Results = dict[str, Any]
 FIGURES = ("transfer", "average", "last", "forgetting", "diagonal_gain")
-COLUMNS = ("transfer", "transfer_known", "average", "last", "forgetting", "diagonal_gain")
 
 
 def whole(run: Results, figure: str) -> float | None:
@@ -35,15 +34,23 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
-def unknown_tasks(runs: Sequence[Results]) -> str:
-    """Names of the tasks that the pretrained model did not know, separated by commas."""
-    return ", ".join(dict.fromkeys(task for run in runs for task in run.get("unknown_tasks", [])))
-
-
 def memory(run: Results) -> float | None:
     """Peak memory in MiB, of the GPU if there is one."""
     found: float | None = run["peak_memory"]["gpu_mib"] or run["peak_memory"]["process_mib"]
     return found
+
+
+def gap(run: Results, figure: str, row: int = -1) -> float | None:
+    """Mean over tasks of one of `gap_figures`, after the last task or (`row` 0) before training."""
+    found = [cell[figure] for cell in (run.get("gaps") or [[]])[row] if cell]
+    return float(np.mean(found)) if found else None
+
+
+def robust_share(run: Results) -> float | None:
+    """Share of the pretrained accuracy under the attack of half a grey level that is left, mean over tasks."""
+    moments = (run.get("robust", {}).get(moment, {}).values() for moment in ("before", "after"))
+    before, after = (sum(row[2] for row in rows) for rows in moments)
+    return after / before if before else None
 
 
 def matrix_table(results: Results) -> str:
@@ -64,52 +71,8 @@ def matrix_table(results: Results) -> str:
     )
 
 
-def summary_table(runs: Sequence[Results], note: str) -> str:
-    """One line per method: mean over seeds, with the standard deviation where there are several."""
-    rows = [["method", *(name.replace("_", " ") for name in COLUMNS), "seconds"]]
-    for method in dict.fromkeys(run["method"] for run in runs):
-        of_method = [run for run in runs if run["method"] == method]
-        figures = [spread([figure(run, name) for run in of_method]) for name in COLUMNS]
-        rows.append([method, *figures, spread([run["seconds"] for run in of_method])])
-    pretrained = np.nanmean([run["pretrained"] for run in runs])
-    lines = [_aligned(rows), f"before any fine-tuning (pretrained): {pretrained:.1f} % on average"]
-    if unknown := unknown_tasks(runs):
-        lines.append(f"not known before training (below three times chance): {unknown}")
-    return "\n".join([*lines, note] if note else lines)
-
-
-def figure(run: dict[str, Any], name: str) -> float | None:
-    """A figure of one run; None where it is not known or cells of the matrix are missing."""
-    return run.get(name) if name == "transfer_known" else whole(run, name)
-
-
-def cost_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Seconds per iteration (and as a multiple of `finetune`'s), of consolidation, and peak memory, by method."""
-    times = {
-        method: _known([run.get("seconds_per_iteration") for run in runs if run["method"] == method])
-        for method in dict.fromkeys(run["method"] for run in runs)
-    }
-    bare = np.mean(times.get("finetune") or [np.nan])
-    rows = [["method", "s / iteration", "x finetune", "s / 1,000 images consolidated", "peak memory [MiB]"]]
-    for method, seconds in times.items():
-        of_method = [run for run in runs if run["method"] == method]
-        spent = _known([run.get("consolidation_seconds_per_1000_images") for run in of_method])
-        peak = _known([memory(run) for run in of_method])
-        ratio = np.mean(seconds) / bare if seconds else np.nan
-        cells = (_figure(seconds, 4), "-" if np.isnan(ratio) else f"{ratio:.2f}", _figure(spent, 2), _figure(peak, 0))
-        rows.append([method, *cells])
-    return _aligned(rows)
-
-
-def _known(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def _figure(values: Sequence[float], digits: int) -> str:
-    return f"{np.mean(values):.{digits}f}" if values else "-"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal; the first row is its heading."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))

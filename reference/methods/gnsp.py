@@ -11,9 +11,11 @@ anew for every task, in the order in which the system lists files.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import yaml
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -28,19 +30,8 @@ from reference.training.steps import Schedule, crop, seeded, uniform
 
 GRAM_BATCH = 16
 
-# Rate as a multiple of 1e-5 and share of 1,000 iterations, by task and order: the released `configs/mtil_order_*.json`.
-TUNED: dict[str, dict[str, tuple[float, float]]] = {
-    "I": {
-        "aircraft": (1, 0.1), "caltech101": (2, 0.5), "cifar100": (1, 1), "dtd": (5, 0.5), "eurosat": (2, 0.5),
-        "flowers102": (2, 1), "food101": (5, 1), "mnist": (1, 0.5), "oxford_pets": (5, 0.5), "stanford_cars": (5, 1),
-        "sun397": (2, 1),
-    },
-    "II": {
-        "stanford_cars": (1, 1), "food101": (1, 1), "mnist": (1, 0.5), "oxford_pets": (1, 0.5), "flowers102": (2, 1),
-        "sun397": (2, 1), "aircraft": (5, 1), "caltech101": (1, 0.5), "dtd": (5, 0.5), "eurosat": (1, 0.5),
-        "cifar100": (1, 1),
-    },
-}  # fmt: skip
+# Rate and share of the iterations by order and task.
+TUNED: dict[str, dict[str, list[float]]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -56,7 +47,7 @@ class CountedTail(TailEnergy):
 
 def tuned(schedule: Schedule, order: str, task: str) -> Schedule:
     """GNSP's schedule of `task`, in proportion to the common one (1e-5 and 1,000 iterations in the paper)."""
-    rate, share = TUNED[order].get(task, (1.0, 1.0))
+    rate, share = TUNED[order].get(task, [1.0, 1.0])
     return replace(schedule, rate=rate * schedule.rate, iterations=max(1, round(share * schedule.iterations)))
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from reference.command import carried_out
 from reference.errors import ExperimentError
 from reference.published.methods import METHODS, chosen_methods
 from reference.published.protocols import PROTOCOLS, Protocol
@@ -25,15 +26,14 @@ Number = TypeVar("Number", int, float)
 def main(arguments: Arguments[str] | None = None) -> int:
     """Do what the command line asks for; returns the exit status (0, 2 for an error)."""
     options = parse(arguments)
-    folder = Path(options.output)
-    try:
-        if not options.report:
-            run_all(options, folder)
-        print(report(read_runs(folder, options.table), options.table))
-    except ExperimentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return carried_out(lambda: run(options, Path(options.output)), str)
+
+
+def run(options: argparse.Namespace, folder: Path) -> None:
+    """Run what is missing, unless only the table is asked for, and print it."""
+    if not options.report:
+        run_all(options, folder)
+    print(report(read_runs(folder, options.table), options.table))
 
 
 def run_all(options: argparse.Namespace, folder: Path) -> None:

@@ -10,7 +10,7 @@ import gzip
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,14 +29,6 @@ MNIST_FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte", 10_000),
 }
 CIFAR_SIZES = {"train": 50_000, "test": 10_000}
-
-
-class Benchmark(Protocol):
-    """A sequence of ten tasks."""
-
-    def part(self, task: int, part: Part) -> Labelled:
-        """Images and labels of one part of one task."""
-        ...
 
 
 class PermutedMNIST:
@@ -88,6 +80,9 @@ class SplitCIFAR100:
             index = drawn[:cut] if part == "validation" else drawn[cut:]
         mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.deviation))
         return pixels[index].float().sub_(mean).div_(deviation), labels[index] % 10
+
+
+Benchmark = PermutedMNIST | SplitCIFAR100  # a sequence of ten tasks
 
 
 def read_mnist(root: Path) -> dict[str, Labelled]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from torch import nn
 
 from reference.errors import ExperimentError
@@ -51,7 +52,7 @@ class Protocol:
     growth: float = 0.0
     patience: int | None = None
     least_rate: float = 0.0
-    milestones: tuple[float, ...] = ()
+    milestones: Sequence[float] = ()
     cosine: bool = False
     augment: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -82,52 +83,12 @@ class Protocol:
         return {round(share * self.epochs) for share in self.milestones}
 
 
+PARTS: dict[str, tuple[Any, ...]] = {
+    "pmnist": (read_mnist, PermutedMNIST, PermutedMLP),
+    "cifar100": (read_cifar100, SplitCIFAR100, SplitAlexNet),
+    "cifar100-resnet": (read_cifar100, SplitCIFAR100, SplitResNet18),
+}
 PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol(
-            "pmnist",
-            read_mnist,
-            PermutedMNIST,
-            PermutedMLP,
-            tasks=10,
-            epochs=5,
-            batch=10,
-            test_batch=64,
-            rate=0.01,
-            samples=300,
-            thresholds={"lin1": 0.95, "lin2": 0.99, "fc1": 0.99},
-        ),
-        Protocol(
-            "cifar100",
-            read_cifar100,
-            SplitCIFAR100,
-            SplitAlexNet,
-            tasks=10,
-            epochs=200,
-            batch=64,
-            test_batch=64,
-            rate=0.01,
-            samples=125,
-            thresholds={"": 0.97},
-            growth=0.003,
-            patience=6,
-            least_rate=1e-5,
-        ),
-        Protocol(
-            "cifar100-resnet",
-            read_cifar100,
-            SplitCIFAR100,
-            SplitResNet18,
-            tasks=10,
-            epochs=80,
-            batch=32,
-            test_batch=64,
-            rate=1e-4,
-            samples=4750,
-            thresholds={},
-            milestones=(0.375, 0.75),
-            augment=True,
-        ),
-    )
+    name: Protocol(name, *PARTS[name], **settings)
+    for name, settings in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8")).items()
 }

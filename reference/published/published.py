@@ -8,6 +8,9 @@ al. 2022), five runs each.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 
 @dataclass(frozen=True)
@@ -21,20 +24,8 @@ class Published:
 
 
 FIGURES: dict[str, dict[str, Published]] = {
-    "pmnist": {
-        "gpm": Published(93.91, 0.16, -3),
-        "trgp": Published(96.34, 0.11, -0.8),
-        "trgp-released": Published(96.34, 0.11, -0.8),
-        "code-cl": Published(96.56, None, None, "secondary page"),
-    },
-    "cifar100": {
-        "gpm": Published(72.48, 0.40, -0.9),
-        "trgp": Published(74.46, 0.32, -0.9),
-        "trgp-released": Published(74.46, 0.32, -0.9),
-        "sgp": Published(76.05, 0.43, None, "from memory, unverified"),  # BWT -0.01: of 1 or in percent?
-        "code-cl": Published(77.21, 0.32, -1.1, "from memory, unverified"),
-    },
-    "cifar100-resnet": {"adam-nscl": Published(73.76, None, -1.6, "logs of its authors")},
+    table: {method: Published(**figure) for method, figure in rows.items()}
+    for table, rows in yaml.safe_load(Path(__file__).with_name("figures.yaml").read_text("utf-8")).items()
 }
 
 

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from reference.errors import ExperimentError
+from reference.evaluation.tables import markdown_table, spread
 from reference.published.methods import METHODS
 from reference.published.protocols import PROTOCOLS
 from reference.published.published import FIGURES, Published, verdict
+
+HEAD = ("method", "seeds", "ACC", "BWT", "loss of first / last task", "seconds", "published ACC (BWT)", "difference")
 
 
 def read_runs(folder: Path, table: str) -> list[dict[str, Any]]:
@@ -40,11 +43,7 @@ def report(runs: Iterable[dict[str, Any]], table: str) -> str:
     for run in runs:
         groups[run["method"]].append(run)
     order = [name for name in METHODS if name in groups] + sorted(set(groups) - set(METHODS))
-    lines = [
-        "| method | seeds | ACC | BWT | loss of first / last task | seconds | published ACC (BWT) | difference |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *(_line(name, groups[name], table) for name in order)])
+    return markdown_table([HEAD, *(_row(name, groups[name], table) for name in order)])
 
 
 def as_published(run: dict[str, Any]) -> bool:
@@ -71,19 +70,19 @@ def _one_setting(name: str, runs: list[dict[str, Any]]) -> None:
             )
 
 
-def _line(name: str, runs: list[dict[str, Any]], table: str) -> str:
+def _row(name: str, runs: list[dict[str, Any]], table: str) -> list[str]:
     _one_setting(name, runs)
     arithmetic = runs[0]["settings"].get("precision")
-    accuracy, backward = [run["ACC"] for run in runs], [run["BWT"] for run in runs if run["BWT"] is not None]
+    accuracy = [run["ACC"] for run in runs]
     published = FIGURES.get(table, {}).get(name)
     deviation = statistics.stdev(accuracy) if len(accuracy) > 1 else None
     losses = [statistics.mean(run["losses"][task][-1] for run in runs) for task in (0, -1)]
     title = METHODS[name].title if name in METHODS else name
-    cells = [
+    return [
         f"{title} (`{name}`)" + (f", in {arithmetic}" if arithmetic else ""),
         ", ".join(str(run["seed"]) for run in sorted(runs, key=lambda run: run["seed"])),
-        _mean(accuracy),
-        _mean(backward) if backward else "-",
+        spread(accuracy, 2),
+        spread([run["BWT"] for run in runs], 2),
         f"{losses[0]:.3f} / {losses[1]:.3f}",
         f"{statistics.mean(run['seconds'] for run in runs):.0f}",
         _published(published),
@@ -91,12 +90,6 @@ def _line(name: str, runs: list[dict[str, Any]], table: str) -> str:
         if all(map(comparable, runs))
         else "not the published settings",
     ]
-    return "| " + " | ".join(cells) + " |"
-
-
-def _mean(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def _published(published: Published | None) -> str:

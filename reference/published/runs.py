@@ -146,7 +146,7 @@ class Run(SavedRun):
             **self._identity(),
             "ACC": round(last(matrix).value, 4),
             "BWT": round(backward_transfer(matrix).value, 4) if tasks > 1 else None,
-            "policy": repr(self.method.policy(self.protocol)) if self.method.policy else None,
+            "policy": repr(self.method.rule(self.protocol)) if self.method.policy else None,
             **self.state,
             "seconds": round(self.state["seconds"], 1),
             "torch": torch.__version__,
@@ -172,9 +172,7 @@ class Run(SavedRun):
     def _checked(self, saved: dict[str, Any], path: Path) -> dict[str, Any]:
         """`saved`, if its settings are those of this run."""
         wanted = json.loads(json.dumps(self._identity()))
-        found = {key: saved.get(key) for key in wanted}
-        flat = ({**rest.pop("settings"), **rest} for rest in ({**found}, {**wanted}))
-        old, new = flat
+        old, new = ({**part["settings"], **part, "settings": None} for part in (saved, wanted))
         for key in {*new, *(old.keys() & vars(self.protocol).keys())}:
             if old.get(key) != new.get(key):
                 raise ExperimentError(

@@ -6,11 +6,11 @@ context in which a task is scored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from reference.published.data import Labelled
 
 
 class Session:
-    """Nothing besides training."""
+    """Nothing besides training; `saved` names attributes of tensors that a stopped run needs to go on."""
+
+    saved: ClassVar[tuple[str, ...]] = ()
 
     def begin(self, task: int, first: Labelled, samples: Labelled) -> None:
         """Prepare for `task`; `first` is its first batch, `samples` the draw whose inputs will be protected."""
@@ -42,12 +44,14 @@ class Session:
         """Term that is added to the loss of a batch."""
         return 0.0
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that a stopped run needs besides model and optimizer."""
-        return {}
+    def state(self) -> dict[str, Any]:
+        """The attributes `saved`."""
+        return {name: getattr(self, name) for name in self.saved}
 
-    def restore(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-        """Take up `saved` and prepare the model to load `weights`; the optimizer's bases are loaded already."""
+    def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Take up `state` and prepare the model to load `weights`; the optimizer's bases are loaded already."""
+        for name in self.saved:
+            setattr(self, name, state[name])
 
 
 class KeptNorms(Session):
@@ -58,6 +62,7 @@ class KeptNorms(Session):
     """
 
     weight, batch = 100.0, 32
+    saved = ("terms",)
 
     def __init__(self, optimizer: NullSpaceOptimizer, model: nn.Module) -> None:
         self.model = model
@@ -93,23 +98,6 @@ class KeptNorms(Session):
                 share += gradient.square() * len(images) / len(batches)
         self.terms.append({name: (share, self.norms[name].detach().clone()) for name, share in importance.items()})
 
-    def state(self) -> dict[str, Tensor]:
-        """Importance and centre of every term."""
-        return {
-            f"{task}:{kind}:{name}": tensor
-            for task, term in enumerate(self.terms)
-            for name, pair in term.items()
-            for kind, tensor in zip(("importance", "centre"), pair)
-        }
-
-    def restore(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-        """Take up the terms."""
-        count = len({key.split(":")[0] for key in saved})
-        self.terms = [
-            {name: (saved[f"{task}:importance:{name}"], saved[f"{task}:centre:{name}"]) for name in self.norms}
-            for task in range(count)
-        ]
-
 
 class Scaling(Session):
     """A task may re-weight directions of related earlier tasks; the mixing matrices are its own and stay."""
@@ -117,6 +105,7 @@ class Scaling(Session):
     def __init__(self, optimizer: NullSpaceOptimizer, model: nn.Module) -> None:
         self.optimizer, self.model = optimizer, model
         self.scaling: ForwardScaling | None = None
+        self.start: Callable[[Tensor], object] | None = None
 
     def directions(self, task: int, first: Labelled, samples: Labelled) -> Mapping[str, Mapping[str, Tensor]]:
         """Directions that `task` may re-weight, by weight and origin."""
@@ -128,7 +117,7 @@ class Scaling(Session):
             return
         self.scaling = self.scaling or ForwardScaling(self.optimizer)
         self.scaling.use(None)
-        mixing = self.scaling.begin(_name(task), self.directions(task, first, samples))
+        mixing = self.scaling.begin(_name(task), self.directions(task, first, samples), self.start)
         if mixing:
             self.optimizer.add_param_group({"params": mixing})
 
@@ -140,8 +129,9 @@ class Scaling(Session):
         """The weights as `task` mixes them."""
         return nullcontext() if self.scaling is None else self.scaling.task(_name(task))
 
-    def restore(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Make room for the mixing matrices of a saved model that has them."""
+        super().restore(weights, state)
         if any(".parametrizations." in name for name in weights):
             self.scaling = ForwardScaling(self.optimizer, saved=weights)
 
@@ -178,6 +168,8 @@ class ReleasedTrustRegions(TrustRegions):
     with `third_alone`, as on permuted MNIST, the third task has the second alone.
     """
 
+    saved = ("spans",)
+
     def __init__(self, optimizer: NullSpaceOptimizer, model: nn.Module, threshold: float, *, third_alone: bool) -> None:
         super().__init__(optimizer, model, threshold)
         self.third_alone = third_alone
@@ -190,7 +182,7 @@ class ReleasedTrustRegions(TrustRegions):
         self.name = _name(task)
         super().begin(task, first, samples)
         mixing = iter(self.optimizer.param_groups[-1]["params"])
-        weights = self.weights()
+        weights = named_weights(self.model)
         for name, spans in self.related.items():
             pairs = [(span, next(mixing)) for span in spans.values()]
             hook = partial(through_scaling, basis=self.optimizer.bases[name], pairs=pairs)
@@ -201,7 +193,7 @@ class ReleasedTrustRegions(TrustRegions):
         self.model.eval()
         self.gradients(task, samples)
         self.related = {}
-        for name, weight in self.weights().items():
+        for name, weight in named_weights(self.model).items():
             if name not in self.spans or weight.grad is None:
                 continue
             gradient = self.optimizer.bases[name].layout.to_matrix(weight.grad)
@@ -213,11 +205,6 @@ class ReleasedTrustRegions(TrustRegions):
                 self.related[name] = {old: spans[old] for old in related[:2]}
         self.optimizer.zero_grad()
         return self.related
-
-    def weights(self) -> dict[str, nn.Parameter]:
-        """All parameters by the names they have without scaling."""
-        named = self.model.named_parameters()
-        return {name.replace("parametrizations.", "").removesuffix(".original"): weight for name, weight in named}
 
     def end(self) -> None:
         """Count the stored directions as well, and take the scaling off before inputs are captured."""
@@ -249,17 +236,6 @@ class ReleasedTrustRegions(TrustRegions):
             )
         self.optimizer.load_state_dict(self.optimizer.state_dict())
 
-    def state(self) -> dict[str, Tensor]:
-        """The subspaces of the tasks."""
-        return {f"{name}:{task}": span for name, spans in self.spans.items() for task, span in spans.items()}
-
-    def restore(self, weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-        """Take up the subspaces as well."""
-        super().restore(weights, saved)
-        for key, span in saved.items():
-            name, _, task = key.partition(":")
-            self.spans.setdefault(name, {})[task] = span
-
 
 class SharedConceptors(Scaling):
     """CODE-CL: the leading 80 directions of what the conceptors of old and new tasks have in common."""
@@ -272,6 +248,25 @@ class SharedConceptors(Scaling):
             return shared_directions(self.optimizer, moments)
 
 
+class ReleasedConceptors(SharedConceptors):
+    """CODE-CL as its code runs it: mixing begins at random, as a linear layer's weight, and small layers have none.
+
+    Small: linear layers of at most 50 inputs, convolutions whose patches have at most 80 values.
+    """
+
+    def begin(self, task: int, first: Labelled, samples: Labelled) -> None:
+        """Mix at random at first."""
+        draw = torch.Generator().manual_seed(task)
+        self.start = lambda mix: mix.uniform_(-(mix.shape[-1] ** -0.5), mix.shape[-1] ** -0.5, generator=draw)
+        super().begin(task, first, samples)
+
+    def directions(self, task: int, first: Labelled, samples: Labelled) -> Mapping[str, Mapping[str, Tensor]]:
+        """Shared directions of the larger layers."""
+        found, weights = super().directions(task, first, samples), named_weights(self.model)
+        sizes = {name: next(iter(spans.values())).shape[1] for name, spans in found.items()}
+        return {name: found[name] for name, size in sizes.items() if size > (80 if weights[name].ndim == 4 else 50)}
+
+
 def through_scaling(gradient: Tensor, basis: Basis, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The gradient of `W`, given that of `W + sum W S (Q - I) S^T`, for the pairs `S`, `Q` of a task."""
     matrix = basis.layout.to_matrix(gradient)
@@ -280,6 +275,12 @@ def through_scaling(gradient: Tensor, basis: Basis, pairs: list[tuple[Tensor, Te
         along = matrix @ span
         added += (along @ mix.detach().mT - along) @ span.mT
     return gradient + basis.layout.from_matrix(added, gradient.shape)
+
+
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by the names they have without scaling."""
+    named = model.named_parameters()
+    return {name.replace("parametrizations.", "").removesuffix(".original"): weight for name, weight in named}
 
 
 def _name(task: int) -> str:

@@ -21,7 +21,7 @@ from reference.evaluation.report import files_below, load_runs
 from reference.evaluation.tables import markdown_table, memory, spread
 from reference.methods.adapters import TASK_UNKNOWN
 from reference.methods.igsp import BY_LAYER
-from reference.training.tracking import writing
+from reference.training.tracking import write_text
 
 Results = dict[str, Any]
 Rows = Mapping[str, list[Results]]
@@ -193,9 +193,7 @@ def write(places: Sequence[str], folder: Path) -> None:
     """Write and print the tables of the runs below `places` and draw their routing."""
     rows = read_rows(places)
     text = report(rows)
-    with writing(folder / "experts.md") as draft:
-        draft.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(text, encoding="utf-8")
+    write_text(folder / "experts.md", text)
     for label, runs in rows.items():
         if runs[0]["facts"].get("tasks"):
             routing(runs[0], folder / f"routing-{label}.png")

@@ -33,20 +33,20 @@ import torch
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from tqdm import tqdm
 
 from nullspace_optim.clip import alignment_loss
 from reference.command import StopRequest, carried_out
 from reference.config import Config
 from reference.data.folders import load_reference_pool, load_tasks
-from reference.data.tasks import Task
+from reference.data.tasks import Split, Task
 from reference.errors import ExperimentError
 from reference.sequence import StoppedError
 from reference.training.clip import Clip, assemble
 from reference.training.compact import CONFIG, TABLE, WEIGHTS
 from reference.training.features import image_features
-from reference.training.steps import Schedule, attention, crop, evaluate, precision, seeded, set_rate
+from reference.training.steps import Batch, Learner, Schedule, Step, evaluate, learn, seeded
 from reference.training.tracking import machine, provenance, write_json, writing
 
 CONTEXT, VOCABULARY = 24, 49408
@@ -131,12 +131,13 @@ def shape(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Pretraining:
+class Pretraining(Learner):
     """One training: contrastive, with targets that share their mass among images of one kind; saved now and then."""
 
     def __init__(self, gathered: Gathered, options: argparse.Namespace, stop: Callable[[], bool]) -> None:
         self.gathered, self.options, self.stop = gathered, options, stop
-        self.config = Config("demo", options.output, precision=options.precision, device=options.device)
+        given = {"batch_size": options.batch_size, "precision": options.precision, "device": options.device}
+        self.config = Config("demo", options.output, **given)
         self.shape = shape(options)
         torch.manual_seed(options.seed)
         model = open_clip.CLIP(**self.shape)
@@ -145,50 +146,44 @@ class Pretraining:
         self.tokens = [self.clip.tokens(sentences) for sentences in gathered.sentences]
         self.rows = torch.cat(self.tokens).unique().cpu()
         self.optimizer = AdamW(model.parameters(), lr=options.rate, weight_decay=0.1, betas=(0.9, 0.98))
+        self.optimizer.register_step_pre_hook(lambda *_: clip_grad_norm_(model.parameters(), 1.0) and None)
         self.schedule = Schedule(options.steps, options.rate, min(options.steps // 10, 500))
         self.step, self.losses = 0, list[float]()
         self.path = Path(options.output) / "pretraining.pt"
 
-    def train(self) -> bool:
-        """Train to the end, or until `stop()`; returns whether the end was reached."""
-        self._load()
-        bar = tqdm(range(self.step, self.options.steps), initial=self.step, total=self.options.steps, disable=None)
-        for _ in bar:
-            loss = self._one_step()
-            bar.set_postfix(loss=f"{loss:.3f}")
-            if not math.isfinite(loss):
-                raise ExperimentError(f"step {self.step}: the loss is {loss}; lower --rate")
-            self.losses.append(loss)
-            self.step += 1
-            asked = self.stop() and self.step < self.options.steps
-            if asked or self.step % SAVE_EVERY == 0:
-                self._save()
-            if asked:
-                return False
-        return True
+    def train(self) -> None:
+        """Train to the end.
 
-    def _one_step(self) -> float:
-        draw, clip = seeded(self.options.seed, self.step), self.clip
-        index = torch.randint(len(self.gathered.images), (self.options.batch_size,), generator=draw)
-        images = clip.normalised(crop(self.gathered.images[index], draw, SMALLEST))
-        kind = self.gathered.kind[index]
-        tokens = torch.stack(
-            [self.tokens[k][int(torch.randint(len(self.tokens[k]), (1,), generator=draw))] for k in kind.tolist()]
-        )
-        set_rate(self.optimizer, self.schedule.at(self.step))
-        model: Any = clip.model.train()
-        with attention(clip):
-            with precision(clip, self.config):
-                features = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
-            pairs = (features[0].float(), features[1].float(), model.logit_scale.exp())
-            loss = alignment_loss(pairs, kind.to(clip.device), smoothing=0.0)
-            self.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        self.optimizer.step()
-        with torch.no_grad():
-            model.logit_scale.clamp_(0, HOTTEST)
-        return float(loss)
+        Raises:
+            StoppedError: after `stop()` became true; everything is saved.
+        """
+        self._load()
+        split = Split(self.gathered.images, self.gathered.kind)
+        task = Task("pretraining", tuple(first for first, *_ in self.gathered.sentences), ("{}",), split, split)
+        learn(
+            self, task, self.config, self.schedule, self.options.seed, first_step=self.step, after_step=self._took,
+            smallest_crop=SMALLEST,
+        )  # fmt: skip
+
+    def _took(self, step: Step) -> None:
+        self.losses.append(step.loss)
+        self.step = step.number + 1
+        asked = self.stop() and self.step < self.options.steps
+        if asked or self.step % SAVE_EVERY == 0:
+            self._save()
+        if asked:
+            raise StoppedError
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The alignment loss of the images and a random sentence of each."""
+        draw, model = seeded(self.options.seed, batch.step), self.clip.model
+        of_kind = [self.tokens[kind] for kind in batch.labels.tolist()]
+        tokens = torch.stack([some[int(torch.randint(len(some), (1,), generator=draw))] for some in of_kind])
+        return alignment_loss(model(batch.images, tokens), batch.labels, smoothing=0.0)
+
+    def after_step(self, batch: Batch) -> None:
+        """Bound the temperature, as CLIP does."""
+        self.clip.model.logit_scale.data.clamp_(0, HOTTEST)  # type: ignore[operator,union-attr]
 
     def _identity(self) -> str:
         ignored = ("output", "device", "tasks_root", "captions")
@@ -223,8 +218,7 @@ def save_compact(model: nn.Module, shape: dict[str, Any], rows: Tensor, folder: 
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().half().contiguous() for name, value in model.state_dict().items()}
     state[TABLE] = state[TABLE][rows].contiguous()
-    with writing(folder / CONFIG) as draft:
-        draft.write_text(json.dumps({"model_cfg": shape, "preprocess_cfg": {}}, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, {"model_cfg": shape, "preprocess_cfg": {}})
     with writing(folder / WEIGHTS) as draft:
         save_file({**state, "token_rows": rows.to(torch.int32)}, draft)
     return (folder / WEIGHTS).stat().st_size
@@ -308,8 +302,7 @@ def pretrain(options: argparse.Namespace) -> None:
     leave_out = [name for name in options.leave_out.split(",") if name]
     gathered = gather(tasks, [(pool.images, pool.captions) for pool in pools], leave_out)
     run = Pretraining(gathered, options, StopRequest())
-    if not run.train():
-        raise StoppedError
+    run.train()
     folder = Path(options.output)
     size = save_compact(run.clip.model, run.shape, run.rows, folder)
     write_json(folder / "pretraining.json", report(run, tasks, size, time.perf_counter() - started))

@@ -37,7 +37,7 @@ from reference.sequence import Sequence
 from reference.studies import expert_report
 from reference.studies.grids import DEFAULTS, LISTED, OURS, Cell, Finished, Values, cells
 from reference.studies.summary import chosen, figure, markdown, read_cells
-from reference.training.tracking import write_json, writing
+from reference.training.tracking import write_json, write_text
 
 JUDGED_BY = ("average", "last", "transfer", "diagonal_gain")
 KEPT = (
@@ -62,8 +62,7 @@ def run(options: argparse.Namespace) -> None:
         expert_report.write([options.output], folder)
         return
     rows = read_cells(folder, options.grid)
-    with writing(folder / f"{options.grid}.md") as draft:
-        draft.write_text(markdown(rows), encoding="utf-8")
+    write_text(folder / f"{options.grid}.md", markdown(rows))
     figure(rows, folder / f"{options.grid}.png")
     print(markdown(rows))
     print(f"best by {options.by} (for a preset's of_method):\n{chosen(rows, options.by)}\n{folder / options.grid}.png")
@@ -130,7 +129,6 @@ def figures_of(
         "bytes": results["facts"].get("bytes"),
         "date": time.strftime("%Y-%m-%d"),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, figures)
     return figures
 

@@ -29,6 +29,7 @@ SMALLEST_CROP = 0.9  # share of the image's area, as in CLIP's own training
 EVALUATION_BATCH = 64
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Look = Callable[[Tensor, Tensor, Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def learn(
     number: int = 0,
     first_step: int = 0,
     after_step: Callable[[Step], None] | None = None,
+    smallest_crop: float = SMALLEST_CROP,
 ) -> None:
     """Let `learner` train `task` (the `number`-th) from `first_step` on.
 
@@ -170,7 +172,7 @@ def learn(
     for step in bar:
         rate = schedule.at(step)
         learner.set_rate(rate)
-        images = clip.normalised(crop(task.train.images[order[step]], seeded(seed, number, step)))
+        images = clip.normalised(crop(task.train.images[order[step]], seeded(seed, number, step), smallest_crop))
         batch = Batch(images, task.train.labels[order[step]], tokens, number, step, order[step])
         started = time.perf_counter()
         loss = _one_step(learner, batch, config)
@@ -231,20 +233,25 @@ def accuracy(correct: Tensor) -> float:
 
 
 @torch.no_grad()
-def scores(clip: Clip, task: Task, config: Config, templates: tuple[int, ...]) -> list[Tensor]:
+def scores(
+    clip: Clip, task: Task, config: Config, templates: tuple[int, ...], look: Look | None = None
+) -> list[Tensor]:
     """Test images that are classified rightly, booleans `[n]`, once for each number of templates in `templates`.
 
-    A class is the mean of its first so many prompts' features; all share one pass over the images.
+    A class is the mean of its first so many prompts' features; all share one pass over the images. `look` is shown unit
+    features `[n, e]`, labels `[n]` and the class vectors `[c, e]` of the first number of templates.
     """
     clip.model.eval()
     found: list[list[Tensor]] = [[] for _ in templates]
-    split = task.test.drawn(config.evaluation_images, seed=0)
+    split, seen = task.test.drawn(config.evaluation_images, seed=0), list[Tensor]()
     with precision(clip, config):
         classes = [class_vectors(clip, task, count) for count in templates]
         for images, labels in Batches(clip, split):
-            features = clip.model.encode_image(images, normalize=True).float()  # type: ignore[operator]
+            seen.append(clip.model.encode_image(images, normalize=True).float())  # type: ignore[operator]
             for vectors, correct in zip(classes, found):
-                correct.append((features @ vectors.T).argmax(dim=1).cpu() == labels)
+                correct.append((seen[-1] @ vectors.T).argmax(dim=1).cpu() == labels)
+    if look is not None:
+        look(torch.cat(seen), split.labels, classes[0])
     return [torch.cat(correct) for correct in found]
 
 

@@ -70,8 +70,14 @@ class Log:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` so that the file is either the old or the new one; NaN becomes null."""
+    write_text(path, json.dumps(_plain(content), indent=1) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write `content` in the same way, into a folder that is made if it is missing."""
     with writing(path) as draft:
-        draft.write_text(json.dumps(_plain(content), indent=1) + "\n", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(content, encoding="utf-8")
 
 
 def machine() -> dict[str, Any]:

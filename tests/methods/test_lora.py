@@ -143,7 +143,12 @@ def test_thresholds_of_the_lora_policies() -> None:
     values = torch.rand(30, generator=torch.Generator().manual_seed(0)).sort(descending=True).values.pow(4).tolist()
     for tasks in (0, 3, 20):
         loss = [(tasks + 1) * (1 - sum(values[:k]) / sum(values)) - 2.0 * (30 - k) / 30 for k in range(31)]
-        assert SplitLoRA(2.0).rank(dataclasses.replace(spectrum(values), tasks=tasks)) == max(1, loss.index(min(loss)))
+        seen, best = dataclasses.replace(spectrum(values), tasks=tasks), loss.index(min(loss))
+        assert SplitLoRA(2.0).rank(seen) == max(1, best)
+        dropped = max(best - 1, 1) + 1  # columns, by the released code's 0-based index
+        assert SplitLoRA(2.0, paper_code=True).rank(seen) == dropped
+    steep = spectrum([1.0, 1e-3, 1e-4, 1e-5])
+    assert SplitLoRA(2.0).rank(steep) == 1 and SplitLoRA(2.0, paper_code=True).rank(steep) == 2
 
 
 # ---- prompts
@@ -209,8 +214,8 @@ def test_both_sides_of_a_prompt_are_the_papers_matrices() -> None:
     for side, moment in (("right", first), ("left", second)):
         part, values = optimizer.bases["prompt"].subspaces[side], torch.linalg.eigvalsh(moment).flip(0)
         assert torch.allclose(part.covariance[0].double(), moment, rtol=1e-4, atol=1e-5)
-        singular = values.sqrt().tolist()
-        bends = [singular[i + 1] - 2 * singular[i] + singular[i - 1] for i in range(1, len(singular) - 1)]
+        found = values.tolist()
+        bends = [found[i + 1] - 2 * found[i] + found[i - 1] for i in range(1, len(found) - 1)]
         assert part.rank == 1 + bends.index(max(bends))
         leading = torch.linalg.eigh(moment)[1].flip(1)[:, : part.rank]
         assert slow.principal_angles(part.basis[0], leading).max() < 1e-3
@@ -220,11 +225,13 @@ def test_the_elbow_is_the_second_difference_of_the_smoothed_spectrum() -> None:
     from scipy.ndimage import gaussian_filter1d
     from spectra import spectrum
 
-    singular = torch.cat([torch.linspace(10, 5, 40), torch.linspace(1, 0.1, 160)]).double()
-    smooth = gaussian_filter1d(singular.numpy(), 10, mode="reflect")[3:-3]
-    elbow = 3 + max(range(1, len(smooth) - 1), key=lambda i: smooth[i + 1] - 2 * smooth[i] + smooth[i - 1])
-    seen = spectrum(singular.square().tolist())
-    assert VPTNSP().rank(seen) == elbow and 30 <= elbow <= 60
+    values = torch.cat([torch.linspace(10, 5, 40), torch.linspace(1, 0.1, 160)]).double().square()
+    smooth, of_roots = (gaussian_filter1d(part.numpy(), 10, mode="reflect")[3:-3] for part in (values, values.sqrt()))
+    elbow, other = (
+        3 + max(range(1, len(part) - 1), key=lambda i: part[i + 1] - 2 * part[i] + part[i - 1])
+        for part in (smooth, of_roots)
+    )
+    assert VPTNSP().rank(spectrum(values.tolist())) == elbow != other and 30 <= elbow <= 60
     assert VPTNSP().rank(spectrum([100.0, 81.0, 64.0, 1.0, 0.81, 0.64])) == 3
     assert VPTNSP().rank(spectrum([1.0, 1.0])) == 2
 

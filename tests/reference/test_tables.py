@@ -277,7 +277,7 @@ def test_a_run_goes_on_after_each_task_to_the_same_numbers(
     assert [path.name for path in (tmp_path / "parts").iterdir()] == [f"{method}-seed1.json"]
 
 
-@pytest.mark.parametrize("method", ["trgp", "trgp-released", "code-cl"])
+@pytest.mark.parametrize("method", ["trgp", "trgp-released", "code-cl", "code-cl-released"])
 def test_a_run_with_a_head_for_each_task_goes_on_to_the_same_numbers(
     method: str, colours: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

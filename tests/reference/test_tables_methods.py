@@ -24,7 +24,7 @@ from reference.published.methods import METHODS, ByLayer
 from reference.published.networks import PermutedMLP, SplitAlexNet
 from reference.published.protocols import PROTOCOLS
 from reference.published.runs import Run
-from reference.published.sessions import ReleasedTrustRegions, TrustRegions
+from reference.published.sessions import ReleasedConceptors, ReleasedTrustRegions, SharedConceptors, TrustRegions
 
 
 def gpm_as_released(matrices: list[np.ndarray], threshold: float, growth: float = 0.0) -> np.ndarray:
@@ -281,3 +281,26 @@ def test_trgp_as_released_trains_weights_through_their_scaling(digits: Images, t
         assert torch.allclose(found.grad, weight.grad, atol=1e-6)
     run.session.end()
     assert not run.session.hooks
+
+
+def test_code_cl_as_released_mixes_at_random_and_leaves_small_layers_out(digits: Images, tmp_path: Path) -> None:
+    run = Run(small(digits, tasks=1), METHODS["code-cl-released"], 1, digits, tmp_path)
+    run.finish()
+    assert isinstance(run.session, ReleasedConceptors)
+    images, labels = run.tasks.part(0, "train")  # the same task once more: every layer is related
+    run.session.begin(1, (images[:10], labels[:10]), (images[:60], labels[:60]))
+    mixing = run.optimizer.param_groups[-1]["params"]
+    assert {len(mix[0]) for mix in mixing} <= {80} and mixing
+    for mix in mixing:
+        assert not torch.equal(mix[0], torch.eye(80)) and float(mix.detach().abs().max()) <= 80**-0.5
+        assert float(mix.detach().std()) == pytest.approx(80**-0.5 / 3**0.5, rel=0.05)  # uniform
+    assert {mix.shape[-1] for mix in mixing} == {80}
+
+
+def test_code_cl_as_released_scales_no_small_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 5), nn.Conv2d(9, 4, 3), nn.Linear(50, 2), nn.Linear(51, 2))
+    found = {f"{n}.weight": {"shared": torch.zeros(1, size, 3)} for n, size in enumerate((75, 81, 50, 51))}
+    monkeypatch.setattr(SharedConceptors, "directions", lambda *arguments: found)
+    optimizer = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    nothing = (torch.zeros(0), torch.zeros(0))
+    assert set(ReleasedConceptors(optimizer, model).directions(1, nothing, nothing)) == {"1.weight", "3.weight"}

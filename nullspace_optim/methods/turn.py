@@ -1,0 +1,139 @@
+"""Orthogonal turns of a frozen weight: in blocks of its inputs (OFT, OrthSR), or inside its free directions.
+
+Blocks (OrthSR, arXiv 2407.08374, with the parametrization of OFT): `W' = W diag(Q_1 .. Q_r)` for a weight `W` `[m, d]`
+and `r` blocks `[d/r, d/r]` of its inputs. Free: with the stored directions `M` and the free ones `N` `[d, k]`,
+`W' = W + W N (Q - I) N^T`. Then `W' M = W M`: inputs within the stored directions see nothing, under any optimizer and
+decay, and no step has to be corrected. In both `W' W'^T = W W^T`: outputs keep their norms and angles to each other.
+
+`Q = (I - S) (I + S)^-1` (Cayley) with `S = (R - R^T) / 2`; `R` trains and is zero at first, so `W' = W`. The control
+without orthogonality, of equal size, is `Q = I + R`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..errors import OptionError, ShapeError
+from ..model.names import named_parameters
+from ..optimizer.optimizer import NullSpaceOptimizer
+
+
+class Turn(nn.Module):
+    """The parametrization of one weight, `[m, d]` or read as such: `R` `[r, b, b]` and, if there is one, `N` `[d, b]`.
+
+    `mixing` is `Q` `[r, b, b]`, at least float32.
+    """
+
+    free: Tensor | None
+
+    def __init__(self, weight: Tensor, free: Tensor | None, blocks: int, orthogonal: bool) -> None:
+        super().__init__()
+        side = weight[0].numel() // blocks if free is None else free.shape[1]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.orthogonal = orthogonal
+        self.register_buffer("free", None if free is None else free.to(wide))
+        start = torch.zeros(blocks if free is None else 1, side, side, dtype=wide, device=weight.device)
+        self.rotation = nn.Parameter(start)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the turned weight."""
+        matrix, mixing = weight.flatten(1), self.mixing().to(weight.dtype)
+        if self.free is None:
+            parts = matrix.reshape(len(matrix), *mixing.shape[:2])
+            return torch.einsum("mri,rij->mrj", parts, mixing).reshape(weight.shape)
+        free = self.free.to(weight.dtype)
+        eye = torch.eye(len(mixing[0]), dtype=weight.dtype, device=weight.device)
+        return (matrix + matrix @ free @ (mixing[0] - eye) @ free.T).reshape(weight.shape)
+
+    def mixing(self) -> Tensor:
+        """Return `Q` `[r, b, b]`."""
+        eye = torch.eye(self.rotation.shape[-1], dtype=self.rotation.dtype, device=self.rotation.device)
+        if not self.orthogonal:
+            return eye + self.rotation
+        skew = (self.rotation - self.rotation.mT) / 2
+        mixing: Tensor = torch.linalg.solve(eye + skew, eye - skew)
+        return mixing
+
+
+def begin_turn(
+    optimizer: NullSpaceOptimizer | nn.Module,
+    names: Iterable[str],
+    *,
+    blocks: int | None = None,
+    orthogonal: bool = True,
+) -> list[nn.Parameter]:
+    """Let the weights `names` turn from now on, and return what trains in their place, for an optimizer of its own.
+
+    With a `NullSpaceOptimizer` each weight turns inside the directions that its basis leaves free (all where it has
+    none); one without free directions is left out. With `blocks`, or a model, the inputs turn in so many equal blocks
+    (OrthSR: 4), whatever is stored. The weights themselves no longer train until `merge_turn`.
+
+    Raises:
+        OptionError: a name is unknown, or its weight turns already.
+        ShapeError: a weight has fewer than two dimensions or inputs that cannot be divided, or its basis is not one of
+            its inputs.
+    """
+    guard, model = _parts(optimizer)
+    parameters, found = named_parameters(model), []
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if name not in parameters:
+            raise OptionError(f"begin_turn: no parameter '{name}' in {type(model).__name__}")
+        weight, module = parameters[name], model.get_submodule(path)
+        if parametrize.is_parametrized(module, leaf):
+            raise OptionError(f"begin_turn: '{name}' is parametrized already; merge_turn or remove what is there")
+        size = weight[0].numel() if weight.ndim > 1 else 0
+        free = None if blocks is not None or guard is None else _free(guard, name, size, weight.device)
+        count = 4 if blocks is None else blocks
+        if size == 0 or (free is None and (count < 1 or size % count)):
+            raise ShapeError(f"begin_turn: '{name}' {tuple(weight.shape)} has no inputs of {count} equal blocks")
+        if free is not None and not free.shape[1]:
+            continue
+        turn = Turn(weight, free, count, orthogonal)
+        weight.requires_grad_(False)
+        parametrize.register_parametrization(module, leaf, turn, unsafe=True)
+        found.append(turn.rotation)
+    return found
+
+
+@torch.no_grad()
+def merge_turn(optimizer: NullSpaceOptimizer | nn.Module) -> list[str]:
+    """Write every turned weight as a plain one that may train again; return their names.
+
+    A `NullSpaceOptimizer` takes the new values for its anchors, so `consolidate` can follow.
+    """
+    guard, model = _parts(optimizer)
+    merged = []
+    for path, module in list(model.named_modules()):
+        for leaf, chain in list(getattr(module, "parametrizations", {}).items()):
+            if len(chain) == 1 and isinstance(chain[0], Turn):
+                turned = getattr(module, leaf).detach().clone()
+                parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+                getattr(module, leaf).copy_(turned).requires_grad_(True)
+                merged.append(f"{path}.{leaf}" if path else leaf)
+    if guard is not None and merged:
+        guard.reanchor()
+    return merged
+
+
+def _parts(optimizer: NullSpaceOptimizer | nn.Module) -> tuple[NullSpaceOptimizer | None, nn.Module]:
+    """Return the optimizer, if it is one, and the model."""
+    return (None, optimizer) if isinstance(optimizer, nn.Module) else (optimizer, optimizer.model)
+
+
+def _free(optimizer: NullSpaceOptimizer, name: str, size: int, device: torch.device) -> Tensor:
+    """Return an orthonormal basis `[d, k]` of the directions of `name` that its basis leaves free."""
+    basis = optimizer.bases.get(name)
+    if basis is None or not basis.subspaces:
+        kept = 0 if basis is None or basis.kept is None else size  # frozen: nothing is free
+        return torch.eye(size, device=device)[:, kept:]
+    stored = basis.subspaces.get("right")
+    if stored is None or len(basis.subspaces) > 1 or stored.basis.shape[:2] != (1, size) or basis.bias is not None:
+        raise ShapeError(f"begin_turn: the basis of '{name}' is not one of its {size} inputs alone; use blocks=")
+    used = stored.basis[0, :, : stored.rank].double()
+    whole: Tensor = torch.linalg.qr(used, mode="complete").Q
+    return whole[:, stored.rank :].to(stored.basis.dtype).to(device)
