@@ -263,6 +263,7 @@ METHODS = {
             policy=OURS,
             changes=TUNED_ADAMW,
         ),
+        Method("defaults", "AdamW, the defaults", base="adamw", policy=Energy(), project="both"),
         Method("adamw-both", "AdamW, ours, gradient as well", base="adamw", rate=3e-4, policy=GPM, project="both"),
     )
 }

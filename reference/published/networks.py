@@ -102,15 +102,15 @@ class PreActivationBlock(nn.Module):
 
 
 class SplitResNet18(nn.Module):
-    """The pre-activation ResNet-18 of Adam-NSCL for images of 32 x 32: 64 to 512 channels, one head a task.
+    """The pre-activation ResNet-18 of Adam-NSCL for images of 32 x 32: `width` to `8 width` channels, one head a task.
 
     Normalisation has running statistics, which go on moving from task to task.
     """
 
-    def __init__(self, tasks: int = 10) -> None:
+    def __init__(self, tasks: int = 10, width: int = 64) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        widths, strides = (64, 64, 128, 256, 512), (1, 2, 2, 2)
+        self.first = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        widths, strides = (width, width, 2 * width, 4 * width, 8 * width), (1, 2, 2, 2)
         self.blocks = nn.Sequential(
             *(
                 PreActivationBlock(widths[stage + (place > 0)], widths[stage + 1], stride if place == 0 else 1)
@@ -118,11 +118,28 @@ class SplitResNet18(nn.Module):
                 for place in range(2)
             )
         )
-        self.norm = nn.BatchNorm2d(512)
-        self.heads = nn.ModuleList(nn.Linear(512, 10) for _ in range(tasks))
+        self.norm = nn.BatchNorm2d(8 * width)
+        self.heads = nn.ModuleList(nn.Linear(8 * width, 10) for _ in range(tasks))
 
     def forward(self, images: Tensor, task: int = 0) -> Tensor:
         """Logits `[n, 10]` of images `[n, 3, 32, 32]` by the head of `task`."""
         features = self.norm(self.blocks(self.first(images))).relu()
         pooled = functional.adaptive_avg_pool2d(features, 1).flatten(1)
         return self.heads[task](pooled)  # type: ignore[no-any-return]
+
+
+class SplitViT(nn.Module):
+    """A small vision transformer for images of 32 x 32: patches of 4, four blocks of width 128, one head a task."""
+
+    def __init__(self, tasks: int = 10, width: int = 128) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, stride=4)
+        self.positions = nn.Parameter(0.02 * torch.randn(64, width))
+        block = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, 4, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.heads = nn.ModuleList(nn.Linear(width, 10) for _ in range(tasks))
+
+    def forward(self, images: Tensor, task: int = 0) -> Tensor:
+        """Logits `[n, 10]` of images `[n, 3, 32, 32]` by the head of `task`."""
+        tokens = self.patches(images).flatten(2).mT + self.positions
+        return self.heads[task](self.blocks(tokens).mean(1))  # type: ignore[no-any-return]

@@ -1,9 +1,10 @@
-"""Training of each published table: the settings of GPM's two scripts, which others took over, and Adam-NSCL's."""
+"""Training of each table: the settings of GPM's two scripts, which others took over, Adam-NSCL's, and two of our own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from reference.errors import ExperimentError
 from reference.published.data import Benchmark, Labelled, PermutedMNIST, SplitCIFAR100, read_cifar100, read_mnist
-from reference.published.networks import PermutedMLP, SplitAlexNet, SplitResNet18
+from reference.published.networks import PermutedMLP, SplitAlexNet, SplitResNet18, SplitViT
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ PARTS: dict[str, tuple[Any, ...]] = {
     "pmnist": (read_mnist, PermutedMNIST, PermutedMLP),
     "cifar100": (read_cifar100, SplitCIFAR100, SplitAlexNet),
     "cifar100-resnet": (read_cifar100, SplitCIFAR100, SplitResNet18),
+    "short-vit": (read_cifar100, SplitCIFAR100, SplitViT),
+    "short-resnet": (read_cifar100, SplitCIFAR100, partial(SplitResNet18, width=32)),
 }
 PROTOCOLS = {
     name: Protocol(name, *PARTS[name], **settings)
