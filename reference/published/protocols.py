@@ -1,4 +1,4 @@
-"""Training of each table: the settings of GPM's two scripts, which others took over, Adam-NSCL's, and two of our own."""
+"""Training of each table: GPM's two scripts, which others took over, Adam-NSCL's, and two short ones of our own."""
 
 from __future__ import annotations
 
