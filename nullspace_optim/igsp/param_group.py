@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from ..distributed.gradients import GradientAverage
 from ..errors import OptionError
 from .bank import ExpertBank
 from .moe.layer import ExpertLayer
@@ -25,9 +26,13 @@ class ExpertParamGroup:
 
     def __init__(self, options: IGSP) -> None:
         self.options = options
+        self._average = GradientAverage()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["options"])  # type: ignore[misc]
 
     @property
     def base(self) -> Optimizer:
@@ -52,6 +57,10 @@ class ExpertParamGroup:
                 "AdamW or another first-order optimizer"
             )
 
+    def average(self) -> None:
+        """Average the gradients of what trains now over the ranks, at the end of every backward pass."""
+        self._average.follow(self.parameters)
+
     def open(self, bases: list[Optimizer]) -> None:
         """Add the group, empty; its rate is `IGSP(lr=...)`, or 100 x that of the first group."""
         first = bases[0].param_groups[0]
@@ -63,6 +72,7 @@ class ExpertParamGroup:
         for parameter in self.group["params"]:
             self.base.state.pop(parameter, None)
         self.base.param_groups.remove(self.group)
+        self._average.follow(())
 
     @property
     def group(self) -> dict[str, Any]:
@@ -86,6 +96,7 @@ class ExpertParamGroup:
                 self.base.state.pop(parameter, None)
             self.group["params"][:] = before
             self.base.state.update(states)
+            self.average()
             raise
 
     @property
@@ -111,6 +122,7 @@ class ExpertParamGroup:
             if id(parameter) not in stay:
                 self.base.state.pop(parameter, None)
         group["params"][:] = wanted
+        self.average()
 
     @contextmanager
     def carry_state(self, layer: ExpertLayer, kept: Tensor) -> Iterator[None]:

@@ -25,7 +25,6 @@ from ..distributed.collectives import check_equal_on_all_ranks
 from ..distributed.communicator import communicator
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.fsdp import reshard
-from ..distributed.group import world_size
 from ..errors import NullSpaceWarning, OptionError
 from ..model.batches import Forward
 from ..model.find import unwrap
@@ -95,11 +94,6 @@ class NullSpaceOptimizer(WrappedOptimizer):
         bases: list[Any] = list(base) if isinstance(base, (list, tuple)) else [base]
         check_bases(bases)
         chosen = build_mode(mode)
-        if chosen is not None and world_size() > 1:
-            raise OptionError(
-                f"mode={mode!r} runs in one process so far: its phases would not advance together on all ranks; use "
-                'mode="null-space" in several processes'
-            )
         if chosen is not None and model is None:
             raise OptionError(f"mode={mode!r} adds experts to the model at once: pass it, model=")
         options = Settings(
