@@ -64,7 +64,7 @@ def install_experts(model: nn.Module, options: IGSP) -> ExpertBank:
             f"{type(model).__name__} already carries experts (its attribute '{CHILD}'): detach() the optimizer that "
             "put them there, or take an unchanged copy of the model"
         )
-    sites, scope = find_target_modules(model, options.patterns), RoutingContext(options.warm)
+    sites, scope = find_target_modules(model, options.target_modules), RoutingContext(options.warm)
     refuse_narrow(sites, options.width)
     layers = [ExpertLayer(site, options, scope, number, _device(site.module)) for number, site in enumerate(sites)]
     bank = ExpertBank(layers, scope)

@@ -111,7 +111,7 @@ def test_experts_of_another_architecture_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BasisFileError, match=r"another architecture: 'fc' \(32 -> 16\) there, 'fc' \(48 -> 16\) here"):
         other.load(tmp_path / "f")
     two = nn.Sequential(Layer(), Layer(16, 16))
-    other = NullSpaceOptimizer(AdamW(two.parameters(), lr=1e-4), two, mode=IGSP(**{**QUICK, "target_modules": "*.fc"}))
+    other = NullSpaceOptimizer(AdamW(two.parameters(), lr=1e-4), two, mode=IGSP(**{**QUICK, "target_modules": ["fc"]}))
     with pytest.raises(BasisFileError, match="another architecture"):
         other.load(tmp_path / "f")
     _, other = make(rank=4)
