@@ -79,7 +79,7 @@ class IGSP:
         * `threshold`: experts with less routing are pruned; if None, half of an equal share (see
           `pruning.keep_above`).
         * Convergence, in windows of `window` steps: Jaccard index of top-k sets at least .95 and KL divergence of mean
-          probabilities below `divergence` plus what two windows of other samples differ by anyway, `(E - 1) / n` (see
+          probabilities below .001 plus what two windows of other samples differ by anyway, `(E - 1) / n` (see
           `convergence.chance_divergence`), 2 windows in a row. After `cap` steps (20 % of MTIL's 1,000) phase 1 ends
           anyhow; a layer that has not converged then keeps all experts (`on_cap="keep"`). Choose `cap` at most a third
           of the steps of a task: a task that ends in phase 1 has no phase 2.
@@ -113,7 +113,6 @@ class IGSP:
     warmup: int | None = None
     threshold: float | None = None
     window: int = 20
-    divergence: float = 1e-3
     cap: int = 200
     on_cap: Literal["keep", "prune"] = "keep"
     orthogonal: Literal["input", "both", "structural", "none"] = "input"
@@ -134,7 +133,6 @@ class IGSP:
             ("noise", 0.0, 100.0, "low"),
             ("strength", 0.0, 1e6, "low"),
             ("shared_energy", 0.0, 1.0, "low high"),
-            ("divergence", 0.0, 1e6, ""),
         ):
             check_number(self, name, getattr(self, name), low, high, closed=closed)
         for name in ("threshold", "lr"):

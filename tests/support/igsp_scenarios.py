@@ -35,7 +35,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "strength": 0.01,
     },
     "by hand": {"strength": 2.0},
-    "accumulated": {"top_k": 1, "divergence": 1.0},
+    "accumulated": {"top_k": 1},
 }
 STEPS = 20
 BASES = ("/inputs", "/outputs", "/gates")

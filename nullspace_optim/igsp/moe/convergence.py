@@ -15,6 +15,7 @@ from .router import FLOOR, RoutingChoice
 
 DECAY = 0.9  # of the running means, by step
 AGREEMENT = 0.95  # least Jaccard index of the top-k sets of two windows that agree
+DIVERGENCE = 1e-3  # nats beyond chance by which the use of experts in two windows that agree may differ
 PATIENCE = 2  # windows in a row that must agree
 KEPT_INPUTS = 64  # forwards since the last step whose gate inputs the regularization sees
 
@@ -95,7 +96,7 @@ class ConvergenceMonitor(Stateless):
         now = self.window[:-1] / self.window[-1]
         if self.previous is not None:
             kl = float(divergence(now, self.previous))
-            most = self.options.divergence + chance_divergence(len(now), float(self.window[-1]))
+            most = DIVERGENCE + chance_divergence(len(now), float(self.window[-1]))
             self.convergence.judge(step, float(jaccard), kl, most)
         self.previous, self.window, self.origin = now, None, weight.detach().clone()
 
