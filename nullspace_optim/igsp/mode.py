@@ -242,6 +242,19 @@ class IgspMode:
         self.by_hand = False
         self.param_group.refresh(self.experts)
 
+    def apart(self) -> AbstractContextManager[None]:
+        """Take the experts' parameter group out of the optimizer inside the context."""
+        return self.param_group.apart()
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Optimizer state and settings of the experts that train now."""
+        return self.param_group.training
+
+    @training.setter
+    def training(self, state: dict[str, Any]) -> None:
+        self.param_group.training = state
+
     def task(self, name: str | Sequence[str | None] | None) -> AbstractContextManager[None]:
         """Route for one finished task, or for the task of each sample; None routes every sample by itself."""
         scope = self.experts.scope

@@ -99,6 +99,35 @@ class ExpertParamGroup:
             self.average()
             raise
 
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Take the group and its optimizer state out of the base inside the context."""
+        group, states = self.group, {p: self.base.state.pop(p) for p in self.parameters if p in self.base.state}
+        place = next(index for index, other in enumerate(self.base.param_groups) if other is group)
+        del self.base.param_groups[place]
+        try:
+            yield
+        finally:
+            self.base.param_groups.insert(place, group)
+            self.base.state.update(states)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Settings of the group, and the optimizer state of each of its parameters in order (empty: none yet)."""
+        settings = {key: value for key, value in self.group.items() if key != "params"}
+        return {"settings": settings, "states": [dict(self.base.state.get(p, {})) for p in self.parameters]}
+
+    @training.setter
+    def training(self, state: dict[str, Any]) -> None:
+        self.group.update(state["settings"])
+        for parameter, values in zip(self.parameters, state["states"], strict=True):
+            self.base.state.pop(parameter, None)
+            if values:
+                self.base.state[parameter] = {
+                    key: value.to(parameter.device) if getattr(value, "shape", None) == parameter.shape else value
+                    for key, value in values.items()
+                }
+
     @property
     def count(self) -> int:
         """Number of trainable parameters."""

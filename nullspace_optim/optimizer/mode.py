@@ -66,6 +66,16 @@ class Mode(Protocol):
     @state.setter
     def state(self, state: Extension) -> None: ...
 
+    def apart(self) -> AbstractContextManager[None]:
+        """Take the parameters that the mode trains, with their state, out of the optimizer inside the context."""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Optimizer state and settings of these parameters, as tensors and plain values."""
+
+    @training.setter
+    def training(self, state: dict[str, Any]) -> None: ...
+
     def task(self, name: str | Sequence[str | None] | None) -> AbstractContextManager[None]:
         """Run the model for one finished task, for the task of each sample, or for none in particular."""
 

@@ -36,7 +36,9 @@ def test_several_processes(name: str, outcomes: dict[str, str]) -> None:
     assert outcomes[name] == "passed", outcomes[name]
 
 
-@pytest.mark.parametrize("count", ["two", pytest.param("shards", marks=needs_shards)])
+@pytest.mark.parametrize(
+    "count", ["two", "two-dcp", *(pytest.param(kind, marks=needs_shards) for kind in ("shards", "shards-dcp"))]
+)
 def test_one_process_goes_on_where_several_stopped(count: str, outcomes: dict[str, str]) -> None:
     folder = Path(outcomes["folder"])
     model = seeded(Tower)

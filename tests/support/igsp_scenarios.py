@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from ddp_scenarios import everyone, refusal
 from fsdp_scenarios import sharded
 from models import Tensors, compare, seeded, share
@@ -226,10 +227,11 @@ def one_failing_rank_fails_all(folder: Path) -> None:
 def files_move_between_numbers_of_processes(folder: Path) -> None:
     """What one process saved in the middle of a task goes on here; what is saved here goes on elsewhere."""
     rank = dist.get_rank()
-    opt = wrap(model := seeded(Tower))
-    resume(opt, folder, "one")
-    train(DistributedDataParallel(model), opt, 2, "default", 10, rank)
-    check(results(opt), torch.load(folder / "igsp-resumed.pt"))
+    for kind in ("one", "one-dcp"):
+        opt = wrap(model := seeded(Tower))
+        resume(opt, folder, kind)
+        train(DistributedDataParallel(model), opt, 2, "default", 10, rank)
+        check(results(opt), torch.load(folder / "igsp-resumed.pt"), kind)
     opt = wrap(model := seeded(Tower))
     begin(DistributedDataParallel(model), opt, rank)
     save(opt, folder, "two")
@@ -239,11 +241,12 @@ def files_move_between_numbers_of_processes(folder: Path) -> None:
 
 def shards_write_and_read_files(folder: Path) -> None:
     rank = dist.get_rank()
-    model = sharded(seeded(Tower))
-    opt = wrap(model)
-    resume(opt, folder, "one")
-    train(model, opt, 2, "default", 10, rank)
-    check(results(opt), torch.load(folder / "igsp-resumed.pt"))
+    for kind in ("one", "one-dcp"):
+        model = sharded(seeded(Tower))
+        opt = wrap(model)
+        resume(opt, folder, kind)
+        train(model, opt, 2, "default", 10, rank)
+        check(results(opt), torch.load(folder / "igsp-resumed.pt"), kind)
     model = sharded(seeded(Tower))
     opt = wrap(model)
     begin(model, opt, rank)
@@ -252,7 +255,7 @@ def shards_write_and_read_files(folder: Path) -> None:
 
 def four_go_on(folder: Path) -> None:
     """Four ranks, each with a quarter of every batch, go on where one, two and two shards stopped."""
-    for count in ("one", "two", "shards") if (folder / "shards.pt").exists() else ("one", "two"):
+    for count in [kind for kind in ("one", "two", "two-dcp", "shards", "shards-dcp") if has(folder, kind)]:
         model = seeded(Tower)
         opt = wrap(model)
         resume(opt, folder, count)
@@ -273,15 +276,23 @@ def begin(model: nn.Module, opt: Any, rank: int | None = None) -> None:
 
 
 def save(opt: Any, folder: Path, count: str) -> None:
-    """Save as a state dict and as a file."""
+    """Save as a state dict, as a file and as a checkpoint of `torch.distributed.checkpoint`."""
     state = opt.state_dict()
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(state, folder / f"{count}.pt")
     opt.save(folder / f"{count}.safetensors")
+    dcp.save({"training": opt.checkpoint()}, checkpoint_id=folder / f"{count}-dcp")
 
 
-def resume(opt: Any, folder: Path, count: str) -> None:
-    opt.load_state_dict(torch.load(folder / f"{count}.pt", weights_only=True))
+def has(folder: Path, kind: str) -> bool:
+    return any((folder / name).exists() for name in (kind, f"{kind}.pt"))
+
+
+def resume(opt: Any, folder: Path, kind: str) -> None:
+    if kind.endswith("dcp"):
+        dcp.load({"training": opt.checkpoint()}, checkpoint_id=folder / kind)
+    else:
+        opt.load_state_dict(torch.load(folder / f"{kind}.pt", weights_only=True))
     assert opt.status().finished == ("t1",) and opt.status().step == 7
 
 
