@@ -27,6 +27,7 @@ class ExpertParamGroup:
     def __init__(self, options: IGSP) -> None:
         self.options = options
         self._average = GradientAverage()
+        self._apart = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"options": self.options}
@@ -105,9 +106,11 @@ class ExpertParamGroup:
         group, states = self.group, {p: self.base.state.pop(p) for p in self.parameters if p in self.base.state}
         place = next(index for index, other in enumerate(self.base.param_groups) if other is group)
         del self.base.param_groups[place]
+        self._apart = True
         try:
             yield
         finally:
+            self._apart = False
             self.base.param_groups.insert(place, group)
             self.base.state.update(states)
 
@@ -135,8 +138,8 @@ class ExpertParamGroup:
 
     @property
     def active(self) -> bool:
-        """True if any of them has a gradient."""
-        return any(p.grad is not None for p in self.parameters)
+        """True if any of them has a gradient and the group is not `apart`."""
+        return not self._apart and any(p.grad is not None for p in self.parameters)
 
     def others(self, base: Optimizer) -> list[Tensor]:
         """Return the parameters of `base` outside the group: the backbone."""

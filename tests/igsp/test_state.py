@@ -79,7 +79,7 @@ def test_a_file_and_the_base_state_resume_bitwise(moment: str, steps: int, tmp_p
 
 @pytest.mark.parametrize(("moment", "steps"), MOMENTS)
 def test_a_distributed_checkpoint_resumes_bitwise(moment: str, steps: int, tmp_path: Path) -> None:
-    """The optimizer that loads it has other experts: it has only begun its first task."""
+    """The optimizer that loads it has other experts: it is new, or has only begun its first task."""
     model, opt, task = history(steps)
     before = copy.deepcopy(opt.state_dict()["state"])
     dcp.save({"training": opt.checkpoint()}, checkpoint_id=tmp_path)
@@ -88,7 +88,8 @@ def test_a_distributed_checkpoint_resumes_bitwise(moment: str, steps: int, tmp_p
     train(model, opt, task, 200, first=steps)
 
     twin, other = make(seed=3)
-    train(twin, other, SyntheticTask(1), 2)
+    if moment != "phase 1":
+        train(twin, other, SyntheticTask(1), 2)
     dcp.load({"training": other.checkpoint()}, checkpoint_id=tmp_path)
     assert other.status().finished == ("one",)
     assert [group["lr"] for group in other.param_groups] == [group["lr"] for group in opt.param_groups]
