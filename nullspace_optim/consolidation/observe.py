@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -22,6 +22,9 @@ from ..model.loader import LoaderPass, bound_batches, current_parameters, make_r
 from ..model.names import named_buffers, named_parameters
 from ..settings import Settings
 from ..verification.unread import NOT_REPEATABLE, reaching_parameters
+
+Run = Callable[[Any, bool], Any]
+"""Runs the model on a batch and returns its outputs; the flag tells whether the batch counts on this rank."""
 
 UNCUT = (
     "the first 32 entries of a batch give other outputs alone than within it (a graph, time steps, crops of an image, "
@@ -75,21 +78,19 @@ class Observation:
 def observe(work: LoaderPass, options: Settings, ranks: Communicator) -> Observation:
     """Run the model on every batch and return what its parameters met, on all ranks together.
 
-    Replicas run through their loaders independently. Ranks that hold shards of one model must run it at the same time:
-    one whose loader has ended joins in with samples that do not count.
-
     Raises:
-        ConsolidationError: the loader gave no batches.
+        ConsolidationError: the loaders gave no batches.
     """
-    _share_buffers(work.model, ranks)
+    share_buffers(work.model, ranks)
     buffers = {name: buffer.detach().clone() for name, buffer in named_buffers(work.model).items()}
-    capture = _capture(work, options)
+    capture, feed = _capture(work, options), make_runner(work)
+
+    def observed(batch: Any, counted: bool) -> Any:
+        return capture.batch(lambda: feed(batch), counted=counted, samples=samples_in(batch))
+
     with capture:
-        if sharded_modules(work.model):
-            tally = _observe_shards(work, capture, ranks)
-        else:
-            tally = _observe_replica(work, capture)
-    tally, uncut = _sum_tallies(work, tally, ranks)
+        tally = run_batches(work, ranks, observed)
+    tally, uncut = sum_tallies(work, tally, ranks)
     device = next(iter(work.parameters.values())).device
     capture.reduce(device)
     return Observation(capture, buffers, device, tally, _find_unseen(work, capture, tally.first), uncut)
@@ -105,7 +106,16 @@ def _find_unseen(work: LoaderPass, capture: Capture, first: Any) -> str | None:
     return NOT_REPEATABLE.format(next(iter(unread))) if reaching is None else None
 
 
-def _sum_tallies(work: LoaderPass, tally: Tally, ranks: Communicator) -> tuple[Tally, str | None]:
+def run_batches(work: LoaderPass, ranks: Communicator, run: Run) -> Tally:
+    """Give every batch of the loader to `run`; return what this rank saw.
+
+    Replicas run through their loaders independently. Ranks that hold shards of one model must run it at the same time:
+    one whose loader has ended joins in with samples that do not count.
+    """
+    return _run_shards(work, ranks, run) if sharded_modules(work.model) else _run_replica(work, run)
+
+
+def sum_tallies(work: LoaderPass, tally: Tally, ranks: Communicator) -> tuple[Tally, str | None]:
     """Return the counts of all ranks, with the first samples of the first rank that has some, and a note if these
     cannot be cut.
     """
@@ -125,7 +135,7 @@ def _sum_tallies(work: LoaderPass, tally: Tally, ranks: Communicator) -> tuple[T
     return Tally(first, (), fed, sum(batches), sum(samples) if len(samples) == len(counts) else None), uncut
 
 
-def _share_buffers(model: nn.Module, ranks: Communicator) -> None:
+def share_buffers(model: nn.Module, ranks: Communicator) -> None:
     """Copy the buffers of rank 0 to every rank, as the next forward pass of DDP does."""
     if ranks.size == 1:
         return
@@ -145,20 +155,20 @@ def _capture(work: LoaderPass, options: Settings) -> Capture:
     )
 
 
-def _observe_replica(work: LoaderPass, capture: Capture) -> Tally:
+def _run_replica(work: LoaderPass, run: Run) -> Tally:
     """Return what this process saw."""
-    tally, run = Tally(), make_runner(work)
+    tally = Tally()
     with raise_on_all_ranks():
         for batch in bound_batches(work):
             with name_batch_in_errors(work, tally.batches):
-                outputs = capture.batch(lambda batch=batch: run(batch), samples=samples_in(batch))  # type: ignore[misc]
+                outputs = run(batch, True)
             tally.take(work, batch, outputs)
     return tally
 
 
-def _observe_shards(work: LoaderPass, capture: Capture, ranks: Communicator) -> Tally:
+def _run_shards(work: LoaderPass, ranks: Communicator, run: Run) -> Tally:
     """Return what this rank saw; all ranks run each batch together."""
-    batches, tally, run = iter(bound_batches(work)), Tally(), make_runner(work)
+    batches, tally = iter(bound_batches(work)), Tally()
     ended, lent = object(), None
     for turn in count():
         with raise_on_all_ranks():
@@ -171,11 +181,7 @@ def _observe_shards(work: LoaderPass, capture: Capture, ranks: Communicator) -> 
         mine = batch is not ended
         samples = batch if mine else lent
         with raise_on_all_ranks(communicating=True), name_batch_in_errors(work, tally.batches):
-            outputs = capture.batch(
-                lambda samples=samples: run(samples),  # type: ignore[misc]
-                counted=mine,
-                samples=samples_in(samples),
-            )
+            outputs = run(samples, mine)
         if mine:
             tally.take(work, batch, outputs)
     return tally

@@ -77,6 +77,22 @@ def all_reduce_sum_(tensors: Sequence[Tensor], owner: int | None = None, group: 
 
 
 @torch.no_grad()
+def sum_over_ranks(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the sum of each of `values`, shaped `like` these tensors, over the ranks, in place where there is one.
+
+    A value that is missing on some ranks counts as zero there; one that is missing on all stays missing.
+    """
+    if world_size() == 1 or not values:
+        return list(values)
+    whole = [torch.zeros_like(one) if value is None else value for value, one in zip(values, like, strict=True)]
+    present = torch.tensor([float(value is not None) for value in values], device=whole[0].device)
+    all_reduce_sum_([present, *whole])
+    if all(value is not None for value in values):
+        return list(whole)
+    return [value if here else None for value, here in zip(whole, present.tolist(), strict=True)]
+
+
+@torch.no_grad()
 def gather(tensor: Tensor, owner: int) -> list[Tensor]:
     """Return the `tensor` of every rank, all of one shape, on rank `owner`; an empty list elsewhere."""
     sent = to_backend_device(tensor.contiguous())

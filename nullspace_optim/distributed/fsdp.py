@@ -55,16 +55,16 @@ def shard_of(parameter: Any) -> Shard | None:
 
 
 @torch.no_grad()
-def all_gather_uneven(block: Tensor, dim: int, shard: Shard) -> Tensor:
-    """Return the blocks of all ranks of `shard.group`, one after the other along `dim` (sizes may differ)."""
-    count = dist.get_world_size(shard.group)
+def all_gather_uneven(block: Tensor, dim: int, group: Any) -> Tensor:
+    """Return the blocks of all ranks of `group` (None: all), one after the other along `dim` (sizes may differ)."""
+    count = dist.get_world_size(group)
     sizes = [to_backend_device(torch.zeros(1, dtype=torch.int64)) for _ in range(count)]
-    dist.all_gather(sizes, to_backend_device(torch.tensor([block.shape[dim]])), group=shard.group)
+    dist.all_gather(sizes, to_backend_device(torch.tensor([block.shape[dim]])), group=group)
     lengths = [int(size) for size in sizes]
     padded = to_backend_device(block.new_zeros(*block.shape[:dim], max(lengths), *block.shape[dim + 1 :]))
     padded.narrow(dim, 0, block.shape[dim]).copy_(block)
     pieces = [torch.empty_like(padded) for _ in range(count)]
-    dist.all_gather(pieces, padded, group=shard.group)
+    dist.all_gather(pieces, padded, group=group)
     return torch.cat([p.narrow(dim, 0, n) for p, n in zip(pieces, lengths, strict=True)], dim=dim).to(block.device)
 
 

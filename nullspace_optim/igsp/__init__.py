@@ -10,10 +10,11 @@ renamed the method iASP in 2026-07 ("projection in the expert-induced alignment 
 from __future__ import annotations
 
 from ..optimizer.mode import register_mode
+from .adapter import save_peft_adapter
 from .mode import IgspMode
 from .options import IGSP
 from .report import ExpertReport, LayerReport, PhaseStatus, TrainableCount
 
-__all__ = ["IGSP", "ExpertReport", "LayerReport", "PhaseStatus", "TrainableCount"]
+__all__ = ["IGSP", "ExpertReport", "LayerReport", "PhaseStatus", "TrainableCount", "save_peft_adapter"]
 
 register_mode("igsp", IGSP, IgspMode)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OptionError
-from ..model.loader import LoaderPass, make_runner, probe_samples
+from ..model.loader import LoaderPass
 from ..report import ParameterReport
 from ..subspace.basis import Fate
 from ..verification.probes import record_probe
@@ -64,7 +64,7 @@ def install_experts(model: nn.Module, options: IGSP) -> ExpertBank:
             f"{type(model).__name__} already carries experts (its attribute '{CHILD}'): detach() the optimizer that "
             "put them there, or take an unchanged copy of the model"
         )
-    sites, scope = find_target_modules(model, options.patterns), RoutingContext(options.warm)
+    sites, scope = find_target_modules(model, options.target_modules), RoutingContext(options.warm)
     refuse_narrow(sites, options.width)
     layers = [ExpertLayer(site, options, scope, number, _device(site.module)) for number, site in enumerate(sites)]
     bank = ExpertBank(layers, scope)
@@ -82,8 +82,8 @@ def _device(module: nn.Module) -> torch.device:
 def record_task(
     work: LoaderPass, first: Any, batches: int, options: str
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Return probe tensors and record of the task with the batch `first`, for `BasisStore.probes` and `.tasks`."""
-    probe = record_probe(work, probe_samples(make_runner(work), first))
+    """Return probe tensors and record of the task with the samples `first`, for `BasisStore.probes` and `.tasks`."""
+    probe = record_probe(work, first)
     record: dict[str, object] = {
         "name": work.task,
         "policy": options,

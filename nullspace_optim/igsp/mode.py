@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +19,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..consolidation.observe import Tally, run_batches, share_buffers, sum_tallies
+from ..distributed.collectives import check_equal_on_all_ranks
+from ..distributed.communicator import communicator
+from ..distributed.failures import raise_on_all_ranks
+from ..distributed.gradients import mean_over_holders
 from ..errors import ConsolidationError, OptionError
-from ..model.loader import LoaderPass, run_batches
+from ..model.loader import LoaderPass, make_runner
 from ..model.names import named_parameters
 from ..model.restore import restored_model
 from ..optimizer.mode import Host
@@ -35,6 +40,7 @@ from .options import IGSP
 from .param_group import ExpertParamGroup
 from .report import ExpertReport, PhaseStatus, TrainableCount
 from .state import Progress, all_or_nothing, pack_state, restore_state
+from .statistics import absorb_step, collect_inputs, judge_windows
 
 log = logging.getLogger("nullspace_optim.igsp")
 
@@ -79,6 +85,7 @@ class IgspMode:
             self._bank = install_experts(host.owner(), self.options)
             self.param_group.open(host.bases)
             self._begin()
+        self.param_group.average()
 
     def detach(self) -> None:
         """Take hooks, experts and parameter group away again."""
@@ -109,8 +116,7 @@ class IgspMode:
         self.by_hand = False
         self.progress.count_step(scope.first_phase)
         if scope.first_phase:
-            for layer in self.experts.layers:
-                layer.watch.absorb()
+            absorb_step(self.experts.layers)
             self._maybe_settle()
 
     def _maybe_settle(self) -> None:
@@ -124,8 +130,7 @@ class IgspMode:
             for layer in layers:
                 layer.end_warmup()
         if since >= 0 and since % self.options.window == 0:
-            for layer in layers:
-                layer.watch.judge(layer.router, steps)
+            judge_windows(layers, steps)
         if all(layer.watch.done for layer in layers) and any(layer.watch.seen for layer in layers):
             self.settle(f"all routers had converged after {steps} steps")
         elif steps >= self.options.cap:
@@ -174,43 +179,56 @@ class IgspMode:
             ConsolidationError: no step was taken, no batches, or a name used twice; nothing was changed.
         """
         started, scope = time.perf_counter(), self.experts.scope
-        if work.task in scope.tasks:
-            raise ConsolidationError(f"task '{work.task}' has been consolidated already; give this one another name=")
-        if not scope.steps:
-            raise ConsolidationError(f"task '{work.task}': no step was taken since the last task; train it first")
-        with all_or_nothing(self.host, self.experts, self.progress), self.param_group.restored_on_error():
+        self._check(work)
+        with self.param_group.restored_on_error(), all_or_nothing(self.host, self.experts, self.progress):
             if scope.first_phase:
                 self.settle(f"the task ended after {scope.steps} steps in phase 1")
-            with restored_model(work.model, work.loader), self._collecting():
-                first, batches = run_batches(work)
+            tally = self._observe(work)
             layers = [layer.report() for layer in self.experts.layers]
-            for layer in self.experts.layers:
-                layer.finish()
+            collected = collect_inputs(self.experts.layers)
+            with raise_on_all_ranks():
+                for layer, inputs in zip(self.experts.layers, collected, strict=True):
+                    layer.finish(inputs)
             scope.tasks.append(work.task)
             scope.move_to(0, False)
             with restored_model(work.model, work.loader), self.task(work.task):
-                probe, record = record_task(work, first, batches, repr(self.options))
+                probe, record = record_task(work, tally.first, tally.batches, repr(self.options))
             self.host.store.probes[work.task] = probe
             self.host.store.tasks.append(record)
             report = report_task(
-                self.experts, work, batches, layers, self.progress.trained, self.progress.reason, self.options
+                self.experts, work, tally.batches, layers, self.progress.trained, self.progress.reason, self.options
             )
-            self._begin()
-            self._protect()
+            with raise_on_all_ranks():
+                self._begin()
+                self._protect()
         self.progress.reason = f"task '{work.task}' was consolidated"
         log.info("igsp: phase 1 of task %d begins: %s", len(scope.tasks) + 1, self.progress.reason)
         return report.after(time.perf_counter() - started)
 
-    @contextmanager
-    def _collecting(self) -> Iterator[None]:
-        """Collect gate inputs in every layer, routed for the task at work."""
+    def _check(self, work: LoaderPass) -> None:
+        """Refuse a task that cannot be finished, and ranks that are not at the same place."""
         scope = self.experts.scope
-        scope.collecting = True
-        try:
-            with scope.using(Routing.CURRENT):
-                yield
-        finally:
-            scope.collecting = False
+        if work.task in scope.tasks:
+            raise ConsolidationError(f"task '{work.task}' has been consolidated already; give this one another name=")
+        place = f"phase {1 if scope.first_phase else 2}, step {scope.steps} of task {len(scope.tasks) + 1}"
+        check_equal_on_all_ranks([("the mode's options", repr(self.options)), ("the mode's place", place)], {})
+        if not scope.steps:
+            raise ConsolidationError(f"task '{work.task}': no step was taken since the last task; train it first")
+
+    def _observe(self, work: LoaderPass) -> Tally:
+        """Run every batch, routed for the task at work; its layers collect gate inputs."""
+        scope, ranks, run = self.experts.scope, communicator(), make_runner(work)
+
+        def collected(batch: Any, counted: bool) -> Any:
+            scope.collecting = counted
+            try:
+                return run(batch)
+            finally:
+                scope.collecting = False
+
+        with restored_model(work.model, work.loader), torch.no_grad(), scope.using(Routing.CURRENT):
+            share_buffers(work.model, ranks)
+            return sum_tallies(work, run_batches(work, ranks, collected), ranks)[0]
 
     @property
     def state(self) -> Extension:
@@ -223,6 +241,19 @@ class IgspMode:
             restore_state(self.experts, self.options, self.progress, extension)
         self.by_hand = False
         self.param_group.refresh(self.experts)
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Take the experts' parameter group out of the optimizer inside the context."""
+        return self.param_group.apart()
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Optimizer state and settings of the experts that train now."""
+        return self.param_group.training
+
+    @training.setter
+    def training(self, state: dict[str, Any]) -> None:
+        self.param_group.training = state
 
     def task(self, name: str | Sequence[str | None] | None) -> AbstractContextManager[None]:
         """Route for one finished task, or for the task of each sample; None routes every sample by itself."""
@@ -274,14 +305,15 @@ class IgspMode:
 
     def add_penalty(self) -> None:
         """Add the gradient of the penalty, unless it was taken by hand since the last step."""
-        if self.by_hand or not self.experts.scope.first_phase or self.options.regularization == "none":
+        scope = self.experts.scope
+        if self.by_hand or not scope.first_phase or scope.warming or self.options.regularization == "none":
             return
         with torch.enable_grad():
             value = self._penalty()
-            if not value.requires_grad:
-                return
             targets = [p for p in self.param_group.parameters if p.grad is not None]
-            gradients = torch.autograd.grad(value, targets, allow_unused=True)
+            none: list[Tensor | None] = [None] * len(targets)
+            gradients = torch.autograd.grad(value, targets, allow_unused=True) if value.requires_grad else none
+            gradients = mean_over_holders(gradients, targets)
         for parameter, gradient in zip(targets, gradients):
             if gradient is not None and parameter.grad is not None:
                 parameter.grad += gradient.to(parameter.grad.dtype)

@@ -6,12 +6,15 @@ constant. Structure of the experts after MoE-Adapters4CL (Yu et al. 2024).
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import OptionError
 from ..options import check_choice, check_number
 
+ALL_LINEAR = "all-linear"
 CHOICES = {
     "kind": ("lora", "bottleneck"),
     "gate_scale": ("none", "width"),
@@ -25,13 +28,33 @@ CHOICES = {
 WHOLE = {"rank": 1, "candidates": 1, "top_k": 1, "window": 1, "cap": 1, "seed": 0}
 
 
+def check_target_modules(value: object) -> None:
+    """Refuse what selects no modules in PEFT.
+
+    Raises:
+        OptionError: neither a list of names nor a regular expression; a glob pattern is told the way out.
+    """
+    names = [value] if isinstance(value, str) else value if isinstance(value, (tuple, list)) else []
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise OptionError(
+            f"IGSP(target_modules={value!r}): expected a list of module names, a regular expression or '{ALL_LINEAR}'"
+        )
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            way = f"; for a glob pattern give a list, [{value[2:]!r}]" if value.startswith("*.") else ""
+            raise OptionError(f"IGSP(target_modules={value!r}): no regular expression ({error}){way}") from error
+
+
 @dataclass(frozen=True)
 class IGSP:
     """Options of ``mode=IGSP(...)``; ``mode="igsp"`` takes the defaults.
 
     Experts
-        * `target_modules`: glob patterns of module names (`fnmatch`); experts stand parallel to each of these modules
-          and read its input. ``"*.mlp"`` is the MLP of every block, both encoders of a CLIP.
+        * `target_modules`: as in PEFT a list of names (a module whose name is one of them or ends with one after a
+          dot), a regular expression that whole names match, or ``"all-linear"``. Experts stand parallel to each of
+          these modules, linear layers or blocks of them, and read its input. ``["mlp"]`` is the MLP of every block.
         * `kind`: ``"lora"`` (`B A x`) or ``"bottleneck"`` (`B relu(A x + a) + b`, MoE-Adapters).
         * `rank`: rows of `A`, 16 (64 for a bottleneck). `scale`: factor on every expert's output.
         * `candidates`: experts added to each layer for each task (fewer where fewer free directions are left).
@@ -56,7 +79,7 @@ class IGSP:
         * `threshold`: experts with less routing are pruned; if None, half of an equal share (see
           `pruning.keep_above`).
         * Convergence, in windows of `window` steps: Jaccard index of top-k sets at least .95 and KL divergence of mean
-          probabilities below `divergence` plus what two windows of other samples differ by anyway, `(E - 1) / n` (see
+          probabilities below .001 plus what two windows of other samples differ by anyway, `(E - 1) / n` (see
           `convergence.chance_divergence`), 2 windows in a row. After `cap` steps (20 % of MTIL's 1,000) phase 1 ends
           anyhow; a layer that has not converged then keeps all experts (`on_cap="keep"`). Choose `cap` at most a third
           of the steps of a task: a task that ends in phase 1 has no phase 2.
@@ -74,7 +97,7 @@ class IGSP:
         OptionError: names the option, the value found and what is allowed.
     """
 
-    target_modules: str | tuple[str, ...] = "*.mlp"
+    target_modules: str | Sequence[str] = ("mlp",)
     kind: Literal["lora", "bottleneck"] = "lora"
     rank: int | None = None
     scale: float = 1.0
@@ -90,7 +113,6 @@ class IGSP:
     warmup: int | None = None
     threshold: float | None = None
     window: int = 20
-    divergence: float = 1e-3
     cap: int = 200
     on_cap: Literal["keep", "prune"] = "keep"
     orthogonal: Literal["input", "both", "structural", "none"] = "input"
@@ -99,11 +121,7 @@ class IGSP:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        listed = isinstance(self.target_modules, (str, tuple, list)) and self.patterns
-        if not listed or not all(isinstance(pattern, str) and pattern for pattern in listed):
-            raise OptionError(
-                f"IGSP(target_modules={self.target_modules!r}): expected a glob pattern of module names, or several"
-            )
+        check_target_modules(self.target_modules)
         for name, allowed in CHOICES.items():
             check_choice(name, getattr(self, name), allowed, owner="IGSP")
         for name, least in WHOLE.items():
@@ -115,7 +133,6 @@ class IGSP:
             ("noise", 0.0, 100.0, "low"),
             ("strength", 0.0, 1e6, "low"),
             ("shared_energy", 0.0, 1.0, "low high"),
-            ("divergence", 0.0, 1e6, ""),
         ):
             check_number(self, name, getattr(self, name), low, high, closed=closed)
         for name in ("threshold", "lr"):
@@ -125,11 +142,6 @@ class IGSP:
             raise OptionError(
                 f"IGSP(warmup={self.warmup!r}, cap={self.cap}): expected a whole number below cap, or None"
             )
-
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        """`target_modules` as a tuple."""
-        return (self.target_modules,) if isinstance(self.target_modules, str) else tuple(self.target_modules)
 
     @property
     def width(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from ..distributed.gradients import GradientAverage
 from ..errors import OptionError
 from .bank import ExpertBank
 from .moe.layer import ExpertLayer
@@ -25,9 +26,14 @@ class ExpertParamGroup:
 
     def __init__(self, options: IGSP) -> None:
         self.options = options
+        self._average = GradientAverage()
+        self._apart = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["options"])  # type: ignore[misc]
 
     @property
     def base(self) -> Optimizer:
@@ -52,6 +58,10 @@ class ExpertParamGroup:
                 "AdamW or another first-order optimizer"
             )
 
+    def average(self) -> None:
+        """Average the gradients of what trains now over the ranks, at the end of every backward pass."""
+        self._average.follow(self.parameters)
+
     def open(self, bases: list[Optimizer]) -> None:
         """Add the group, empty; its rate is `IGSP(lr=...)`, or 100 x that of the first group."""
         first = bases[0].param_groups[0]
@@ -63,6 +73,7 @@ class ExpertParamGroup:
         for parameter in self.group["params"]:
             self.base.state.pop(parameter, None)
         self.base.param_groups.remove(self.group)
+        self._average.follow(())
 
     @property
     def group(self) -> dict[str, Any]:
@@ -86,7 +97,39 @@ class ExpertParamGroup:
                 self.base.state.pop(parameter, None)
             self.group["params"][:] = before
             self.base.state.update(states)
+            self.average()
             raise
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Take the group and its optimizer state out of the base inside the context."""
+        group, states = self.group, {p: self.base.state.pop(p) for p in self.parameters if p in self.base.state}
+        place = next(index for index, other in enumerate(self.base.param_groups) if other is group)
+        del self.base.param_groups[place]
+        self._apart = True
+        try:
+            yield
+        finally:
+            self._apart = False
+            self.base.param_groups.insert(place, group)
+            self.base.state.update(states)
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Settings of the group, and the optimizer state of each of its parameters in order (empty: none yet)."""
+        settings = {key: value for key, value in self.group.items() if key != "params"}
+        return {"settings": settings, "states": [dict(self.base.state.get(p, {})) for p in self.parameters]}
+
+    @training.setter
+    def training(self, state: dict[str, Any]) -> None:
+        self.group.update(state["settings"])
+        for parameter, values in zip(self.parameters, state["states"], strict=True):
+            self.base.state.pop(parameter, None)
+            if values:
+                self.base.state[parameter] = {
+                    key: value.to(parameter.device) if getattr(value, "shape", None) == parameter.shape else value
+                    for key, value in values.items()
+                }
 
     @property
     def count(self) -> int:
@@ -95,8 +138,8 @@ class ExpertParamGroup:
 
     @property
     def active(self) -> bool:
-        """True if any of them has a gradient."""
-        return any(p.grad is not None for p in self.parameters)
+        """True if any of them has a gradient and the group is not `apart`."""
+        return not self._apart and any(p.grad is not None for p in self.parameters)
 
     def others(self, base: Optimizer) -> list[Tensor]:
         """Return the parameters of `base` outside the group: the backbone."""
@@ -111,6 +154,7 @@ class ExpertParamGroup:
             if id(parameter) not in stay:
                 self.base.state.pop(parameter, None)
         group["params"][:] = wanted
+        self.average()
 
     @contextmanager
     def carry_state(self, layer: ExpertLayer, kept: Tensor) -> Iterator[None]:

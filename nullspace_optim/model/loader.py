@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..distributed.fsdp import reshard, sharded_modules
 from ..errors import BatchError, ConsolidationError
-from .batches import Forward, feeder, first_samples, leading_outputs, outputs_agree, samples_in
+from .batches import Forward, feeder, leading_outputs, outputs_agree, samples_in
 from .names import present_parameters
 from .restore import fixed_seed
 
@@ -128,29 +128,3 @@ def run_apart(run: Forward, samples: Any, within: Sequence[Tensor]) -> bool:
     except Exception:  # shapes that the model cannot work with
         return False
     return outputs_agree(within, alone)
-
-
-def probe_samples(run: Forward, batch: Any) -> Any:
-    """Return the first 32 samples of `batch`, or all of it where they cannot stand alone."""
-    samples = first_samples(batch)
-    if samples_in(batch) == samples_in(samples):
-        return batch
-    with torch.no_grad(), fixed_seed():
-        within = leading_outputs(run(batch))
-    return samples if run_apart(run, samples, within) else batch
-
-
-def run_batches(work: LoaderPass) -> tuple[Any, int]:
-    """Run the model on every batch and watch nothing; return the first batch and the number of batches.
-
-    Raises:
-        ConsolidationError: the loader gave no batches or is endless.
-    """
-    run, first, number = make_runner(work), None, 0
-    with torch.no_grad():
-        for number, batch in enumerate(bound_batches(work), 1):
-            first = batch if number == 1 else first
-            run(batch)
-    if not number:
-        raise ConsolidationError(f"the loader of task '{work.task}' gave no batches; nothing was changed")
-    return first, number

@@ -3,7 +3,9 @@
 DCP writes weights and optimizer state shard by shard and reads them into any other number of processes. Protection is
 whole in the checkpoint (the bytes of a basis file, with its checksums); each rank cuts its own part out. DCP expects
 the same entries from every optimizer of a kind, so parameters that never had a gradient (frozen before the first step)
-are given the state of a step that moves nothing; they lose it again when the checkpoint is loaded.
+are given the state of a step that moves nothing; they lose it again when the checkpoint is loaded. DCP reads into
+tensors that are there; what a mode trains may differ in number and shape, so its optimizer state travels with the
+bases.
 
 `get_state_dict(model, opt)` of torch keeps nothing but "state" and "param_groups" of an optimizer; `called_by_torch`
 tells `WrappedOptimizer.state_dict` to hand out a state that survives this.
@@ -12,6 +14,7 @@ tells `WrappedOptimizer.state_dict` to hand out a state that survives this.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -94,11 +97,12 @@ class Checkpoint:
         core, model = self._core, self._core.owner()
         reshard(model)
         core.protection.finish_interrupted()
-        with complete(core) as stateless:
+        trained = {} if core.mode is None else {"mode": _packed(core.mode.training)}
+        with complete(core) as stateless, core.mode_apart():
             weights, bases = get_state_dict(model, core.bases)
         owed, allowed = core.protection.owed, core.protection.allowed
         record = {"owed": owed, "allowed": allowed, "stateless": names_of(core, stateless)}
-        protection = {"bases": basis_file.dumps(core.snapshot(), SOURCE), "record": json.dumps(record)}
+        protection = {"bases": basis_file.dumps(core.snapshot(), SOURCE), "record": json.dumps(record), **trained}
         return {"model": weights, "optimizer": bases, "protection": protection}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -113,11 +117,23 @@ class Checkpoint:
         with raise_on_all_ranks():
             record = json.loads(state["protection"]["record"])
             store = basis_file.loads(state["protection"]["bases"], SOURCE)
-        set_state_dict(core.owner(), core.bases, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        with core.mode_apart():
+            set_state_dict(
+                core.owner(), core.bases, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
         drop_state(core, record["stateless"])
         core.adopt(core.matching(store))
+        if core.mode is not None:
+            core.mode.training = torch.load(io.BytesIO(state["protection"]["mode"]), weights_only=True)
         core.protection.owed = record["owed"]
         core.protection.allowed = record["allowed"]
+
+
+def _packed(value: dict[str, Any]) -> bytes:
+    """Return tensors and plain values as bytes, which DCP writes and reads as one."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -257,6 +257,10 @@ class Engine:
         """Let the parameters hold what is evaluated (see `iterates.evaluated`)."""
         with self.unedited(), evaluated(self.bases) as moment:
             yield moment
+
+    def mode_apart(self) -> AbstractContextManager[None]:
+        """Take what the mode trains out of the bases inside the context."""
+        return nullcontext() if self.mode is None else self.mode.apart()
 
     def align(self) -> None:
         """Give weights that bases keep beside the parameters every kept direction."""

@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..distributed.group import world_size
 from ..errors import OptionError
 from ..model.loader import LoaderPass
 from ..report import ConsolidationReport
@@ -67,6 +66,16 @@ class Mode(Protocol):
     @state.setter
     def state(self, state: Extension) -> None: ...
 
+    def apart(self) -> AbstractContextManager[None]:
+        """Take the parameters that the mode trains, with their state, out of the optimizer inside the context."""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Optimizer state and settings of these parameters, as tensors and plain values."""
+
+    @training.setter
+    def training(self, state: dict[str, Any]) -> None: ...
+
     def task(self, name: str | Sequence[str | None] | None) -> AbstractContextManager[None]:
         """Run the model for one finished task, for the task of each sample, or for none in particular."""
 
@@ -90,16 +99,11 @@ def build_mode(mode: object, model: nn.Module | None) -> Mode | None:
     """Return a new mode for the argument ``mode=``, None for plain null-space protection.
 
     Raises:
-        OptionError: no mode of this name, no model for its experts, or several processes.
+        OptionError: no mode of this name, or no model for its experts.
     """
     if isinstance(mode, str) and mode == NULL_SPACE:
         return None
     chosen = _named_mode(mode)
-    if world_size() > 1:
-        raise OptionError(
-            f"mode={mode!r} runs in one process so far: its phases would not advance together on all ranks; use "
-            'mode="null-space" in several processes'
-        )
     if model is None:
         raise OptionError(f"mode={mode!r} adds experts to the model at once: pass it, model=")
     return chosen

@@ -88,10 +88,10 @@ class ShardView:
             all_reduce_sum_([whole], group=self.shard.group)
             return whole
         if side == "rows":
-            return all_gather_uneven(block, 0 if self.outputs != ALL else 1, self.shard)
+            return all_gather_uneven(block, 0 if self.outputs != ALL else 1, self.shard.group)
         if self.groups != ALL:
-            return all_gather_uneven(block, 0, self.shard)
-        return all_gather_uneven(block, 1 if side == "right" else 2, self.shard)
+            return all_gather_uneven(block, 0, self.shard.group)
+        return all_gather_uneven(block, 1 if side == "right" else 2, self.shard.group)
 
     def _mine(self, whole: Tensor, side: Side) -> Tensor:
         """Return a mask over a padded anchor: 1 where the entries come from this rank's channels."""
@@ -132,7 +132,7 @@ def shard_view(parameter: Tensor, layout: Layout, *, joint: bool = False) -> Sha
 def gather_parameter(parameter: Tensor) -> Tensor:
     """Return all of `parameter` in the memory of every rank (itself unless it is sharded; then all must call it)."""
     shard = shard_of(parameter)
-    return parameter if shard is None else all_gather_uneven(local_tensor(parameter), shard.dim, shard)
+    return parameter if shard is None else all_gather_uneven(local_tensor(parameter), shard.dim, shard.group)
 
 
 def padded(parameter: Tensor, shard: Shard) -> Tensor:
@@ -193,4 +193,4 @@ def _kept(kept: Tensor | None, shard: Shard, *, cut: bool) -> Tensor | None:
         return None
     if cut:
         return kept.narrow(shard.dim, shard.start, shard.stop - shard.start).clone()
-    return all_gather_uneven(kept, shard.dim, shard)
+    return all_gather_uneven(kept, shard.dim, shard.group)

@@ -37,7 +37,7 @@ BATCH = 32
 
 # Where the time of a consolidation is spent: part, file, function, and the caller that counts (None: all).
 PLACES = (
-    ("forward", "capture.py", "batch", "_observe_replica"),
+    ("forward", "capture.py", "batch", "observed"),
     ("relevance", "relevance.py", "trace", None),
     ("moments", "second_moment.py", "update", None),
     ("solve", "fates.py", "_examined", None),

@@ -92,7 +92,7 @@ def test_a_shared_router_keeps_experts_of_a_tower_no_later_task_reaches() -> Non
 
 def test_experts_beside_linear_layers_by_name_in_multi_head_attention_blocks() -> None:
     model = small_clip()
-    mode = IGSP(target_modules="*resblocks.*.mlp.c_fc", rank=2, cap=3)
+    mode = IGSP(target_modules=r"(visual\.)?transformer\.resblocks\..*\.mlp\.c_fc", rank=2, cap=3)
     opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-4), model, mode=mode)
     for step in range(5):
         clip_step(model, opt, step)

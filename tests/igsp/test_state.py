@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from synthetic import QUICK, Layer, SyntheticTask, make, train
 from torch import nn
 from torch.optim import AdamW
@@ -76,6 +77,26 @@ def test_a_file_and_the_base_state_resume_bitwise(moment: str, steps: int, tmp_p
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.parametrize(("moment", "steps"), MOMENTS)
+def test_a_distributed_checkpoint_resumes_bitwise(moment: str, steps: int, tmp_path: Path) -> None:
+    """The optimizer that loads it has other experts: it is new, or has only begun its first task."""
+    model, opt, task = history(steps)
+    before = copy.deepcopy(opt.state_dict()["state"])
+    dcp.save({"training": opt.checkpoint()}, checkpoint_id=tmp_path)
+    after = opt.state_dict()["state"]
+    assert before.keys() == after.keys() and all(torch.equal(after[i]["exp_avg"], before[i]["exp_avg"]) for i in before)
+    train(model, opt, task, 200, first=steps)
+
+    twin, other = make(seed=3)
+    if moment != "phase 1":
+        train(twin, other, SyntheticTask(1), 2)
+    dcp.load({"training": other.checkpoint()}, checkpoint_id=tmp_path)
+    assert other.status().finished == ("one",)
+    assert [group["lr"] for group in other.param_groups] == [group["lr"] for group in opt.param_groups]
+    train(twin, other, task, 200, first=steps)
+    assert same(model, twin) and str(opt.status()) == str(other.status())
+
+
 def test_a_file_deploys_all_tasks(tmp_path: Path) -> None:
     model, opt, task = history(330, kind="bottleneck")
     opt.consolidate(task.loader(), name="two", progress=False)
@@ -111,7 +132,7 @@ def test_experts_of_another_architecture_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BasisFileError, match=r"another architecture: 'fc' \(32 -> 16\) there, 'fc' \(48 -> 16\) here"):
         other.load(tmp_path / "f")
     two = nn.Sequential(Layer(), Layer(16, 16))
-    other = NullSpaceOptimizer(AdamW(two.parameters(), lr=1e-4), two, mode=IGSP(**{**QUICK, "target_modules": "*.fc"}))
+    other = NullSpaceOptimizer(AdamW(two.parameters(), lr=1e-4), two, mode=IGSP(**{**QUICK, "target_modules": ["fc"]}))
     with pytest.raises(BasisFileError, match="another architecture"):
         other.load(tmp_path / "f")
     _, other = make(rank=4)

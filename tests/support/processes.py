@@ -1,4 +1,4 @@
-"""Run scenarios in two gloo processes, one after the other, and tell what became of each.
+"""Run scenarios in two (or more) gloo processes, one after the other, and tell what became of each.
 
 Starting a process costs seconds, so all scenarios of a test file share two processes. A scenario that fails on a rank
 ends that process, which the other notices at once; what comes later is reported as not run.
@@ -24,15 +24,15 @@ Scenario = Callable[[Path], None]
 RANKS = 2
 
 
-def run_scenarios(scenarios: list[Scenario], folder: Path) -> dict[str, str]:
+def run_scenarios(scenarios: list[Scenario], folder: Path, ranks: int = RANKS) -> dict[str, str]:
     """Return for each scenario by name "passed", or the traceback of the rank that failed first."""
     context = torch.multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_work, args=(rank, scenarios, folder)) for rank in range(RANKS)]
+    workers = [context.Process(target=_work, args=(rank, ranks, scenarios, folder)) for rank in range(ranks)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    told = [json.loads((folder / f"outcome-{rank}.json").read_text()) for rank in range(RANKS)]
+    told = [json.loads((folder / f"outcome-{ranks}-{rank}.json").read_text()) for rank in range(ranks)]
     return {name: _joined([outcomes.get(name, "not run") for outcomes in told]) for name in map(_name, scenarios)}
 
 
@@ -46,12 +46,12 @@ def _joined(outcomes: list[str]) -> str:
     return "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text != "passed")
 
 
-def _work(rank: int, scenarios: list[Scenario], folder: Path) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
+def _work(rank: int, ranks: int, scenarios: list[Scenario], folder: Path) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
     outcomes: dict[str, str] = {}
-    store = dist.FileStore(str(folder / "rendezvous"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    store = dist.FileStore(str(folder / f"rendezvous-{ranks}"), ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
     for scenario in scenarios:
         torch.manual_seed(0)
         try:
@@ -61,7 +61,7 @@ def _work(rank: int, scenarios: list[Scenario], folder: Path) -> None:
         except BaseException:
             outcomes[_name(scenario)] = traceback.format_exc()
             break
-    (folder / f"outcome-{rank}.json").write_text(json.dumps(outcomes))
+    (folder / f"outcome-{ranks}-{rank}.json").write_text(json.dumps(outcomes))
     if set(outcomes.values()) == {"passed"} and len(outcomes) == len(scenarios):
         dist.destroy_process_group()
     os._exit(0)

@@ -15,6 +15,7 @@ from .router import FLOOR, RoutingChoice
 
 DECAY = 0.9  # of the running means, by step
 AGREEMENT = 0.95  # least Jaccard index of the top-k sets of two windows that agree
+DIVERGENCE = 1e-3  # nats beyond chance by which the use of experts in two windows that agree may differ
 PATIENCE = 2  # windows in a row that must agree
 KEPT_INPUTS = 64  # forwards since the last step whose gate inputs the regularization sees
 
@@ -57,32 +58,46 @@ class ConvergenceMonitor(Stateless):
         self.sums.append(torch.cat([gates, probabilities, count, inputs.sum(dim=0)]))
         self.last = inputs
 
+    def forget(self) -> Tensor | None:
+        """Return the sum `[2 E + 1 + d + 1]` of what was noted since the last step (None: nothing), and forget it."""
+        sums, self.recent, self.sums = self.sums, [], []
+        return torch.stack(sums).sum(dim=0) if sums else None
+
     @torch.no_grad()
-    def absorb(self) -> None:
-        """Turn what was noted since the last step into one step of the running means."""
-        self.recent = []
-        if not self.sums:
+    def absorb(self, total: Tensor | None = None) -> None:
+        """Turn what was noted since the last step (its `total` over the ranks) into one step of the running means."""
+        total, size = self.forget() if total is None else total, len(self.flow)
+        if total is None:
             return
-        total, size = torch.stack(self.sums).sum(dim=0), len(self.flow)
-        self.sums = []
         count, seen = total[2 * size], total[size : 2 * size + 1]
         self.flow = DECAY * self.flow + (1 - DECAY) * total[:size] / count
         self.centre = DECAY * self.centre + (1 - DECAY) * total[2 * size + 1 :] / count
         self.window = seen if self.window is None else self.window + seen
 
     @torch.no_grad()
-    def judge(self, weight: Tensor, step: int) -> None:
-        """End a window at `step`: compare the router `weight` `[E, d + 1]` and its use with the window before."""
-        if self.window is None or self.last is None:
+    def jaccard(self, weight: Tensor) -> Tensor | None:
+        """Return the agreement `[]` of the router `weight` with the one that the window began with, on the inputs of
+        the last forward; None without these.
+        """
+        if self.last is None:
+            return None
+        scores = (router.logits(self.last, weight), router.logits(self.last, self.origin))
+        return agreement(*scores, self.options.top_k)
+
+    @torch.no_grad()
+    def judge(self, weight: Tensor, step: int, jaccard: Tensor | None = None) -> None:
+        """End a window at `step`: compare the router `weight` `[E, d + 1]` and its use with the window before.
+
+        `jaccard` is the agreement on all ranks together.
+        """
+        jaccard = self.jaccard(weight) if jaccard is None else jaccard
+        if self.window is None or jaccard is None:
             return
         now = self.window[:-1] / self.window[-1]
         if self.previous is not None:
-            options = self.options
-            scores = (router.logits(self.last, weight), router.logits(self.last, self.origin))
-            jaccard = float(agreement(*scores, options.top_k))
             kl = float(divergence(now, self.previous))
-            most = options.divergence + chance_divergence(len(now), float(self.window[-1]))
-            self.convergence.judge(step, jaccard, kl, most)
+            most = DIVERGENCE + chance_divergence(len(now), float(self.window[-1]))
+            self.convergence.judge(step, float(jaccard), kl, most)
         self.previous, self.window, self.origin = now, None, weight.detach().clone()
 
     @property

@@ -9,6 +9,7 @@ The modules here never enter a state dict: the keys of the model that carries th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,17 @@ PARTS = {"lora": ("down", "up"), "bottleneck": ("down", "up", "down_bias", "up_b
 
 
 class Stateless(nn.Module):
-    """Identity module without state dict entries."""
+    """Identity module without state dict entries, whose parameters belong to the mode alone.
+
+    `DistributedDataParallel` and `fully_shard` ask every module for its own parameters (``recurse=False``) and would
+    hold on to candidates that are pruned later: they find none here. All other ways of listing parameters find them.
+    """
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters with those of all children; none with ``recurse=False``."""
+        return super().named_parameters(prefix, recurse, remove_duplicate) if recurse else iter(())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         return

@@ -204,9 +204,10 @@ class ExpertLayer(Stateless):
         collected, self.collected = self.collected, []
         return torch.cat(collected) if collected else self.router.new_zeros(0, self.widths[0] + 1)
 
-    def finish(self) -> None:
-        """End the task: freeze the fresh experts, extend the bases by their directions, keep the router."""
-        collected = self.collect()
+    def finish(self, collected: Tensor) -> None:
+        """End the task, which gave the gate inputs `collected` `[n, d + 1]`: freeze the fresh experts, extend the bases
+        by their directions, keep the router.
+        """
         if len(collected) and len(self.router) and self.options.router == "shared" and self.options.shared_energy:
             lowest = router.lowest(collected, self.router.detach(), self.options.top_k)
             self.floor = torch.minimum(self.floor, lowest) if self.gates.shape[1] else lowest

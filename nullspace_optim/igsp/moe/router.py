@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...distributed.group import rank, world_size
+
 FLOOR = 1e-6
 OUTLIER = 3.0  # standard deviations of the distance from its prototype beyond which a sample belongs to no task
 
@@ -68,10 +70,13 @@ def top_k(scores: Tensor, k: int) -> RoutingChoice:
 def noise(scores: Tensor, deviation: float, *seed: int) -> Tensor:
     """Return Gaussian noise like `scores` `[n, E]`, the same for the same `seed` numbers.
 
-    A forward that is computed twice (activation checkpointing) and a run that is resumed so draw the same numbers.
+    A forward that is computed twice (activation checkpointing) and a run that is resumed so draw the same numbers. Of
+    several ranks each takes its part of the noise that one process draws for their batches one after the other.
     """
     generator = torch.Generator().manual_seed(hash(seed) & (2**63 - 1))
-    return deviation * torch.randn(scores.shape, generator=generator).to(scores.device, scores.dtype)
+    count, start = len(scores), rank() * len(scores)
+    drawn = torch.randn(world_size() * count, scores.shape[1], generator=generator)[start : start + count]
+    return deviation * drawn.to(scores.device, scores.dtype)
 
 
 def dense(choice: RoutingChoice, experts: int) -> Tensor:

@@ -1,14 +1,16 @@
-"""Modules that get experts: found by name pattern, measured by the linear maps inside."""
+"""Modules that get experts: selected by name as in PEFT, measured by the linear maps inside."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from difflib import get_close_matches
 
 from torch import nn
 
 from ...errors import OptionError
+from ..options import ALL_LINEAR
 
 
 @dataclass(frozen=True)
@@ -22,29 +24,47 @@ class TargetModule:
     batch_axis: int
 
 
-def find_target_modules(model: nn.Module, patterns: Iterable[str]) -> list[TargetModule]:
-    """Return the modules of `model` whose name matches one of `patterns`, outermost only, in order.
+def find_target_modules(model: nn.Module, target_modules: str | Sequence[str]) -> list[TargetModule]:
+    """Return the modules of `model` that `target_modules` selects as in PEFT, outermost only, in order.
+
+    A list selects the modules whose name is an entry or ends with ``.entry``; a string is a regular expression that
+    the whole name matches; ``"all-linear"`` selects every `nn.Linear` but the layer of `get_output_embeddings()`.
 
     Raises:
-        OptionError: nothing matches, or a layer holds no linear map; lists names that exist.
+        OptionError: an entry matches nothing (names the nearest names), or a layer holds no linear map.
     """
-    patterns = tuple(patterns)
     named = {name: module for name, module in model.named_modules() if name}
+    if target_modules == ALL_LINEAR:
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        chosen = {name for name, module in named.items() if isinstance(module, nn.Linear) and module is not output}
+        entries = {ALL_LINEAR: chosen}
+    elif isinstance(target_modules, str):
+        expression = re.compile(target_modules)
+        entries = {target_modules: {name for name in named if expression.fullmatch(name)}}
+    else:
+        entries = {entry: {name for name in named if f".{name}".endswith(f".{entry}")} for entry in target_modules}
+    for entry, names in entries.items():
+        if not names:
+            raise OptionError(_unmatched(entry, target_modules, model, named))
     found: dict[str, nn.Module] = {}
-    for name, module in named.items():
-        if any(fnmatchcase(name, pattern) for pattern in patterns) and not any(
-            name.startswith(f"{outer}.") for outer in found
-        ):
-            found[name] = module
-    if not found:
-        linear = [name for name, module in named.items() if isinstance(module, nn.Linear)]
-        some = ", ".join(f"'{name}'" for name in linear[:6])
-        raise OptionError(
-            f"IGSP(target_modules={patterns if len(patterns) > 1 else patterns[0]!r}) matches no layer of "
-            f"{type(model).__name__}; its linear layers begin with: {some or 'none'}. Give a pattern of these names or "
-            "of the blocks around them"
-        )
+    for name in filter(set().union(*entries.values()).__contains__, named):
+        if not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = named[name]
     return [_site(name, module, model) for name, module in found.items()]
+
+
+def _unmatched(entry: str, target_modules: object, model: nn.Module, named: Mapping[str, nn.Module]) -> str:
+    """Return the message for an entry that matches nothing."""
+    usable = [name for name, module in named.items() if any(isinstance(part, nn.Linear) for part in module.modules())]
+    last = dict.fromkeys(name.rpartition(".")[2] for name in usable)
+    near = dict.fromkeys([*get_close_matches(entry, usable, 3), *get_close_matches(entry.rpartition(".")[2], last, 3)])
+    linear = [name for name in usable if isinstance(named[name], nn.Linear)]
+    names = ", ".join(f"'{name}'" for name in ([*near] or linear)[:6]) or "none"
+    return (
+        f"IGSP(target_modules={target_modules!r}): '{entry}' matches no layer of {type(model).__name__}; "
+        f"{'the nearest names are' if near else 'its linear layers begin with'}: {names}. Give a list of names or "
+        "of their ends after a dot, a regular expression that whole names match, or 'all-linear'"
+    )
 
 
 def refuse_narrow(sites: Iterable[TargetModule], rank: int) -> None:
