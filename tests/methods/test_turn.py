@@ -96,7 +96,7 @@ def test_free_turns_keep_old_outputs_without_a_corrected_step(decay: float) -> N
     assert tuple(begin_turn(optimizer, ["0.weight"])[0].shape) == (1, 11, 11)
 
 
-def test_the_control_without_orthogonality_keeps_old_outputs_too_but_no_norms() -> None:
+def test_the_control_without_orthogonality_keeps_old_outputs_but_no_norms() -> None:
     model, old = net(), rows(1, rank=6)
     optimizer = NullSpaceOptimizer(torch.optim.AdamW(model.parameters()), model, policy=NumericalRank())
     optimizer.consolidate([old], progress=False)
@@ -107,7 +107,7 @@ def test_the_control_without_orthogonality_keeps_old_outputs_too_but_no_norms() 
     assert (weight @ weight.T - before @ before.T).norm() > 1e-2 * (before @ before.T).norm()
 
 
-def test_a_weight_without_free_directions_is_left_out_and_one_without_a_basis_turns_wholly() -> None:
+def test_no_free_direction_no_turn_and_without_a_basis_all_of_it_turns() -> None:
     model = net()
     optimizer = NullSpaceOptimizer(torch.optim.AdamW(model[0].parameters()), model, policy=FixedRank(20))
     optimizer.consolidate([rows(1)], progress=False)
