@@ -64,7 +64,7 @@ def install_experts(model: nn.Module, options: IGSP) -> ExpertBank:
             f"{type(model).__name__} already carries experts (its attribute '{CHILD}'): detach() the optimizer that "
             "put them there, or take an unchanged copy of the model"
         )
-    sites, scope = find_target_modules(model, options.patterns), RoutingContext(options.warm)
+    sites, scope = find_target_modules(model, options.patterns), RoutingContext(options.plan(None))
     refuse_narrow(sites, options.width)
     layers = [ExpertLayer(site, options, scope, number, _device(site.module)) for number, site in enumerate(sites)]
     bank = ExpertBank(layers, scope)
@@ -119,7 +119,7 @@ def report_task(
         seconds=0.0,
         bytes=stored,
         transient_bytes=0,
-        warnings=tuple([*_warnings(layers), *_phase_warnings(layers, trained, options)]),
+        warnings=tuple([*_warnings(layers), *_phase_warnings(bank, layers, trained, options)]),
         layers=tuple(layers),
         trainable=trained,
         reason=reason,
@@ -145,13 +145,15 @@ def _warnings(layers: list[LayerReport]) -> list[str]:
     return found
 
 
-def _phase_warnings(layers: list[LayerReport], trained: TrainableCount, options: IGSP) -> list[str]:
+def _phase_warnings(
+    bank: ExpertBank, layers: list[LayerReport], trained: TrainableCount, options: IGSP
+) -> list[str]:
     if trained.second_steps:
         return []
     steps, cap = trained.first_steps, max(1, trained.first_steps // 3)
     pruned, candidates = (sum(getattr(layer, name) for layer in layers) for name in ("pruned", "candidates"))
     keep = "; on_cap='prune' then prunes where routers have not converged as well" if options.on_cap == "keep" else ""
     return [
-        f"phase 1 took all {steps} steps of the task (cap={options.cap}): phase 2 never ran, {pruned} of {candidates} "
+        f"phase 1 took all {steps} steps of the task (cap={bank.scope.plan.cap}): phase 2 never ran, {pruned} of {candidates} "
         f"candidates were pruned; set IGSP(cap=...) to at most a third of a task's steps, here {cap}{keep}"
     ]

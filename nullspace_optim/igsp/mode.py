@@ -86,9 +86,10 @@ class IgspMode:
             self.experts.remove(self.host.owner())
             self.param_group.close()
 
-    def _begin(self) -> None:
-        """Let every layer begin the next task."""
+    def _begin(self, before: int | None = None) -> None:
+        """Let every layer begin the next task; the one before took `before` steps."""
         scope = self.experts.scope
+        scope.plan = self.options.plan(before)
         for layer in self.experts.layers:
             layer.begin(len(scope.tasks))
         scope.move_to(0, True)
@@ -118,17 +119,17 @@ class IgspMode:
 
         The warm-up is the first window.
         """
-        steps, layers = self.experts.scope.steps, self.experts.layers
-        since = steps - self.options.warm
-        if steps == max(1, self.options.warm):
+        steps, layers, plan = self.experts.scope.steps, self.experts.layers, self.experts.scope.plan
+        since = steps - plan.warm
+        if steps == max(1, plan.warm):
             for layer in layers:
                 layer.end_warmup()
-        if since >= 0 and since % self.options.window == 0:
+        if since >= 0 and since % plan.window == 0:
             for layer in layers:
                 layer.watch.judge(layer.router, steps)
         if all(layer.watch.done for layer in layers) and any(layer.watch.seen for layer in layers):
             self.settle(f"all routers had converged after {steps} steps")
-        elif steps >= self.options.cap:
+        elif steps >= plan.cap:
             late = sum(not layer.watch.done for layer in layers)
             kept = "they keep all experts" if self.options.on_cap == "keep" else "pruned all the same"
             self.settle(f"the cap of {steps} steps was reached, {late} routers had not converged: {kept}")
@@ -174,9 +175,10 @@ class IgspMode:
             ConsolidationError: no step was taken, no batches, or a name used twice; nothing was changed.
         """
         started, scope = time.perf_counter(), self.experts.scope
+        steps = scope.steps
         if work.task in scope.tasks:
             raise ConsolidationError(f"task '{work.task}' has been consolidated already; give this one another name=")
-        if not scope.steps:
+        if not steps:
             raise ConsolidationError(f"task '{work.task}': no step was taken since the last task; train it first")
         with all_or_nothing(self.host, self.experts, self.progress), self.param_group.restored_on_error():
             if scope.first_phase:
@@ -195,7 +197,7 @@ class IgspMode:
             report = report_task(
                 self.experts, work, batches, layers, self.progress.trained, self.progress.reason, self.options
             )
-            self._begin()
+            self._begin(steps)
             self._protect()
         self.progress.reason = f"task '{work.task}' was consolidated"
         log.info("igsp: phase 1 of task %d begins: %s", len(scope.tasks) + 1, self.progress.reason)

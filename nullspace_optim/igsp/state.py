@@ -24,7 +24,7 @@ from .moe.convergence import Convergence, ConvergenceMonitor
 from .moe.experts import PARTS, Expert, shapes
 from .moe.layer import ExpertLayer, TaskRouter
 from .moe.router import Prototype
-from .options import IGSP
+from .options import IGSP, Plan
 from .report import TrainableCount
 
 SUMS = ("flow", "origin", "centre", "window", "previous")
@@ -58,6 +58,7 @@ def pack_state(bank: ExpertBank, options: IGSP, progress: Progress) -> Extension
         "tasks": list(scope.tasks),
         "steps": scope.steps,
         "first_phase": scope.first_phase,
+        "plan": list(scope.plan),
         "counts": [trained.first, trained.second],
         "phase_steps": [trained.first_steps, trained.second_steps],
         "reason": progress.reason,
@@ -103,6 +104,7 @@ def restore_state(bank: ExpertBank, options: IGSP, progress: Progress, extension
         prepared = [_read_layer(layer, record, number, extension) for number, layer in enumerate(bank.layers)]
         tasks, steps, first_phase = [str(name) for name in record["tasks"]], int(record["steps"]), record["first_phase"]
         counts, taken = ([int(n) for n in record[key]] for key in ("counts", "phase_steps"))
+        plan = Plan(*(int(n) for n in record.get("plan", options.plan(None))))
         trained, reason = TrainableCount(counts[0], counts[1], taken[0], taken[1]), str(record["reason"])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise BasisFileError(f"{SOURCE} are damaged or foreign ({error!r})") from error
@@ -111,7 +113,7 @@ def restore_state(bank: ExpertBank, options: IGSP, progress: Progress, extension
         if options.orthogonal == "structural" and not first_phase:
             for expert in layer.fresh:
                 expert.down.requires_grad_(False)
-    bank.scope.tasks = tasks
+    bank.scope.tasks, bank.scope.plan = tasks, plan
     bank.scope.move_to(steps, bool(first_phase))
     progress.trained, progress.reason = trained, reason
 
@@ -201,7 +203,8 @@ def all_or_nothing(host: Host, bank: ExpertBank, progress: Progress) -> Iterator
     """Run the block; on any error put experts, progress and the host's bases back as they were, and raise it again."""
     layers = [(layer, layer.contents()) for layer in bank.layers]
     flags = [(parameter, parameter.requires_grad) for parameter in bank.parameters()]
-    tasks, steps, first_phase = list(bank.scope.tasks), bank.scope.steps, bank.scope.first_phase
+    tasks, plan = list(bank.scope.tasks), bank.scope.plan
+    steps, first_phase = bank.scope.steps, bank.scope.first_phase
     trained, reason = progress.trained, progress.reason
     store, parameters = host.store.copy(), dict(host.parameters)
     try:
@@ -211,7 +214,7 @@ def all_or_nothing(host: Host, bank: ExpertBank, progress: Progress) -> Iterator
             layer.replace(contents)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        bank.scope.tasks = tasks
+        bank.scope.tasks, bank.scope.plan = tasks, plan
         bank.scope.move_to(steps, first_phase)
         progress.trained, progress.reason = trained, reason
         host.take(store, parameters)

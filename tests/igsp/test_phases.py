@@ -320,7 +320,7 @@ def test_candidates_warm_up_before_routers_move() -> None:
     assert all(bool(expert.up.any()) for expert in layer.fresh), "noise alone reaches every candidate"
     train(model, opt, SyntheticTask(0), 1, first=10)
     assert not torch.equal(layer.router, before)
-    assert IGSP(cap=50).warm == 5
+    assert IGSP(cap=50).plan(None).warm == 5
 
 
 def shared_story(energy: float) -> tuple[float, float, float]:

@@ -9,6 +9,8 @@ from enum import Enum
 
 from torch import Tensor
 
+from ..options import Plan
+
 
 class Routing(Enum):
     """Ways to route the samples of a forward pass."""
@@ -23,7 +25,7 @@ class Routing(Enum):
 
 @dataclass
 class RoutingContext:
-    """Names of the finished `tasks`, the `routing` that is asked for, and step and phase of the task at work.
+    """The `plan` of the task at work, names of the finished `tasks`, the `routing` that is asked for, and step and phase of the task at work.
 
     `task` is the number of the finished task for `Routing.TASK`; `of_samples` `[n]`, int64, has one number a sample for
     `Routing.SAMPLES`, -1 for none. A forward pass reads the flags `begun` and `warming` (samples are spread by noise
@@ -31,7 +33,7 @@ class RoutingContext:
     again in every step.
     """
 
-    warm: int
+    plan: Plan
     tasks: list[str] = field(default_factory=list)
     routing: Routing = Routing.AUTOMATIC
     task: int | None = None
@@ -44,7 +46,7 @@ class RoutingContext:
     def move_to(self, steps: int, first_phase: bool) -> None:
         """Set how many steps the task at work has taken, and whether it is in its first phase."""
         self.steps, self.first_phase = steps, first_phase
-        self.begun, self.warming = steps > 0, first_phase and steps < self.warm
+        self.begun, self.warming = steps > 0, first_phase and steps < self.plan.warm
 
     @contextmanager
     def using(self, routing: Routing, task: int | None = None, of_samples: Tensor | None = None) -> Iterator[None]:
