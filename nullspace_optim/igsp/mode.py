@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..errors import ConsolidationError, OptionError
+from ..model.batches import Forward
 from ..model.loader import LoaderPass, run_batches
 from ..model.names import named_parameters
 from ..model.restore import restored_model
@@ -204,12 +205,12 @@ class IgspMode:
         return report.after(time.perf_counter() - started)
 
     @contextmanager
-    def _collecting(self) -> Iterator[None]:
-        """Collect gate inputs in every layer, routed for the task at work."""
+    def _collecting(self, routing: Routing = Routing.CURRENT) -> Iterator[None]:
+        """Collect gate inputs in every layer and features in every tower."""
         scope = self.experts.scope
         scope.collecting = True
         try:
-            with scope.using(Routing.CURRENT):
+            with scope.using(routing):
                 yield
         finally:
             scope.collecting = False
@@ -225,6 +226,19 @@ class IgspMode:
             restore_state(self.experts, self.options, self.progress, extension)
         self.by_hand = False
         self.param_group.refresh(self.experts)
+
+    @torch.inference_mode(False)
+    def calibrate(self, loader: Iterable[Any], forward: Forward | None = None, progress: bool = True) -> None:
+        """Tell inputs of no task apart by those of `loader`: at most 5 % of them lie within the limit of each task.
+
+        For calls without a task's name, after `consolidate`; inputs beyond all limits run the plain backbone.
+        """
+        work = LoaderPass(self.host.owner(), {}, loader, "pool", forward, progress=progress)
+        with restored_model(work.model, loader), self._collecting(Routing.BACKBONE):
+            run_batches(work)
+        for layer in self.experts.layers:
+            if layer.recognition is not None:
+                layer.recognition.calibrate()
 
     def task(self, name: str | Sequence[str | None] | None) -> AbstractContextManager[None]:
         """Route for one finished task, or for the task of each sample; None routes every sample by itself."""

@@ -54,13 +54,12 @@ class IGSP:
         * `gate_scale` of the router's input, the mean of a sample's tokens: ``"none"`` as in MoE-Adapters (a step of
           Adam moves a logit by about `d` times the rate), or ``"width"``, divided by `sqrt(d)`: slower routing, in
           which candidates share the samples for long.
-        * `router`: ``"per-task"``, and prototypes where no task is named; or one ``"shared"`` router for all tasks,
-          whose logits stay what they were on the share `shared_energy` of what it saw in finished tasks (0: it drifts).
-          Prototypes leave a sample that lies 3 standard deviations out to the plain backbone.
-
+        * `router`: ``"per-task"``; where no task is named, the backbone tells the task of each sample, or none (see
+          `moe.recognition`). Or one ``"shared"`` router for all tasks, whose logits stay what they were on the share
+          `shared_energy` of what it saw in finished tasks (0: it drifts).
     Phase 1, subspace identification
-        * `steps` of a task, if they are known. `cap`: most steps of phase 1; if None a fifth of `steps`, else of the steps
-          that the task before took, else 20.
+        * `steps` of a task, if they are known. `cap`: most steps of phase 1; if None a fifth of `steps`, else of the
+          steps that the task before took, else 20.
         * `warmup`: first steps, in which routers stay and noise alone spreads the samples, so that candidates have
           learned something before they are judged; a tenth of the cap if None.
         * `regularization`: ``"mass"`` (share of routing that goes to candidates), ``"geom"`` (share of a candidate's
@@ -69,10 +68,10 @@ class IGSP:
           ``"flat"``, 1.
         * `threshold`: experts with less routing are pruned; if None, half of an equal share (see
           `pruning.keep_above`).
-        * Convergence, in windows of `window` steps (a tenth of the cap if None): Jaccard index of top-k sets at least .95 and KL divergence of mean
-          probabilities below `divergence` plus what two windows of other samples differ by anyway, `(E - 1) / n` (see
-          `convergence.chance_divergence`), 2 windows in a row. At the cap layers that have not converged are pruned all
-          the same (``on_cap="prune"``) or ``"keep"`` all experts.
+        * Convergence, in windows of `window` steps (a tenth of the cap if None): Jaccard index of top-k sets at least
+          .95 and KL divergence of mean probabilities below `divergence` plus what two windows of other samples differ
+          by anyway, `(E - 1) / n` (see `convergence.chance_divergence`), 2 windows in a row. At the cap layers that
+          have not converged are pruned all the same (``on_cap="prune"``) or ``"keep"`` all experts.
 
     Phase 2, orthogonal subspace fine-tuning
         * `orthogonal`: which changes of a surviving expert stay orthogonal to the historical subspace: rows of `A`
@@ -137,9 +136,7 @@ class IGSP:
                 check_number(self, name, getattr(self, name), 0.0, 1.0)
         cap = self.plan(None).cap
         if self.warmup is not None and (type(self.warmup) is not int or not 0 <= self.warmup < cap):
-            raise OptionError(
-                f"IGSP(warmup={self.warmup!r}, cap={cap}): expected a whole number below cap, or None"
-            )
+            raise OptionError(f"IGSP(warmup={self.warmup!r}, cap={cap}): expected a whole number below cap, or None")
 
     @property
     def patterns(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ of it changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ from .bank import ExpertBank
 from .moe.convergence import Convergence, ConvergenceMonitor
 from .moe.experts import PARTS, Expert, shapes
 from .moe.layer import ExpertLayer, TaskRouter
-from .moe.router import Prototype
+from .moe.recognition import TaskRecognition
 from .options import IGSP, Plan
 from .report import TrainableCount
 
@@ -87,6 +87,7 @@ def _tensors(layer: ExpertLayer) -> dict[str, Tensor]:
     for number, expert in enumerate(layer.fresh):
         found.update({f"fresh/{number}/{name}": value for name, value in expert.named_parameters()})
     found.update({f"watch/{name}": value for name, value in layer.watch.named_buffers()})
+    found.update({f"known/{name}": value for name, value in layer.known.items()})
     for number, record in enumerate(layer.finished):
         found.update({f"finished/{number}/{name}": value for name, value in record.named_buffers()})
     return found
@@ -141,7 +142,7 @@ def _compare(record: Any, bank: ExpertBank, options: IGSP) -> None:
 def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extension) -> dict[str, Any]:
     """Return the contents that `layer` is to take over, each checked."""
     entry, device, options = record["layers"][number], layer.router.device, layer.options
-    inputs, outputs = layer.widths
+    gate, (inputs, outputs) = layer.gate_width, layer.widths
     sizes = shapes(options.kind, options.width, inputs, outputs)
 
     def take(key: str, *shape: int | None) -> Tensor:
@@ -160,12 +161,12 @@ def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extensi
         for part in PARTS[options.kind][1:]:
             getattr(expert, part).data = take(f"fresh/{place}/{part}", *sizes[part])
         fresh.append(expert)
-    weight = nn.Parameter(take("router", len(members) + len(fresh), inputs + 1), bool(entry["router_trains"]))
+    weight = nn.Parameter(take("router", len(members) + len(fresh), gate), bool(entry["router_trains"]))
     watch = ConvergenceMonitor(options, weight)
     for name in SUMS:
         present = f"{number}/watch/{name}" in extension.tensors
         rows = len(extension.tensors[f"{number}/watch/flow"])
-        shape = {"flow": (rows,), "origin": (rows, inputs + 1), "centre": (inputs + 1,)}.get(name, (rows,))
+        shape = {"flow": (rows,), "origin": (rows, gate), "centre": (gate,)}.get(name, (rows,))
         shape = (rows + 1,) if name == "window" else shape
         setattr(watch, name, take(f"watch/{name}", *shape) if present else None)
     watch.convergence = Convergence.of(entry["convergence"])
@@ -176,18 +177,13 @@ def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extensi
             len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < stored
         ):
             raise ValueError(f"'{layer.name}': the router of task {task + 1} names experts that are not there")
-        routed = take(f"finished/{task}/weight", len(numbers), inputs + 1)
-        fields = {"centre": (inputs,), "spread": (inputs,), "limit": ()}
-        finished.append(
-            TaskRouter(
-                routed, numbers, Prototype(*(take(f"finished/{task}/{f}", *fields[f]) for f in Prototype._fields))
-            )
-        )
+        routed = take(f"finished/{task}/weight", len(numbers), gate)
+        finished.append(TaskRouter(routed, numbers))
     return {
         **{f"history_{part}": value for part, value in history.items()},
         "inputs": take("inputs", inputs, None),
         "outputs": take("outputs", outputs, None),
-        "gates": take("gates", inputs + 1, None),
+        "gates": take("gates", gate, None),
         "floor": take("floor"),
         "fresh": nn.ModuleList(fresh),
         "finished": nn.ModuleList(finished),
@@ -195,7 +191,21 @@ def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extensi
         "candidates": int(entry["candidates"]),
         "router": weight,
         "watch": watch,
+        "known": _read_known(layer.recognition, f"{number}/known/centres" in extension.tensors, len(finished), take),
     }
+
+
+def _read_known(
+    recognition: TaskRecognition | None, present: bool, tasks: int, take: Callable[..., Tensor]
+) -> dict[str, Tensor]:
+    """Return what the tower is to know; of a file that lacks it, `tasks` that are never recognised."""
+    if recognition is None:
+        return {}
+    size = len(recognition.scatter)
+    shapes = {"centres": (tasks, size), "spreads": (tasks, 2), "limits": (tasks,), "scatter": (size, size), "count": ()}
+    if present:
+        return {name: take(f"known/{name}", *shape) for name, shape in shapes.items()}
+    return {name: recognition.scatter.new_full(shape, -float(name == "limits")) for name, shape in shapes.items()}
 
 
 @contextmanager

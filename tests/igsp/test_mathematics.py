@@ -227,16 +227,3 @@ def test_pruning_never_removes_the_last_expert() -> None:
             for power in (0.0, 1.0, 9.0):
                 flow = torch.rand(size, generator=draw) ** power
                 assert pruning.keep_above(flow / flow.sum(), None, "x", candidates).any()
-
-
-def test_prototypes_name_the_task_of_each_sample_and_leave_strangers_alone() -> None:
-    centres = torch.randn(3, 16) * 4
-    tasks = [router.prototype(centre + torch.randn(200, 16)) for centre in centres]
-    stacked = router.Prototype(*(torch.stack(parts) for parts in zip(*tasks)))
-    inputs = torch.cat([centres + 0.1 * torch.randn(3, 16), torch.full((1, 16), 60.0)])
-    found = router.nearest(inputs, *stacked)
-    assert found.tolist() == [0, 1, 2, -1]
-    alone = [int(router.nearest(row[None], *stacked)) for row in inputs]
-    assert alone == found.tolist(), "the batch has no influence"
-    few = router.prototype(torch.randn(1, 16))
-    assert all(bool(torch.isfinite(part).all()) for part in few)

@@ -19,18 +19,18 @@ class Routing(Enum):
     CURRENT = "the task at work"
     TASK = "one finished task"
     SAMPLES = "the finished task that is named for each sample"
-    NEAREST = "each sample by itself: by the shared router, or by the prototype it resembles"
+    NEAREST = "each sample by itself: by the shared router, or for the task that its tower recognises"
     BACKBONE = "no experts"
 
 
 @dataclass
 class RoutingContext:
-    """The `plan` of the task at work, names of the finished `tasks`, the `routing` that is asked for, and step and phase of the task at work.
+    """Names of the finished `tasks`, the `routing` that is asked for; `plan`, step and phase of the task at work.
 
     `task` is the number of the finished task for `Routing.TASK`; `of_samples` `[n]`, int64, has one number a sample for
-    `Routing.SAMPLES`, -1 for none. A forward pass reads the flags `begun` and `warming` (samples are spread by noise
-    alone, before routers and penalty begin to act) and never the counter `steps`: a compiled model would be compiled
-    again in every step.
+    `Routing.SAMPLES`, -1 for none; `looking` is the recognition for which a tower runs without experts. A forward pass
+    reads the flags `begun` and `warming` (samples are spread by noise alone, before routers and penalty begin to act)
+    and never the counter `steps`: a compiled model would be compiled again in every step.
     """
 
     plan: Plan
@@ -39,6 +39,7 @@ class RoutingContext:
     task: int | None = None
     of_samples: Tensor | None = None
     collecting: bool = False
+    looking: object = None
 
     def __post_init__(self) -> None:
         self.move_to(0, True)

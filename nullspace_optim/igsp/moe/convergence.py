@@ -22,10 +22,10 @@ KEPT_INPUTS = 64  # forwards since the last step whose gate inputs the regulariz
 class ConvergenceMonitor(Stateless):
     """Running sums over the training forwards of one layer in phase 1.
 
-    A router of one expert has converged from the start. Buffers, `[E]` each unless they are None: `flow`, the running mean of the gates (not normalised); `window`, sum of
-    probabilities and number of samples `[E + 1]` since the window began; `previous`, mean probabilities of the window
-    before; `origin` `[E, d + 1]`, the router when the window began; `centre` `[d + 1]`, the running mean of the gate
-    inputs (not normalised).
+    A router of one expert has converged from the start. Buffers, `[E]` each unless they are None: `flow`, the running
+    mean of the gates (not normalised); `window`, sum of probabilities and number of samples `[E + 1]` since the window
+    began; `previous`, mean probabilities of the window before; `origin` `[E, d + 1]`, the router when the window began;
+    `centre` `[d + 1]`, the running mean of the gate inputs (not normalised).
     """
 
     flow: Tensor
