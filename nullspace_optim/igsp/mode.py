@@ -229,7 +229,7 @@ class IgspMode:
 
     @torch.inference_mode(False)
     def calibrate(self, loader: Iterable[Any], forward: Forward | None = None, progress: bool = True) -> None:
-        """Tell inputs of no task apart by those of `loader`: at most 5 % of them lie within the limit of each task.
+        """Tell inputs of no task apart by those of `loader`: a tenth of them lies at most within the limit of each task.
 
         For calls without a task's name, after `consolidate`; inputs beyond all limits run the plain backbone.
         """

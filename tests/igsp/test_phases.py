@@ -425,7 +425,7 @@ def test_each_sample_is_routed_for_the_task_that_is_named_for_it(kind: str) -> N
             pass
 
 
-def test_phase_one_is_a_fifth_of_a_task_announced_or_as_long_as_the_task_before() -> None:
+def test_phase_one_takes_at_most_a_fifth_of_a_task() -> None:
     model, opt = make(cap=None, window=None, candidates=1)
     for number, (place, steps) in enumerate(((0, 60), (2, 40), (1, 10))):
         train(model, opt, SyntheticTask(place), steps)

@@ -81,7 +81,7 @@ def test_mean_and_deviation_of_own_distances_come_from_sums() -> None:
     torch.testing.assert_close(made.limits[0], made.spreads[0] @ torch.tensor([1.0, 3.0]))
 
 
-def test_each_sample_finds_its_task_whatever_stands_beside_it_and_strangers_find_none() -> None:
+def test_each_sample_finds_its_task_and_strangers_find_none() -> None:
     made = recognition([drawn(place, seed=seed) for seed, place in enumerate((0.0, 2.0, 4.0))])
     inputs = torch.cat([*(drawn(place, 20, seed=7) for place in (0.0, 2.0, 4.0)), torch.full((1, 24), 60.0)])
     found = made.choose(features(made, inputs))

@@ -7,6 +7,7 @@ result depends on its batch.
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -28,7 +29,8 @@ def projection(width: int, number: int) -> Tensor | None:
     """Return a seeded projection `[width, GATE]` for the `number`-th layer that keeps lengths; None for narrow ones."""
     if width <= GATE:
         return None
-    return torch.randn(width, GATE, generator=torch.Generator().manual_seed(number)) / GATE**0.5
+    draw = torch.randn(width, GATE, generator=torch.Generator().manual_seed(number))
+    return draw / math.sqrt(GATE)
 
 
 def gate_input(x: Tensor, gate_scale: str = "none", draw: Tensor | None = None) -> Tensor:
