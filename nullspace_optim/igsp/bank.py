@@ -133,7 +133,7 @@ def report_task(
         seconds=0.0,
         bytes=stored,
         transient_bytes=0,
-        warnings=tuple([*_warnings(layers), *_phase_warnings(bank, layers, trained, options)]),
+        warnings=tuple([*_warnings(layers), *_unseen(bank), *_phase_warnings(bank, layers, trained, options)]),
         layers=tuple(layers),
         trainable=trained,
         reason=reason,
@@ -157,6 +157,16 @@ def _warnings(layers: list[LayerReport]) -> list[str]:
             "choose a smaller rank"
         )
     return found
+
+
+def _unseen(bank: ExpertBank) -> list[str]:
+    blind = [one.name for one in bank.layers if one.recognition is not None and float(one.recognition.limits[-1]) < 0]
+    if not blind:
+        return []
+    return [
+        f"no sample of the task passed through the chain of blocks around '{blind[0]}' as a whole: without a name the "
+        "task is not found there"
+    ]
 
 
 def _phase_warnings(bank: ExpertBank, layers: list[LayerReport], trained: TrainableCount, options: IGSP) -> list[str]:

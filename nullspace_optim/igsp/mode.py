@@ -229,10 +229,20 @@ class IgspMode:
 
     @torch.inference_mode(False)
     def calibrate(self, loader: Iterable[Any], forward: Forward | None = None, progress: bool = True) -> None:
-        """Tell inputs of no task apart by those of `loader`: a tenth of them lies at most within the limit of each task.
+        """Tell inputs of no task apart by those of `loader`, for calls without a task's name, after `consolidate`.
 
-        For calls without a task's name, after `consolidate`; inputs beyond all limits run the plain backbone.
+        The limit of each finished task falls until a tenth of them lies within, but not below the mean distance of its
+        own samples. Inputs beyond all limits run the plain backbone.
+
+        Raises:
+            OptionError: no task is finished, or all share one router, which never asks for a task.
+            ConsolidationError: the loader gave no batches.
         """
+        if self.options.router == "shared" or not self.experts.scope.tasks:
+            raise OptionError(
+                "calibrate(): needs a finished task and IGSP(router='per-task'); consolidate one first "
+                f"(finished: {len(self.experts.scope.tasks)}, router={self.options.router!r})"
+            )
         work = LoaderPass(self.host.owner(), {}, loader, "pool", forward, progress=progress)
         with restored_model(work.model, loader), self._collecting(Routing.BACKBONE):
             run_batches(work)

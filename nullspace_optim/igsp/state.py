@@ -8,6 +8,7 @@ of it changes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BasisFileError
+from ..errors import BasisFileError, NullSpaceWarning
 from ..optimizer.mode import Host
 from ..subspace.basis import Extension
 from .bank import ExpertBank
@@ -203,6 +204,9 @@ def _read_known(
         return {}
     size = len(recognition.scatter)
     shapes = {"centres": (tasks, size), "spreads": (tasks, 2), "limits": (tasks,), "scatter": (size, size), "count": ()}
+    if tasks and not present:
+        text = f"{SOURCE} lack what tells tasks apart: without a name their {tasks} tasks run the plain backbone"
+        warnings.warn(text, NullSpaceWarning, stacklevel=2)
     if present:
         return {name: take(f"known/{name}", *shape) for name, shape in shapes.items()}
     return {name: recognition.scatter.new_full(shape, -float(name == "limits")) for name, shape in shapes.items()}

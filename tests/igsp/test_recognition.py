@@ -10,7 +10,8 @@ from synthetic import SyntheticTask, make, train
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from nullspace_optim import IGSP, NullSpaceOptimizer, clip_forward
+from nullspace_optim import IGSP, NullSpaceOptimizer, NullSpaceWarning, clip_forward
+from nullspace_optim.errors import OptionError
 from nullspace_optim.igsp.moe.context import RoutingContext
 from nullspace_optim.igsp.moe.recognition import TaskRecognition, tower_of
 
@@ -190,3 +191,28 @@ def test_recognition_follows_copies_files_and_failures(tmp_path) -> None:  # typ
         recognised = here.mode.experts.layers[0].recognition
         assert all(torch.equal(recognised.known[name], value) for name, value in known.items())
         assert recognised.rows == [] and recognised.choose(features(recognised, SyntheticTask(0).inputs(3))).eq(0).any()
+
+
+def test_a_pool_needs_a_finished_task_and_its_own_router() -> None:
+    model, opt = make(cap=10)
+    with pytest.raises(OptionError, match=r"finished: 0, router='per-task'"):
+        opt.mode.calibrate([SyntheticTask(0).inputs(0)])
+    model, opt = make(cap=10, router="shared")
+    train(model, opt, SyntheticTask(0), 12)
+    opt.consolidate(SyntheticTask(0).loader(), progress=False)
+    with pytest.raises(OptionError, match=r"finished: 1, router='shared'"):
+        opt.mode.calibrate([SyntheticTask(0).inputs(0)])
+
+
+def test_a_tower_that_no_sample_passed_is_announced_and_never_recognises() -> None:
+    torch.manual_seed(0)
+    model = small_clip()
+    opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-4), model, mode=IGSP(rank=2, cap=3))
+    for step in range(6):
+        clip_step(model, opt, images(step))
+    with pytest.warns(NullSpaceWarning, match=r"around 'transformer\.resblocks\.1\.mlp' as a whole: without a name"):
+        opt.consolidate([images(9)], name="one", forward=model.encode_image, progress=False)
+    with torch.no_grad(), opt.task("never"):
+        plain = model.encode_text(TOKENS)
+    with torch.no_grad(), opt.task(None):
+        assert torch.equal(model.encode_text(TOKENS), plain)

@@ -13,7 +13,7 @@ from synthetic import QUICK, Layer, SyntheticTask, make, train
 from torch import nn
 from torch.optim import AdamW
 
-from nullspace_optim import IGSP, BasisFileError, NullSpaceOptimizer
+from nullspace_optim import IGSP, BasisFileError, NullSpaceOptimizer, NullSpaceWarning
 from nullspace_optim.files import basis_file
 from nullspace_optim.subspace.basis import Extension
 
@@ -162,7 +162,8 @@ def test_a_file_from_before_target_modules_loads_and_goes_on(tmp_path: Path) -> 
     record = basis_file.load(OLD).extension.record
     assert "layers='fc'" in record["options"] and record["structure"]["gate"] == "mean"
     model, opt = make(rank=2, candidates=1)
-    opt.load(OLD)
+    with pytest.warns(NullSpaceWarning, match="without a name their 1 tasks run the plain backbone"):
+        opt.load(OLD)
     assert opt.status().finished == ("one",) and (opt.status().task, opt.status().step) == (2, 7)
     parts, x = opt.mode.experts.layers[0].history, SyntheticTask(0).inputs(7)
     with torch.no_grad(), opt.task("one"):
