@@ -227,3 +227,15 @@ def test_pruning_never_removes_the_last_expert() -> None:
             for power in (0.0, 1.0, 9.0):
                 flow = torch.rand(size, generator=draw) ** power
                 assert pruning.keep_above(flow / flow.sum(), None, "x", candidates).any()
+
+
+def test_gates_of_wide_layers_read_a_projection_that_keeps_lengths() -> None:
+    assert router.projection(32, 0) is None
+    draw = router.projection(400, 3)
+    assert draw is not None and draw.shape == (400, 32) and torch.equal(draw, router.projection(400, 3))
+    assert not torch.equal(draw, router.projection(400, 4))
+    x = torch.randn(500, 6, 400)
+    found = router.gate_input(x, draw=draw)
+    torch.testing.assert_close(found[:, :-1], x.mean(dim=1) @ draw)
+    assert found.shape == (500, 33) and bool((found[:, -1] == 32**0.5).all())
+    assert float((found[:, :-1].norm(dim=1) / x.mean(dim=1).norm(dim=1)).mean()) == pytest.approx(1.0, abs=0.1)

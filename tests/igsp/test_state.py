@@ -185,3 +185,23 @@ def test_a_file_whose_routers_read_the_first_token_is_refused() -> None:
     with pytest.raises(BasisFileError, match="gate='first' there, 'mean' here"):
         opt.mode.state = Extension(record, extension.tensors)
     assert opt.status().finished == ()
+
+
+def test_routers_of_wide_layers_come_back_from_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, other = Layer(48), Layer(48)
+    other.load_state_dict(model.state_dict())
+    one, two = (NullSpaceOptimizer(AdamW(m.parameters(), lr=1e-3), m, mode=IGSP(**QUICK)) for m in (model, other))  # type: ignore[arg-type]
+    x = torch.randn(20, 48)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        one.step()
+    one.consolidate([x], name="one", progress=False)
+    one.save(tmp_path / "f")
+    two.load(tmp_path / "f")
+    assert two.mode.experts.layers[0].finished[0].weight.shape[1] == 33
+    for name in ("one", None):
+        with torch.no_grad(), one.task(name), two.task(name):
+            assert torch.equal(model(x), other(x))
+    with torch.no_grad(), two.task("one"):
+        assert not torch.equal(other(x), nn.functional.linear(x, other.fc.weight, other.fc.bias))
