@@ -15,6 +15,7 @@ from ..verification.probes import record_probe
 from .moe.context import RoutingContext
 from .moe.experts import Stateless
 from .moe.layer import ExpertLayer
+from .moe.recognition import TaskRecognition, tower_of
 from .moe.sites import find_target_modules, refuse_narrow
 from .options import IGSP
 from .report import ExpertReport, LayerReport, TrainableCount
@@ -45,11 +46,12 @@ class ExpertBank(Stateless):
         model._modules.pop(CHILD, None)
 
     def count(self) -> tuple[int, int]:
-        """Return how many parameters the frozen experts have, and how many all routers and prototypes."""
+        """Return how many parameters the frozen experts have, and how many routers and recognition."""
         experts = sum(value.numel() for layer in self.layers for value in layer.history.values())
         routers = sum(
             value.numel() for layer in self.layers for record in layer.routers() for value in record.buffers()
         )
+        routers += sum(value.numel() for layer in self.layers for value in layer.known.values())
         return experts, routers
 
 
@@ -64,15 +66,27 @@ def install_experts(model: nn.Module, options: IGSP) -> ExpertBank:
             f"{type(model).__name__} already carries experts (its attribute '{CHILD}'): detach() the optimizer that "
             "put them there, or take an unchanged copy of the model"
         )
-    sites, scope = find_target_modules(model, options.target_modules), RoutingContext(options.warm)
+    sites, scope = find_target_modules(model, options.target_modules), RoutingContext(options.plan(None))
     refuse_narrow(sites, options.width)
     layers = [ExpertLayer(site, options, scope, number, _device(site.module)) for number, site in enumerate(sites)]
     bank = ExpertBank(layers, scope)
     for site, layer in zip(sites, layers):
         bank.handles.append(site.module.register_forward_hook(layer.add_experts, with_kwargs=True))
+    if options.router == "per-task":
+        _recognise(bank, model)
     bank.train(model.training)
     model.add_module(CHILD, bank)
     return bank
+
+
+def _recognise(bank: ExpertBank, model: nn.Module) -> None:
+    """Let each tower find the tasks of samples by its last layer with experts."""
+    last = {tower_of(layer.name, model): layer for layer in bank.layers}
+    for number, (name, layer) in enumerate(last.items()):
+        tower, device = model.get_submodule(name), layer.router.device
+        layer.recognition = TaskRecognition(bank.scope, layer.widths[0], number, device)
+        bank.handles.append(tower.register_forward_pre_hook(layer.recognition.enter, with_kwargs=True))
+        bank.handles.append(tower.register_forward_hook(layer.recognition.leave))
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -119,7 +133,7 @@ def report_task(
         seconds=0.0,
         bytes=stored,
         transient_bytes=0,
-        warnings=tuple([*_warnings(layers), *_phase_warnings(layers, trained, options)]),
+        warnings=tuple([*_warnings(layers), *_unseen(bank), *_phase_warnings(bank, layers, trained, options)]),
         layers=tuple(layers),
         trainable=trained,
         reason=reason,
@@ -145,13 +159,23 @@ def _warnings(layers: list[LayerReport]) -> list[str]:
     return found
 
 
-def _phase_warnings(layers: list[LayerReport], trained: TrainableCount, options: IGSP) -> list[str]:
+def _unseen(bank: ExpertBank) -> list[str]:
+    blind = [one.name for one in bank.layers if one.recognition is not None and float(one.recognition.limits[-1]) < 0]
+    if not blind:
+        return []
+    return [
+        f"no sample of the task passed through the chain of blocks around '{blind[0]}' as a whole: without a name the "
+        "task is not found there"
+    ]
+
+
+def _phase_warnings(bank: ExpertBank, layers: list[LayerReport], trained: TrainableCount, options: IGSP) -> list[str]:
     if trained.second_steps:
         return []
     steps, cap = trained.first_steps, max(1, trained.first_steps // 3)
     pruned, candidates = (sum(getattr(layer, name) for layer in layers) for name in ("pruned", "candidates"))
     keep = "; on_cap='prune' then prunes where routers have not converged as well" if options.on_cap == "keep" else ""
     return [
-        f"phase 1 took all {steps} steps of the task (cap={options.cap}): phase 2 never ran, {pruned} of {candidates} "
-        f"candidates were pruned; set IGSP(cap=...) to at most a third of a task's steps, here {cap}{keep}"
+        f"phase 1 took all {steps} steps of the task (cap={bank.scope.plan.cap}): phase 2 never ran, {pruned} of "
+        f"{candidates} candidates were pruned; set IGSP(cap=...) to at most a third of a task's steps, here {cap}{keep}"
     ]

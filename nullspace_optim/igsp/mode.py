@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -25,6 +25,7 @@ from ..distributed.communicator import communicator
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.gradients import mean_over_holders
 from ..errors import ConsolidationError, OptionError
+from ..model.batches import Forward
 from ..model.loader import LoaderPass, make_runner
 from ..model.names import named_parameters
 from ..model.restore import restored_model
@@ -40,7 +41,7 @@ from .options import IGSP
 from .param_group import ExpertParamGroup
 from .report import ExpertReport, PhaseStatus, TrainableCount
 from .state import Progress, all_or_nothing, pack_state, restore_state
-from .statistics import absorb_step, collect_inputs, judge_windows
+from .statistics import absorb_step, collect_features, collect_inputs, judge_windows
 
 log = logging.getLogger("nullspace_optim.igsp")
 
@@ -93,9 +94,10 @@ class IgspMode:
             self.experts.remove(self.host.owner())
             self.param_group.close()
 
-    def _begin(self) -> None:
-        """Let every layer begin the next task."""
+    def _begin(self, before: int | None = None) -> None:
+        """Let every layer begin the next task; the one before took `before` steps."""
         scope = self.experts.scope
+        scope.plan = self.options.plan(before)
         for layer in self.experts.layers:
             layer.begin(len(scope.tasks))
         scope.move_to(0, True)
@@ -124,16 +126,16 @@ class IgspMode:
 
         The warm-up is the first window.
         """
-        steps, layers = self.experts.scope.steps, self.experts.layers
-        since = steps - self.options.warm
-        if steps == max(1, self.options.warm):
+        steps, layers, plan = self.experts.scope.steps, self.experts.layers, self.experts.scope.plan
+        since = steps - plan.warm
+        if steps == max(1, plan.warm):
             for layer in layers:
                 layer.end_warmup()
-        if since >= 0 and since % self.options.window == 0:
+        if since >= 0 and since % plan.window == 0:
             judge_windows(layers, steps)
         if all(layer.watch.done for layer in layers) and any(layer.watch.seen for layer in layers):
             self.settle(f"all routers had converged after {steps} steps")
-        elif steps >= self.options.cap:
+        elif steps >= plan.cap:
             late = sum(not layer.watch.done for layer in layers)
             kept = "they keep all experts" if self.options.on_cap == "keep" else "pruned all the same"
             self.settle(f"the cap of {steps} steps was reached, {late} routers had not converged: {kept}")
@@ -180,15 +182,17 @@ class IgspMode:
         """
         started, scope = time.perf_counter(), self.experts.scope
         self._check(work)
+        steps = scope.steps
         with self.param_group.restored_on_error(), all_or_nothing(self.host, self.experts, self.progress):
             if scope.first_phase:
                 self.settle(f"the task ended after {scope.steps} steps in phase 1")
             tally = self._observe(work)
             layers = [layer.report() for layer in self.experts.layers]
-            collected = collect_inputs(self.experts.layers)
+            every = self.experts.layers
+            collected = zip(every, collect_inputs(every), collect_features(every), strict=True)
             with raise_on_all_ranks():
-                for layer, inputs in zip(self.experts.layers, collected, strict=True):
-                    layer.finish(inputs)
+                for layer, inputs, features in collected:
+                    layer.finish(inputs, features)
             scope.tasks.append(work.task)
             scope.move_to(0, False)
             with restored_model(work.model, work.loader), self.task(work.task):
@@ -199,7 +203,7 @@ class IgspMode:
                 self.experts, work, tally.batches, layers, self.progress.trained, self.progress.reason, self.options
             )
             with raise_on_all_ranks():
-                self._begin()
+                self._begin(steps)
                 self._protect()
         self.progress.reason = f"task '{work.task}' was consolidated"
         log.info("igsp: phase 1 of task %d begins: %s", len(scope.tasks) + 1, self.progress.reason)
@@ -215,18 +219,21 @@ class IgspMode:
         if not scope.steps:
             raise ConsolidationError(f"task '{work.task}': no step was taken since the last task; train it first")
 
-    def _observe(self, work: LoaderPass) -> Tally:
-        """Run every batch, routed for the task at work; its layers collect gate inputs."""
+    def _observe(self, work: LoaderPass, routing: Routing = Routing.CURRENT) -> Tally:
+        """Run every batch, routed for the task at work; layers collect gate inputs and towers features."""
         scope, ranks, run = self.experts.scope, communicator(), make_runner(work)
 
         def collected(batch: Any, counted: bool) -> Any:
-            scope.collecting = counted
+            found = [(rows, len(rows)) for layer in self.experts.layers for rows in layer.noted]
+            scope.collecting = True  # lent samples as well: all ranks run towers equally often
             try:
                 return run(batch)
             finally:
                 scope.collecting = False
+                for rows, before in found if not counted else ():
+                    del rows[before:]
 
-        with restored_model(work.model, work.loader), torch.no_grad(), scope.using(Routing.CURRENT):
+        with restored_model(work.model, work.loader), torch.no_grad(), scope.using(routing):
             share_buffers(work.model, ranks)
             return sum_tallies(work, run_batches(work, ranks, collected), ranks)[0]
 
@@ -254,6 +261,28 @@ class IgspMode:
     @training.setter
     def training(self, state: dict[str, Any]) -> None:
         self.param_group.training = state
+
+    @torch.inference_mode(False)
+    def calibrate(self, loader: Iterable[Any], forward: Forward | None = None, progress: bool = True) -> None:
+        """Tell inputs of no task apart by those of `loader`, for calls without a task's name, after `consolidate`.
+
+        The limit of each finished task falls until a tenth of them lies within, but not below the mean distance of its
+        own samples. Inputs beyond all limits run the plain backbone.
+
+        Raises:
+            OptionError: no task is finished, or all share one router, which never asks for a task.
+            ConsolidationError: the loader gave no batches.
+        """
+        if self.options.router == "shared" or not self.experts.scope.tasks:
+            raise OptionError(
+                "calibrate(): needs a finished task and IGSP(router='per-task'); consolidate one first "
+                f"(finished: {len(self.experts.scope.tasks)}, router={self.options.router!r})"
+            )
+        work = LoaderPass(self.host.owner(), {}, loader, "pool", forward, progress=progress)
+        self._observe(work, Routing.BACKBONE)
+        for layer, features in zip(self.experts.layers, collect_features(self.experts.layers), strict=True):
+            if layer.recognition is not None:
+                layer.recognition.calibrate(features)
 
     def task(self, name: str | Sequence[str | None] | None) -> AbstractContextManager[None]:
         """Route for one finished task, or for the task of each sample; None routes every sample by itself."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..errors import OptionError
 from ..options import check_choice, check_number
@@ -25,7 +25,18 @@ CHOICES = {
     "orthogonal": ("input", "both", "structural", "none"),
     "router_after": ("frozen", "train"),
 }
-WHOLE = {"rank": 1, "candidates": 1, "top_k": 1, "window": 1, "cap": 1, "seed": 0}
+WHOLE = {"rank": 1, "candidates": 1, "top_k": 1, "steps": 1, "window": 1, "cap": 1, "seed": 0}
+UNSET = ("rank", "steps", "window", "cap")  # may be None
+SHARE = 5  # phase 1 takes at most this part of a task
+FIRST = 20  # steps of the first phase 1 where nothing says how long a task is
+
+
+class Plan(NamedTuple):
+    """Steps of one task: the most that phase 1 takes, its warm-up, and a window of the test of convergence."""
+
+    cap: int
+    warm: int
+    window: int
 
 
 def check_target_modules(value: object) -> None:
@@ -57,7 +68,8 @@ class IGSP:
           these modules, linear layers or blocks of them, and read its input. ``["mlp"]`` is the MLP of every block.
         * `kind`: ``"lora"`` (`B A x`) or ``"bottleneck"`` (`B relu(A x + a) + b`, MoE-Adapters).
         * `rank`: rows of `A`, 16 (64 for a bottleneck). `scale`: factor on every expert's output.
-        * `candidates`: experts added to each layer for each task (fewer where fewer free directions are left).
+        * `candidates`: experts added to each layer for each task (fewer where fewer free directions are left). With one
+          the first task has nothing to choose and goes to phase 2 after a step.
 
     Routing
         * `top_k`: experts a sample may use in one layer. `noise`: standard deviation of the noise on the logits in
@@ -65,24 +77,24 @@ class IGSP:
         * `gate_scale` of the router's input, the mean of a sample's tokens: ``"none"`` as in MoE-Adapters (a step of
           Adam moves a logit by about `d` times the rate), or ``"width"``, divided by `sqrt(d)`: slower routing, in
           which candidates share the samples for long.
-        * `router`: ``"per-task"``, and prototypes where no task is named; or one ``"shared"`` router for all tasks,
-          whose logits stay what they were on the share `shared_energy` of what it saw in finished tasks (0: it drifts).
-          Prototypes leave a sample that lies 3 standard deviations out to the plain backbone.
-
+        * `router`: ``"per-task"``; where no task is named, the backbone tells the task of each sample, or none (see
+          `moe.recognition`). Or one ``"shared"`` router for all tasks, whose logits stay what they were on the share
+          `shared_energy` of what it saw in finished tasks (0: it drifts).
     Phase 1, subspace identification
+        * `steps` of a task, if they are known. `cap`: most steps of phase 1; if None a fifth of `steps`, else of the
+          steps that the task before took, else 20.
         * `warmup`: first steps, in which routers stay and noise alone spreads the samples, so that candidates have
-          learned something before they are judged; a tenth of `cap` if None.
+          learned something before they are judged; a tenth of the cap if None.
         * `regularization`: ``"mass"`` (share of routing that goes to candidates), ``"geom"`` (share of a candidate's
           energy outside the historical output space), ``"both"``, ``"none"``; `strength` is its factor. `price` of the
           `j`-th of `m` candidates in ``"mass"``: ``"graded"``, `j / m`, so that one is filled before the next, or
           ``"flat"``, 1.
         * `threshold`: experts with less routing are pruned; if None, half of an equal share (see
           `pruning.keep_above`).
-        * Convergence, in windows of `window` steps: Jaccard index of top-k sets at least .95 and KL divergence of mean
-          probabilities below .001 plus what two windows of other samples differ by anyway, `(E - 1) / n` (see
-          `convergence.chance_divergence`), 2 windows in a row. After `cap` steps (20 % of MTIL's 1,000) phase 1 ends
-          anyhow; a layer that has not converged then keeps all experts (`on_cap="keep"`). Choose `cap` at most a third
-          of the steps of a task: a task that ends in phase 1 has no phase 2.
+        * Convergence, in windows of `window` steps (a tenth of the cap if None): Jaccard index of top-k sets at least
+          .95 and KL divergence of mean probabilities below .001 plus what two windows of other samples differ
+          by anyway, `(E - 1) / n` (see `convergence.chance_divergence`), 2 windows in a row. At the cap layers that
+          have not converged are pruned all the same (``on_cap="prune"``) or ``"keep"`` all experts.
 
     Phase 2, orthogonal subspace fine-tuning
         * `orthogonal`: which changes of a surviving expert stay orthogonal to the historical subspace: rows of `A`
@@ -101,7 +113,7 @@ class IGSP:
     kind: Literal["lora", "bottleneck"] = "lora"
     rank: int | None = None
     scale: float = 1.0
-    candidates: int = 4
+    candidates: int = 1
     top_k: int = 2
     noise: float = 0.7
     gate_scale: Literal["none", "width"] = "none"
@@ -110,11 +122,12 @@ class IGSP:
     regularization: Literal["mass", "geom", "both", "none"] = "mass"
     price: Literal["graded", "flat"] = "graded"
     strength: float = 0.1
+    steps: int | None = None
+    cap: int | None = None
     warmup: int | None = None
     threshold: float | None = None
-    window: int = 20
-    cap: int = 200
-    on_cap: Literal["keep", "prune"] = "keep"
+    window: int | None = None
+    on_cap: Literal["keep", "prune"] = "prune"
     orthogonal: Literal["input", "both", "structural", "none"] = "input"
     router_after: Literal["frozen", "train"] = "frozen"
     lr: float | None = None
@@ -126,7 +139,7 @@ class IGSP:
             check_choice(name, getattr(self, name), allowed, owner="IGSP")
         for name, least in WHOLE.items():
             value = getattr(self, name)
-            if not (value is None and name == "rank") and (type(value) is not int or value < least):
+            if not (value is None and name in UNSET) and (type(value) is not int or value < least):
                 raise OptionError(f"IGSP({name}={value!r}): expected a whole number of at least {least}")
         for name, low, high, closed in (
             ("scale", 0.0, 1e6, ""),
@@ -138,10 +151,9 @@ class IGSP:
         for name in ("threshold", "lr"):
             if getattr(self, name) is not None:
                 check_number(self, name, getattr(self, name), 0.0, 1.0)
-        if self.warmup is not None and (type(self.warmup) is not int or not 0 <= self.warmup < self.cap):
-            raise OptionError(
-                f"IGSP(warmup={self.warmup!r}, cap={self.cap}): expected a whole number below cap, or None"
-            )
+        cap = self.plan(None).cap
+        if self.warmup is not None and (type(self.warmup) is not int or not 0 <= self.warmup < cap):
+            raise OptionError(f"IGSP(warmup={self.warmup!r}, cap={cap}): expected a whole number below cap, or None")
 
     @property
     def width(self) -> int:
@@ -150,10 +162,12 @@ class IGSP:
             return self.rank
         return 16 if self.kind == "lora" else 64
 
-    @property
-    def warm(self) -> int:
-        """Steps of the warm-up."""
-        return self.cap // 10 if self.warmup is None else self.warmup
+    def plan(self, before: int | None) -> Plan:
+        """Return the steps of a task's parts; the task before it took `before` steps (None: there was none)."""
+        known = self.steps or before
+        cap = self.cap or (max(1, known // SHARE) if known else FIRST)
+        tenth = -(-cap // 10)
+        return Plan(cap, tenth if self.warmup is None else self.warmup, self.window or tenth)
 
     @property
     def structure(self) -> dict[str, object]:

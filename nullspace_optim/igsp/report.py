@@ -84,7 +84,7 @@ class TrainableCount:
 class ExpertReport(ConsolidationReport):
     """The result of `consolidate` in mode ``"igsp"``.
 
-    `experts` counts all parameters of frozen experts, `routers` those of all routers and prototypes; both together are
+    `experts` counts all parameters of frozen experts, `routers` those of routers and recognition; both together are
     what deployment needs beside the backbone.
     """
 
@@ -108,7 +108,7 @@ class ExpertReport(ConsolidationReport):
             f"phase 2: {count.second_steps} steps, {count.second:,} trainable parameters; "
             f"mean over steps {count.mean:,.0f}",
             f"candidates: {kept} kept, {pruned} pruned; stored so far: {self.experts:,} parameters of experts, "
-            f"{self.routers:,} of routers and prototypes",
+            f"{self.routers:,} of routers and recognition",
             "",
         ]
         header = ["layer", "candidates", "kept", "reused", "history", "reuse", "converged", "directions used"]

@@ -8,7 +8,8 @@ of it changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import BasisFileError
+from ..errors import BasisFileError, NullSpaceWarning
 from ..optimizer.mode import Host
 from ..subspace.basis import Extension
 from .bank import ExpertBank
 from .moe.convergence import Convergence, ConvergenceMonitor
 from .moe.experts import PARTS, Expert, shapes
 from .moe.layer import ExpertLayer, TaskRouter
-from .moe.router import Prototype
-from .options import IGSP
+from .moe.recognition import TaskRecognition
+from .options import IGSP, Plan
 from .report import TrainableCount
 
 SUMS = ("flow", "origin", "centre", "window", "previous")
@@ -58,6 +59,7 @@ def pack_state(bank: ExpertBank, options: IGSP, progress: Progress) -> Extension
         "tasks": list(scope.tasks),
         "steps": scope.steps,
         "first_phase": scope.first_phase,
+        "plan": list(scope.plan),
         "counts": [trained.first, trained.second],
         "phase_steps": [trained.first_steps, trained.second_steps],
         "reason": progress.reason,
@@ -86,6 +88,7 @@ def _tensors(layer: ExpertLayer) -> dict[str, Tensor]:
     for number, expert in enumerate(layer.fresh):
         found.update({f"fresh/{number}/{name}": value for name, value in expert.named_parameters()})
     found.update({f"watch/{name}": value for name, value in layer.watch.named_buffers()})
+    found.update({f"known/{name}": value for name, value in layer.known.items()})
     for number, record in enumerate(layer.finished):
         found.update({f"finished/{number}/{name}": value for name, value in record.named_buffers()})
     return found
@@ -103,6 +106,7 @@ def restore_state(bank: ExpertBank, options: IGSP, progress: Progress, extension
         prepared = [_read_layer(layer, record, number, extension) for number, layer in enumerate(bank.layers)]
         tasks, steps, first_phase = [str(name) for name in record["tasks"]], int(record["steps"]), record["first_phase"]
         counts, taken = ([int(n) for n in record[key]] for key in ("counts", "phase_steps"))
+        plan = Plan(*(int(n) for n in record.get("plan", options.plan(None))))
         trained, reason = TrainableCount(counts[0], counts[1], taken[0], taken[1]), str(record["reason"])
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise BasisFileError(f"{SOURCE} are damaged or foreign ({error!r})") from error
@@ -111,7 +115,7 @@ def restore_state(bank: ExpertBank, options: IGSP, progress: Progress, extension
         if options.orthogonal == "structural" and not first_phase:
             for expert in layer.fresh:
                 expert.down.requires_grad_(False)
-    bank.scope.tasks = tasks
+    bank.scope.tasks, bank.scope.plan = tasks, plan
     bank.scope.move_to(steps, bool(first_phase))
     progress.trained, progress.reason = trained, reason
 
@@ -139,7 +143,7 @@ def _compare(record: Any, bank: ExpertBank, options: IGSP) -> None:
 def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extension) -> dict[str, Any]:
     """Return the contents that `layer` is to take over, each checked."""
     entry, device, options = record["layers"][number], layer.router.device, layer.options
-    inputs, outputs = layer.widths
+    gate, (inputs, outputs) = layer.gate_width, layer.widths
     sizes = shapes(options.kind, options.width, inputs, outputs)
 
     def take(key: str, *shape: int | None) -> Tensor:
@@ -158,12 +162,12 @@ def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extensi
         for part in PARTS[options.kind][1:]:
             getattr(expert, part).data = take(f"fresh/{place}/{part}", *sizes[part])
         fresh.append(expert)
-    weight = nn.Parameter(take("router", len(members) + len(fresh), inputs + 1), bool(entry["router_trains"]))
+    weight = nn.Parameter(take("router", len(members) + len(fresh), gate), bool(entry["router_trains"]))
     watch = ConvergenceMonitor(options, weight)
     for name in SUMS:
         present = f"{number}/watch/{name}" in extension.tensors
         rows = len(extension.tensors[f"{number}/watch/flow"])
-        shape = {"flow": (rows,), "origin": (rows, inputs + 1), "centre": (inputs + 1,)}.get(name, (rows,))
+        shape = {"flow": (rows,), "origin": (rows, gate), "centre": (gate,)}.get(name, (rows,))
         shape = (rows + 1,) if name == "window" else shape
         setattr(watch, name, take(f"watch/{name}", *shape) if present else None)
     watch.convergence = Convergence.of(entry["convergence"])
@@ -174,18 +178,13 @@ def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extensi
             len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < stored
         ):
             raise ValueError(f"'{layer.name}': the router of task {task + 1} names experts that are not there")
-        routed = take(f"finished/{task}/weight", len(numbers), inputs + 1)
-        fields = {"centre": (inputs,), "spread": (inputs,), "limit": ()}
-        finished.append(
-            TaskRouter(
-                routed, numbers, Prototype(*(take(f"finished/{task}/{f}", *fields[f]) for f in Prototype._fields))
-            )
-        )
+        routed = take(f"finished/{task}/weight", len(numbers), gate)
+        finished.append(TaskRouter(routed, numbers))
     return {
         **{f"history_{part}": value for part, value in history.items()},
         "inputs": take("inputs", inputs, None),
         "outputs": take("outputs", outputs, None),
-        "gates": take("gates", inputs + 1, None),
+        "gates": take("gates", gate, None),
         "floor": take("floor"),
         "fresh": nn.ModuleList(fresh),
         "finished": nn.ModuleList(finished),
@@ -193,7 +192,24 @@ def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extensi
         "candidates": int(entry["candidates"]),
         "router": weight,
         "watch": watch,
+        "known": _read_known(layer.recognition, f"{number}/known/centres" in extension.tensors, len(finished), take),
     }
+
+
+def _read_known(
+    recognition: TaskRecognition | None, present: bool, tasks: int, take: Callable[..., Tensor]
+) -> dict[str, Tensor]:
+    """Return what the tower is to know; of a file that lacks it, `tasks` that are never recognised."""
+    if recognition is None:
+        return {}
+    size = len(recognition.scatter)
+    shapes = {"centres": (tasks, size), "spreads": (tasks, 2), "limits": (tasks,), "scatter": (size, size), "count": ()}
+    if tasks and not present:
+        text = f"{SOURCE} lack what tells tasks apart: without a name their {tasks} tasks run the plain backbone"
+        warnings.warn(text, NullSpaceWarning, stacklevel=2)
+    if present:
+        return {name: take(f"known/{name}", *shape) for name, shape in shapes.items()}
+    return {name: recognition.scatter.new_full(shape, -float(name == "limits")) for name, shape in shapes.items()}
 
 
 @contextmanager
@@ -201,7 +217,8 @@ def all_or_nothing(host: Host, bank: ExpertBank, progress: Progress) -> Iterator
     """Run the block; on any error put experts, progress and the host's bases back as they were, and raise it again."""
     layers = [(layer, layer.contents()) for layer in bank.layers]
     flags = [(parameter, parameter.requires_grad) for parameter in bank.parameters()]
-    tasks, steps, first_phase = list(bank.scope.tasks), bank.scope.steps, bank.scope.first_phase
+    tasks, plan = list(bank.scope.tasks), bank.scope.plan
+    steps, first_phase = bank.scope.steps, bank.scope.first_phase
     trained, reason = progress.trained, progress.reason
     store, parameters = host.store.copy(), dict(host.parameters)
     try:
@@ -211,7 +228,7 @@ def all_or_nothing(host: Host, bank: ExpertBank, progress: Progress) -> Iterator
             layer.replace(contents)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        bank.scope.tasks = tasks
+        bank.scope.tasks, bank.scope.plan = tasks, plan
         bank.scope.move_to(steps, first_phase)
         progress.trained, progress.reason = trained, reason
         host.take(store, parameters)

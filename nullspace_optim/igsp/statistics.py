@@ -40,5 +40,16 @@ def _agreements(layers: Sequence[ExpertLayer]) -> list[Tensor | None]:
 
 def collect_inputs(layers: Sequence[ExpertLayer]) -> list[Tensor]:
     """Return for every layer the gate inputs `[n, d + 1]` that all ranks have collected, in the order of the ranks."""
-    collected = [layer.collect() for layer in layers]
+    return _gathered([layer.collect() for layer in layers])
+
+
+def collect_features(layers: Sequence[ExpertLayer]) -> list[Tensor]:
+    """Return the features `[n, p]` that the towers of all ranks have collected, `[0, 0]` for a layer that ends none."""
+    towers = [layer.recognition for layer in layers]
+    return _gathered(
+        [layer.router.new_zeros(0, 0) if tower is None else tower.collect() for layer, tower in zip(layers, towers)]
+    )
+
+
+def _gathered(collected: list[Tensor]) -> list[Tensor]:
     return collected if world_size() == 1 else [all_gather_uneven(rows, 0, None) for rows in collected]

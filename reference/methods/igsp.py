@@ -2,61 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
+import torch
 from torch.optim import Optimizer
 
 from nullspace_optim import IGSP, NullSpaceOptimizer, clip_forward
 from nullspace_optim.errors import OptionError
 from nullspace_optim.igsp import ExpertReport
-from reference.data.tasks import Task
+from reference.data.tasks import Split, Task
 from reference.errors import ExperimentError
-from reference.methods.adapters import PLAIN, TASK_KNOWN, TASK_UNKNOWN, Routing, Selector
+from reference.methods.adapters import TASK_KNOWN, TASK_UNKNOWN
 from reference.methods.base import Method, Setting
-from reference.training.clip import Clip
 from reference.training.steps import Batch, Batches
 
-BY_LAYER = "each layer by itself"
 EVERY = 5  # steps between two points of the routing curves
-
-
-class NamedTasks(Selector):
-    """The selector of the adapter methods, which names the task of each sample to the optimizer."""
-
-    def __init__(self, clip: Clip, optimizer: NullSpaceOptimizer) -> None:
-        super().__init__(clip, Routing())
-        self.optimizer = optimizer
-        self.names: list[str] = []
-
-    @contextmanager
-    def using(self, task: int | Tensor) -> Iterator[None]:
-        """Route for `task` inside this context, a number or one a sample."""
-        named = {PLAIN: None, **dict(enumerate(self.names))}
-        given = [named[number] for number in task.tolist()] if isinstance(task, Tensor) else named[task] or ""
-        with self.optimizer.task(given):
-            yield
+POOL = 256  # images and captions of the pool that are looked at
 
 
 class ExpertsOfTasks(Method):
     """iGSP with the options `igsp` of the settings.
 
     With the task's name, tasks that have no router yet run the plain backbone, so Transfer is the pretrained accuracy
-    by construction. "task unknown" gives each image and each prompt to the nearest task by the backbone's features, as
-    for the other adapter methods; "each layer by itself" leaves that to the prototypes of iGSP's layers.
+    by construction. "task unknown" leaves the task of each image and each prompt to the optimizer; the reference pool,
+    where there is one, tells it what belongs to none.
     """
 
     name = "igsp"
-    evaluations = (TASK_KNOWN, TASK_UNKNOWN, BY_LAYER)
+    evaluations = (TASK_KNOWN, TASK_UNKNOWN)
     saved = ("tasks", "curve")
     optimizer: NullSpaceOptimizer
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.selector = NamedTasks(self.clip, self.optimizer)
         self.tasks: list[dict[str, Any]] = []
         self.curve: list[tuple[int, dict[str, tuple[float, ...]]]] = []
 
@@ -65,7 +45,7 @@ class ExpertsOfTasks(Method):
         base = super().make_optimizer()
         self.clip.model.requires_grad_(False)
         try:
-            options = IGSP(**self.config.igsp)
+            options = IGSP(**{"steps": self.config.iterations, **self.config.igsp})
         except (TypeError, OptionError) as error:
             raise ExperimentError(f"igsp={dict(self.config.igsp)!r}: {error}") from error
         return NullSpaceOptimizer(base, self.clip.model, mode=options)
@@ -87,19 +67,24 @@ class ExpertsOfTasks(Method):
         assert isinstance(report, ExpertReport)
         self.tasks.append({**described(report, self.curve), "phase_2_drift": orthogonal.worst})
         self.curve = []
-        self.selector.learn(Batches(self.clip, drawn), self.clip.tokens(task.prompts()))
-        self.selector.names.append(task.name)
+        self._calibrate()
         return {"report": str(report), "images": len(drawn)}
+
+    def _calibrate(self) -> None:
+        """Show the optimizer images and captions of no task."""
+        pool = self.setting.pool
+        if pool is not None:
+            images = Split(pool.images[:POOL], torch.zeros(len(pool.images[:POOL]), dtype=torch.int64))
+            forward = clip_forward(self.clip.model, self.clip.tokens(pool.captions[:POOL]))
+            self.optimizer.mode.calibrate(Batches(self.clip, images), forward=forward, progress=False)
 
     def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
         """Route for `task`, or for no task in particular."""
-        if evaluation == TASK_UNKNOWN:
-            return self.without_task()
         return self.optimizer.task(task.name if evaluation == TASK_KNOWN else None)
 
     def without_task(self) -> AbstractContextManager[object]:
         """Route each input for the nearest task, or for none."""
-        return self.selector.guessing()
+        return self.optimizer.task(None)
 
     def facts(self) -> dict[str, Any]:
         """Trainable parameters by phase, what is stored in the end, convergence and fate of experts per layer."""
@@ -112,19 +97,9 @@ class ExpertsOfTasks(Method):
             "trainable_phase_1": [task["trainable_phase_1"] for task in self.tasks],
             "trainable_phase_2": [task["trainable_phase_2"] for task in self.tasks],
             "final_without_routers": last["experts"],
-            "final_with_routers": last["experts"] + last["routers"] + self.selector.parameters,
+            "final_with_routers": last["experts"] + last["routers"],
             "tasks": self.tasks,
         }
-
-    def state(self) -> dict[str, Any]:
-        """The model, the optimizer with all experts, and what is known of finished tasks."""
-        return {**super().state(), "selector": self.selector.state(), "names": self.selector.names}
-
-    def load_state(self, state: dict[str, Any], number: int) -> None:
-        """Take it up again."""
-        super().load_state(state, number)
-        self.selector.load_state(state["selector"])
-        self.selector.names = state["names"]
 
 
 def described(report: ExpertReport, curve: list[tuple[int, dict[str, tuple[float, ...]]]]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from reference.evaluation.bootstrap import compare
 from reference.evaluation.report import files_below, load_runs
 from reference.evaluation.tables import markdown_table, memory, spread
 from reference.methods.adapters import TASK_UNKNOWN
-from reference.methods.igsp import BY_LAYER
 from reference.training.tracking import write_text
 
 Results = dict[str, Any]
@@ -30,8 +29,8 @@ CLAIMS = {"trainable_mean": 42.7, "final_with_routers": 86.9}
 NOTES = """\
 Accuracy in percent, mean ± standard deviation over seeds. With a task's name, tasks that have not been trained run the
 pretrained model, so Transfer is its accuracy by construction: judge by the columns without a name, where each image
-and each prompt is given to the nearest finished task, or to none, by the features of the frozen backbone ("by layer":
-by the prototypes of iGSP's layers, each of which decides alone). Parameters in thousands. Trainable: of one task;
+and each prompt is given to the nearest finished task, or to none, by the features of the frozen backbone. Parameters in
+thousands. Trainable: of one task;
 phase 1 and phase 2 are means over tasks, "mean" weights both with their steps, `(N1 p1 + N2 p2) / (N1 + N2)`, and
 averages over tasks (methods of one phase: what trains in a task, averaged over tasks). Final extra: all parameters
 beside the backbone after the last task, without and with routers, prototypes or selectors (`gnsp-exact` changes the
@@ -92,11 +91,10 @@ def unnamed(run: Results) -> Results:
 def accuracy_table(rows: Rows) -> list[list[str]]:
     """Heading and one row each: accuracy with and without the task's name, time, memory."""
     heads = [f"{name.capitalize()}{where}" for where in ("", ", no name") for name in FIGURES]
-    table = [["", "seeds", *heads, "Last, by layer", "learned", "seconds", "memory [MiB]"]]
+    table = [["", "seeds", *heads, "learned", "seconds", "memory [MiB]"]]
     for label, runs in rows.items():
         cells = [spread([run[name] for run in runs]) for name in FIGURES]
         cells += [spread([unnamed(run)[name] for run in runs]) for name in FIGURES]
-        cells.append(spread([(scored(run, BY_LAYER) or {"last": None})["last"] for run in runs]))
         cells += [spread([run["diagonal_gain"] for run in runs]), spread([run["seconds"] for run in runs], 0)]
         table.append([label, str(len(runs)), *cells, spread([memory(run) for run in runs], 0)])
     return table

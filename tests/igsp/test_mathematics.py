@@ -229,14 +229,13 @@ def test_pruning_never_removes_the_last_expert() -> None:
                 assert pruning.keep_above(flow / flow.sum(), None, "x", candidates).any()
 
 
-def test_prototypes_name_the_task_of_each_sample_and_leave_strangers_alone() -> None:
-    centres = torch.randn(3, 16) * 4
-    tasks = [router.prototype(centre + torch.randn(200, 16)) for centre in centres]
-    stacked = router.Prototype(*(torch.stack(parts) for parts in zip(*tasks)))
-    inputs = torch.cat([centres + 0.1 * torch.randn(3, 16), torch.full((1, 16), 60.0)])
-    found = router.nearest(inputs, *stacked)
-    assert found.tolist() == [0, 1, 2, -1]
-    alone = [int(router.nearest(row[None], *stacked)) for row in inputs]
-    assert alone == found.tolist(), "the batch has no influence"
-    few = router.prototype(torch.randn(1, 16))
-    assert all(bool(torch.isfinite(part).all()) for part in few)
+def test_gates_of_wide_layers_read_a_projection_that_keeps_lengths() -> None:
+    assert router.projection(32, 0) is None
+    draw = router.projection(400, 3)
+    assert draw is not None and draw.shape == (400, 32) and torch.equal(draw, router.projection(400, 3))
+    assert not torch.equal(draw, router.projection(400, 4))
+    x = torch.randn(500, 6, 400)
+    found = router.gate_input(x, draw=draw)
+    torch.testing.assert_close(found[:, :-1], x.mean(dim=1) @ draw)
+    assert found.shape == (500, 33) and bool((found[:, -1] == 32**0.5).all())
+    assert float((found[:, :-1].norm(dim=1) / x.mean(dim=1).norm(dim=1)).mean()) == pytest.approx(1.0, abs=0.1)

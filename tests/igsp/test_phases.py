@@ -44,7 +44,7 @@ def test_a_task_inside_the_history_prunes_all_candidates_for_one_router(story) -
     assert two.kept == 0 and two.pruned == 2 and two.reused == 1 and two.reuse > 0.9
     first, second, _ = story["reports"]
     assert second.experts == first.experts, "no new expert is stored"
-    assert second.routers - first.routers == 33 + 1 + 32 + 32 + 1, "weight, number, centre, spread and limit"
+    assert second.routers - first.routers == 33 + 1 + 64 + 2 + 1, "weight, number, centre, spread and limit"
     assert second.trainable.second == 33, "phase 2 trains the router alone"
 
 
@@ -320,7 +320,7 @@ def test_candidates_warm_up_before_routers_move() -> None:
     assert all(bool(expert.up.any()) for expert in layer.fresh), "noise alone reaches every candidate"
     train(model, opt, SyntheticTask(0), 1, first=10)
     assert not torch.equal(layer.router, before)
-    assert IGSP(cap=50).warm == 5
+    assert IGSP(cap=50).plan(None).warm == 5
 
 
 def shared_story(energy: float) -> tuple[float, float, float]:
@@ -423,3 +423,27 @@ def test_each_sample_is_routed_for_the_task_that_is_named_for_it(kind: str) -> N
     for wrong in (3, ["one", 2], {"one"}):
         with pytest.raises(OptionError, match="expected the name of a task, one name"), opt.task(wrong):
             pass
+
+
+def test_phase_one_takes_at_most_a_fifth_of_a_task() -> None:
+    model, opt = make(cap=None, window=None, candidates=1)
+    for number, (place, steps) in enumerate(((0, 60), (2, 40), (1, 10))):
+        train(model, opt, SyntheticTask(place), steps)
+        report = opt.consolidate(SyntheticTask(place).loader(), name=str(number), progress=False)
+        if not number:
+            assert report.trainable.first_steps == 1, "one expert: nothing to choose"
+        else:
+            assert report.trainable.first_steps <= (12, 8)[number - 1] and report.trainable.second_steps > 0
+        assert not report.warnings
+    assert [IGSP(steps=steps).plan(500).cap for steps in (1000, 3, None)] == [200, 1, 100]
+    assert IGSP().plan(None).cap == 20 and IGSP(cap=7, steps=1000).plan(500).cap == 7
+    assert IGSP(steps=1000).plan(None) == (200, 20, 20) and IGSP(cap=10, window=3, warmup=0).plan(None) == (10, 0, 3)
+
+
+def test_the_plan_of_a_task_is_that_of_a_resumed_run() -> None:
+    model, opt = make(cap=None, window=None)
+    train(model, opt, SyntheticTask(0), 70)
+    opt.consolidate(SyntheticTask(0).loader(), progress=False)
+    _, other = make(cap=None, window=None)
+    other.load_state_dict(opt.state_dict())
+    assert other.mode.experts.scope.plan == opt.mode.experts.scope.plan and other.mode.experts.scope.plan.cap == 14

@@ -14,7 +14,7 @@ from synthetic import QUICK, Layer, SyntheticTask, make, train
 from torch import nn
 from torch.optim import AdamW
 
-from nullspace_optim import IGSP, BasisFileError, NullSpaceOptimizer
+from nullspace_optim import IGSP, BasisFileError, NullSpaceOptimizer, NullSpaceWarning
 from nullspace_optim.files import basis_file
 from nullspace_optim.subspace.basis import Extension
 
@@ -183,7 +183,8 @@ def test_a_file_from_before_target_modules_loads_and_goes_on(tmp_path: Path) -> 
     record = basis_file.load(OLD).extension.record
     assert "layers='fc'" in record["options"] and record["structure"]["gate"] == "mean"
     model, opt = make(rank=2, candidates=1)
-    opt.load(OLD)
+    with pytest.warns(NullSpaceWarning, match="without a name their 1 tasks run the plain backbone"):
+        opt.load(OLD)
     assert opt.status().finished == ("one",) and (opt.status().task, opt.status().step) == (2, 7)
     parts, x = opt.mode.experts.layers[0].history, SyntheticTask(0).inputs(7)
     with torch.no_grad(), opt.task("one"):
@@ -205,3 +206,23 @@ def test_a_file_whose_routers_read_the_first_token_is_refused() -> None:
     with pytest.raises(BasisFileError, match="gate='first' there, 'mean' here"):
         opt.mode.state = Extension(record, extension.tensors)
     assert opt.status().finished == ()
+
+
+def test_routers_of_wide_layers_come_back_from_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, other = Layer(48), Layer(48)
+    other.load_state_dict(model.state_dict())
+    one, two = (NullSpaceOptimizer(AdamW(m.parameters(), lr=1e-3), m, mode=IGSP(**QUICK)) for m in (model, other))  # type: ignore[arg-type]
+    x = torch.randn(20, 48)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        one.step()
+    one.consolidate([x], name="one", progress=False)
+    one.save(tmp_path / "f")
+    two.load(tmp_path / "f")
+    assert two.mode.experts.layers[0].finished[0].weight.shape[1] == 33
+    for name in ("one", None):
+        with torch.no_grad(), one.task(name), two.task(name):
+            assert torch.equal(model(x), other(x))
+    with torch.no_grad(), two.task("one"):
+        assert not torch.equal(other(x), nn.functional.linear(x, other.fc.weight, other.fc.bias))

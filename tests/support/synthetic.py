@@ -39,7 +39,9 @@ class SyntheticTask:
         return [self.inputs(1000 + number) for number in range(3)]
 
 
-QUICK = {"target_modules": "fc", "rank": 8, "candidates": 2, "cap": 400, "strength": 0.5}
+QUICK = {
+    "target_modules": "fc", "rank": 8, "candidates": 2, "cap": 400, "window": 20, "on_cap": "keep", "strength": 0.5,
+}  # fmt: skip
 
 
 def make(seed: int = 0, **options: object) -> tuple[Layer, NullSpaceOptimizer]:

@@ -9,6 +9,8 @@ from enum import Enum
 
 from torch import Tensor
 
+from ..options import Plan
+
 
 class Routing(Enum):
     """Ways to route the samples of a forward pass."""
@@ -17,26 +19,27 @@ class Routing(Enum):
     CURRENT = "the task at work"
     TASK = "one finished task"
     SAMPLES = "the finished task that is named for each sample"
-    NEAREST = "each sample by itself: by the shared router, or by the prototype it resembles"
+    NEAREST = "each sample by itself: by the shared router, or for the task that its tower recognises"
     BACKBONE = "no experts"
 
 
 @dataclass
 class RoutingContext:
-    """Names of the finished `tasks`, the `routing` that is asked for, and step and phase of the task at work.
+    """Names of the finished `tasks`, the `routing` that is asked for; `plan`, step and phase of the task at work.
 
     `task` is the number of the finished task for `Routing.TASK`; `of_samples` `[n]`, int64, has one number a sample for
-    `Routing.SAMPLES`, -1 for none. A forward pass reads the flags `begun` and `warming` (samples are spread by noise
-    alone, before routers and penalty begin to act) and never the counter `steps`: a compiled model would be compiled
-    again in every step.
+    `Routing.SAMPLES`, -1 for none; `looking` is the recognition for which a tower runs without experts. A forward pass
+    reads the flags `begun` and `warming` (samples are spread by noise alone, before routers and penalty begin to act)
+    and never the counter `steps`: a compiled model would be compiled again in every step.
     """
 
-    warm: int
+    plan: Plan
     tasks: list[str] = field(default_factory=list)
     routing: Routing = Routing.AUTOMATIC
     task: int | None = None
     of_samples: Tensor | None = None
     collecting: bool = False
+    looking: object = None
 
     def __post_init__(self) -> None:
         self.move_to(0, True)
@@ -44,7 +47,7 @@ class RoutingContext:
     def move_to(self, steps: int, first_phase: bool) -> None:
         """Set how many steps the task at work has taken, and whether it is in its first phase."""
         self.steps, self.first_phase = steps, first_phase
-        self.begun, self.warming = steps > 0, first_phase and steps < self.warm
+        self.begun, self.warming = steps > 0, first_phase and steps < self.plan.warm
 
     @contextmanager
     def using(self, routing: Routing, task: int | None = None, of_samples: Tensor | None = None) -> Iterator[None]:

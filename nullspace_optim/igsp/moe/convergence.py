@@ -23,10 +23,10 @@ KEPT_INPUTS = 64  # forwards since the last step whose gate inputs the regulariz
 class ConvergenceMonitor(Stateless):
     """Running sums over the training forwards of one layer in phase 1.
 
-    Buffers, `[E]` each unless they are None: `flow`, the running mean of the gates (not normalised); `window`, sum of
-    probabilities and number of samples `[E + 1]` since the window began; `previous`, mean probabilities of the window
-    before; `origin` `[E, d + 1]`, the router when the window began; `centre` `[d + 1]`, the running mean of the gate
-    inputs (not normalised).
+    A router of one expert has converged from the start. Buffers, `[E]` each unless they are None: `flow`, the running
+    mean of the gates (not normalised); `window`, sum of probabilities and number of samples `[E + 1]` since the window
+    began; `previous`, mean probabilities of the window before; `origin` `[E, d + 1]`, the router when the window began;
+    `centre` `[d + 1]`, the running mean of the gate inputs (not normalised).
     """
 
     flow: Tensor
@@ -38,7 +38,7 @@ class ConvergenceMonitor(Stateless):
     def __init__(self, options: IGSP, weight: Tensor) -> None:
         super().__init__()
         self.options = options
-        self.convergence = Convergence()
+        self.convergence = Convergence(at=0 if len(weight) < 2 else None)
         self.recent: list[Tensor] = []
         self.sums: list[Tensor] = []
         self.last: Tensor | None = None

@@ -20,24 +20,24 @@ from . import pruning, router
 from .context import Routing, RoutingContext
 from .convergence import ConvergenceMonitor
 from .experts import PARTS, Expert, Stack, Stateless, extend_basis, fresh_directions, mix, shapes, span_rows, stack
-from .router import Prototype, RoutingChoice, nearest, prototype
+from .recognition import TaskRecognition
+from .router import RoutingChoice
 from .sites import TargetModule
 
-REPLACED = ("inputs", "outputs", "gates", "floor", "router", "fresh", "finished", "watch", "members", "candidates")
+REPLACED = (
+    "inputs", "outputs", "gates", "floor", "router", "fresh", "finished", "watch", "members", "candidates", "known"
+)  # fmt: skip
 
 
 class TaskRouter(Stateless):
-    """Router and prototype of one finished task: `weight` `[E, d + 1]`, `experts` `[E]` numbers in the history."""
+    """Router of one finished task: `weight` `[E, d + 1]`, `experts` `[E]` numbers in the history."""
 
     weight: Tensor
     experts: Tensor
-    centre: Tensor
-    spread: Tensor
-    limit: Tensor
 
-    def __init__(self, weight: Tensor, experts: Tensor, prototype: Prototype) -> None:
+    def __init__(self, weight: Tensor, experts: Tensor) -> None:
         super().__init__()
-        for name, value in (("weight", weight), ("experts", experts), *zip(Prototype._fields, prototype)):
+        for name, value in (("weight", weight), ("experts", experts)):
             self.register_buffer(name, value.detach().clone())
 
 
@@ -47,14 +47,15 @@ class ExpertLayer(Stateless):
     Buffers: `history_*`, the frozen experts `[H, ...]`; `inputs` `[d, k]` and `outputs` `[o, l]`, orthonormal bases of
     the rows of all historical `A` and of the columns of all historical `B`; of finished tasks with a shared router
     `gates` `[d + 1, j]`, a basis of what it saw, and `floor` `[]`, the least logit with which it chose an expert.
-    Parameters: `fresh` experts and `router` `[E, d + 1]`, whose rows are the historical `members` of the task at work,
-    then the fresh ones.
+    Parameters: `fresh` experts and `router` `[E, d + 1]` (`d` numbers: `router.gate_input`), whose rows are the
+    historical `members` of the task at work, then the fresh ones.
     """
 
     inputs: Tensor
     outputs: Tensor
     gates: Tensor
     floor: Tensor
+    draw: Tensor | None
 
     def __init__(
         self, site: TargetModule, options: IGSP, scope: RoutingContext, number: int, device: torch.device
@@ -67,15 +68,19 @@ class ExpertLayer(Stateless):
             self.register_buffer(f"history_{part}", torch.zeros(0, *shape, device=device))
         self.register_buffer("inputs", torch.zeros(site.inputs, 0, device=device))
         self.register_buffer("outputs", torch.zeros(site.outputs, 0, device=device))
-        self.register_buffer("gates", torch.zeros(site.inputs + 1, 0, device=device))
+        draw = router.projection(site.inputs, number)
+        self.register_buffer("draw", None if draw is None else draw.to(device))
+        self.gate_width = 1 + (site.inputs if draw is None else draw.shape[1])
+        self.register_buffer("gates", torch.zeros(self.gate_width, 0, device=device))
         self.register_buffer("floor", torch.zeros((), device=device))
         self.fresh = nn.ModuleList()
         self.finished = nn.ModuleList()
         self.members: list[int] = []
         self.candidates = 0
-        self.router = nn.Parameter(torch.zeros(0, site.inputs + 1, device=device))
+        self.router = nn.Parameter(torch.zeros(0, self.gate_width, device=device))
         self.watch = ConvergenceMonitor(options, self.router)
         self.collected: list[Tensor] = []
+        self.recognition: TaskRecognition | None = None  # of the last layer of a tower
 
     def contents(self) -> dict[str, Any]:
         """Return what a task, its end and a file replace, by attribute: the objects themselves, not copies."""
@@ -87,6 +92,16 @@ class ExpertLayer(Stateless):
         for name, value in contents.items():
             setattr(self, name, value)
         self.collected = []
+
+    @property
+    def known(self) -> dict[str, Tensor]:
+        """The finished tasks as the tower recognises them, where this layer is its last one."""
+        return {} if self.recognition is None else self.recognition.known
+
+    @known.setter
+    def known(self, known: dict[str, Tensor]) -> None:
+        if self.recognition is not None:
+            self.recognition.known = known
 
     @property
     def history(self) -> Stack:
@@ -107,7 +122,7 @@ class ExpertLayer(Stateless):
         self.members, self.candidates = list(range(self.size)), len(self.fresh)
         known = self._shared_rows()
         new = known.new_zeros(self.size + len(self.fresh) - len(known), known.shape[1])
-        constant = router.constant(self.widths[0], self.options.gate_scale)
+        constant = router.constant(self.gate_width - 1, self.options.gate_scale)
         if self.gates.shape[1]:
             new[:] = router.low_row(self.floor, known.shape[1], constant)
         elif self.size and len(self.fresh):
@@ -199,24 +214,29 @@ class ExpertLayer(Stateless):
             rank=self.options.width,
         )
 
+    @property
+    def noted(self) -> list[list[Tensor]]:
+        """Lists that collecting forwards append to."""
+        return [self.collected, *([self.recognition.rows] if self.recognition is not None else [])]
+
     def collect(self) -> Tensor:
         """Return and forget the gate inputs `[n, d + 1]` of the forwards in which they were collected."""
         collected, self.collected = self.collected, []
-        return torch.cat(collected) if collected else self.router.new_zeros(0, self.widths[0] + 1)
+        return torch.cat(collected) if collected else self.router.new_zeros(0, self.gate_width)
 
-    def finish(self, collected: Tensor) -> None:
-        """End the task, which gave the gate inputs `collected` `[n, d + 1]`: freeze the fresh experts, extend the bases
-        by their directions, keep the router.
+    def finish(self, collected: Tensor, features: Tensor) -> None:
+        """End the task, which gave the gate inputs `collected` `[n, d + 1]` and the tower's `features` `[n, p]`: freeze
+        the fresh experts, extend the bases by their directions, keep the router.
         """
-        if len(collected) and len(self.router) and self.options.router == "shared" and self.options.shared_energy:
+        if self.recognition is not None:
+            self.recognition.finish(features)
+        if len(collected) and len(self.router) and self.options.shared_energy:
             lowest = router.lowest(collected, self.router.detach(), self.options.top_k)
             self.floor = torch.minimum(self.floor, lowest) if self.gates.shape[1] else lowest
             self.gates = span_rows(self.gates, collected, self.options.shared_energy)
-        if not len(collected):
-            collected = self.router.new_zeros(1, self.widths[0] + 1)
         numbers = [*self.members, *range(self.size, self.size + len(self.fresh))]
         known = torch.tensor(numbers, dtype=torch.int64, device=self.router.device)
-        done = TaskRouter(self.router, known, prototype(collected[:, :-1]))
+        done = TaskRouter(self.router, known)
         self.finished = nn.ModuleList([*self.finished, done])
         for expert in self.fresh:
             assert isinstance(expert, Expert)
@@ -233,23 +253,31 @@ class ExpertLayer(Stateless):
         lists, which would be compiled again in every step.
         """
         routing, task = self._routing()
+        if self.recognition is not None and self.scope.looking is self.recognition:
+            self.recognition.see(self._samples_first(self._input(args, kwargs)))
         if routing is Routing.BACKBONE or (routing is Routing.CURRENT and not len(self.router)):
             return output
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        x = self._input(args, kwargs)
         exploring = routing is Routing.CURRENT and self.scope.first_phase
         add = self._add_eagerly if exploring or self.scope.collecting else self._add
         return add(x, output, routing, task)
 
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+    def _samples_first(self, x: Tensor) -> Tensor:
+        return x.transpose(0, 1) if self.batch_axis == 1 and x.ndim == 3 else x
+
     def _add(self, x: Tensor, output: Any, routing: Routing, task: int | None) -> Any:
-        x = x.transpose(0, 1) if self.batch_axis == 1 and x.ndim == 3 else x
-        inputs = router.gate_input(x, self.options.gate_scale)
-        if self.scope.collecting:
+        x = self._samples_first(x)
+        inputs = router.gate_input(x, self.options.gate_scale, self.draw)
+        if self.scope.collecting and self.options.router == "shared":
             self.collected.append(inputs)
         experts, choice = self._route(inputs, routing, task)
         if choice is None:
             return output
         added = mix(x, experts, choice, self.options.scale)
-        added = added.transpose(0, 1) if self.batch_axis == 1 and x.ndim == 3 else added
+        added = self._samples_first(added)
         if isinstance(output, tuple):
             return (output[0] + added.to(output[0].dtype), *output[1:])
         return output + added.to(output.dtype)
@@ -325,16 +353,10 @@ class ExpertLayer(Stateless):
         return RoutingChoice(record.experts[choice.experts], choice.gates)
 
     def _route_samples(self, inputs: Tensor, tasks: Tensor | None) -> RoutingChoice | None:
-        """Route each sample with the router of its task in `tasks` `[n]`, with gates 0 where that is -1.
-
-        None: the task whose prototype the sample resembles, if there is one.
-        """
+        """Route each sample with the router of its task in `tasks` `[n]`, with gates 0 where that is -1 (None: all)."""
         records = [record for record in self.finished if isinstance(record, TaskRouter)]
-        if not records:
+        if not records or tasks is None:
             return None
-        if tasks is None:
-            parts = (torch.stack([getattr(record, name) for record in records]) for name in Prototype._fields)
-            tasks = nearest(inputs[:, :-1], *parts)
         experts = inputs.new_zeros(len(inputs), self.options.top_k, dtype=torch.int64)
         gates = inputs.new_zeros(len(inputs), self.options.top_k)
         for number in range(len(records)):

@@ -1,12 +1,13 @@
-"""Routing: the experts of each sample, the prototypes of tasks and the rows of a shared router. Pure functions.
+"""Routing: the experts of each sample and the rows of a shared router. Pure functions.
 
-Shapes: gate inputs `[n, d + 1]` (one vector a sample and a constant), a router's weight `[E, d + 1]`, logits `[n, E]`,
-a `RoutingChoice` of `k` experts a sample `[n, k]`. Decisions are made sample by sample: no sample's result depends
-on its batch.
+Shapes: gate inputs `[n, d + 1]` (`d` numbers a sample, at most `GATE`, and a constant), a router's weight `[E, d + 1]`,
+logits `[n, E]`, a `RoutingChoice` of `k` experts a sample `[n, k]`. Decisions are made sample by sample: no sample's
+result depends on its batch.
 """
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from ...distributed.group import rank, world_size
 
 FLOOR = 1e-6
-OUTLIER = 3.0  # standard deviations of the distance from its prototype beyond which a sample belongs to no task
+GATE = 32  # numbers of a layer's input that its router reads
 
 
 class RoutingChoice(NamedTuple):
@@ -26,22 +27,35 @@ class RoutingChoice(NamedTuple):
     gates: Tensor
 
 
-def gate_input(x: Tensor, gate_scale: str = "none") -> Tensor:
+def projection(width: int, number: int) -> Tensor | None:
+    """Return a seeded projection `[width, GATE]` for the `number`-th layer that keeps lengths; None for narrow ones."""
+    if width <= GATE:
+        return None
+    draw = torch.randn(width, GATE, generator=torch.Generator().manual_seed(number))
+    return draw / math.sqrt(GATE)
+
+
+def gate_input(x: Tensor, gate_scale: str = "none", draw: Tensor | None = None) -> Tensor:
     """Return the vector `[n, d + 1]` that decides about each sample of `x` `[n, ..., d]`, in float32 and detached.
 
-    The mean of the tokens (with a causal mask the first token depends on nothing but itself) and the constant
-    `sqrt(d)`, so that one expert can be preferred for all inputs even where these have mean zero. With
-    ``gate_scale="width"`` all is divided by `sqrt(d)`: a step of Adam then moves a logit by about `sqrt(d)` times the
-    rate instead of `d` times. Detached: the router learns, the features do not learn to be routed.
+    The mean of the tokens (with a causal mask the first token depends on nothing but itself), projected by `draw`
+    `[width, d]` so that routers of wide layers stay small, and the constant `sqrt(d)`, so that one expert can be
+    preferred for all inputs even where these have mean zero. With ``gate_scale="width"`` all is divided by `sqrt(d)`: a
+    step of Adam then moves a logit by about `sqrt(d)` times the rate instead of `d` times. Detached: the router learns,
+    the features do not learn to be routed.
     """
     mean = x.detach().reshape(len(x), -1, x.shape[-1]).mean(dim=1, dtype=torch.float32)
+    if draw is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            mean = mean @ draw.float()
+    width = mean.shape[-1]
     if gate_scale == "width":
-        mean = mean / x.shape[-1] ** 0.5
-    return torch.cat([mean, mean.new_full((len(x), 1), constant(x.shape[-1], gate_scale))], dim=1)
+        mean = mean / width**0.5
+    return torch.cat([mean, mean.new_full((len(x), 1), constant(width, gate_scale))], dim=1)
 
 
 def constant(width: int, gate_scale: str) -> float:
-    """Return the last entry of every gate input of a layer with `width` inputs."""
+    """Return the last entry of every gate input with `width` others."""
     return 1.0 if gate_scale == "width" else width**0.5
 
 
@@ -83,49 +97,6 @@ def dense(choice: RoutingChoice, experts: int) -> Tensor:
     """Return gates as a matrix `[n, experts]` with zeros for experts that are not chosen."""
     empty = choice.gates.new_zeros(len(choice.gates), experts)
     return empty.scatter(1, choice.experts, choice.gates)
-
-
-class Prototype(NamedTuple):
-    """Gate inputs of one task at one layer: `centre` `[d]`, `spread` `[d]` (variances), `limit` `[]` (distance)."""
-
-    centre: Tensor
-    spread: Tensor
-    limit: Tensor
-
-
-def prototype(inputs: Tensor) -> Prototype:
-    """Return the prototype of gate inputs `[n, d]`; `limit` is mean + `OUTLIER` standard deviations of their distance.
-
-    With few samples the variances are drawn towards their mean, as if `d / 16` more samples had that variance, so that
-    a dimension in which ten prompts agree by chance does not exclude the eleventh.
-    """
-    inputs = inputs.double()
-    n, size = inputs.shape
-    centre = inputs.mean(dim=0)
-    raw = (inputs - centre).square().sum(dim=0)
-    prior = max(1.0, size / 16)
-    spread = (raw + prior * raw.mean() / max(n, 1)) / (n + prior) + FLOOR
-    distances = _distance(inputs, centre, spread)
-    deviation = distances.std(unbiased=False)
-    limit = distances.mean() + OUTLIER * torch.maximum(deviation, 0.1 * distances.mean())
-    return Prototype(centre.float(), spread.float(), limit.float())
-
-
-def nearest(inputs: Tensor, centres: Tensor, spreads: Tensor, limits: Tensor) -> Tensor:
-    """Return for each gate input `[n, d]` the number of its task, -1 for none: `[n]`, int64.
-
-    The task with the largest Gaussian likelihood among `centres` `[T, d]` and `spreads` `[T, d]`; none where the mean
-    squared distance in units of the variance is above the task's limit `[T]`.
-    """
-    distances = _distance(inputs.unsqueeze(1), centres, spreads)
-    best = (distances + spreads.log().mean(dim=-1)).argmin(dim=1)
-    inside = distances.gather(1, best.unsqueeze(1)).squeeze(1) <= limits[best]
-    return torch.where(inside, best, torch.full_like(best, -1))
-
-
-def _distance(inputs: Tensor, centres: Tensor, spreads: Tensor) -> Tensor:
-    """Return the mean over dimensions of `(x - c)^2 / v`."""
-    return ((inputs - centres).square() / spreads).mean(dim=-1)
 
 
 MARGIN = 8.0  # logits below the least used expert of any old sample: a gate of exp(-8) = 3e-4 at most

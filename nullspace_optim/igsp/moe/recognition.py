@@ -1,0 +1,160 @@
+"""Recognition of a sample's task where none is named: once for all layers of a tower, by the frozen backbone.
+
+A tower is a chain of blocks, such as one encoder of a CLIP, or the model. It runs once without experts; what its last
+layer with experts reads then decides, and the tower runs again with the router of that task, or without experts. No
+sample's result depends on its batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .context import Routing, RoutingContext
+from .experts import Stateless
+
+SIZE = 64  # numbers by which a sample is recognised
+PRIOR, DEVIATION = 16, 0.25  # samples at distance 1 with this deviation that a task's own are mixed with
+ALONE, FARTHEST = 3.0, 6.0  # deviations above a task's mean distance: its limit without a pool, the largest with one
+QUANTILE = 0.1  # share of the pool that may lie within the limit of a task
+KNOWN = ("centres", "spreads", "limits", "scatter", "count")
+
+
+class TaskRecognition(Stateless):
+    """The finished tasks of one tower as Gaussians with one covariance, from sums over their samples.
+
+    Features are seeded random projections of the mean token and the first one. Buffers: `centres` `[T, p]`; `spreads`
+    `[T, 2]`, mean and deviation of the distance of a task's own samples; `limits` `[T]`, distances beyond which a
+    sample is not of the task (-1: never); `scatter` `[p, p]` and `count` `[]`, sums about the centres.
+    """
+
+    centres: Tensor
+    spreads: Tensor
+    limits: Tensor
+    scatter: Tensor
+    count: Tensor
+    draw: Tensor
+    whiten: Tensor
+
+    def __init__(self, scope: RoutingContext, width: int, number: int, device: torch.device) -> None:
+        super().__init__()
+        size, self.scope = min(SIZE, 2 * width), scope
+        draw = torch.randn(2 * width, size, generator=torch.Generator().manual_seed(number)) / (2 * width) ** 0.5
+        values = (torch.zeros(0, size), torch.zeros(0, 2), torch.zeros(0), torch.zeros(size, size), torch.zeros(()))
+        for name, value in (*zip(KNOWN, values), ("draw", draw), ("whiten", torch.eye(size))):
+            self.register_buffer(name, value.to(device))
+        self.rows: list[Tensor] = []
+        self.found: Tensor | None = None
+        self.chosen: Tensor | None = None
+
+    @property
+    def known(self) -> dict[str, Tensor]:
+        """All that a file must hold."""
+        return {name: getattr(self, name) for name in KNOWN}
+
+    @known.setter
+    def known(self, known: dict[str, Tensor]) -> None:
+        for name, value in known.items():
+            setattr(self, name, value)
+        self.rows = []
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Set `whiten` `[p, p]`, `W W^T` being the inverse covariance, drawn towards a sphere where samples are few."""
+        scatter, count = self.scatter.double(), float(self.count)
+        size = len(scatter)
+        if not count or not float(scatter.trace()):
+            return
+        share, covariance = size / (count + size), scatter / count
+        sphere = torch.eye(size, dtype=scatter.dtype, device=scatter.device) * (covariance.trace() / size)
+        inverse = torch.linalg.inv((1 - share) * covariance + share * sphere)
+        self.whiten = torch.linalg.cholesky((inverse + inverse.mT) / 2).to(self.whiten)
+
+    def see(self, x: Tensor) -> None:
+        """Note the features `[n, p]` of the samples `x` `[n, ..., d]`."""
+        tokens = x.detach().flatten(1, -2) if x.ndim > 2 else x.detach().unsqueeze(1)
+        tokens = tokens.to(self.draw.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            self.found = torch.cat([tokens.mean(dim=1), tokens[:, 0]], dim=1) @ self.draw
+
+    def distances(self, features: Tensor) -> Tensor:
+        """Return the mean squared distance `[n, T]` of `features` `[n, p]` from every centre, in the covariance."""
+        with torch.autocast(features.device.type, enabled=False):
+            return ((features.unsqueeze(1) - self.centres) @ self.whiten).square().mean(dim=-1)
+
+    def choose(self, features: Tensor) -> Tensor:
+        """Return the number of the nearest task of `features` `[n, p]`, -1 beyond its limit: `[n]`, int64."""
+        if not len(self.centres):
+            return torch.full((len(features),), -1, device=features.device)
+        nearest = self.distances(features).min(dim=1)
+        return torch.where(nearest.values <= self.limits[nearest.indices], nearest.indices, -1)
+
+    def collect(self) -> Tensor:
+        """Return and forget the features `[n, p]` that were collected."""
+        rows, self.rows = self.rows, []
+        return torch.cat(rows) if rows else self.draw.new_zeros(0, self.draw.shape[1])
+
+    def finish(self, features: Tensor) -> None:
+        """Add the task with these `features` `[n, p]`; one that never reached the tower is not found again."""
+        rows = features.double()
+        count, centre = len(rows), rows.sum(dim=0) / max(1, len(rows))
+        scatter = rows.mT @ rows - count * centre.outer(centre)
+        self.scatter, self.count = self.scatter + scatter.to(self.scatter), self.count + count
+        self._refresh()
+        spread = self._spread(scatter, count)
+        limit = spread[0] + ALONE * spread[1] if count else -torch.ones_like(spread[0])
+        for name, value in (("centres", centre), ("spreads", spread), ("limits", limit)):
+            setattr(self, name, torch.cat([getattr(self, name), value[None].to(self.centres)]))
+
+    def _spread(self, scatter: Tensor, count: int) -> Tensor:
+        """Return `[2]`: mean and deviation of the distance of Gaussian samples with `scatter` `[p, p]` of `count`."""
+        whiten = self.whiten.double()
+        inside = whiten.mT @ scatter @ whiten / max(1, count) / len(scatter)
+        own = torch.stack([inside.trace(), (2 * inside.square().sum()).sqrt()])
+        return (count * own + PRIOR * own.new_tensor([1.0, DEVIATION])) / (count + PRIOR)
+
+    def calibrate(self, features: Tensor) -> None:
+        """Set the limits of all tasks so that `QUANTILE` of the `features` `[n, p]` of a pool lie within each."""
+        if len(features) and len(self.centres):
+            least = torch.quantile(self.distances(features), QUANTILE, dim=0)
+            mean, deviation = self.spreads.unbind(dim=1)
+            limits = least.clamp(mean, mean + FARTHEST * deviation)
+            self.limits = torch.where(self.limits < 0, self.limits, limits)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the tower: let the backbone look at the samples, and route them for their tasks."""
+        scope = self.scope
+        if scope.looking is not None or not (scope.collecting or scope.routing is Routing.NEAREST):
+            return
+        routing, scope.routing, scope.looking = scope.routing, Routing.BACKBONE, self
+        with torch.no_grad():
+            module.forward(*args, **kwargs)
+        scope.routing, scope.looking = routing, None
+        found, self.found = self.found, None
+        if found is None:
+            return
+        if scope.collecting:
+            self.rows.append(found)
+        else:
+            self.chosen = scope.of_samples = self.choose(found)
+            scope.routing = Routing.SAMPLES
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the tower: what follows chooses anew."""
+        if self.chosen is not None and self.scope.of_samples is self.chosen:
+            self.scope.routing, self.scope.of_samples = Routing.NEAREST, None
+        self.chosen = None
+
+
+def tower_of(name: str, model: nn.Module) -> str:
+    """Return the name of the tower of the layer `name`: the first chain of blocks on its path, or the whole model.
+
+    A `ModuleList` is never called, so the module that holds it stands for it.
+    """
+    parts = name.split(".")
+    depth = next((place for place, part in enumerate(parts) if part.isdigit()), 0)
+    while depth and isinstance(model.get_submodule(".".join(parts[:depth])), (nn.ModuleList, nn.ModuleDict)):
+        depth -= 1
+    return ".".join(parts[:depth])
