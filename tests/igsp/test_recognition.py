@@ -45,7 +45,7 @@ def recognition(tasks: list[Tensor], width: int = 24) -> TaskRecognition:
             made.see(part)
             assert made.found is not None
             made.rows.append(made.found)
-        made.finish()
+        made.finish(made.collect())
     return made
 
 
@@ -105,12 +105,12 @@ def test_a_pool_lowers_the_limits_until_few_of_it_lie_within() -> None:
     pool = 0.8 + drawn(0.0, 400, seed=3)
     before = float((made.choose(features(made, pool)) == 0).float().mean())
     made.rows.append(features(made, pool))
-    made.calibrate()
+    made.calibrate(made.collect())
     within = float((made.choose(features(made, pool)) == 0).float().mean())
     assert within < 0.5 * before and made.spreads[0, 0] <= made.limits[0] <= made.spreads[0] @ torch.tensor([1.0, 6.0])
     far = recognition([drawn(0.0, 400)])
     far.rows.append(features(far, drawn(0.0, 400) + 50))
-    far.calibrate()
+    far.calibrate(far.collect())
     torch.testing.assert_close(far.limits[0], far.spreads[0] @ torch.tensor([1.0, 6.0]))
 
 
