@@ -75,11 +75,23 @@ def test_distances_are_those_of_one_covariance_computed_densely() -> None:
         torch.testing.assert_close(made.distances(new.float())[:, task].double(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_mean_and_deviation_of_own_distances_come_from_sums() -> None:
+def test_limits_are_three_deviations_above_the_mean_of_own_distances() -> None:
     made = recognition([drawn(0.0, 4000)])
     own = made.distances(features(made, drawn(0.0, 4000)))[:, 0]
-    torch.testing.assert_close(made.spreads[0], torch.stack([own.mean(), own.std()]), rtol=0.1, atol=0.01)
-    torch.testing.assert_close(made.limits[0], made.spreads[0] @ torch.tensor([1.0, 3.0]))
+    torch.testing.assert_close(made.scales[0], own.mean(), rtol=0.02, atol=0.0)
+    torch.testing.assert_close(made.limits[0] * own.mean(), own.mean() + 3 * own.std(), rtol=0.05, atol=0.0)
+
+
+def test_the_scale_of_a_task_follows_the_common_covariance() -> None:
+    made = recognition([drawn(0.0, 2000), 3.0 * drawn(0.0, 2000, seed=1)])
+    own = made.distances(features(made, drawn(0.0, 2000)))[:, 0]
+    torch.testing.assert_close(made.scales[0], own.mean(), rtol=0.1, atol=0.0)
+
+
+def test_a_task_of_wider_samples_is_told_from_a_narrow_one_at_the_same_place() -> None:
+    made = recognition([drawn(0.0), 2.0 * drawn(0.0, seed=1)])
+    narrow, wide = (made.choose(features(made, scale * drawn(0.0, 100, seed=5))) for scale in (1.0, 2.0))
+    assert float((narrow == 0).float().mean()) > 0.9 and float((wide == 1).float().mean()) > 0.9
 
 
 def test_each_sample_finds_its_task_and_strangers_find_none() -> None:
@@ -107,11 +119,11 @@ def test_a_pool_lowers_the_limits_until_few_of_it_lie_within() -> None:
     made.rows.append(features(made, pool))
     made.calibrate(made.collect())
     within = float((made.choose(features(made, pool)) == 0).float().mean())
-    assert within < 0.5 * before and made.spreads[0, 0] <= made.limits[0] <= made.spreads[0] @ torch.tensor([1.0, 6.0])
+    assert within < 0.5 * before and 1 <= made.limits[0] <= 1 + 6 * made.spreads[0, 1]
     far = recognition([drawn(0.0, 400)])
     far.rows.append(features(far, drawn(0.0, 400) + 50))
     far.calibrate(far.collect())
-    torch.testing.assert_close(far.limits[0], far.spreads[0] @ torch.tensor([1.0, 6.0]))
+    torch.testing.assert_close(far.limits[0], 1 + 6 * far.spreads[0, 1])
 
 
 def test_towers_are_chains_of_blocks() -> None:

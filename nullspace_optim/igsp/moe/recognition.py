@@ -23,11 +23,12 @@ KNOWN = ("centres", "spreads", "limits", "scatter", "count")
 
 
 class TaskRecognition(Stateless):
-    """The finished tasks of one tower as Gaussians with one covariance, from sums over their samples.
+    """The finished tasks of one tower as Gaussians whose covariances are multiples of a common one.
 
     Features are seeded random projections of the mean token and the first one. Buffers: `centres` `[T, p]`; `spreads`
-    `[T, 2]`, mean and deviation of the distance of a task's own samples; `limits` `[T]`, distances beyond which a
-    sample is not of the task (-1: never); `scatter` `[p, p]` and `count` `[]`, sums about the centres.
+    `[T, 2]`, the mean distance of a task's own samples times the common variance of then, and their deviation over
+    that mean; `limits` `[T]`, multiples of the mean beyond which a sample is not of the task (-1: never); `scatter`
+    `[p, p]` and `count` `[]`, sums about the centres.
     """
 
     centres: Tensor
@@ -84,12 +85,24 @@ class TaskRecognition(Stateless):
         with torch.autocast(features.device.type, enabled=False):
             return ((features.unsqueeze(1) - self.centres) @ self.whiten).square().mean(dim=-1)
 
+    @property
+    def scales(self) -> Tensor:
+        """Mean distance `[T]` of each task's own samples; it falls as the common variance grows."""
+        return self.spreads[:, 0] / self._variance
+
+    @property
+    def _variance(self) -> Tensor:
+        variance = self.scatter.trace() / self.count
+        return torch.where(variance > 0, variance, torch.ones_like(variance))
+
     def choose(self, features: Tensor) -> Tensor:
-        """Return the number of the nearest task of `features` `[n, p]`, -1 beyond its limit: `[n]`, int64."""
+        """Return the number of the likeliest task of `features` `[n, p]`, -1 beyond its limit: `[n]`, int64."""
         if not len(self.centres):
             return torch.full((len(features),), -1, device=features.device)
-        nearest = self.distances(features).min(dim=1)
-        return torch.where(nearest.values <= self.limits[nearest.indices], nearest.indices, -1)
+        scales = self.scales
+        multiples = self.distances(features) / scales
+        chosen = (multiples + scales.log()).masked_fill(self.limits < 0, float("inf")).argmin(dim=1)
+        return torch.where(multiples.gather(1, chosen[:, None])[:, 0] <= self.limits[chosen], chosen, -1)
 
     def collect(self) -> Tensor:
         """Return and forget the features `[n, p]` that were collected."""
@@ -103,24 +116,19 @@ class TaskRecognition(Stateless):
         scatter = rows.mT @ rows - count * centre.outer(centre)
         self.scatter, self.count = self.scatter + scatter.to(self.scatter), self.count + count
         self._refresh()
-        spread = self._spread(scatter, count)
-        limit = spread[0] + ALONE * spread[1] if count else -torch.ones_like(spread[0])
-        for name, value in (("centres", centre), ("spreads", spread), ("limits", limit)):
-            setattr(self, name, torch.cat([getattr(self, name), value[None].to(self.centres)]))
-
-    def _spread(self, scatter: Tensor, count: int) -> Tensor:
-        """Return `[2]`: mean and deviation of the distance of Gaussian samples with `scatter` `[p, p]` of `count`."""
-        whiten = self.whiten.double()
-        inside = whiten.mT @ scatter @ whiten / max(1, count) / len(scatter)
-        own = torch.stack([inside.trace(), (2 * inside.square().sum()).sqrt()])
-        return (count * own + PRIOR * own.new_tensor([1.0, DEVIATION])) / (count + PRIOR)
+        self.centres = torch.cat([self.centres, centre[None].to(self.centres)])
+        own = self.distances(features)[:, -1]
+        found = torch.stack([own.mean(), own.std(correction=0)]) if count else own.new_zeros(2)
+        mean, deviation = (count * found + PRIOR * own.new_tensor([1.0, DEVIATION])) / (count + PRIOR)
+        spread = torch.stack([mean * self._variance, deviation / mean])
+        limit = 1 + ALONE * spread[1] if count else -torch.ones_like(mean)
+        self.spreads, self.limits = torch.cat([self.spreads, spread[None]]), torch.cat([self.limits, limit[None]])
 
     def calibrate(self, features: Tensor) -> None:
         """Set the limits of all tasks so that `QUANTILE` of the `features` `[n, p]` of a pool lie within each."""
         if len(features) and len(self.centres):
-            least = torch.quantile(self.distances(features), QUANTILE, dim=0)
-            mean, deviation = self.spreads.unbind(dim=1)
-            limits = least.clamp(mean, mean + FARTHEST * deviation)
+            least = torch.quantile(self.distances(features) / self.scales, QUANTILE, dim=0)
+            limits = least.clamp(torch.ones_like(least), 1 + FARTHEST * self.spreads[:, 1])
             self.limits = torch.where(self.limits < 0, self.limits, limits)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
