@@ -206,7 +206,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
 
         A task that has no router runs the plain backbone. A sequence names the task of each sample of a batch, as a
         classifier of your own finds it, None for the plain backbone. None alone: no task is named, every sample is
-        routed by the shared router, or layer by layer by its nearest prototype.
+        routed by the shared router, or for the task that the frozen backbone finds for it.
 
         Raises:
             OptionError: the optimizer has no mode; in a forward pass: not one name a sample.

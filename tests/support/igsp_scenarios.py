@@ -121,7 +121,7 @@ def facts(report: Any) -> Tensor:
 
 
 def results(opt: Any) -> Tensors:
-    """Return experts, routers, prototypes, running means and optimizer state; of bases the projectors."""
+    """Return experts, routers, what recognises tasks, running means and optimizer state; of bases the projectors."""
     tensors, found = opt._core.snapshot().extension.tensors, {}
     for key, value in tensors.items():
         found[key] = value @ value.mT if key.endswith(BASES) else value.detach().clone().float()
