@@ -144,6 +144,12 @@ def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extensi
     """Return the contents that `layer` is to take over, each checked."""
     entry, device, options = record["layers"][number], layer.router.device, layer.options
     gate, (inputs, outputs) = layer.gate_width, layer.widths
+    routers = extension.tensors.get(f"{number}/router")
+    if routers is not None and routers.shape[-1] == inputs + 1 != gate:
+        raise BasisFileError(
+            f"{SOURCE} were written when routers read all {inputs} inputs of '{layer.name}', now they read {gate - 1}: "
+            "use the version that wrote them, or train these tasks again"
+        )
     sizes = shapes(options.kind, options.width, inputs, outputs)
 
     def take(key: str, *shape: int | None) -> Tensor:

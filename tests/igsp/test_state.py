@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,16 @@ def test_a_damaged_record_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(BasisFileError, match="damaged or foreign"):
         opt._core.mode.state = Extension(good.record, {**good.tensors, "0/router": torch.zeros(1, 33)})
     assert opt.status().step == 7
+
+
+def test_wide_routers_of_earlier_files_are_told_the_way_out() -> None:
+    layer = nn.Linear(64, 64)
+    model = nn.Sequential(OrderedDict(mlp=layer))
+    opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model, mode=IGSP(rank=2))
+    good = opt._core.mode.state
+    early = {**good.tensors, "0/router": torch.zeros(len(good.tensors["0/router"]), 65)}
+    with pytest.raises(BasisFileError, match="read all 64 inputs of 'mlp', now they read 32: use the version"):
+        opt._core.mode.state = Extension(good.record, early)
 
 
 OLD = Path(__file__).resolve().parents[1] / "data" / "igsp_layers.safetensors"
