@@ -90,6 +90,9 @@ def _check(work: LoaderPass, store: BasisStore) -> None:
             f"{type(work.model).__name__} holds no trainable parameter of the wrapped optimizer; "
             "pass the model that is trained"
         )
+    for name, module in work.model.named_modules():
+        if isinstance(way := getattr(module, "unfinished", None), str):
+            raise ConsolidationError(f"'{name}' still changes a weight, whose inputs could not be kept: {way} first")
     _refuse_unready(work.parameters)
 
 

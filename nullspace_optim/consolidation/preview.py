@@ -86,7 +86,7 @@ def preview(
     store: BasisStore,
     options: Settings,
     ranks: Communicator,
-    policies: Sequence[Policy],
+    policies: Policy | Sequence[Policy],
     loss: Callable[[], Tensor] | None,
 ) -> Preview:
     """Return one line for each of `policies`: a consolidation with it, of which nothing is kept.
@@ -97,20 +97,28 @@ def preview(
     """
     if ranks.size > 1:
         raise ConsolidationError("preview() sees one process only: call it before the processes start")
+    policies = (policies,) if isinstance(policies, Policy) else tuple(policies)
     if not policies:
         raise OptionError("preview(policies=[]): expected policies such as Energy(0.99)")
+    keys = [_key(replace(options, policy=policy)) for policy in policies]
+    if len(set(keys)) > 1 and iter(work.loader) is work.loader:
+        raise ConsolidationError("preview() reads its loader several times for these policies: pass a list")
     gradients = {} if loss is None else _gradients(work, loss)
     observed: dict[tuple[object, ...], Observation] = {}
     lines = []
-    for policy in policies:
+    for policy, key in zip(policies, keys, strict=True):
         chosen = replace(options, policy=policy)
-        key = (chosen.dtype, policy.batch_frobenius)  # all that a pass depends on
         with restored_model(work.model, work.loader):
             seen = observed[key] = observed.get(key) or observe(work, chosen, ranks)
             grown, rows = settle(work, seen, store, chosen, ranks)
             report = describe(work, chosen, seen, grown, rows, {}, {})
         lines.append(PreviewLine(policy, report, Capacity(grown).mean, _share(work.parameters, grown, gradients)))
     return Preview(work.task, tuple(lines))
+
+
+def _key(options: Settings) -> tuple[object, ...]:
+    """Return all that one pass of the loader depends on."""
+    return options.dtype, options.policy.batch_frobenius
 
 
 def _gradients(work: LoaderPass, loss: Callable[[], Tensor]) -> dict[str, Tensor]:
@@ -123,13 +131,21 @@ def _gradients(work: LoaderPass, loss: Callable[[], Tensor]) -> dict[str, Tensor
                 "lambda: F.cross_entropy(model(x), y)"
             )
         found = torch.autograd.grad(value, list(work.parameters.values()), allow_unused=True)
-    return {name: g for name, g in zip(work.parameters, found) if g is not None}
+    gradients = {name: g for name, g in zip(work.parameters, found) if g is not None}
+    sizes = [float(g.detach().to_dense().float().norm()) for g in gradients.values()]
+    if not 0 < sum(sizes) < float("inf"):
+        raise OptionError(
+            f"preview(loss=...) gave {float(value.detach()):g}, with a gradient that is zero or not finite in the "
+            f"{len(work.parameters)} trained parameters: nothing can be told from it"
+        )
+    return gradients
 
 
 @torch.no_grad()
 def _share(parameters: Mapping[str, Tensor], store: BasisStore, gradients: Mapping[str, Tensor]) -> float:
     """Return the share of `gradients` in directions that `store` leaves free, NaN where there are none."""
     found = {n: b for n, b in store.items() if n in gradients and (b.subspaces or b.kept is not None)}
+    gradients = {name: gradient.to_dense() for name, gradient in gradients.items()}  # of sparse tables
     with _given(parameters, gradients):
         guards = [Guard(parameters[n], b, parameters[b.bias] if b.bias else None) for n, b in found.items()]
         share = free_share(guards, parameters.values()) if guards else None

@@ -86,7 +86,7 @@ def _recognise(bank: ExpertBank, model: nn.Module) -> None:
         tower, device = model.get_submodule(name), layer.router.device
         layer.recognition = TaskRecognition(bank.scope, layer.widths[0], number, device)
         bank.handles.append(tower.register_forward_pre_hook(layer.recognition.enter, with_kwargs=True))
-        bank.handles.append(tower.register_forward_hook(layer.recognition.leave))
+        bank.handles.append(tower.register_forward_hook(layer.recognition.leave, always_call=True))
 
 
 def _device(module: nn.Module) -> torch.device:

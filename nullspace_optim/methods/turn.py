@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import OptionError, ShapeError
-from ..model.names import named_parameters
 from ..optimizer.optimizer import NullSpaceOptimizer
 
 
@@ -29,12 +28,13 @@ class Turn(nn.Module):
     """
 
     free: Tensor | None
+    unfinished = "merge_turn(optimizer)"  # before `consolidate`
 
     def __init__(self, weight: Tensor, free: Tensor | None, blocks: int, orthogonal: bool) -> None:
         super().__init__()
         side = weight[0].numel() // blocks if free is None else free.shape[1]
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.orthogonal = orthogonal
+        self.orthogonal, self.trained = orthogonal, weight.requires_grad
         self.register_buffer("free", None if free is None else free.to(wide))
         start = torch.zeros(blocks if free is None else 1, side, side, dtype=wide, device=weight.device)
         self.rotation = nn.Parameter(start)
@@ -73,31 +73,47 @@ def begin_turn(
     (OrthSR: 4), whatever is stored. The weights themselves no longer train until `merge_turn`.
 
     Raises:
-        OptionError: a name is unknown, or its weight turns already.
+        OptionError: a name is unknown, or its weight is tied or turns already. Nothing turns then.
         ShapeError: a weight has fewer than two dimensions or inputs that cannot be divided, or its basis is not one of
             its inputs.
     """
     guard, model = _parts(optimizer)
-    parameters, found = named_parameters(model), []
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        if name not in parameters:
-            raise OptionError(f"begin_turn: no parameter '{name}' in {type(model).__name__}")
-        weight, module = parameters[name], model.get_submodule(path)
-        if parametrize.is_parametrized(module, leaf):
-            raise OptionError(f"begin_turn: '{name}' is parametrized already; merge_turn or remove what is there")
-        size = weight[0].numel() if weight.ndim > 1 else 0
-        free = None if blocks is not None or guard is None else _free(guard, name, size, weight.device)
-        count = 4 if blocks is None else blocks
-        if size == 0 or (free is None and (count < 1 or size % count)):
-            raise ShapeError(f"begin_turn: '{name}' {tuple(weight.shape)} has no inputs of {count} equal blocks")
-        if free is not None and not free.shape[1]:
+    if isinstance(names, str) or not (blocks is None or type(blocks) is int):
+        raise OptionError(
+            f"begin_turn(names={names!r}, blocks={blocks!r}): expected a list of names and a whole number"
+        )
+    turns = {name: _turn(guard, model, name, blocks, orthogonal) for name in dict.fromkeys(names)}
+    for name, turn in turns.items():
+        if turn is None:
             continue
-        turn = Turn(weight, free, count, orthogonal)
-        weight.requires_grad_(False)
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        weight = module.get_parameter(leaf).requires_grad_(False)
+        weight.grad = None  # a step would follow what is left there
         parametrize.register_parametrization(module, leaf, turn, unsafe=True)
-        found.append(turn.rotation)
-    return found
+    return [turn.rotation for turn in turns.values() if turn is not None]
+
+
+def _turn(
+    guard: NullSpaceOptimizer | None, model: nn.Module, name: str, blocks: int | None, orthogonal: bool
+) -> Turn | None:
+    """Return the parametrization of one weight, `None` where no direction is free; the model is not changed."""
+    path, _, leaf = name.rpartition(".")
+    owners = dict(model.named_parameters(remove_duplicate=False))
+    if f"{path}.parametrizations.{leaf}.original".lstrip(".") in owners:
+        raise OptionError(f"begin_turn: '{name}' is parametrized already; merge_turn or remove what is there")
+    if name not in owners:
+        raise OptionError(f"begin_turn: no parameter '{name}' in {type(model).__name__}")
+    weight = owners[name]
+    tied = [other for other, p in owners.items() if p is weight and other != name]
+    if tied:
+        raise OptionError(f"begin_turn: '{name}' is tied to '{tied[0]}', which would not turn with it: untie them")
+    size = weight[0].numel() if weight.ndim > 1 else 0
+    free = None if blocks is not None or guard is None else _free(guard, name, size, weight.device)
+    count = 4 if blocks is None else blocks
+    if size == 0 or (free is None and (count < 1 or size % count)):
+        raise ShapeError(f"begin_turn: '{name}' {tuple(weight.shape)} has no inputs of {count} equal blocks")
+    return None if free is not None and not free.shape[1] else Turn(weight, free, count, orthogonal)
 
 
 @torch.no_grad()
@@ -111,9 +127,9 @@ def merge_turn(optimizer: NullSpaceOptimizer | nn.Module) -> list[str]:
     for path, module in list(model.named_modules()):
         for leaf, chain in list(getattr(module, "parametrizations", {}).items()):
             if len(chain) == 1 and isinstance(chain[0], Turn):
-                turned = getattr(module, leaf).detach().clone()
+                turned, trained = getattr(module, leaf).detach().clone(), chain[0].trained
                 parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
-                getattr(module, leaf).copy_(turned).requires_grad_(True)
+                getattr(module, leaf).copy_(turned).requires_grad_(trained)
                 merged.append(f"{path}.{leaf}" if path else leaf)
     if guard is not None and merged:
         guard.reanchor()
@@ -122,6 +138,8 @@ def merge_turn(optimizer: NullSpaceOptimizer | nn.Module) -> list[str]:
 
 def _parts(optimizer: NullSpaceOptimizer | nn.Module) -> tuple[NullSpaceOptimizer | None, nn.Module]:
     """Return the optimizer, if it is one, and the model."""
+    if not isinstance(optimizer, (nn.Module, NullSpaceOptimizer)):
+        raise OptionError(f"expected a NullSpaceOptimizer or a model, not {type(optimizer).__name__}")
     return (None, optimizer) if isinstance(optimizer, nn.Module) else (optimizer, optimizer.model)
 
 

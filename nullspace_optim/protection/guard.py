@@ -310,10 +310,13 @@ def gradient_hook(guard: Guard) -> Callable[[Tensor], None]:
         found = reference()
         if found is not None and parameter.grad is not None and parameter.grad.layout == torch.strided:
             with torch.no_grad():
-                before = None if found.measured else size_of(parameter.grad)
+                whole = None if found.measured else size_of(parameter.grad)
+                free = parameter.grad.clone() if whole is not None and found.soft else parameter.grad
                 found.project_gradient(parameter.grad, softly=False, rounding=False)
-                if before is not None:
-                    found.norms = before, size_of(parameter.grad)
+                if whole is not None:
+                    if found.soft:  # the correction of the step takes the rest
+                        found.project_gradient(free)
+                    found.norms = whole, size_of(free)
 
     return project
 

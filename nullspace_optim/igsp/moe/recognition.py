@@ -7,11 +7,14 @@ sample's result depends on its batch.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from ...errors import NullSpaceWarning, OptionError
 from .context import Routing, RoutingContext
 from .experts import Stateless
 
@@ -19,6 +22,7 @@ SIZE = 64  # numbers by which a sample is recognised
 PRIOR, DEVIATION = 16, 0.25  # samples at distance 1 with this deviation that a task's own are mixed with
 ALONE, FARTHEST = 3.0, 6.0  # deviations above a task's mean distance: its limit without a pool, the largest with one
 QUANTILE = 0.1  # share of the pool that may lie within the limit of a task
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")  # arguments that a call fills
 KNOWN = ("centres", "spreads", "limits", "scatter", "count")
 
 
@@ -73,6 +77,10 @@ class TaskRecognition(Stateless):
         inverse = torch.linalg.inv((1 - share) * covariance + share * sphere)
         self.whiten = torch.linalg.cholesky((inverse + inverse.mT) / 2).to(self.whiten)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow the model to a device, but stay in float32: sums overflow in half precision."""
+        return super()._apply(lambda t: t.to(fn(t.new_empty(0)).device), recurse)  # type: ignore[no-untyped-call]
+
     def see(self, x: Tensor) -> None:
         """Note the features `[n, p]` of the samples `x` `[n, ..., d]`."""
         tokens = x.detach().flatten(1, -2) if x.ndim > 2 else x.detach().unsqueeze(1)
@@ -105,9 +113,14 @@ class TaskRecognition(Stateless):
         return torch.where(multiples.gather(1, chosen[:, None])[:, 0] <= self.limits[chosen], chosen, -1)
 
     def collect(self) -> Tensor:
-        """Return and forget the features `[n, p]` that were collected."""
+        """Return and forget the features `[n, p]` that were collected, with a warning without those not finite."""
         rows, self.rows = self.rows, []
-        return torch.cat(rows) if rows else self.draw.new_zeros(0, self.draw.shape[1])
+        found = torch.cat(rows) if rows else self.draw.new_zeros(0, self.draw.shape[1])
+        finite = torch.isfinite(found).all(dim=1)
+        if not bool(finite.all()):
+            text = f"{int((~finite).sum())} of {len(found)} samples are not finite and tell nothing about their task"
+            warnings.warn(text, NullSpaceWarning, stacklevel=2)
+        return found[finite]
 
     def finish(self, features: Tensor) -> None:
         """Add the task with these `features` `[n, p]`; one that never reached the tower is not found again."""
@@ -136,10 +149,13 @@ class TaskRecognition(Stateless):
         scope = self.scope
         if scope.looking is not None or not (scope.collecting or scope.routing is Routing.NEAREST):
             return
-        routing, scope.routing, scope.looking = scope.routing, Routing.BACKBONE, self
-        with torch.no_grad():
-            module.forward(*args, **kwargs)
-        scope.routing, scope.looking = routing, None
+        held = [key for key in CACHES if kwargs.get(key) is not None]
+        if held:
+            raise OptionError(
+                f"task(None) runs the model twice, which would fill {held[0]}= twice: name the task, opt.task(name), "
+                "or generate with use_cache=False"
+            )
+        self._look(module, args, kwargs)
         found, self.found = self.found, None
         if found is None:
             return
@@ -148,6 +164,21 @@ class TaskRecognition(Stateless):
         else:
             self.chosen = scope.of_samples = self.choose(found)
             scope.routing = Routing.SAMPLES
+
+    def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the tower without experts, on copies and in evaluation mode: no trace stays but `found`."""
+        scope, training = self.scope, [one for one in module.modules() if one.training]
+        routing, scope.routing, scope.looking = scope.routing, Routing.BACKBONE, self
+        try:
+            for one in training:
+                one.training = False
+            with torch.no_grad():
+                args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+                module.forward(*args, **kwargs)
+        finally:
+            scope.routing, scope.looking = routing, None
+            for one in training:
+                one.training = True
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the tower: what follows chooses anew."""
