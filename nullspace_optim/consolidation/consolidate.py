@@ -85,14 +85,14 @@ def measure(work: LoaderPass, options: Settings, ranks: Communicator) -> dict[st
 def _check(work: LoaderPass, store: BasisStore) -> None:
     if any(task["name"] == work.task for task in store.tasks):
         raise ConsolidationError(f"task '{work.task}' has been consolidated already; give this one another name=")
+    for name, module in work.model.named_modules():
+        if isinstance(way := getattr(module, "unfinished", None), str):
+            raise ConsolidationError(f"'{name}' still changes a weight, whose inputs could not be kept: {way} first")
     if not work.parameters:
         raise ConsolidationError(
             f"{type(work.model).__name__} holds no trainable parameter of the wrapped optimizer; "
             "pass the model that is trained"
         )
-    for name, module in work.model.named_modules():
-        if isinstance(way := getattr(module, "unfinished", None), str):
-            raise ConsolidationError(f"'{name}' still changes a weight, whose inputs could not be kept: {way} first")
     _refuse_unready(work.parameters)
 
 

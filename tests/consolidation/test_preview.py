@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nullspace_optim import Energy, NullSpaceOptimizer, Policy
+from nullspace_optim import SGP, Energy, NullSpaceOptimizer, NullSpaceWarning, Policy, TailEnergy
 from nullspace_optim.errors import ConsolidationError, OptionError
-from nullspace_optim.policies import FixedRank
+from nullspace_optim.policies import OWM, FixedRank
+from nullspace_optim.protection import step
 
 POLICIES: Sequence[Policy] = (Energy(0.999), Energy(0.9), FixedRank(2))
 
@@ -133,3 +134,37 @@ def test_the_default_prints_one_line_for_each_of_four_thresholds() -> None:
     model = network()
     text = str(wrapped(model).preview(batches(1), loss=lambda: loss_of(model, batches(7)[0]), progress=False))
     assert len(text.splitlines()) == 7 and "Energy(0.999) " in text and "Energy(0.8) " in text
+
+
+def test_a_loss_that_tells_nothing_and_a_loader_that_ends_are_named() -> None:
+    model = network()
+    opt, other = wrapped(model), nn.Linear(2, 2)
+    for wrong in (lambda: model(batches(1)[0]).sum() * float("nan"), lambda: other(torch.ones(1, 2)).sum()):
+        with pytest.raises(OptionError, match="nothing can be told from it"):
+            opt.preview(batches(1), loss=wrong, progress=False)
+    with pytest.raises(ConsolidationError, match="several times"):
+        opt.preview(iter(batches(1)), [Energy(0.9), TailEnergy(0.1)], progress=False)
+    assert len(opt.preview(iter(batches(1)), Energy(0.9), progress=False).lines) == 1  # type: ignore[arg-type]
+
+
+def test_a_sparse_table_is_counted() -> None:
+    table = nn.Embedding(9, 4, sparse=True)
+    opt = NullSpaceOptimizer(torch.optim.SGD(table.parameters(), 0.1), table)
+    read, new = [torch.tensor([0, 1])], torch.tensor([1, 2, 3, 4])
+    looked = opt.preview(read, [Energy(0.9999)], loss=lambda: table(new).sum(), progress=False)
+    assert looked.lines[0].gradient == pytest.approx((3 / 4) ** 0.5)
+
+
+@pytest.mark.parametrize("policy", [SGP(), OWM(1.0)], ids=repr)
+def test_the_step_tells_the_share_that_a_soft_policy_lets_through(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3))
+    opt = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, policy=policy)
+    x = batches(2)[0]
+    looked = opt.preview(batches(1), policy, loss=lambda: loss_of(model, x), progress=False)  # type: ignore[arg-type]
+    opt.consolidate(batches(1), progress=False)
+    monkeypatch.setattr(step, "LEAST_FREE", 1.1)
+    loss_of(model, x).backward()
+    with pytest.warns(NullSpaceWarning, match=f"only {looked.lines[0].gradient:.1%}"):
+        opt.step()

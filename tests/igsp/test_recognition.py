@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from synthetic import SyntheticTask, make, train
 from torch import Tensor, nn
 from torch.optim import AdamW
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from nullspace_optim import IGSP, NullSpaceOptimizer, NullSpaceWarning, clip_forward
 from nullspace_optim.errors import OptionError
@@ -228,3 +229,49 @@ def test_a_tower_that_no_sample_passed_is_announced_and_never_recognises() -> No
         plain = model.encode_text(TOKENS)
     with torch.no_grad(), opt.task(None):
         assert torch.equal(model.encode_text(TOKENS), plain)
+
+
+def test_an_error_while_the_backbone_looks_leaves_no_trace(trained: tuple[open_clip.CLIP, NullSpaceOptimizer]) -> None:
+    model, opt = trained
+    x = images(5) + 2.0
+    with torch.no_grad(), opt.task(None):
+        before = model.encode_image(x)
+        with pytest.raises(RuntimeError):
+            model.encode_image(x[:, :2])
+        with pytest.raises(RuntimeError):
+            model.visual.transformer(torch.zeros(2, 5, 3))
+        assert torch.equal(model.encode_image(x), before)
+
+
+def test_sums_stay_wide_in_a_model_of_half_precision() -> None:
+    made = recognition([drawn(0.0), drawn(2.0, seed=1)])
+    made.half()
+    assert all(value.dtype == torch.float32 for value in made.known.values())
+    assert float((made.choose(features(made, drawn(2.0, 50, seed=7).half())) == 1).float().mean()) > 0.9
+
+
+def test_samples_that_are_not_finite_are_left_out_with_a_warning() -> None:
+    made = recognition([drawn(0.0)])
+    broken = drawn(0.0, 20)
+    broken[3, 0] = float("nan")
+    made.rows.append(features(made, broken))
+    with pytest.warns(NullSpaceWarning, match="1 of 20 samples are not finite"):
+        made.calibrate(made.collect())
+    assert bool(torch.isfinite(made.limits).all())
+
+
+def test_a_cache_that_would_be_filled_twice_is_refused() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model, mode=IGSP(rank=2, top_k=1, cap=1))
+    tokens = torch.arange(8)[None]
+    model(tokens).logits.sum().backward()
+    opt.step()
+    opt.consolidate([tokens], name="one", progress=False)
+    with torch.no_grad(), opt.task(None):
+        with pytest.raises(OptionError, match="= twice: name the task"):
+            model(tokens, past_key_values=DynamicCache(config=config))
+        model(tokens)

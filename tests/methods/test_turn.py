@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.optim import AdamW
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer, NumericalRank
-from nullspace_optim.errors import OptionError, ShapeError
+from nullspace_optim.errors import ConsolidationError, OptionError, ShapeError
 from nullspace_optim.methods import begin_turn, merge_turn
 
 pytestmark = pytest.mark.filterwarnings("ignore::nullspace_optim.NullSpaceWarning")
@@ -128,3 +129,27 @@ def test_what_cannot_turn_is_named() -> None:
     with pytest.raises(OptionError, match="is parametrized already"):
         begin_turn(model, ["0.weight"])
     assert merge_turn(model) == ["0.weight"] and merge_turn(model) == []
+
+
+def test_a_tied_weight_is_refused_and_so_is_a_list_with_one_wrong_name() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with pytest.raises(OptionError, match="no parameter 'nope'"):
+        begin_turn(model, ["0.weight", "nope"])
+    assert not hasattr(model[0], "parametrizations") and model[0].weight.requires_grad
+    model[1].weight = model[0].weight
+    with pytest.raises(OptionError, match=r"'0\.weight' is tied to '1\.weight'"):
+        begin_turn(model, ["0.weight"])
+
+
+def test_consolidating_before_merging_is_refused_and_left_gradients_move_nothing() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.1, weight_decay=0.5), model)
+    model(torch.randn(4, 8)).sum().backward()
+    begin_turn(opt, ["0.weight"], blocks=2)
+    before = model[0].weight.detach().clone()
+    opt.step()
+    assert torch.equal(model[0].weight, before)
+    with pytest.raises(ConsolidationError, match="merge_turn"):
+        opt.consolidate([torch.randn(4, 8)], progress=False)
+    merge_turn(opt)
+    opt.consolidate([torch.randn(4, 8)], progress=False)

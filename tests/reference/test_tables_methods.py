@@ -24,7 +24,13 @@ from reference.published.methods import METHODS, ByLayer
 from reference.published.networks import PermutedMLP, SplitAlexNet
 from reference.published.protocols import PROTOCOLS
 from reference.published.runs import Run
-from reference.published.sessions import ReleasedConceptors, ReleasedTrustRegions, SharedConceptors, TrustRegions
+from reference.published.sessions import (
+    ReleasedConceptors,
+    ReleasedTrustRegions,
+    SharedConceptors,
+    TrustRegions,
+    named_weights,
+)
 
 
 def gpm_as_released(matrices: list[np.ndarray], threshold: float, growth: float = 0.0) -> np.ndarray:
@@ -195,7 +201,9 @@ def test_trgp_as_released_finds_related_tasks_by_the_gradient_of_the_sample(digi
     assert isinstance(run.session, ReleasedTrustRegions)
     data = run.tasks.part(2, "train")
     run.session.gradients(2, data)
-    gradients = {name: weight.grad.clone() for name, weight in run.session.weights().items() if weight.grad is not None}
+    gradients = {
+        name: weight.grad.clone() for name, weight in named_weights(run.model).items() if weight.grad is not None
+    }
     for number, candidates in ((2, ["task 2"]), (3, ["task 1", "task 2", "task 3"])):
         found = run.session.directions(number, (data[0][:1], data[1][:1]), data)
         for name, spans in run.session.spans.items():
@@ -270,13 +278,13 @@ def test_trgp_as_released_trains_weights_through_their_scaling(digits: Images, t
         for mix in mixing:
             mix += torch.randn_like(mix) / 10
     run.session.gradients(1, data)
-    weights = [w.detach().clone().requires_grad_() for w in run.session.weights().values() if w.ndim == 2]
+    weights = [w.detach().clone().requires_grad_() for w in named_weights(run.model).values() if w.ndim == 2]
     rows = data[0].flatten(1)
     for number, (weight, span, mix) in enumerate(zip(weights, spans, mixing)):
         s, q = span[0], mix[0].detach()
         rows = (rows if number == 0 else rows.relu()) @ (weight + weight @ s @ (q - torch.eye(len(q))) @ s.T).T
     functional.cross_entropy(rows, data[1]).backward()
-    for found, weight in zip((w for w in run.session.weights().values() if w.ndim == 2), weights):
+    for found, weight in zip((w for w in named_weights(run.model).values() if w.ndim == 2), weights):
         assert found.grad is not None and weight.grad is not None
         assert torch.allclose(found.grad, weight.grad, atol=1e-6)
     run.session.end()

@@ -22,7 +22,7 @@ SIZE = 64  # numbers by which a sample is recognised
 PRIOR, DEVIATION = 16, 0.25  # samples at distance 1 with this deviation that a task's own are mixed with
 ALONE, FARTHEST = 3.0, 6.0  # deviations above a task's mean distance: its limit without a pool, the largest with one
 QUANTILE = 0.1  # share of the pool that may lie within the limit of a task
-CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")  # arguments that a call fills
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache")  # arguments that a call fills
 KNOWN = ("centres", "spreads", "limits", "scatter", "count")
 
 
