@@ -141,7 +141,7 @@ def test_a_tied_weight_is_refused_and_so_is_a_list_with_one_wrong_name() -> None
         begin_turn(model, ["0.weight"])
 
 
-def test_consolidating_before_merging_is_refused_and_left_gradients_move_nothing() -> None:
+def test_consolidate_wants_merged_turns_and_old_gradients_move_nothing() -> None:
     model = nn.Sequential(nn.Linear(8, 8, bias=False))
     opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=0.1, weight_decay=0.5), model)
     model(torch.randn(4, 8)).sum().backward()
