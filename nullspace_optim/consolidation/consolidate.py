@@ -43,7 +43,9 @@ def consolidate(
     """
     started = time.perf_counter()
     with raise_on_all_ranks():
-        _check(work, store)
+        if any(task["name"] == work.task for task in store.tasks):
+            raise ConsolidationError(f"task '{work.task}' has been consolidated already; give this one another name=")
+        check_ready(work)
     with restored_model(work.model, work.loader):
         seen = observe(work, options, ranks)
         grown, rows = settle(work, seen, store, options, ranks)
@@ -82,9 +84,12 @@ def measure(work: LoaderPass, options: Settings, ranks: Communicator) -> dict[st
     return {name: moment for name, moment in chosen.items() if isinstance(moment, SecondMoment)}
 
 
-def _check(work: LoaderPass, store: BasisStore) -> None:
-    if any(task["name"] == work.task for task in store.tasks):
-        raise ConsolidationError(f"task '{work.task}' has been consolidated already; give this one another name=")
+def check_ready(work: LoaderPass) -> None:
+    """Refuse a model that cannot be consolidated, before anything runs.
+
+    Raises:
+        ConsolidationError: a weight that still turns, no trained parameter, or one without values of its own.
+    """
     for name, module in work.model.named_modules():
         if isinstance(way := getattr(module, "unfinished", None), str):
             raise ConsolidationError(f"'{name}' still changes a weight, whose inputs could not be kept: {way} first")

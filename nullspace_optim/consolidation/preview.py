@@ -17,16 +17,15 @@ from ..model.loader import LoaderPass
 from ..model.restore import restored_model
 from ..policies.base import Policy
 from ..policies.energy import Energy
-from ..protection.guard import Guard
+from ..protection.guard import Guard, size_of
 from ..protection.step import LEAST_FREE, free_share
 from ..report import ConsolidationReport
 from ..settings import Settings
 from ..subspace.basis import BasisStore, Capacity
-from .consolidate import settle
+from .consolidate import check_ready, settle
 from .describe import describe
 from .observe import Observation, observe
 
-LITTLE_FREE = 0.1
 THRESHOLDS: tuple[Policy, ...] = (Energy(0.999), Energy(0.99), Energy(0.95), Energy(0.8))
 
 
@@ -46,11 +45,10 @@ class PreviewLine:
 class Preview:
     """Result of `preview`, one line a policy; prints as a table."""
 
-    task: str
     lines: tuple[PreviewLine, ...]
 
     def __str__(self) -> str:
-        header = ["policy", "free directions", "numbers frozen", "bases", "new gradient free", "learning"]
+        header = ["policy", "free directions", "numbers frozen", "bases", "new gradient free"]
         rows = [
             [
                 _named(line.policy),
@@ -58,11 +56,13 @@ class Preview:
                 f"{line.report.still_share:.0%}",
                 size(line.report.bytes, 3, "B"),
                 f"{line.gradient:.1%}" if isfinite(line.gradient) else "",
-                _outlook(line.gradient),
             ]
             for line in self.lines
         ]
-        return f"if '{self.task}' were consolidated now:\n{table(header, rows)}"
+        told = ["what consolidate() would keep, of which nothing is kept now:", table(header, rows)]
+        if any(line.gradient < LEAST_FREE for line in self.lines):
+            told.append(f"a gradient that is less than {LEAST_FREE:.0%} free hardly teaches anything")
+        return "\n".join(told)
 
 
 def _named(policy: Policy) -> str:
@@ -72,13 +72,6 @@ def _named(policy: Policy) -> str:
     given = [(f.name, getattr(policy, f.name), f.default) for f in fields(policy) if f.repr]
     shown = [f"{name}={value!r}" for name, value, default in given[1:] if value != default]
     return f"{type(policy).__name__}({', '.join([*(repr(value) for _, value, _ in given[:1]), *shown])})"
-
-
-def _outlook(share: float) -> str:
-    """Return in a word what a share of the gradient meant for learning where it was measured (docs/guide.md)."""
-    if not isfinite(share):
-        return ""
-    return "hardly any" if share < LEAST_FREE else "slow" if share < LITTLE_FREE else "yes"
 
 
 def preview(
@@ -93,13 +86,14 @@ def preview(
 
     Raises:
         OptionError: no policies, or a loss that gives no gradient.
-        ConsolidationError: several processes, or a loader without batches.
+        ConsolidationError: several processes, a loader without batches, or what `consolidate` itself would refuse.
     """
     if ranks.size > 1:
         raise ConsolidationError("preview() sees one process only: call it before the processes start")
     policies = (policies,) if isinstance(policies, Policy) else tuple(policies)
     if not policies:
         raise OptionError("preview(policies=[]): expected policies such as Energy(0.99)")
+    check_ready(work)
     keys = [_key(replace(options, policy=policy)) for policy in policies]
     if len(set(keys)) > 1 and iter(work.loader) is work.loader:
         raise ConsolidationError("preview() reads its loader several times for these policies: pass a list")
@@ -113,7 +107,7 @@ def preview(
             grown, rows = settle(work, seen, store, chosen, ranks)
             report = describe(work, chosen, seen, grown, rows, {}, {})
         lines.append(PreviewLine(policy, report, Capacity(grown).mean, _share(work.parameters, grown, gradients)))
-    return Preview(work.task, tuple(lines))
+    return Preview(tuple(lines))
 
 
 def _key(options: Settings) -> tuple[object, ...]:
@@ -132,7 +126,7 @@ def _gradients(work: LoaderPass, loss: Callable[[], Tensor]) -> dict[str, Tensor
             )
         found = torch.autograd.grad(value, list(work.parameters.values()), allow_unused=True)
     gradients = {name: g for name, g in zip(work.parameters, found) if g is not None}
-    sizes = [float(g.detach().to_dense().float().norm()) for g in gradients.values()]
+    sizes = [float(size_of(g.detach().to_dense())) for g in gradients.values()]
     if not 0 < sum(sizes) < float("inf"):
         raise OptionError(
             f"preview(loss=...) gave {float(value.detach()):g}, with a gradient that is zero or not finite in the "
@@ -143,12 +137,12 @@ def _gradients(work: LoaderPass, loss: Callable[[], Tensor]) -> dict[str, Tensor
 
 @torch.no_grad()
 def _share(parameters: Mapping[str, Tensor], store: BasisStore, gradients: Mapping[str, Tensor]) -> float:
-    """Return the share of `gradients` in directions that `store` leaves free, NaN where there are none."""
+    """Return the share of `gradients` in directions that `store` leaves free, NaN where there are no gradients."""
     found = {n: b for n, b in store.items() if n in gradients and (b.subspaces or b.kept is not None)}
     gradients = {name: gradient.to_dense() for name, gradient in gradients.items()}  # of sparse tables
     with _given(parameters, gradients):
         guards = [Guard(parameters[n], b, parameters[b.bias] if b.bias else None) for n, b in found.items()]
-        share = free_share(guards, parameters.values()) if guards else None
+        share = free_share(guards, parameters.values()) if guards or not gradients else 1.0
     return nan if share is None else share
 
 

@@ -88,7 +88,7 @@ def blend_weights(engine: Engine, before: Mapping[str, Tensor], share: float) ->
     """Move parameters and running statistics by `share` of the way back to `before`; what is kept stays kept.
 
     Raises:
-        OptionError: `before` is no state dict of the model's earlier values.
+        OptionError: `share` is out of range, or `before` is no state dict of the model's earlier values.
         ShapeError: a tensor of `before` has another shape.
     """
     if not (isinstance(share, (int, float)) and 0.0 <= share <= 1.0 and isinstance(before, Mapping)):

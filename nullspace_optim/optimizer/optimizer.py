@@ -251,7 +251,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
     def preview(
         self,
         loader: Iterable[Any],
-        policies: Sequence[Policy] = THRESHOLDS,
+        policies: Policy | Sequence[Policy] = THRESHOLDS,
         *,
         loss: Callable[[], Tensor] | None = None,
         forward: Forward | None = None,
@@ -262,7 +262,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
 
         Nothing is kept. `loss()` runs the model on a batch of the new task; other arguments are as in `consolidate`.
         """
-        self._refuse_mode("preview")
+        self._refuse_mode("preview", "has experts and no policy")
         core = self._core
         work = LoaderPass(self.model, core.trainable(), loader, "preview", forward, max_batches, progress)
         with core.protection.exactly(), core.evaluated():
@@ -291,7 +291,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
             OptionError: a task is missing or unknown, `bound` is out of range, or a mode prunes its experts itself.
         """
         check_number(self, "bound", bound, 0.0, 1.0, closed="low")
-        self._refuse_mode("prune")
+        self._refuse_mode("prune", "prunes its experts itself, within its tasks")
         core, known = self._core, check_loaders(loaders, self._core.store)
         forwards = forward if isinstance(forward, Mapping) else dict.fromkeys(known, forward)
         with core.protection.exactly(), core.evaluated():
@@ -338,11 +338,9 @@ class NullSpaceOptimizer(WrappedOptimizer):
             return replace(report, kept=kept, tolerance=core.protection.tolerance, limits=limits)
         return replace(report, kept=kept, tolerance=tolerance)
 
-    def _refuse_mode(self, method: str) -> None:
+    def _refuse_mode(self, method: str, why: str) -> None:
         if self._core.mode is not None:
-            raise OptionError(
-                f"{method}() is for null-space protection; a mode prunes its experts itself, within its tasks"
-            )
+            raise OptionError(f"{method}() is for null-space protection; a mode {why}")
 
     def _routed(self, task: str) -> AbstractContextManager[None]:
         return nullcontext() if self._core.mode is None else self._core.mode.task(task)

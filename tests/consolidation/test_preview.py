@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nullspace_optim import SGP, Energy, NullSpaceOptimizer, NullSpaceWarning, Policy, TailEnergy
+from nullspace_optim import IGSP, SGP, Energy, NullSpaceOptimizer, NullSpaceWarning, Policy, TailEnergy
 from nullspace_optim.errors import ConsolidationError, OptionError
 from nullspace_optim.policies import OWM, FixedRank
 from nullspace_optim.protection import step
@@ -38,24 +39,23 @@ def wrapped(model: nn.Module) -> NullSpaceOptimizer:
 
 @pytest.mark.parametrize("tasks_before", [0, 1])
 def test_each_line_is_the_consolidation_with_its_policy(tasks_before: int) -> None:
-    seen = batches(1)
     found = []
     for policy in POLICIES:
         model = network()
-        opt = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, policy=policy)
-        report = opt.consolidate(seen, progress=False)
-        found.append((report.bytes, report.still_share, opt.capacity().mean))
+        opt = wrapped(model)
+        for seed in range(5, 5 + tasks_before):
+            opt.consolidate(batches(seed), progress=False)
+        opt._core.options = replace(opt._core.options, policy=policy)
+        report = opt.consolidate(batches(1), name="preview", progress=False)
+        found.append((report.bytes, report.still_share, report.parameters, opt.capacity().mean))
     model = network()
     opt = wrapped(model)
-    if tasks_before:
-        opt.consolidate(batches(5), progress=False)
-    looked = opt.preview(seen, POLICIES, progress=False)
-    lines = [(line.report.bytes, line.report.still_share, line.free) for line in looked.lines]
-    if tasks_before:
-        assert all(line[2] < alone[2] for line, alone in zip(lines[:2], found))
-    else:
-        assert lines == found
-    assert [line.policy for line in looked.lines] == list(POLICIES)
+    for seed in range(5, 5 + tasks_before):
+        opt.consolidate(batches(seed), progress=False)
+    lines = opt.preview(batches(1), POLICIES, progress=False).lines
+    told = [(line.report.bytes, line.report.still_share, line.report.parameters, line.free) for line in lines]
+    assert repr(told) == repr(found)  # by text: NaN is not equal to itself
+    assert [line.policy for line in lines] == list(POLICIES)
 
 
 def test_nothing_is_kept_moved_or_drawn() -> None:
@@ -96,11 +96,32 @@ def test_the_share_is_that_of_dense_projections() -> None:
 
 
 def test_the_first_step_after_a_consolidation_warns_by_the_same_share() -> None:
+    model = network().eval()
+    opt, x = wrapped(model), batches(1)[0]
+    looked = opt.preview(batches(1), Energy(0.99999), loss=lambda: loss_of(model, x), progress=False)
+    assert looked.lines[0].gradient < 0.03 and "less than 3% free hardly teaches anything" in str(looked)
+    opt._core.options = replace(opt._core.options, policy=Energy(0.99999))
+    opt.consolidate(batches(1), progress=False)
+    loss_of(model, x).backward()
+    with pytest.warns(NullSpaceWarning, match=f"only {looked.lines[0].gradient:.1%}"):
+        opt.step()
+
+
+def test_what_consolidate_refuses_is_refused_and_all_is_free_where_nothing_is_read() -> None:
     model = network()
-    opt = wrapped(model)
+    with pytest.raises(ConsolidationError, match="no trainable parameter"):
+        wrapped(model.requires_grad_(False)).preview(batches(1), progress=False)
+    with pytest.raises(OptionError, match="a mode has experts and no policy"):
+        NullSpaceOptimizer(
+            torch.optim.SGD([torch.zeros(1)], 0.1),
+            nn.Sequential(nn.Linear(20, 20)),
+            mode=IGSP(target_modules="all-linear"),
+        ).preview(batches(1))
+    unread = nn.ModuleDict({"read": nn.Linear(12, 3, bias=False), "other": nn.Linear(12, 3)})
+    opt = NullSpaceOptimizer(torch.optim.SGD(unread["other"].parameters(), 0.1), unread)
     x = batches(1)[0]
-    looked = opt.preview(batches(1), [Energy(0.99999)], loss=lambda: loss_of(model.eval(), x), progress=False)
-    assert looked.lines[0].gradient < 0.03 and "hardly any" in str(looked)
+    looked = opt.preview([x], loss=lambda: loss_of(unread["other"], x), forward=unread["read"], progress=False)
+    assert [line.gradient for line in looked.lines] == [1.0] * 4
 
 
 def test_one_pass_serves_all_policies_that_look_at_the_same() -> None:
@@ -144,7 +165,7 @@ def test_a_loss_that_tells_nothing_and_a_loader_that_ends_are_named() -> None:
             opt.preview(batches(1), loss=wrong, progress=False)
     with pytest.raises(ConsolidationError, match="several times"):
         opt.preview(iter(batches(1)), [Energy(0.9), TailEnergy(0.1)], progress=False)
-    assert len(opt.preview(iter(batches(1)), Energy(0.9), progress=False).lines) == 1  # type: ignore[arg-type]
+    assert len(opt.preview(iter(batches(1)), Energy(0.9), progress=False).lines) == 1
 
 
 def test_a_sparse_table_is_counted() -> None:
@@ -162,7 +183,7 @@ def test_the_step_tells_the_share_that_a_soft_policy_lets_through(
     model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3))
     opt = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), 0.1), model, policy=policy)
     x = batches(2)[0]
-    looked = opt.preview(batches(1), policy, loss=lambda: loss_of(model, x), progress=False)  # type: ignore[arg-type]
+    looked = opt.preview(batches(1), policy, loss=lambda: loss_of(model, x), progress=False)
     opt.consolidate(batches(1), progress=False)
     monkeypatch.setattr(step, "LEAST_FREE", 1.1)
     loss_of(model, x).backward()

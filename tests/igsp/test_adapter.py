@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
+from synthetic import small_llama
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -19,15 +19,6 @@ from nullspace_optim.errors import OptionError
 from nullspace_optim.igsp import save_peft_adapter
 
 SINGLE: dict[str, Any] = {"rank": 3, "candidates": 1, "cap": 6, "window": 2, "on_cap": "prune", "lr": 3e-2}
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.2,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 def texts(seed: int) -> Tensor:
@@ -55,7 +46,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.7}, {"target_modules": "all-linear"}, {"router": "shared"}])
 def test_peft_computes_what_a_task_of_single_experts_does(options: dict[str, Any], tmp_path: Path) -> None:
-    model, backbone = llama(), llama()
+    model, backbone = small_llama(), small_llama()
     opt = trained(model, **options)
     save_peft_adapter(opt, "law", tmp_path)
     with opt.task("law"):
@@ -105,7 +96,7 @@ def test_a_layer_whose_name_ends_like_anothers_is_adapted_alone(tmp_path: Path) 
 
 
 def test_routing_by_inputs_is_refused_with_the_layers(tmp_path: Path) -> None:
-    opt = trained(llama(), candidates=2, on_cap="keep")
+    opt = trained(small_llama(), candidates=2, on_cap="keep")
     message = r"task 'law' routes by its inputs in 'model\.layers\.0\.self_attn\.q_proj' \(2 experts\).*candidates=1"
     with pytest.raises(OptionError, match=message):
         save_peft_adapter(opt, "law", tmp_path / "new")
@@ -113,12 +104,12 @@ def test_routing_by_inputs_is_refused_with_the_layers(tmp_path: Path) -> None:
 
 
 def test_a_later_task_is_written_where_one_expert_is_left_and_else_refused(tmp_path: Path) -> None:
-    model = llama()
+    model = small_llama()
     opt = trained(model, ("law", "code"), on_cap="keep")
     save_peft_adapter(opt, "law", tmp_path)
     with opt.task("law"):
         torch.testing.assert_close(
-            logits(peft.PeftModel.from_pretrained(llama(), tmp_path)), logits(model), rtol=1e-5, atol=1e-5
+            logits(peft.PeftModel.from_pretrained(small_llama(), tmp_path)), logits(model), rtol=1e-5, atol=1e-5
         )
     with pytest.raises(OptionError, match=r"'code' routes by its inputs in .*\(2 experts\)"):
         save_peft_adapter(opt, "code", tmp_path)
@@ -126,11 +117,11 @@ def test_a_later_task_is_written_where_one_expert_is_left_and_else_refused(tmp_p
 
 def test_what_is_no_lora_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"no finished task of this name; finished: 'law'"):
-        save_peft_adapter(trained(llama()), "birds", tmp_path)
+        save_peft_adapter(trained(small_llama()), "birds", tmp_path)
     with pytest.raises(OptionError, match=r"beside whole blocks, 'model\.layers\.0\.mlp', 'model\.layers\.1\.mlp'"):
-        save_peft_adapter(trained(llama(), target_modules=["mlp"]), "law", tmp_path)
+        save_peft_adapter(trained(small_llama(), target_modules=["mlp"]), "law", tmp_path)
     with pytest.raises(OptionError, match=r"kind 'bottleneck' have an activation"):
-        save_peft_adapter(trained(llama(), kind="bottleneck"), "law", tmp_path)
+        save_peft_adapter(trained(small_llama(), kind="bottleneck"), "law", tmp_path)
     plain = nn.Linear(4, 4)
     with pytest.raises(OptionError, match="mode"):
         save_peft_adapter(NullSpaceOptimizer(AdamW(plain.parameters()), plain, policy=FixedRank(1)), "law", tmp_path)

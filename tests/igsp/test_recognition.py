@@ -6,10 +6,10 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from synthetic import SyntheticTask, make, train
+from synthetic import SyntheticTask, make, small_llama, train
 from torch import Tensor, nn
 from torch.optim import AdamW
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from nullspace_optim import IGSP, NullSpaceOptimizer, NullSpaceWarning, clip_forward
 from nullspace_optim.errors import OptionError
@@ -261,11 +261,7 @@ def test_samples_that_are_not_finite_are_left_out_with_a_warning() -> None:
 
 
 def test_a_cache_that_would_be_filled_twice_is_refused() -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = small_llama()
     opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model, mode=IGSP(rank=2, top_k=1, cap=1))
     tokens = torch.arange(8)[None]
     model(tokens).logits.sum().backward()
@@ -273,5 +269,5 @@ def test_a_cache_that_would_be_filled_twice_is_refused() -> None:
     opt.consolidate([tokens], name="one", progress=False)
     with torch.no_grad(), opt.task(None):
         with pytest.raises(OptionError, match="= twice: name the task"):
-            model(tokens, past_key_values=DynamicCache(config=config))
+            model(tokens, past_key_values=DynamicCache(config=model.config))
         model(tokens)

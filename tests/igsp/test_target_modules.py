@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-import transformers
+from synthetic import small_llama
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -17,15 +17,6 @@ from nullspace_optim import IGSP, NullSpaceOptimizer
 from nullspace_optim.errors import OptionError
 
 SMALL: dict[str, Any] = {"rank": 4, "candidates": 2, "cap": 20, "window": 4, "on_cap": "prune", "lr": 1e-2}
-
-
-def llama() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32, initializer_range=0.3,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config)
 
 
 def vit() -> Any:
@@ -51,10 +42,12 @@ def by_peft(model: nn.Module, target_modules: Any) -> list[str]:
     ],
 )
 def test_the_layers_are_those_that_peft_adapts(target_modules: Any) -> None:
-    model = llama()
+    model = small_llama(0.3)
     opt = NullSpaceOptimizer(AdamW(model.parameters()), model, mode=IGSP(target_modules=target_modules, **SMALL))
     found = list(opt.status().converged)
-    assert found == by_peft(llama(), list(target_modules) if isinstance(target_modules, tuple) else target_modules)
+    assert found == by_peft(
+        small_llama(0.3), list(target_modules) if isinstance(target_modules, tuple) else target_modules
+    )
     assert len(found) >= 2
 
 
@@ -70,7 +63,7 @@ def sentences(domain: int, seed: int, count: int = 8) -> Tensor:
 
 
 def test_a_llama_learns_two_domains_of_text() -> None:
-    model = llama()
+    model = small_llama(0.3)
     keys = list(model.state_dict())
     mode = IGSP(target_modules=["q_proj", "v_proj", "down_proj"], **SMALL)
     opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-4), model, mode=mode)
@@ -141,7 +134,7 @@ def test_a_vision_transformer_learns_two_sets_of_images() -> None:
 )
 @pytest.mark.fault(113)
 def test_a_name_that_matches_nothing_is_one_error_with_the_nearest_names(target_modules: Any, message: str) -> None:
-    model = llama()
+    model = small_llama(0.3)
     with pytest.raises(OptionError, match=message):
         NullSpaceOptimizer(AdamW(model.parameters()), model, mode=IGSP(target_modules=target_modules, **SMALL))
     assert not hasattr(model, "igsp")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -63,3 +65,15 @@ def train(model: Layer, opt: NullSpaceOptimizer, task: SyntheticTask, steps: int
         loss.backward()
         opt.step()
     return float(loss.detach())
+
+
+def small_llama(spread: float = 0.2) -> Any:
+    """A Llama of two layers of width 32 and 48 tokens, in evaluation mode; its values have the deviation `spread`."""
+    from transformers import LlamaConfig, LlamaForCausalLM  # slow, and most users of this file do without
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, initializer_range=spread,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
