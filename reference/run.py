@@ -45,7 +45,9 @@ def run(options: argparse.Namespace) -> None:
     chosen_methods(config.methods)
     stop = StopRequest()
     runs = compare(prepare(config), config, output, options.resume, stop)
-    tables = [*map(matrix_table, runs), *map(aligned, report.tables(runs, ""))]
+    accuracy, rest = report.tables(runs, "")
+    measured = [figure for figure in zip(*rest) if set(figure[1:]) != {"-"}]  # methods as columns: fits a line
+    tables = [*map(matrix_table, runs), aligned(accuracy), aligned(measured)]
     print("\n" + "\n\n".join([*tables, "\n".join(report.notes(runs))]))
     print(f"\nresults and figures: {output}")
 
