@@ -229,7 +229,7 @@ def test_pruning_never_removes_the_last_expert() -> None:
                 assert pruning.keep_above(flow / flow.sum(), None, "x", candidates).any()
 
 
-def test_gates_of_wide_layers_read_a_projection_that_keeps_lengths() -> None:
+def test_a_step_moves_logits_of_wide_layers_as_far_as_if_all_inputs_were_read() -> None:
     assert router.projection(32, 0) is None
     draw = router.projection(400, 3)
     assert draw is not None and draw.shape == (400, 32) and torch.equal(draw, router.projection(400, 3))
@@ -238,4 +238,7 @@ def test_gates_of_wide_layers_read_a_projection_that_keeps_lengths() -> None:
     found = router.gate_input(x, draw=draw)
     torch.testing.assert_close(found[:, :-1], x.mean(dim=1) @ draw)
     assert found.shape == (500, 33) and bool((found[:, -1] == 32**0.5).all())
-    assert float((found[:, :-1].norm(dim=1) / x.mean(dim=1).norm(dim=1)).mean()) == pytest.approx(1.0, abs=0.1)
+    lengths = found[:, :-1].norm(dim=1) / x.mean(dim=1).norm(dim=1)
+    assert float(lengths.mean()) / (400 / 32) ** 0.5 == pytest.approx(1.0, abs=0.1)
+    step = [rows.abs().sum(dim=1).mean() for rows in (found[:, :-1], x.mean(dim=1))]  # of Adam at rate 1
+    assert float(step[0] / step[1]) == pytest.approx(1.0, abs=0.1)

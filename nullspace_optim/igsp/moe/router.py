@@ -28,11 +28,14 @@ class RoutingChoice(NamedTuple):
 
 
 def projection(width: int, number: int) -> Tensor | None:
-    """Return a seeded projection `[width, GATE]` for the `number`-th layer that keeps lengths; None for narrow ones."""
+    """Return a seeded projection `[width, GATE]` for the `number`-th layer, None for narrow ones.
+
+    Lengths grow by `sqrt(width / GATE)`: a step of Adam then moves a logit as far as if the router read all numbers.
+    """
     if width <= GATE:
         return None
     draw = torch.randn(width, GATE, generator=torch.Generator().manual_seed(number))
-    return draw / math.sqrt(GATE)
+    return draw * math.sqrt(width) / GATE
 
 
 def gate_input(x: Tensor, gate_scale: str = "none", draw: Tensor | None = None) -> Tensor:
