@@ -22,7 +22,7 @@ from reference.data.tasks import Task
 from reference.errors import ExperimentError
 from reference.evaluation import metrics
 from reference.evaluation.costs import costs, summary_of_steps
-from reference.evaluation.retrieval import pool_figures
+from reference.evaluation.geometry import pool_figures
 from reference.evaluation.robust import robust_accuracy
 from reference.evaluation.scoring import Board, Scorer, as_results
 from reference.experiment import Experiment

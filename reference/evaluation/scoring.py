@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from reference.config import Config
 from reference.data.tasks import Task
-from reference.evaluation.retrieval import gap_figures
+from reference.evaluation.geometry import gap_figures
 from reference.methods import Method
 from reference.training.steps import accuracy, scores
 

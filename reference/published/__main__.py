@@ -87,9 +87,8 @@ def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
 def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m reference.published", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "table", choices=sorted(PROTOCOLS), help="permuted MNIST, or 10-split CIFAR-100 with one of two networks"
-    )
+    tables = "permuted MNIST, 10-split CIFAR-100 with one of two networks; short-*: ours alone, for the defaults"
+    parser.add_argument("table", choices=sorted(PROTOCOLS), help=tables)
     parser.add_argument("--data-root", default=".", help="folder that holds mnist/ or cifar100/ (torchvision's too)")
     parser.add_argument("--methods", default="gpm", help=f"names separated by commas: {', '.join(METHODS)}")
     parser.add_argument("--seeds", default="1,2,3,4,5", help="numbers separated by commas")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from reference.config import Config, load_config
 from reference.evaluation import robust
+from reference.evaluation.geometry import gap_figures
 from reference.evaluation.report import tables
-from reference.evaluation.retrieval import gap_figures
 from reference.evaluation.robust import RADII, attacked, robust_accuracy
 from reference.experiment import Experiment
 from reference.methods import METHODS

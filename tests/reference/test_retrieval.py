@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from reference.config import load_config
-from reference.evaluation.retrieval import pool_figures, recalls
+from reference.evaluation.geometry import pool_figures, recalls
 from reference.experiment import prepare
 
 
