@@ -107,7 +107,7 @@ def test_the_first_step_after_a_consolidation_warns_by_the_same_share() -> None:
         opt.step()
 
 
-def test_what_consolidate_refuses_is_refused_and_all_is_free_where_nothing_is_read() -> None:
+def test_what_consolidate_refuses_is_refused_by_a_preview() -> None:
     model = network()
     with pytest.raises(ConsolidationError, match="no trainable parameter"):
         wrapped(model.requires_grad_(False)).preview(batches(1), progress=False)
@@ -117,6 +117,9 @@ def test_what_consolidate_refuses_is_refused_and_all_is_free_where_nothing_is_re
             nn.Sequential(nn.Linear(20, 20)),
             mode=IGSP(target_modules="all-linear"),
         ).preview(batches(1))
+
+
+def test_all_is_free_where_nothing_was_read() -> None:
     unread = nn.ModuleDict({"read": nn.Linear(12, 3, bias=False), "other": nn.Linear(12, 3)})
     opt = NullSpaceOptimizer(torch.optim.SGD(unread["other"].parameters(), 0.1), unread)
     x = batches(1)[0]

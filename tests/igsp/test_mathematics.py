@@ -229,7 +229,7 @@ def test_pruning_never_removes_the_last_expert() -> None:
                 assert pruning.keep_above(flow / flow.sum(), None, "x", candidates).any()
 
 
-def test_a_step_moves_logits_of_wide_layers_as_far_as_if_all_inputs_were_read() -> None:
+def test_a_step_moves_logits_of_wide_layers_as_far_as_of_narrow_ones() -> None:
     assert router.projection(32, 0) is None
     draw = router.projection(400, 3)
     assert draw is not None and draw.shape == (400, 32) and torch.equal(draw, router.projection(400, 3))
