@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from torch.optim import LBFGS, Optimizer
-from torch.optim import optimizer as torch_optimizer
 
 from ..distributed.fsdp import refuse_unsupported
 from ..errors import NullSpaceWarning, OptionError
@@ -43,28 +40,6 @@ def check_bases(bases: list[Any]) -> None:
                         "optimizer, once"
                     )
                 owners[id(parameter)] = (number, group)
-
-
-@contextmanager
-def one_call_of_global_hooks(bases: Sequence[Optimizer]) -> Iterator[None]:
-    """Let global step hooks (of profilers, of loggers) pass over steps of `bases`: the wrapper's step is their call."""
-    tables: Any = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
-    before = [(table, key, hook) for table in tables for key, hook in table.items()]
-    for table, key, hook in before:
-        table[key] = _passing_over(hook, bases)
-    try:
-        yield
-    finally:
-        for table, key, hook in before:
-            if key in table:  # else it was removed within the step
-                table[key] = hook
-
-
-def _passing_over(hook: Callable[..., Any], bases: Sequence[Optimizer]) -> Callable[..., Any]:
-    def call(optimizer: Optimizer, *arguments: Any) -> Any:
-        return None if any(optimizer is base for base in bases) else hook(optimizer, *arguments)
-
-    return call
 
 
 def forget_curvature(bases: list[Any]) -> None:

@@ -72,8 +72,10 @@ class Engine:
         """Step pre-hook of every base."""
         if self.copied:
             self.find_copied_model()
-        check_ownership(self)
-        self._warn_unguarded(base)
+        if self.superseded or self.lost:
+            check_ownership(self)
+        if self.unguarded:
+            self._warn_unguarded(base)
         self.follow_replaced()
         if self.mode is not None:
             self.protection.held = self.mode.before_step(base)
@@ -88,7 +90,7 @@ class Engine:
     def _warn_unguarded(self, base: Optimizer) -> None:
         """Warn, once each, of parameters that begin to train although consolidated tasks read them without a basis."""
         trained = (p for group in base.param_groups for p in group["params"] if p.grad is not None)
-        names = [self.unguarded.pop(id(p)) for p in trained if id(p) in self.unguarded] if self.unguarded else []
+        names = [self.unguarded.pop(id(p)) for p in trained if id(p) in self.unguarded]
         if names:
             warnings.warn(
                 f"{len(names)} parameters that consolidated tasks read begin to train without a basis "

@@ -7,14 +7,15 @@ base's list is a new object. Nothing is ever stored in the base's `state`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.group import rank
@@ -23,7 +24,6 @@ from ..files import basis_file, schema
 from ..files.state_dict import carry, join_states, lost_its_mark, pop_protection, read_store, seal, split_states
 from ..protection.phases import PHASES
 from ..subspace.basis import BasisStore, Fate
-from .bases import one_call_of_global_hooks
 from .dcp import Checkpoint, called_by_torch, complete, drop_state, names_of
 from .engine import Engine
 from .ownership import warn_lost
@@ -302,3 +302,25 @@ class WrappedOptimizer(Optimizer):
         options = {"mode": self._core.mode, **vars(self._core.options)}
         settings = ", ".join(f"{key}={value!r}" for key, value in options.items())
         return f"NullSpaceOptimizer({bases}\n{settings}\ntasks: {len(store.tasks)}; parameters: {counts})"
+
+
+@contextmanager
+def one_call_of_global_hooks(bases: Sequence[Optimizer]) -> Iterator[None]:
+    """Let global step hooks (of profilers, of loggers) pass over steps of `bases`: the wrapper's step is their call."""
+    tables: Any = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
+    before = [(table, key, hook) for table in tables for key, hook in table.items()]
+    for table, key, hook in before:
+        table[key] = _passing_over(hook, bases)
+    try:
+        yield
+    finally:
+        for table, key, hook in before:
+            if key in table:  # else it was removed within the step
+                table[key] = hook
+
+
+def _passing_over(hook: Callable[..., Any], bases: Sequence[Optimizer]) -> Callable[..., Any]:
+    def call(optimizer: Optimizer, *arguments: Any) -> Any:
+        return None if any(optimizer is base for base in bases) else hook(optimizer, *arguments)
+
+    return call

@@ -72,10 +72,10 @@ def refuse_edit(guard: Guard, drift: float | None = None, *, original: bool = Fa
 
 
 class GrowthNotes:
-    """One line for each parameter and shape, until it was said."""
+    """One line for each parameter and shape; `waiting` are those that were not said yet."""
 
     def __init__(self) -> None:
-        self._waiting: list[str] = []
+        self.waiting: list[str] = []
         self._said: set[tuple[str, tuple[int, ...]]] = set()
 
     def note(self, guard: Guard) -> None:
@@ -83,13 +83,13 @@ class GrowthNotes:
         key = guard.basis.name, tuple(guard.parameter.shape)
         if guard.grown and guard.edited and key not in self._said:
             self._said.add(key)
-            self._waiting.append(_describe(guard))
+            self.waiting.append(_describe(guard))
 
     def announce(self) -> None:
         """Warn of everything noted since the last time."""
-        if not self._waiting:
+        if not self.waiting:
             return
-        found, self._waiting = self._waiting, []
+        found, self.waiting = self.waiting, []
         more = f"; {len(found) - 3} more parameters likewise" if len(found) > 3 else ""
         text = f"{'; '.join(found[:3])}{more}. What is new is free until the next consolidation"
         warnings.warn(text, NullSpaceWarning, stacklevel=5)

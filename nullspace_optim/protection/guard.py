@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from math import isnan
 
 import torch
 from torch import Tensor
@@ -32,9 +32,32 @@ from ..subspace.projection import (
     yield_anchor_,
 )
 from ..subspace.shards import ShardView, crossing_sides, local_basis, shard_view
-from .workspace import Workspace
 
 ROUNDING = 4.0  # units in the last place of the largest entry of a row or column
+
+
+class Workspace:
+    """One buffer a device and type, as large as the largest tensor that was asked for.
+
+    What `take` returns is valid until the next call: corrections run one after another.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return an uninitialised tensor of `shape` with the type and device of `like`."""
+        key, size = (like.device, like.dtype), math.prod(shape)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            with torch.inference_mode(False):  # training uses it after an evaluation
+                buffer = self._buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return buffer[:size].view(tuple(shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
 
 @dataclass
@@ -239,7 +262,7 @@ class Guard:
             return
         with matrix_of(block, self.basis.layout, bias) as matrix:
             sides = [*self.basis.subspaces, *(subspace.side for subspace in self.across)]
-            limit = None if rounding or not matrix.numel() else _rounding(matrix, sides)
+            limit = None if rounding or not matrix.numel() else rounding_of(matrix, sides)
             for subspace in self.basis.subspaces.values():
                 if subspace.side == "rows":
                     matrix[0].index_fill_(0, subspace.basis, 0.0)
@@ -257,7 +280,7 @@ class Guard:
                     inside = inside * scale.to(inside.dtype).unsqueeze(-2 if subspace.side == "right" else -1)
                 subtract_coordinates_(matrix, inside, subspace.basis, subspace.side)
             if limit is not None:
-                matrix.masked_fill_(matrix.abs() <= limit, 0)
+                mask_rounding_(matrix, limit)
 
     def drift(self) -> float:
         """Return the largest relative change of a kept quantity since it was anchored (0 where nothing is kept;
@@ -271,10 +294,10 @@ class Guard:
             for subspace in self.basis.subspaces.values():
                 if subspace.rank:
                     drifts.append(float(anchor_drift(matrix, subspace.basis, subspace.anchor, subspace.side)))
-        return max(drifts, key=lambda drift: (isnan(drift), drift))
+        return max(drifts, key=lambda drift: (math.isnan(drift), drift))
 
 
-def _rounding(gradient: Tensor, sides: Iterable[Side]) -> Tensor:
+def rounding_of(gradient: Tensor, sides: Iterable[Side]) -> Tensor:
     """Return what may be rounding in each entry of a gradient `[g, m, d]` once it is projected; 0 after an overflow.
 
     A product on the right rounds by the entries of its row, on the left by those of its column.
@@ -283,6 +306,11 @@ def _rounding(gradient: Tensor, sides: Iterable[Side]) -> Tensor:
     for side in {"right", "left"} & set(sides):
         largest = largest + gradient.abs().amax(2 if side == "right" else 1, keepdim=True)
     return ROUNDING * torch.finfo(torch.float32).eps * largest.nan_to_num(0.0, 0.0, 0.0)  # bases are in float32
+
+
+def mask_rounding_(gradient: Tensor, limit: Tensor) -> None:
+    """Make zeros of the entries of a projected gradient that are not above `limit` (see `rounding_of`)."""
+    gradient.masked_fill_(gradient.abs() <= limit, 0)
 
 
 def _mark(parameter: Tensor) -> tuple[int, ...]:

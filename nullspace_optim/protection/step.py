@@ -9,11 +9,12 @@ then. Where a side is kept by part, no share of the movement is let through that
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from warnings import warn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,11 +23,12 @@ from torch.optim import Optimizer
 from ..errors import NullSpaceWarning
 from ..settings import Settings
 from .averaged_weights import state_keys
-from .guard import Guard, size_of
-from .weight_stack import stack_alike
-from .workspace import Workspace
+from .guard import Guard, Workspace, size_of
+from .weight_stack import GradientQueue, stack_alike
 
 LEAST_FREE = 0.03  # of the norms of gradients; measured: at 0.02 a language model learned nothing, at 0.06 half
+
+_HABITS: MutableMapping[type[Optimizer], tuple[bool, bool]] = WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -54,7 +56,7 @@ class Step:
     @classmethod
     def of(cls, base: Optimizer, guards: list[Guard]) -> Step:
         """Return a step of `base` before it moves anything."""
-        return cls(weakref.ref(base), guards, not _marks_writes(base), bool(state_keys(base)), _idle(base))
+        return cls(weakref.ref(base), guards, *_habits(base), _idle(base))
 
     def moved(self, guard: Guard) -> bool:
         """True if the base may have moved `guard`: conservative, without waiting for the device."""
@@ -113,7 +115,8 @@ class Forms:
     def __init__(self, guards: Iterable[Guard], options: Settings, workspace: Workspace) -> None:
         moving = [guard for guard in guards if not guard.frozen and options.project != "gradient"]
         self.stacks = stack_alike(moving, workspace)
-        self.stacked = {id(guard) for stack in self.stacks for guard in stack.guards}
+        self.queue = GradientQueue(self.stacks)
+        self.stacked = self.queue.stacked
         alone = [guard for guard in moving if id(guard) not in self.stacked and guard.bias is None]
         self.by_difference = {id(guard) for guard in alone if guard.wants_difference(options.precision)}
         self.crossing = any(guard.across for guard in moving)
@@ -222,9 +225,14 @@ def is_zero(rate: Any) -> bool:
     return isinstance(rate, (int, float)) and rate == 0
 
 
-def _marks_writes(base: Optimizer) -> bool:
-    """False for optimizers that may write through `p.data`, which leaves no mark on the parameter."""
-    return type(base).__module__.startswith("torch.optim")
+def _habits(base: Optimizer) -> tuple[bool, bool]:
+    """Return whether `base` may write through `p.data`, which leaves no mark on the parameter, and whether it keeps
+    other sets of weights in its state. Both are a matter of its class.
+    """
+    kind = type(base)
+    if kind not in _HABITS:
+        _HABITS[kind] = not kind.__module__.startswith("torch.optim"), bool(state_keys(base))
+    return _HABITS[kind]
 
 
 def _idle(base: Optimizer) -> set[int]:

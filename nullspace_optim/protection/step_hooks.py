@@ -2,8 +2,7 @@
 
 `Protection` owns one `Guard` a parameter. Its hooks run around `step` of every wrapped optimizer, so that `opt.step()`,
 `base.step()` and `scaler.step(base)` are alike. A step waits for the device only if a weight was edited from outside,
-and once after a consolidation.
-One that an error or an interrupt ends is finished before anything reads the weights (see `step`).
+and once after a consolidation. One that an error or an interrupt ends is finished before anything reads the weights.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from ..subspace.basis import BasisStore
 from ..subspace.projection import exact_products
 from .averaged_weights import second_weights
 from .edits import ROUNDED, GrowthNotes, accept_edit
-from .guard import Guard, gradient_hook, guard_low_precision
+from .guard import Guard, Workspace, guard_low_precision
 from .sharded import any_rank, correct_across, drifts
 from .step import Forms, FreeShare, Step, announce_finished, closure_in, replace_closure
-from .workspace import Workspace
+from .weight_stack import accumulation_hook
 
 EXACT_EVERY = 16
 
@@ -83,8 +82,9 @@ class Protection:
         if not any(guard.pending for guard in self.guards.values()):
             self.inexact_steps = 0
         if self.options.project == "both":
+            queue = self.forms.queue
             self._handles = [
-                guard.parameter.register_post_accumulate_grad_hook(gradient_hook(guard))  # type: ignore[no-untyped-call]
+                guard.parameter.register_post_accumulate_grad_hook(accumulation_hook(guard, queue))  # type: ignore[no-untyped-call]
                 for guard in self.guards.values()
                 if not guard.immovable and guard.bias is None and guard.parameter.requires_grad
             ]
@@ -107,6 +107,8 @@ class Protection:
             return None
         self.finish_interrupted()
         self.put_back()
+        if self.forms.queue.waiting:
+            self.forms.queue.project()
         step = Step.of(base, self._guards_of(base))
         for guard in step.guards:
             if guard.edited:
@@ -116,7 +118,8 @@ class Protection:
                     step.accepted.add(id(guard))
         if any(guard.grown for guard in step.guards if id(guard) in self.forms.stacked):  # through `.data`
             self.forms = Forms(self.guards.values(), self.options, self.workspace)
-        self._growth.announce()
+        if self._growth.waiting:
+            self._growth.announce()
         if self.held and step.foreign:
             step.copies = [(parameter, parameter.detach().clone()) for parameter in self.held]
         for guard in step.guards:

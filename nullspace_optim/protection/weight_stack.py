@@ -1,23 +1,25 @@
-"""Many small weights of one shape, corrected in one product a side.
+"""Many small weights of one shape, corrected in one product a side; their gradients likewise.
 
 A small correction costs the calls around it, not its arithmetic. Weights of one shape, dtype and device whose ranks
 are close are copied into one stack `[n g, m, d]`, corrected together and copied back. Bases and anchors are stacked
 once, padded with zero columns, which protect nothing. Large weights gain nothing and stay alone. In a stack the anchor
-form is cheap at any rank, so its weights owe nothing.
+form is cheap at any rank, so its weights owe nothing. Gradients wait for the end of their backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 from torch.nn.functional import pad
 
+from ..distributed.group import world_size
 from ..subspace.basis import Subspace
-from ..subspace.projection import MatrixSide, restore_anchor_
-from .guard import Guard
-from .workspace import Workspace
+from ..subspace.projection import MatrixSide, exact_products, project_gradient_, restore_anchor_
+from .guard import Guard, Workspace, gradient_hook, mask_rounding_, rounding_of
 
 FEWEST = 4  # fewer weights of a shape gain little
 LARGEST = 64 * 64  # entries of a weight; above, copies cost more than calls (measured on one core)
@@ -63,6 +65,79 @@ class WeightStack:
         torch._foreach_copy_([old for old, _ in pairs], [one for _, one in pairs])
         for guard in chosen:
             guard.pending = False
+
+    def project(self, waiting: Collection[int]) -> None:
+        """Remove the kept directions from the gradients of the guards that are `waiting` (by identity); zeros stand in
+        the place of rounding, as after `Guard.project_gradient`.
+        """
+        chosen = [guard for guard in self.guards if id(guard) in waiting and guard.parameter.grad is not None]
+        if not chosen:
+            return
+        present = {id(guard) for guard in chosen}
+        gradients = [(g.parameter.grad if id(g) in present else g.parameter).detach() for g in self.guards]  # type: ignore[union-attr]
+        matrix = torch.stack(gradients).reshape(-1, *self.shape[1:])
+        matrix = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
+        limit = rounding_of(matrix, {side for side, *_ in self.sides})
+        for side, basis, _ in self.sides:
+            project_gradient_(matrix, basis, side)
+        mask_rounding_(matrix, limit)
+        new = matrix.reshape(len(gradients), *gradients[0].shape).unbind()
+        pairs = [(old, one) for guard, old, one in zip(self.guards, gradients, new) if id(guard) in present]
+        torch._foreach_copy_([old for old, _ in pairs], [one for _, one in pairs])
+
+
+class GradientQueue:
+    """Gradients of stacked weights that a backward pass has accumulated and nothing has projected yet.
+
+    Autograd calls `project` at the end of the pass; a step calls it too, for one that runs inside a backward pass or
+    after a pass that failed. In several processes nothing waits: gradients may be on their way to other ranks by then.
+    """
+
+    def __init__(self, stacks: list[WeightStack]) -> None:
+        self.stacks = stacks
+        self.stacked = {id(guard) for stack in stacks for guard in stack.guards}
+        self.waiting: dict[int, Guard] = {}
+        self._pass = -1
+
+    def add(self, guard: Guard) -> bool:
+        """Let the gradient of `guard` wait for the end of the pass; False outside of one, or if it fits no stack."""
+        gradient, parameter = guard.parameter.grad, guard.parameter
+        current = torch._C._current_graph_task_id()
+        if current < 0 or gradient is None or guard.grown or gradient.dtype != parameter.dtype:
+            return False
+        if gradient.layout != torch.strided or gradient.device != parameter.device or not guard.measured:
+            return False
+        if current != self._pass:
+            self._pass = current
+            Variable._execution_engine.queue_callback(self.project)  # type: ignore[attr-defined]
+        self.waiting[id(guard)] = guard
+        return True
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Project what waits."""
+        waiting, self.waiting = self.waiting, {}
+        if waiting:
+            with exact_products(next(iter(waiting.values())).parameter.device):
+                for stack in self.stacks:
+                    stack.project(waiting)
+
+
+def accumulation_hook(guard: Guard, queue: GradientQueue) -> Callable[[Tensor], None]:
+    """Return the hook for gradients that accumulate in the parameter of `guard`: they wait in `queue`, or are projected
+    at once. The hook keeps neither alive.
+    """
+    project, into = gradient_hook(guard), weakref.ref(queue)
+    if world_size() > 1 or id(guard) not in queue.stacked:
+        return project
+    reference = weakref.ref(guard)
+
+    def wait(parameter: Tensor) -> None:
+        found, waiting = reference(), into()
+        if found is None or waiting is None or not waiting.add(found):
+            project(parameter)
+
+    return wait
 
 
 def stack_alike(guards: Iterable[Guard], workspace: Workspace) -> list[WeightStack]:

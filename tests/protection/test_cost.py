@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch.optim import SGD, AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nullspace_optim import SGP, FixedRank, NullSpaceOptimizer
-from nullspace_optim.protection.workspace import Workspace
+from nullspace_optim.protection.guard import Workspace
 
 SHAPES = ((48, 96), (72, 48), (40, 72))  # outputs m, inputs d
 ROWS = torch.randn(128, 96, generator=torch.Generator().manual_seed(0))
@@ -129,3 +131,23 @@ def test_the_first_step_after_a_consolidation_costs_what_every_step_costs() -> N
     with counted() as first:
         optimizer.step()
     assert first.get_total_flops() == sum(4 * m * d * 12 for m, d in SHAPES)
+
+
+def test_a_protected_step_passes_through_ten_files_or_fewer() -> None:
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 3))
+    opt = NullSpaceOptimizer(torch.optim.AdamW(model.parameters(), 1e-3), model)
+    opt.consolidate([torch.randn(8, 12)], progress=False)
+    files: set[str] = set()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and "nullspace_optim" in frame.f_code.co_filename:
+            files.add(frame.f_code.co_filename)
+
+    for step in range(3):
+        model(torch.randn(4, 12)).square().sum().backward()
+        sys.setprofile(note if step == 2 else None)
+        try:
+            opt.step()
+        finally:
+            sys.setprofile(None)
+    assert 0 < len(files) <= 10, sorted(files)
