@@ -1,9 +1,10 @@
 """Losses that hold a CLIP to what it was, on the outputs of open_clip: distillation and modality alignment.
 
-Both are symmetric: one term for image-to-text rows, one for text-to-image rows of the same logits. With unit features
-`I` `[n, e]`, `T` `[m, e]` and `s = exp(logit_scale)` (and a bias `b` where the model has one), the logits are
-`L = s I T^T + b`, `[n, m]`. All products are in float32 (float64 for float64 features), also under autocast, and every
-value is finite for finite logits.
+Distillation takes the logits of any other model as well. For a CLIP both are symmetric: one term for image-to-text
+rows, one for text-to-image rows of the same logits. With unit features `I` `[n, e]`, `T` `[m, e]` and
+`s = exp(logit_scale)` (and a bias `b` where the model has one), the logits are `L = s I T^T + b`, `[n, m]`. All
+products are in float32 (float64 for float64 features), also under autocast, and every value is finite for finite
+logits.
 
 Sources: knowledge distillation (Hinton et al. 2015, arXiv 1503.02531) on a batch of reference pairs as in ZSCL (Zheng
 et al. 2023, arXiv 2303.06628); modality alignment preservation as in GNSP (arXiv 2507.19839) and its released code.
@@ -24,6 +25,7 @@ from .model.find import unwrap
 from .options import check_choice
 
 Rows = Literal["both", "image", "text"]
+IGNORED = -100  # the label of torch's `cross_entropy` for rows that do not count
 
 
 class ClipOutputs(NamedTuple):
@@ -90,7 +92,11 @@ def distillation_loss(
     truth: float = 0.0,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Cross entropy between the softened logits of `teacher` and of `student` on the same images and texts; scalar.
+    """Cross entropy between the softened logits of `teacher` and of `student` on the same inputs; scalar.
+
+    Outputs are those of an open_clip model; or, of a classifier or language model, logits `[..., c]` or outputs that
+    hold them (`logits`), with the mean over all rows of `c`. There `labels` `[...]` only tell which rows count: not
+    those of -100.
 
     With logits `t` and `s` `[n, m]` and temperature `T`: `T^2 * mean_i sum_j -softmax(t/T)_ij log softmax(s/T)_ij` over
     rows (``rows="image"``), the same over columns (``"text"``), or the sum of both (``"both"``, as GNSP and ZSCL do).
@@ -102,18 +108,23 @@ def distillation_loss(
     ``temperature=1`` and half the sum of both directions).
 
     Raises:
-        OptionError: `temperature` is not positive, `truth` is outside 0..1, `rows` is unknown, or teacher and student
-            are the same outputs.
-        BatchError: outputs that are not those of a CLIP.
-        ShapeError: teacher and student saw different numbers of images or texts, or with `truth` no pairs.
+        OptionError: `temperature` is not positive, `truth` is outside 0..1, `rows` is unknown, teacher and student are
+            the same outputs, or `truth` or `rows` are given for logits.
+        BatchError: outputs that are not those of a CLIP and hold no logits; no row counts.
+        ShapeError: teacher and student saw different numbers of images or texts, or with `truth` no pairs; logits or
+            labels of different shapes.
     """
     if not 0.0 <= truth <= 1.0:
         raise OptionError(f"truth={truth!r}: expected a number in [0, 1]")
     if not (isfinite(temperature) and temperature > 0):
         raise OptionError(f"temperature={temperature!r}: expected a number in (0, inf)")
     check_choice("rows", rows, get_args(Rows))
+    if (found := _logits_of(student)) is not None:
+        if truth or rows != "both":
+            raise OptionError("truth= and rows= are for pairs of a CLIP: add the cross entropy of the labels yourself")
+        return temperature**2 * _softened(found, _logits_of(teacher), labels, temperature)
     pupil, master = read_outputs(student), read_outputs(teacher)
-    _refuse_self(pupil, master)
+    _refuse_self((pupil.image_features, master.image_features), (pupil.text_features, master.text_features))
     ours, theirs = pupil.logits(), master.logits().detach()
     if ours.shape != theirs.shape:
         raise ShapeError(
@@ -183,9 +194,33 @@ def _truth(logits: Tensor, labels: Tensor | None) -> Tensor:
     return equal / equal.sum(dim=1, keepdim=True)
 
 
-def _refuse_self(student: ClipOutputs, teacher: ClipOutputs) -> None:
-    """Refuse a teacher whose features are the student's own tensors: nothing would be distilled."""
-    pairs = ((student.image_features, teacher.image_features), (student.text_features, teacher.text_features))
+def _logits_of(outputs: Any) -> Tensor | None:
+    """Return logits `[..., c]`, given as they are or as a part of outputs; `None` where there are none."""
+    named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    found = outputs if isinstance(outputs, Tensor) else named
+    return found if isinstance(found, Tensor) else None
+
+
+def _softened(ours: Tensor, theirs: Tensor | None, labels: Tensor | None, temperature: float) -> Tensor:
+    """Return the mean cross entropy of softened logits `[..., c]` over the rows that count."""
+    if theirs is None or ours.shape != theirs.shape or not ours.ndim or not ours.numel():
+        other = "none" if theirs is None else tuple(theirs.shape)
+        raise ShapeError(f"student logits {tuple(ours.shape)} but teacher logits {other}: feed both alike")
+    _refuse_self((ours, theirs))
+    if labels is not None and labels.shape != ours.shape[:-1]:
+        raise ShapeError(f"labels {tuple(labels.shape)} for logits {tuple(ours.shape)}: expected one a row")
+    wide = torch.promote_types(ours.dtype, torch.float32)
+    ours, theirs = (t.to(ours.device, wide).reshape(-1, t.shape[-1]) for t in (ours, theirs.detach()))
+    if labels is not None:
+        counted = labels.to(ours.device).flatten() != IGNORED
+        if not torch.compiler.is_compiling() and not bool(counted.any()):
+            raise BatchError(f"labels: every row is {IGNORED}, so there is nothing to distil")
+        ours, theirs = ours[counted], theirs[counted]
+    return F.cross_entropy(ours / temperature, F.softmax(theirs / temperature, dim=-1))
+
+
+def _refuse_self(*pairs: tuple[Tensor, Tensor]) -> None:
+    """Refuse a teacher whose outputs are the student's own tensors: nothing would be distilled."""
     if all(one is other or one.data_ptr() == other.data_ptr() for one, other in pairs):
         raise OptionError(
             "teacher and student are the same outputs, so there is nothing to distil; run a frozen copy of the model "

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +56,44 @@ def test_distillation_has_the_gradient_of_kl_and_is_least_at_the_teacher() -> No
     twin = {name: part.clone().requires_grad_(name != "logit_scale") for name, part in teacher.items()}
     gradients = torch.autograd.grad(distillation_loss(twin, teacher), [twin["image_features"], twin["text_features"]])
     assert max(float(g.abs().max()) for g in gradients) < 1e-5
+
+
+@pytest.mark.parametrize("given", [torch.as_tensor, lambda t: {"logits": t}, lambda t: SimpleNamespace(logits=t)])
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7)])
+def test_distillation_takes_the_logits_of_any_model(given: Any, shape: tuple[int, ...]) -> None:
+    ours, theirs = torch.randn(shape, requires_grad=True), torch.randn(shape, requires_grad=True)
+    loss = distillation_loss(given(ours), given(theirs), temperature=3.0)
+    assert float(loss) == pytest.approx(slow_rows(ours.detach().view(-1, 7), theirs.detach().view(-1, 7), 3.0))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert theirs.grad is None and ours.grad is not None and float(ours.grad.abs().max()) > 0
+    half = distillation_loss(given(ours.bfloat16()), given(theirs.bfloat16()), temperature=3.0)
+    assert half.dtype == torch.float32 and float(half) == pytest.approx(float(loss), rel=1e-2)
+
+
+def test_rows_of_logits_that_do_not_count_have_no_part_in_distillation() -> None:
+    ours, theirs = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7)
+    labels = torch.tensor([[0, -100, 5], [-100, -100, 1]])
+    loss = distillation_loss(ours, theirs, labels=labels)
+    assert float(loss) == pytest.approx(slow_rows(ours.detach()[labels >= 0], theirs[labels >= 0], 2.0))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert ours.grad is not None and torch.equal(ours.grad.norm(dim=-1) > 0, labels >= 0)
+
+
+def test_logits_that_cannot_be_distilled_are_refused() -> None:
+    logits = torch.randn(4, 7)
+    with pytest.raises(OptionError, match="same outputs"):
+        distillation_loss(logits, logits)
+    with pytest.raises(ShapeError, match=r"\(4, 7\) but teacher logits \(4, 6\)"):
+        distillation_loss(logits, torch.randn(4, 6))
+    with pytest.raises(ShapeError, match="teacher logits none"):
+        distillation_loss(logits, outputs())
+    with pytest.raises(ShapeError, match="one a row"):
+        distillation_loss(logits, torch.randn(4, 7), labels=torch.zeros(5))
+    with pytest.raises(BatchError, match="every row"):
+        distillation_loss(logits, torch.randn(4, 7), labels=torch.full((4,), -100))
+    for options in ({"truth": 0.5}, {"rows": "text"}):
+        with pytest.raises(OptionError, match="pairs of a CLIP"):
+            distillation_loss(logits, torch.randn(4, 7), **options)  # type: ignore[arg-type]
 
 
 def slow_alignment(logits: Tensor, labels: list[int], smoothing: float) -> float:
@@ -135,7 +174,7 @@ def test_a_teacher_that_is_the_student_is_refused() -> None:
         (lambda: distillation_loss(outputs(), outputs(), temperature=float("nan")), OptionError, "temperature=nan"),
         (lambda: distillation_loss(outputs(), outputs(), rows="columns"), OptionError, "rows='columns'"),  # type: ignore[arg-type]
         (lambda: distillation_loss(outputs(4), outputs(5)), ShapeError, "feed both alike"),
-        (lambda: distillation_loss(torch.ones(3), outputs()), BatchError, "found Tensor"),
+        (lambda: alignment_loss(torch.ones(3)), BatchError, "found Tensor"),
         (lambda: alignment_loss({**outputs(), "text_features": None}), BatchError, "no tensor 'text_features'"),
         (lambda: alignment_loss(outputs(4, 5)), ShapeError, "expected n pairs"),
         (lambda: alignment_loss(outputs(), torch.zeros(4)), ShapeError, r"\(4,\)"),
