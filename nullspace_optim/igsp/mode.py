@@ -35,13 +35,12 @@ from ..subspace.basis import Extension
 from .bank import CHILD, ExpertBank, install_experts, record_task, report_task
 from .constraints import yield_constraints
 from .moe.context import Routing
-from .moe.regularization import geom, mass, prices
-from .moe.router import logits
+from .moe.regularization import layer_penalties
 from .options import IGSP
 from .param_group import ExpertParamGroup
 from .report import ExpertReport, PhaseStatus, TrainableCount
 from .state import Progress, all_or_nothing, pack_state, restore_state
-from .statistics import absorb_step, collect_features, collect_inputs, judge_windows
+from .statistics import absorb_step, collect_features, collect_inputs, judge_windows, sum_moments
 
 log = logging.getLogger("nullspace_optim.igsp")
 
@@ -189,10 +188,10 @@ class IgspMode:
             tally = self._observe(work)
             layers = [layer.report() for layer in self.experts.layers]
             every = self.experts.layers
-            collected = zip(every, collect_inputs(every), collect_features(every), strict=True)
+            collected = zip(every, collect_inputs(every), collect_features(every), sum_moments(every), strict=True)
             with raise_on_all_ranks():
-                for layer, inputs, features in collected:
-                    layer.finish(inputs, features)
+                for layer, inputs, features, moment in collected:
+                    layer.finish(inputs, features, moment)
             scope.tasks.append(work.task)
             scope.move_to(0, False)
             with restored_model(work.model, work.loader), self.task(work.task):
@@ -224,7 +223,9 @@ class IgspMode:
         scope, ranks, run = self.experts.scope, communicator(), make_runner(work)
 
         def collected(batch: Any, counted: bool) -> Any:
-            found = [(rows, len(rows)) for layer in self.experts.layers for rows in layer.noted]
+            layers = self.experts.layers
+            found = [(rows, len(rows)) for layer in layers for rows in layer.noted]
+            moments = [layer.moment for layer in layers]
             scope.collecting = True  # lent samples as well: all ranks run towers equally often
             try:
                 return run(batch)
@@ -232,6 +233,8 @@ class IgspMode:
                 scope.collecting = False
                 for rows, before in found if not counted else ():
                     del rows[before:]
+                for layer, moment in zip(layers, moments) if not counted else ():
+                    layer.moment = moment
 
         with restored_model(work.model, work.loader), torch.no_grad(), scope.using(routing):
             share_buffers(work.model, ranks)
@@ -319,15 +322,8 @@ class IgspMode:
     def _penalty(self) -> Tensor:
         """Return `strength x mean over layers of R`; zero in the warm-up and in phase 2."""
         options, scope = self.options, self.experts.scope
-        parts: list[Tensor] = []
-        for layer in self.experts.layers if scope.first_phase and not scope.warming else []:
-            if len(layer.fresh) and layer.watch.recent:
-                if options.regularization in ("mass", "both") and (layer.size or options.price == "graded"):
-                    scores = logits(torch.cat(layer.watch.recent), layer.router)
-                    parts.append(mass(scores, prices(len(layer.fresh), options.price).to(scores)))
-                if options.regularization in ("geom", "both") and layer.size:
-                    down, up = (torch.stack([getattr(e, part) for e in layer.fresh]) for part in ("down", "up"))
-                    parts.append(geom(down, up, layer.outputs))
+        acting = scope.first_phase and not scope.warming
+        parts = [part for layer in self.experts.layers if acting for part in layer_penalties(layer, options)]
         if not parts:
             return torch.zeros((), device=self.experts.layers[0].router.device)
         return options.strength * torch.stack(parts).sum() / len(self.experts.layers)
@@ -347,4 +343,4 @@ class IgspMode:
             if gradient is not None and parameter.grad is not None:
                 parameter.grad += gradient.to(parameter.grad.dtype)
         for layer in self.experts.layers:
-            layer.watch.recent = []
+            layer.watch.recent, layer.watch.tokens = [], None

@@ -1,6 +1,6 @@
 """The mode as plain JSON values and tensors, and back: its part of basis files and checkpoints.
 
-Tensor keys, `i` being the number of the layer: ``i/inputs``, ``i/outputs``, ``i/gates`` (bases),
+Tensor keys, `i` being the number of the layer: ``i/inputs``, ``i/outputs``, ``i/emitted``, ``i/gates`` (bases),
 ``i/history/<part>`` `[H, ...]`, ``i/fresh/<e>/<part>``, ``i/router`` `[E, d + 1]`, ``i/watch/<sum>``,
 ``i/finished/<task>/<field>``. Nothing is trusted: everything is checked against the layers of the model before anything
 of it changes.
@@ -82,7 +82,7 @@ def _describe(layer: ExpertLayer) -> dict[str, object]:
 
 
 def _tensors(layer: ExpertLayer) -> dict[str, Tensor]:
-    found = {"inputs": layer.inputs, "outputs": layer.outputs, "gates": layer.gates}
+    found = {"inputs": layer.inputs, "outputs": layer.outputs, "emitted": layer.emitted, "gates": layer.gates}
     found.update(floor=layer.floor, router=layer.router)
     found.update({f"history/{part}": value for part, value in layer.history.items()})
     for number, expert in enumerate(layer.fresh):
@@ -190,6 +190,7 @@ def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extensi
         **{f"history_{part}": value for part, value in history.items()},
         "inputs": take("inputs", inputs, None),
         "outputs": take("outputs", outputs, None),
+        "emitted": take("emitted" if f"{number}/emitted" in extension.tensors else "outputs", outputs, None),
         "gates": take("gates", gate, None),
         "floor": take("floor"),
         "fresh": nn.ModuleList(fresh),

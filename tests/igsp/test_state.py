@@ -209,6 +209,19 @@ def test_a_file_from_before_target_modules_loads_and_goes_on(tmp_path: Path) -> 
     assert "target_modules='fc'" in new["options"] and new["structure"] == record["structure"]
 
 
+def test_bases_of_outputs_go_with_a_file_and_earlier_files_take_all_columns() -> None:
+    model, opt = make(rank=4, candidates=1, cap=10)
+    train(model, opt, SyntheticTask(0), 30)
+    opt.consolidate(SyntheticTask(0).loader(), name="one", progress=False)
+    state = opt.mode.state
+    for missing in (False, True):
+        tensors = {key: value for key, value in state.tensors.items() if not (missing and key == "0/emitted")}
+        _, other = make(seed=1, rank=4, candidates=1, cap=10)
+        other.mode.state = Extension(state.record, tensors)
+        layer, source = other.mode.experts.layers[0], opt.mode.experts.layers[0]
+        assert torch.equal(layer.emitted, source.outputs if missing else source.emitted)
+
+
 def test_a_file_whose_routers_read_the_first_token_is_refused() -> None:
     """``gate="first"`` was an option once; its routers would route by other inputs now."""
     _model, opt = make(rank=2, candidates=1)

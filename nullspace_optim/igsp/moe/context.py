@@ -9,6 +9,7 @@ from enum import Enum
 
 from torch import Tensor
 
+from ...errors import OptionError
 from ..options import Plan
 
 
@@ -48,6 +49,21 @@ class RoutingContext:
         """Set how many steps the task at work has taken, and whether it is in its first phase."""
         self.steps, self.first_phase = steps, first_phase
         self.begun, self.warming = steps > 0, first_phase and steps < self.plan.warm
+
+    def tasks_of(self, samples: Tensor, layer: str) -> Tensor:
+        """Return the number of the task that is named for each of `samples` `[n, ...]` in `layer`, -1 for none: `[n]`.
+
+        Raises:
+            OptionError: another number of samples than of names.
+        """
+        numbers = self.of_samples
+        assert numbers is not None
+        if len(numbers) != len(samples):
+            raise OptionError(
+                f"task([...]) names the tasks of {len(numbers)} samples, but layer '{layer}' sees {len(samples)}; "
+                "give one name a sample, and images and prompts in contexts of their own"
+            )
+        return numbers.to(samples.device)
 
     @contextmanager
     def using(self, routing: Routing, task: int | None = None, of_samples: Tensor | None = None) -> Iterator[None]:

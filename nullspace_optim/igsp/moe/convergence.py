@@ -40,6 +40,7 @@ class ConvergenceMonitor(Stateless):
         self.options = options
         self.convergence = Convergence(at=0 if len(weight) < 2 else None)
         self.recent: list[Tensor] = []
+        self.tokens: Tensor | None = None  # inputs `[..., d]` of the last forward since the last step
         self.sums: list[Tensor] = []
         self.last: Tensor | None = None
         self.register_buffer("flow", weight.detach().new_zeros(len(weight)))
@@ -60,7 +61,8 @@ class ConvergenceMonitor(Stateless):
 
     def forget(self) -> Tensor | None:
         """Return the sum `[2 E + 1 + d + 1]` of what was noted since the last step (None: nothing), and forget it."""
-        sums, self.recent, self.sums = self.sums, [], []
+        sums, self.sums = self.sums, []
+        self.recent, self.tokens = [], None
         return torch.stack(sums).sum(dim=0) if sums else None
 
     @torch.no_grad()

@@ -67,9 +67,11 @@ def shapes(kind: Kind, rank: int, inputs: int, outputs: int) -> dict[str, tuple[
     return sizes if kind == "lora" else {**sizes, "down_bias": (rank,), "up_bias": (outputs,)}
 
 
-def stack(experts: Any, kind: Kind, history: Stack) -> Stack:
+def stack(experts: Any, kind: Kind, history: Stack | None = None) -> Stack:
     """Return the tensors of `history` followed by those of the single `experts`."""
     fresh = list(experts)
+    if history is None:
+        return {part: torch.stack([getattr(e, part) for e in fresh]) for part in PARTS[kind]}
     return {
         part: torch.cat([history[part], *(getattr(e, part).unsqueeze(0).to(history[part]) for e in fresh)])
         if fresh
@@ -97,6 +99,33 @@ def mix(x: Tensor, experts: Stack, choice: RoutingChoice, scale: float) -> Tenso
     if "up_bias" in chosen:
         mixed = mixed + (gates.unsqueeze(-1).to(x.dtype) * chosen["up_bias"]).sum(dim=1, keepdim=True)
     return mixed.reshape(*x.shape[:-1], mixed.shape[-1])
+
+
+def second_moment(x: Tensor, experts: Stack) -> Tensor:
+    """Return `sum h h^T` `[E, r, r]` over the tokens of `x` `[..., d]`, `h = act(A x + a)` of each of the `experts`.
+
+    With biases `h` ends with a 1, `[E, r + 1, r + 1]`: an expert's output is then linear in it (`output_rows`).
+    """
+    tokens = x.detach().flatten(0, -2).to(experts["down"].dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        hidden: Tensor = tokens @ experts["down"].mT
+        if "down_bias" in experts:
+            hidden = F.relu(hidden + experts["down_bias"].unsqueeze(1))
+            hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=-1)
+        return hidden.mT @ hidden
+
+
+def output_rows(experts: Stack) -> Tensor:
+    """Return the matrices `[E, r, o]` (`[E, r + 1, o]` with biases) with which `h` of `second_moment` is put out."""
+    biases = [experts["up_bias"].unsqueeze(1)] if "up_bias" in experts else []
+    return torch.cat([experts["up"], *biases], dim=1)
+
+
+def emitted_rows(moment: Tensor, experts: Stack) -> Tensor:
+    """Return rows `[E r, o]` whose second moment is that of all outputs: `R^T R = sum_e B_e (sum h h^T) B_e^T`."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    factor: Tensor = values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT
+    return (factor @ output_rows(experts).double()).flatten(0, 1)
 
 
 def fresh_directions(basis: Tensor, rank: int, count: int, generator: torch.Generator) -> Tensor:
