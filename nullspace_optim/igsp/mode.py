@@ -35,6 +35,7 @@ from ..subspace.basis import Extension
 from .bank import CHILD, ExpertBank, install_experts, record_task, report_task
 from .constraints import yield_constraints
 from .moe.context import Routing
+from .moe.experts import refuse_not_finite
 from .moe.regularization import layer_penalties
 from .options import IGSP
 from .param_group import ExpertParamGroup
@@ -216,7 +217,12 @@ class IgspMode:
         place = f"phase {1 if scope.first_phase else 2}, step {scope.steps} of task {len(scope.tasks) + 1}"
         check_equal_on_all_ranks([("the mode's options", repr(self.options)), ("the mode's place", place)], {})
         if not scope.steps:
-            raise ConsolidationError(f"task '{work.task}': no step was taken since the last task; train it first")
+            raise ConsolidationError(
+                f"task '{work.task}': no step was taken since the last task in which experts had gradients; train it "
+                "first (checkpoint(use_reentrant=True) gives none unless inputs require them: use_reentrant=False)"
+            )
+        for layer in self.experts.layers:
+            refuse_not_finite(layer.trainable(), layer.name)
 
     def _observe(self, work: LoaderPass, routing: Routing = Routing.CURRENT) -> Tally:
         """Run every batch, routed for the task at work; layers collect gate inputs and towers features."""
@@ -316,8 +322,9 @@ class IgspMode:
 
     def regularization(self) -> Tensor:
         """Return the penalty with its factor; the next step does not add it by itself."""
-        self.by_hand = True
-        return self._penalty()
+        value = self._penalty()
+        self.by_hand = value.requires_grad  # otherwise no forward was noted yet (reentrant checkpointing)
+        return value
 
     def _penalty(self) -> Tensor:
         """Return `strength x mean over layers of R`; zero in the warm-up and in phase 2."""

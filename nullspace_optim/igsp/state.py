@@ -22,8 +22,8 @@ from ..optimizer.mode import Host
 from ..subspace.basis import Extension
 from .bank import ExpertBank
 from .moe.convergence import Convergence, ConvergenceMonitor
-from .moe.experts import PARTS, Expert, shapes
-from .moe.layer import ExpertLayer, TaskRouter
+from .moe.experts import PARTS, Expert, TaskRouter, shapes
+from .moe.layer import ExpertLayer
 from .moe.recognition import TaskRecognition
 from .options import IGSP, Plan
 from .report import TrainableCount

@@ -9,15 +9,16 @@ The modules here never enter a state dict: the keys of the model that carries th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import ConsolidationError
 from ...subspace.linalg import append_directions, orthonormalise, polish
-from .router import RoutingChoice
+from .router import RoutingChoice, tokens_of
 
 Kind = Literal["lora", "bottleneck"]
 Stack = dict[str, Tensor]
@@ -61,6 +62,38 @@ class Expert(Stateless):
             self.up_bias = nn.Parameter(down.new_zeros(out))
 
 
+class TaskRouter(Stateless):
+    """Router of one finished task: `weight` `[E, d + 1]`, `experts` `[E]` numbers in the history."""
+
+    weight: Tensor
+    experts: Tensor
+
+    def __init__(self, weight: Tensor, experts: Tensor) -> None:
+        super().__init__()
+        for name, value in (("weight", weight), ("experts", experts)):
+            self.register_buffer(name, value.detach().clone())
+
+
+FLOATS = (
+    "keep the model in float32 under torch.autocast or use bfloat16, give AdamW an eps that its dtype can hold (1e-4 "
+    "for float16), or lower IGSP(lr=...)"
+)
+
+
+def refuse_not_finite(parameters: Mapping[str, Tensor], where: str) -> None:
+    """Refuse experts and routers of the layer `where` that hold NaN or infinity.
+
+    Raises:
+        ConsolidationError: names the layer, the parameter and its dtype.
+    """
+    for name, value in parameters.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ConsolidationError(
+                f"'{where}': {name} ({str(value.dtype).removeprefix('torch.')}) is not finite, so the task cannot be "
+                f"finished; go back to an earlier checkpoint and {FLOATS}"
+            )
+
+
 def shapes(kind: Kind, rank: int, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of one expert."""
     sizes: dict[str, tuple[int, ...]] = {"down": (rank, inputs), "up": (rank, outputs)}
@@ -87,7 +120,7 @@ def mix(x: Tensor, experts: Stack, choice: RoutingChoice, scale: float) -> Tenso
     sample's own stack is gathered. The result depends on the chosen experts alone, bit for bit, not on how many others
     exist. Products run in the dtype of `x` (or of autocast).
     """
-    tokens = x.reshape(len(x), -1, x.shape[-1])
+    tokens = tokens_of(x)
     chosen = {part: value.to(x.dtype)[choice.experts] for part, value in experts.items()}
     rank = chosen["down"].shape[2]
     hidden = tokens @ chosen["down"].flatten(1, 2).mT

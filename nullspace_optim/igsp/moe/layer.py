@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
+from ...errors import OptionError
 from ..options import IGSP
 from ..report import LayerReport
 from . import pruning, router
@@ -23,6 +24,7 @@ from .experts import (
     Expert,
     Stack,
     Stateless,
+    TaskRouter,
     emitted_rows,
     extend_basis,
     fresh_directions,
@@ -41,18 +43,6 @@ REPLACED = (
     "inputs", "outputs", "emitted", "gates", "floor", "router", "fresh", "finished", "watch", "members", "candidates",
     "known",
 )  # fmt: skip
-
-
-class TaskRouter(Stateless):
-    """Router of one finished task: `weight` `[E, d + 1]`, `experts` `[E]` numbers in the history."""
-
-    weight: Tensor
-    experts: Tensor
-
-    def __init__(self, weight: Tensor, experts: Tensor) -> None:
-        super().__init__()
-        for name, value in (("weight", weight), ("experts", experts)):
-            self.register_buffer(name, value.detach().clone())
 
 
 class ExpertLayer(Stateless):
@@ -275,6 +265,7 @@ class ExpertLayer(Stateless):
         lists, which would be compiled again in every step.
         """
         routing, task = self._routing()
+        self.scope.follow(routing, task)
         if self.recognition is not None and self.scope.looking is self.recognition:
             self.recognition.see(self._samples_first(self._input(args, kwargs)))
         if routing is Routing.BACKBONE or (routing is Routing.CURRENT and not len(self.router)):
@@ -285,7 +276,13 @@ class ExpertLayer(Stateless):
         return add(x, output, routing, task)
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == self.widths[0]:
+                return value
+        raise OptionError(
+            f"IGSP(target_modules=...): '{self.name}' was called without a tensor [n, ..., {self.widths[0]}], the "
+            "width of its first linear layer; choose that layer itself, or give inputs a dimension of samples"
+        )
 
     def _samples_first(self, x: Tensor) -> Tensor:
         return x.transpose(0, 1) if self.batch_axis == 1 and x.ndim == 3 else x

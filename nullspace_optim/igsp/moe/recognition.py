@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 from ...errors import NullSpaceWarning, OptionError
 from .context import Routing, RoutingContext
 from .experts import Stateless
+from .router import tokens_of
 
 SIZE = 64  # numbers by which a sample is recognised
 PRIOR, DEVIATION = 16, 0.25  # samples at distance 1 with this deviation that a task's own are mixed with
@@ -83,8 +84,7 @@ class TaskRecognition(Stateless):
 
     def see(self, x: Tensor) -> None:
         """Note the features `[n, p]` of the samples `x` `[n, ..., d]`."""
-        tokens = x.detach().flatten(1, -2) if x.ndim > 2 else x.detach().unsqueeze(1)
-        tokens = tokens.to(self.draw.dtype)
+        tokens = tokens_of(x.detach()).to(self.draw.dtype)
         with torch.autocast(x.device.type, enabled=False):
             self.found = torch.cat([tokens.mean(dim=1), tokens[:, 0]], dim=1) @ self.draw
 
