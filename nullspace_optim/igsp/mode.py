@@ -275,8 +275,9 @@ class IgspMode:
     def calibrate(self, loader: Iterable[Any], forward: Forward | None = None, progress: bool = True) -> None:
         """Tell inputs of no task apart by those of `loader`, for calls without a task's name, after `consolidate`.
 
-        The limit of each finished task falls until a tenth of them lies within, but not below the mean distance of its
-        own samples. Inputs beyond all limits run the plain backbone.
+        The limit of each finished task falls until a twentieth of them lies within, but not below the mean distance of
+        its own samples (prompts that came in every batch are known one by one, and have no such bound). Inputs beyond
+        all limits run the plain backbone.
 
         Raises:
             OptionError: no task is finished, or all share one router, which never asks for a task.

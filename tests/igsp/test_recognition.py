@@ -127,6 +127,37 @@ def test_a_pool_lowers_the_limits_until_few_of_it_lie_within() -> None:
     torch.testing.assert_close(far.limits[0], 1 + 6 * far.spreads[0, 1])
 
 
+def prompts(seed: int, count: int = 40, width: int = 24) -> Tensor:
+    """Sentences of one kind: far from each other, and from those of another `seed`, around one place."""
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_prompts_that_come_in_every_batch_are_known_one_by_one() -> None:
+    lists = [prompts(1), prompts(2, 12), prompts(3, 1)]
+    made = recognition([x.repeat(4, 1) for x in lists] + [prompts(4, 400)])
+    assert made.owners.bincount().tolist() == [40, 12, 1, 1] and len(made.centres) == 54
+    rows = torch.cat([features(made, x) for x in lists]).double()
+    whole = torch.linalg.inv(made.whiten.double() @ made.whiten.double().T)
+    new = features(made, prompts(9, 7)).double()
+    apart = new[:, None] - rows[:40]
+    dense = (apart * torch.linalg.solve(whole, apart.mT).mT).sum(dim=2).amin(dim=1) / rows.shape[1]
+    torch.testing.assert_close(made.distances(new.float())[:, 0].double(), dense, rtol=1e-3, atol=1e-4)
+    made.calibrate(features(made, prompts(5, 200)))
+    for task, x in enumerate(lists):
+        assert made.choose(features(made, x)).tolist() == [task] * len(x), "all of them, whatever the pool"
+        close = features(made, x + 1e-3 * prompts(6, len(x)))
+        assert made.choose(close).tolist() == [task] * len(x), "another batch rounds otherwise"
+    strangers = made.choose(features(made, prompts(7, 300)))
+    shares = [float((strangers == task).float().mean()) for task in range(3)]
+    assert max(shares) <= 0.1, "few of a kind that the pool has seen"
+
+
+def test_a_single_batch_tells_nothing_of_what_comes_again() -> None:
+    made = recognition([prompts(1)])
+    assert len(made.centres) == 1 and float(made.spreads[0, 1]) > 0
+    torch.testing.assert_close(made.centres[0], features(made, prompts(1)).mean(dim=0))
+
+
 def test_towers_are_chains_of_blocks() -> None:
     clip = small_clip()
     assert tower_of("visual.transformer.resblocks.1.mlp", clip) == "visual.transformer"
@@ -246,7 +277,9 @@ def test_an_error_while_the_backbone_looks_leaves_no_trace(trained: tuple[open_c
 def test_sums_stay_wide_in_a_model_of_half_precision() -> None:
     made = recognition([drawn(0.0), drawn(2.0, seed=1)])
     made.half()
-    assert all(value.dtype == torch.float32 for value in made.known.values())
+    assert all(
+        value.dtype == (torch.int64 if name == "owners" else torch.float32) for name, value in made.known.items()
+    )
     assert float((made.choose(features(made, drawn(2.0, 50, seed=7).half())) == 1).float().mean()) > 0.9
 
 
