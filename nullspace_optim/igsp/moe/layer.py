@@ -308,7 +308,7 @@ class ExpertLayer(Stateless):
 
     def _note(self, x: Tensor, routing: Routing) -> None:
         """Note what the fresh experts read: in phase 1 for the penalty, while collecting for the basis of outputs."""
-        if routing is not Routing.CURRENT or not len(self.fresh):
+        if routing is not Routing.CURRENT or not len(self.fresh) or not len(x):
             return
         if self.scope.collecting:
             moment = second_moment(x, stack(self.fresh, self.options.kind))
