@@ -226,10 +226,11 @@ class IgspMode:
 
     def _observe(self, work: LoaderPass, routing: Routing = Routing.CURRENT) -> Tally:
         """Run every batch, routed for the task at work; layers collect gate inputs and towers features."""
-        scope, ranks, run = self.experts.scope, communicator(), make_runner(work)
+        scope, ranks, run, layers = self.experts.scope, communicator(), make_runner(work), self.experts.layers
+        for layer in layers:
+            layer.forget()
 
         def collected(batch: Any, counted: bool) -> Any:
-            layers = self.experts.layers
             found = [(rows, len(rows)) for layer in layers for rows in layer.noted]
             moments = [layer.moment for layer in layers]
             scope.collecting = True  # lent samples as well: all ranks run towers equally often
@@ -239,8 +240,11 @@ class IgspMode:
                 scope.collecting = False
                 for rows, before in found if not counted else ():
                     del rows[before:]
-                for layer, moment in zip(layers, moments) if not counted else ():
-                    layer.moment = moment
+                for layer, moment in zip(layers, moments):
+                    if not counted:
+                        layer.moment = moment
+                    elif layer.recognition is not None:
+                        layer.recognition.batches += 1
 
         with restored_model(work.model, work.loader), torch.no_grad(), scope.using(routing):
             share_buffers(work.model, ranks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import open_clip
 import pytest
 import torch
@@ -197,6 +199,33 @@ def test_without_a_name_all_layers_of_a_tower_follow_one_choice(trained: tuple[o
     with torch.no_grad(), opt.task("bright"):
         assert not torch.equal(model.encode_image(mixed)[4:], found[4:]), "the context ends where it ends"
     assert opt.mode.experts.scope.looking is None
+
+
+def test_prompts_of_the_ready_forward_are_known_one_by_one_and_images_are_not(
+    trained: tuple[open_clip.CLIP, NullSpaceOptimizer],
+) -> None:
+    _, opt = trained
+    towers = [layer.recognition for layer in opt.mode.experts.layers if layer.recognition is not None]
+    assert [one.owners.tolist() for one in towers] == [[0, 1], [0] * len(TOKENS) + [1] * len(TOKENS)]
+    assert all(one.rows == [] and one.batches == 0 for one in towers)
+
+
+def test_a_pass_that_failed_leaves_nothing_for_the_next(trained: tuple[open_clip.CLIP, NullSpaceOptimizer]) -> None:
+    model, opt = copy.deepcopy(trained)
+
+    def broken():  # type: ignore[no-untyped-def]
+        yield images(1, 64)
+        raise RuntimeError("gone")
+
+    limits = []
+    for fails in (False, True):
+        if fails:
+            with pytest.raises(RuntimeError, match="gone"):
+                opt.mode.calibrate(broken(), forward=clip_forward(model, TOKENS), progress=False)
+        opt.mode.calibrate([images(12, 64) + 1.6] * 2, forward=clip_forward(model, TOKENS), progress=False)
+        towers = [layer.recognition for layer in opt.mode.experts.layers if layer.recognition is not None]
+        limits.append(torch.cat([one.limits for one in towers]))
+    assert torch.equal(*limits)
 
 
 def test_a_pool_makes_unknown_inputs_run_the_backbone(trained: tuple[open_clip.CLIP, object]) -> None:

@@ -99,7 +99,7 @@ class ExpertLayer(Stateless):
         """Take over `contents` as `contents()` returns them; gate inputs that were collected are forgotten."""
         for name, value in contents.items():
             setattr(self, name, value)
-        self.collected, self.moment = [], None
+        self.forget()
 
     @property
     def known(self) -> dict[str, Tensor]:
@@ -226,6 +226,12 @@ class ExpertLayer(Stateless):
     def noted(self) -> list[list[Tensor]]:
         """Lists that collecting forwards append to."""
         return [self.collected, *([self.recognition.rows] if self.recognition is not None else [])]
+
+    def forget(self) -> None:
+        """Forget what forwards have collected."""
+        self.collected, self.moment = [], None
+        if self.recognition is not None:
+            self.recognition.rows, self.recognition.batches = [], 0
 
     def collect(self) -> Tensor:
         """Return and forget the gate inputs `[n, d + 1]` of the forwards in which they were collected."""

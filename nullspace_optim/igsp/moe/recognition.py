@@ -56,6 +56,7 @@ class TaskRecognition(Stateless):
         for name, value in (*zip(KNOWN, (*tasks, *sums)), ("draw", draw), ("whiten", torch.eye(size))):
             self.register_buffer(name, value.to(device))
         self.rows: list[Tensor] = []
+        self.batches = 0  # of the pass in which rows were collected
         self.found: Tensor | None = None
         self.chosen: Tensor | None = None
 
@@ -68,7 +69,7 @@ class TaskRecognition(Stateless):
     def known(self, known: dict[str, Tensor]) -> None:
         for name, value in known.items():
             setattr(self, name, value)
-        self.rows = []
+        self.rows, self.batches = [], 0
         self._refresh()
 
     def _refresh(self) -> None:
@@ -132,8 +133,12 @@ class TaskRecognition(Stateless):
         return torch.where(multiples.gather(1, chosen[:, None])[:, 0] <= self.limits[chosen], chosen, -1)
 
     def collect(self) -> Tensor:
-        """Return and forget the features `[n, p]` that were collected, with a warning without those not finite."""
-        rows, self.rows = self.rows, []
+        """Return and forget the features `[n, p]` that were collected, with a warning without those not finite.
+
+        Samples of a single call (prompts that `clip_forward` gives once a pass) stand for those of every batch.
+        """
+        rows = self.rows * self.batches if len(self.rows) == 1 and self.batches else self.rows
+        self.rows, self.batches = [], 0
         found = torch.cat(rows) if rows else self.draw.new_zeros(0, self.draw.shape[1])
         finite = torch.isfinite(found).all(dim=1)
         if not bool(finite.all()):
