@@ -45,7 +45,9 @@ def test_a_task_inside_the_history_prunes_all_candidates_for_one_router(story) -
     assert two.kept == 0 and two.pruned == 2 and two.reused == 1 and two.reuse > 0.9
     first, second, _ = story["reports"]
     assert second.experts == first.experts, "no new expert is stored"
-    assert second.routers - first.routers == 33 + 1 + 64 + 2 + 1, "weight, number, centre, spread and limit"
+    assert second.routers - first.routers == 33 + 1 + 64 + 1 + 2 + 1, (
+        "weight, number, centre and owner, spread and limit"
+    )
     assert second.trainable.second == 33, "phase 2 trains the router alone"
 
 
