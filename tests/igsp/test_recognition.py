@@ -201,7 +201,7 @@ def test_without_a_name_all_layers_of_a_tower_follow_one_choice(trained: tuple[o
     assert opt.mode.experts.scope.looking is None
 
 
-def test_prompts_of_the_ready_forward_are_known_one_by_one_and_images_are_not(
+def test_prompts_of_clip_forward_are_known_one_by_one(
     trained: tuple[open_clip.CLIP, NullSpaceOptimizer],
 ) -> None:
     _, opt = trained

@@ -248,7 +248,7 @@ def test_experts_of_half_precision_are_consolidated_or_refused_by_name(dtype: to
         assert opt.status().finished == ()
 
 
-def test_experts_that_diverge_in_phase_1_are_told_from_a_threshold_that_is_too_high() -> None:
+def test_experts_that_diverge_in_phase_1_are_refused() -> None:
     torch.manual_seed(0)
     model = Net()
     opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-4), model, mode=IGSP(**OPTIONS))

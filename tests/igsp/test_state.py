@@ -222,7 +222,7 @@ def test_bases_of_outputs_go_with_a_file_and_earlier_files_take_all_columns() ->
         assert torch.equal(layer.emitted, source.outputs if missing else source.emitted)
 
 
-def test_projected_routers_of_another_version_are_refused_and_narrow_ones_are_not() -> None:
+def test_only_projected_routers_of_another_version_are_refused() -> None:
     """Routing of wide layers changed when projections were lengthened: the same numbers would route otherwise."""
     torch.manual_seed(0)
     for width, message in ((48, "such as 'fc' read another projection of its inputs"), (32, None)):
