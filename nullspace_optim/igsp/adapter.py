@@ -15,6 +15,7 @@ from ..errors import OptionError
 from ..optimizer.optimizer import NullSpaceOptimizer
 from .mode import IgspMode
 from .moe.layer import ExpertLayer
+from .moe.sites import linear_widths
 
 PREFIX = "base_model.model."
 
@@ -28,7 +29,7 @@ def save_peft_adapter(optimizer: NullSpaceOptimizer, task: str, folder: str | Pa
 
     Raises:
         OptionError: the optimizer has no experts or the task no router; or, with the names of the layers, routing that
-            depends on the input, experts with an activation, or experts beside something other than `nn.Linear`.
+            depends on the input, experts with an activation, or experts beside something other than a linear layer.
 
     Example:
         >>> save_peft_adapter(opt, "birds", "birds-lora")   # doctest: +SKIP
@@ -74,7 +75,7 @@ def _refuse(model: nn.Module, used: dict[ExpertLayer, list[int]], task: str) -> 
             "otherwise deploy by opt.save and opt.load"
         )
     blocks = [layer.name for layer, experts in used.items() if experts]
-    blocks = [f"'{name}'" for name in blocks if not isinstance(model.get_submodule(name), nn.Linear)]
+    blocks = [f"'{name}'" for name in blocks if not linear_widths(model.get_submodule(name))]
     if blocks:
         raise OptionError(
             f"save_peft_adapter: the experts stand beside whole blocks, {_listed(blocks)}, and PEFT adapts single "
@@ -112,7 +113,7 @@ def _describe(model: nn.Module, layers: list[ExpertLayer]) -> dict[str, object]:
         "lora_alpha": width,
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": not all(isinstance(model.get_submodule(name), nn.Linear) for name in names),
         "target_modules": _targets(names, others),
     }
 

@@ -121,7 +121,7 @@ def report_task(
     experts, routers = bank.count()
     frozen = "backbone of mode 'igsp'"
     rows = [ParameterReport(name, Fate.FROZEN, frozen) for name in work.parameters if not name.startswith(f"{CHILD}.")]
-    bases = [(layer.inputs, layer.outputs, layer.gates) for layer in bank.layers]
+    bases = [(layer.inputs, layer.outputs, layer.emitted, layer.gates) for layer in bank.layers]
     stored = sum(tensor.nbytes for tensors in bases for tensor in tensors)
     stored += sum(part.nbytes for layer in bank.layers for part in layer.history.values())
     return ExpertReport(

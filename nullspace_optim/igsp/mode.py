@@ -35,13 +35,13 @@ from ..subspace.basis import Extension
 from .bank import CHILD, ExpertBank, install_experts, record_task, report_task
 from .constraints import yield_constraints
 from .moe.context import Routing
-from .moe.regularization import geom, mass, prices
-from .moe.router import logits
+from .moe.experts import refuse_not_finite
+from .moe.regularization import layer_penalties
 from .options import IGSP
 from .param_group import ExpertParamGroup
 from .report import ExpertReport, PhaseStatus, TrainableCount
 from .state import Progress, all_or_nothing, pack_state, restore_state
-from .statistics import absorb_step, collect_features, collect_inputs, judge_windows
+from .statistics import absorb_step, collect_features, collect_inputs, judge_windows, sum_moments
 
 log = logging.getLogger("nullspace_optim.igsp")
 
@@ -189,10 +189,10 @@ class IgspMode:
             tally = self._observe(work)
             layers = [layer.report() for layer in self.experts.layers]
             every = self.experts.layers
-            collected = zip(every, collect_inputs(every), collect_features(every), strict=True)
+            collected = zip(every, collect_inputs(every), collect_features(every), sum_moments(every), strict=True)
             with raise_on_all_ranks():
-                for layer, inputs, features in collected:
-                    layer.finish(inputs, features)
+                for layer, inputs, features, moment in collected:
+                    layer.finish(inputs, features, moment)
             scope.tasks.append(work.task)
             scope.move_to(0, False)
             with restored_model(work.model, work.loader), self.task(work.task):
@@ -217,14 +217,22 @@ class IgspMode:
         place = f"phase {1 if scope.first_phase else 2}, step {scope.steps} of task {len(scope.tasks) + 1}"
         check_equal_on_all_ranks([("the mode's options", repr(self.options)), ("the mode's place", place)], {})
         if not scope.steps:
-            raise ConsolidationError(f"task '{work.task}': no step was taken since the last task; train it first")
+            raise ConsolidationError(
+                f"task '{work.task}': no step was taken since the last task in which experts had gradients; train it "
+                "first (checkpoint(use_reentrant=True) gives none unless inputs require them: use_reentrant=False)"
+            )
+        for layer in self.experts.layers:
+            refuse_not_finite(layer.trainable(), layer.name)
 
     def _observe(self, work: LoaderPass, routing: Routing = Routing.CURRENT) -> Tally:
         """Run every batch, routed for the task at work; layers collect gate inputs and towers features."""
-        scope, ranks, run = self.experts.scope, communicator(), make_runner(work)
+        scope, ranks, run, layers = self.experts.scope, communicator(), make_runner(work), self.experts.layers
+        for layer in layers:
+            layer.forget()
 
         def collected(batch: Any, counted: bool) -> Any:
-            found = [(rows, len(rows)) for layer in self.experts.layers for rows in layer.noted]
+            found = [(rows, len(rows)) for layer in layers for rows in layer.noted]
+            moments = [layer.moment for layer in layers]
             scope.collecting = True  # lent samples as well: all ranks run towers equally often
             try:
                 return run(batch)
@@ -232,6 +240,11 @@ class IgspMode:
                 scope.collecting = False
                 for rows, before in found if not counted else ():
                     del rows[before:]
+                for layer, moment in zip(layers, moments):
+                    if not counted:
+                        layer.moment = moment
+                    elif layer.recognition is not None:
+                        layer.recognition.batches += 1
 
         with restored_model(work.model, work.loader), torch.no_grad(), scope.using(routing):
             share_buffers(work.model, ranks)
@@ -266,8 +279,9 @@ class IgspMode:
     def calibrate(self, loader: Iterable[Any], forward: Forward | None = None, progress: bool = True) -> None:
         """Tell inputs of no task apart by those of `loader`, for calls without a task's name, after `consolidate`.
 
-        The limit of each finished task falls until a tenth of them lies within, but not below the mean distance of its
-        own samples. Inputs beyond all limits run the plain backbone.
+        The limit of each finished task falls until a twentieth of them lies within, but not below the mean distance of
+        its own samples (prompts that came in every batch are known one by one, and have no such bound). Inputs beyond
+        all limits run the plain backbone.
 
         Raises:
             OptionError: no task is finished, or all share one router, which never asks for a task.
@@ -313,21 +327,15 @@ class IgspMode:
 
     def regularization(self) -> Tensor:
         """Return the penalty with its factor; the next step does not add it by itself."""
-        self.by_hand = True
-        return self._penalty()
+        value = self._penalty()
+        self.by_hand = value.requires_grad  # otherwise no forward was noted yet (reentrant checkpointing)
+        return value
 
     def _penalty(self) -> Tensor:
         """Return `strength x mean over layers of R`; zero in the warm-up and in phase 2."""
         options, scope = self.options, self.experts.scope
-        parts: list[Tensor] = []
-        for layer in self.experts.layers if scope.first_phase and not scope.warming else []:
-            if len(layer.fresh) and layer.watch.recent:
-                if options.regularization in ("mass", "both") and (layer.size or options.price == "graded"):
-                    scores = logits(torch.cat(layer.watch.recent), layer.router)
-                    parts.append(mass(scores, prices(len(layer.fresh), options.price).to(scores)))
-                if options.regularization in ("geom", "both") and layer.size:
-                    down, up = (torch.stack([getattr(e, part) for e in layer.fresh]) for part in ("down", "up"))
-                    parts.append(geom(down, up, layer.outputs))
+        acting = scope.first_phase and not scope.warming
+        parts = [part for layer in self.experts.layers if acting for part in layer_penalties(layer, options)]
         if not parts:
             return torch.zeros((), device=self.experts.layers[0].router.device)
         return options.strength * torch.stack(parts).sum() / len(self.experts.layers)
@@ -347,4 +355,4 @@ class IgspMode:
             if gradient is not None and parameter.grad is not None:
                 parameter.grad += gradient.to(parameter.grad.dtype)
         for layer in self.experts.layers:
-            layer.watch.recent = []
+            layer.watch.recent, layer.watch.tokens = [], None

@@ -19,7 +19,7 @@ CHOICES = {
     "kind": ("lora", "bottleneck"),
     "gate_scale": ("none", "width"),
     "router": ("per-task", "shared"),
-    "regularization": ("mass", "geom", "both", "none"),
+    "regularization": ("mass", "geom", "function", "both", "none"),
     "price": ("graded", "flat"),
     "on_cap": ("keep", "prune"),
     "orthogonal": ("input", "both", "structural", "none"),
@@ -86,7 +86,9 @@ class IGSP:
         * `warmup`: first steps, in which routers stay and noise alone spreads the samples, so that candidates have
           learned something before they are judged; a tenth of the cap if None.
         * `regularization`: ``"mass"`` (share of routing that goes to candidates), ``"geom"`` (share of a candidate's
-          energy outside the historical output space), ``"both"``, ``"none"``; `strength` is its factor. `price` of the
+          `B A` outside the historical output space), ``"function"`` (share of a candidate's outputs for the batch
+          outside the span of what historical experts put out in their tasks), ``"both"`` (the first two) or
+          ``"none"``; `strength` is its factor. `price` of the
           `j`-th of `m` candidates in ``"mass"``: ``"graded"``, `j / m`, so that one is filled before the next, or
           ``"flat"``, 1.
         * `threshold`: experts with less routing are pruned; if None, half of an equal share (see
@@ -119,7 +121,7 @@ class IGSP:
     gate_scale: Literal["none", "width"] = "none"
     router: Literal["per-task", "shared"] = "per-task"
     shared_energy: float = 0.99
-    regularization: Literal["mass", "geom", "both", "none"] = "mass"
+    regularization: Literal["mass", "geom", "function", "both", "none"] = "mass"
     price: Literal["graded", "flat"] = "graded"
     strength: float = 0.1
     steps: int | None = None

@@ -1,6 +1,6 @@
 """The mode as plain JSON values and tensors, and back: its part of basis files and checkpoints.
 
-Tensor keys, `i` being the number of the layer: ``i/inputs``, ``i/outputs``, ``i/gates`` (bases),
+Tensor keys, `i` being the number of the layer: ``i/inputs``, ``i/outputs``, ``i/emitted``, ``i/gates`` (bases),
 ``i/history/<part>`` `[H, ...]`, ``i/fresh/<e>/<part>``, ``i/router`` `[E, d + 1]`, ``i/watch/<sum>``,
 ``i/finished/<task>/<field>``. Nothing is trusted: everything is checked against the layers of the model before anything
 of it changes.
@@ -22,14 +22,15 @@ from ..optimizer.mode import Host
 from ..subspace.basis import Extension
 from .bank import ExpertBank
 from .moe.convergence import Convergence, ConvergenceMonitor
-from .moe.experts import PARTS, Expert, shapes
-from .moe.layer import ExpertLayer, TaskRouter
-from .moe.recognition import TaskRecognition
+from .moe.experts import PARTS, Expert, TaskRouter, shapes
+from .moe.layer import ExpertLayer
+from .moe.recognition import KNOWN, TaskRecognition
 from .options import IGSP, Plan
 from .report import TrainableCount
 
 SUMS = ("flow", "origin", "centre", "window", "previous")
 SOURCE = "the experts in this file or checkpoint"
+ROUTING = 2  # version of what routers read: 2 since projections (`router.projection`) lengthen with the layer's width
 
 
 @dataclass
@@ -56,6 +57,7 @@ def pack_state(bank: ExpertBank, options: IGSP, progress: Progress) -> Extension
         "mode": "igsp",
         "options": repr(options),
         "structure": options.structure,
+        "routing": ROUTING,
         "tasks": list(scope.tasks),
         "steps": scope.steps,
         "first_phase": scope.first_phase,
@@ -82,7 +84,7 @@ def _describe(layer: ExpertLayer) -> dict[str, object]:
 
 
 def _tensors(layer: ExpertLayer) -> dict[str, Tensor]:
-    found = {"inputs": layer.inputs, "outputs": layer.outputs, "gates": layer.gates}
+    found = {"inputs": layer.inputs, "outputs": layer.outputs, "emitted": layer.emitted, "gates": layer.gates}
     found.update(floor=layer.floor, router=layer.router)
     found.update({f"history/{part}": value for part, value in layer.history.items()})
     for number, expert in enumerate(layer.fresh):
@@ -144,11 +146,18 @@ def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extensi
     """Return the contents that `layer` is to take over, each checked."""
     entry, device, options = record["layers"][number], layer.router.device, layer.options
     gate, (inputs, outputs) = layer.gate_width, layer.widths
+    if layer.draw is not None and record.get("routing") not in (None, ROUTING):
+        raise BasisFileError(f"{SOURCE} were written by a later version (routing {record['routing']}, here {ROUTING})")
     routers = extension.tensors.get(f"{number}/router")
     if routers is not None and routers.shape[-1] == inputs + 1 != gate:
         raise BasisFileError(
             f"{SOURCE} were written when routers read all {inputs} inputs of '{layer.name}', now they read {gate - 1}: "
             "use the version that wrote them, or train these tasks again"
+        )
+    if layer.draw is not None and record.get("routing") is None:
+        raise BasisFileError(
+            f"{SOURCE} were written when routers of wide layers such as '{layer.name}' read another projection of its "
+            "inputs, and would route otherwise now: use the version that wrote them, or train these tasks again"
         )
     sizes = shapes(options.kind, options.width, inputs, outputs)
 
@@ -186,10 +195,12 @@ def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extensi
             raise ValueError(f"'{layer.name}': the router of task {task + 1} names experts that are not there")
         routed = take(f"finished/{task}/weight", len(numbers), gate)
         finished.append(TaskRouter(routed, numbers))
+    known = [name for name in KNOWN if f"{number}/known/{name}" in extension.tensors]
     return {
         **{f"history_{part}": value for part, value in history.items()},
         "inputs": take("inputs", inputs, None),
         "outputs": take("outputs", outputs, None),
+        "emitted": take("emitted" if f"{number}/emitted" in extension.tensors else "outputs", outputs, None),
         "gates": take("gates", gate, None),
         "floor": take("floor"),
         "fresh": nn.ModuleList(fresh),
@@ -198,24 +209,40 @@ def _read_layer(layer: ExpertLayer, record: Any, number: int, extension: Extensi
         "candidates": int(entry["candidates"]),
         "router": weight,
         "watch": watch,
-        "known": _read_known(layer.recognition, f"{number}/known/centres" in extension.tensors, len(finished), take),
+        "known": _read_known(layer.recognition, known, len(finished), take),
     }
 
 
 def _read_known(
-    recognition: TaskRecognition | None, present: bool, tasks: int, take: Callable[..., Tensor]
+    recognition: TaskRecognition | None, present: list[str], tasks: int, take: Callable[..., Tensor]
 ) -> dict[str, Tensor]:
-    """Return what the tower is to know; of a file that lacks it, `tasks` that are never recognised."""
+    """Return what the tower is to know, of which `present` is there; without it, `tasks` that are never recognised.
+
+    Earlier files have one centre a task.
+    """
     if recognition is None:
         return {}
-    size = len(recognition.scatter)
-    shapes = {"centres": (tasks, size), "spreads": (tasks, 2), "limits": (tasks,), "scatter": (size, size), "count": ()}
-    if tasks and not present:
-        text = f"{SOURCE} lack what tells tasks apart: without a name their {tasks} tasks run the plain backbone"
-        warnings.warn(text, NullSpaceWarning, stacklevel=2)
-    if present:
-        return {name: take(f"known/{name}", *shape) for name, shape in shapes.items()}
-    return {name: recognition.scatter.new_full(shape, -float(name == "limits")) for name, shape in shapes.items()}
+    size, each = len(recognition.scatter), recognition.owners.new_tensor(range(tasks))
+    shapes = {"centres": (None, size), "owners": (None,), "spreads": (tasks, 2), "limits": (tasks,)}
+    shapes |= {"scatter": (size, size), "count": ()}
+    if not present:
+        if tasks:
+            text = f"{SOURCE} lack what tells tasks apart: without a name their {tasks} tasks run the plain backbone"
+            warnings.warn(text, NullSpaceWarning, stacklevel=2)
+        sizes = {name: [tasks if width is None else width for width in shape] for name, shape in shapes.items()}
+        new = {name: recognition.scatter.new_full(shape, -float(name == "limits")) for name, shape in sizes.items()}
+        return {**new, "owners": each}
+    found = {
+        name: take(f"known/{name}", *shape) for name, shape in shapes.items() if name != "owners" or name in present
+    }
+    owners = found.setdefault("owners", each)
+    if (
+        owners.dtype != torch.int64
+        or len(owners) != len(found["centres"])
+        or set(owners.tolist()) != set(each.tolist())
+    ):
+        raise ValueError("centres of recognition and the tasks that they belong to differ")
+    return found
 
 
 @contextmanager

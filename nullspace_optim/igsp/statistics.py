@@ -51,5 +51,12 @@ def collect_features(layers: Sequence[ExpertLayer]) -> list[Tensor]:
     )
 
 
+def sum_moments(layers: Sequence[ExpertLayer]) -> list[Tensor | None]:
+    """Return for every layer the second moment that all ranks have collected (see `ExpertLayer.moment`)."""
+    sizes = [layer.options.width + (layer.options.kind == "bottleneck") for layer in layers]
+    like = [layer.router.new_empty(len(layer.fresh), size, size) for layer, size in zip(layers, sizes)]
+    return sum_over_ranks([layer.moment for layer in layers], like)
+
+
 def _gathered(collected: list[Tensor]) -> list[Tensor]:
     return collected if world_size() == 1 else [all_gather_uneven(rows, 0, None) for rows in collected]

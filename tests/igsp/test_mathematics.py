@@ -15,9 +15,11 @@ from nullspace_optim.errors import PruningError
 from nullspace_optim.igsp.moe.convergence import ConvergenceMonitor
 from nullspace_optim.igsp.moe.experts import (
     Expert,
+    emitted_rows,
     extend_basis,
     fresh_directions,
     mix,
+    second_moment,
     span_rows,
     stack,
 )
@@ -126,6 +128,54 @@ def test_geom_equals_the_dense_formula_and_vanishes_inside_the_history() -> None
     assert float(regularizer.geom(down, up, history)) == pytest.approx(expected, rel=1e-5)
     assert float(regularizer.geom(down, up @ history @ history.T, history)) < 1e-9
     assert float(regularizer.geom(down, torch.zeros_like(up), history)) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+@pytest.mark.parametrize("shape", [(30, 7), (6, 5, 7)])
+def test_function_equals_the_dense_formula_with_its_gradients(kind: str, shape: tuple[int, ...]) -> None:
+    x, parts = torch.randn(shape) * torch.logspace(0, -2, 7), random_stack(kind, outputs=6)
+    history = torch.linalg.qr(torch.randn(6, 2)).Q
+    found, wanted = [{part: value.clone().requires_grad_() for part, value in parts.items()} for _ in range(2)]
+    dense, tokens = torch.zeros(()), x.reshape(-1, 7)
+    for expert in range(5):
+        of = {part: value[expert] for part, value in wanted.items()}
+        hidden = tokens @ of["down"].T
+        outputs = hidden @ of["up"]
+        if kind == "bottleneck":
+            outputs = torch.relu(hidden + of["down_bias"]) @ of["up"] + of["up_bias"]
+        dense = dense + (outputs @ (torch.eye(6) - history @ history.T)).square().sum() / outputs.square().sum()
+    penalty = regularizer.function(x, found, history)
+    torch.testing.assert_close(penalty, dense)
+    for part in parts:
+        (one,), (other,) = (
+            torch.autograd.grad(s, [p[part]], retain_graph=True) for s, p in ((penalty, found), (dense, wanted))
+        )
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    if kind == "lora":
+        second = tokens.T @ tokens
+        assert float(penalty.detach()) == pytest.approx(sum(
+            float(torch.trace(d @ second @ d.T @ u @ (torch.eye(6) - history @ history.T) @ u.T))
+            / float(torch.trace(d @ second @ d.T @ u @ u.T))
+            for d, u in zip(parts["down"], parts["up"])
+        ), rel=1e-4)  # fmt: skip
+        inside = {**parts, "up": parts["up"] @ history @ history.T}
+        assert float(regularizer.function(x, inside, history)) < 1e-9
+        assert float(regularizer.function(x, {**parts, "up": torch.zeros_like(parts["up"])}, history)) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["lora", "bottleneck"])
+def test_rows_of_what_experts_put_out_have_the_second_moment_of_all_outputs(kind: str) -> None:
+    x, parts = torch.randn(40, 3, 7), random_stack(kind)
+    whole = torch.zeros(4, 4)
+    for expert in range(5):
+        hidden = x.reshape(-1, 7) @ parts["down"][expert].T
+        outputs = hidden @ parts["up"][expert]
+        if kind == "bottleneck":
+            outputs = torch.relu(hidden + parts["down_bias"][expert]) @ parts["up"][expert] + parts["up_bias"][expert]
+        whole += outputs.T @ outputs
+    moment = sum((second_moment(part, parts) for part in x.split(9)), torch.zeros(()))
+    rows = emitted_rows(moment, parts).float()
+    torch.testing.assert_close(rows.T @ rows, whole, rtol=1e-4, atol=1e-2)
 
 
 def test_top_k_takes_all_experts_if_there_are_fewer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 
 import pytest
@@ -44,7 +45,9 @@ def test_a_task_inside_the_history_prunes_all_candidates_for_one_router(story) -
     assert two.kept == 0 and two.pruned == 2 and two.reused == 1 and two.reuse > 0.9
     first, second, _ = story["reports"]
     assert second.experts == first.experts, "no new expert is stored"
-    assert second.routers - first.routers == 33 + 1 + 64 + 2 + 1, "weight, number, centre, spread and limit"
+    assert second.routers - first.routers == 33 + 1 + 64 + 1 + 2 + 1, (
+        "weight, number, centre and owner, spread and limit"
+    )
     assert second.trainable.second == 33, "phase 2 trains the router alone"
 
 
@@ -265,7 +268,34 @@ def test_regularization_by_hand_replaces_the_automatic_one() -> None:
     assert float(opt.regularization()) == 0.0
 
 
-@pytest.mark.parametrize("kind", ["mass", "geom", "both", "none"])
+def test_function_prices_what_a_candidate_puts_out_beside_the_history() -> None:
+    """The penalty is the dense share of the candidate's outputs for the batch, and its gradient reaches `A` and `B`."""
+    model, opt = make(regularization="function", strength=0.5, rank=4, candidates=1, cap=10, window=10, warmup=0)
+    train(model, opt, SyntheticTask(0), 30)
+    opt.consolidate(SyntheticTask(0).loader(), name="one", progress=False)
+    layer, data = opt.mode.experts.layers[0], torch.cat(SyntheticTask(0).loader())
+    old = data @ layer.history["down"][0].T @ layer.history["up"][0]
+    left, values, _ = torch.linalg.svd(old.T, full_matrices=False)
+    count = int((values.square().cumsum(0) < 0.99 * values.square().sum()).sum()) + 1
+    assert layer.emitted.shape[1] == count < layer.outputs.shape[1] == 4, "rarely used directions are left out"
+    assert torch.linalg.matrix_norm(left[:, :count] @ left[:, :count].T - layer.emitted @ layer.emitted.T, 2) < 1e-3
+    train(model, opt, SyntheticTask(2), 3)
+    x, (expert,) = SyntheticTask(2).inputs(9), layer.fresh
+    opt.zero_grad()
+    model(x).sum()
+    penalty = opt.regularization()
+    outputs = x @ expert.down.T @ expert.up
+    dense = 0.5 * (outputs - outputs @ layer.emitted @ layer.emitted.T).square().sum() / outputs.square().sum()
+    torch.testing.assert_close(penalty, dense)
+    assert float(penalty.detach()) > 0.05
+    for parameter in (expert.down, expert.up):
+        (found,), (wanted,) = (torch.autograd.grad(one, [parameter], retain_graph=True) for one in (penalty, dense))
+        assert bool(wanted.any())
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+    copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("kind", ["mass", "geom", "function", "both", "none"])
 def test_every_kind_of_regularization_trains(kind: str) -> None:
     model, opt = make(regularization=kind)
     for place, name in ((0, "one"), (1, "two")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import open_clip
 import pytest
 import torch
@@ -127,6 +129,37 @@ def test_a_pool_lowers_the_limits_until_few_of_it_lie_within() -> None:
     torch.testing.assert_close(far.limits[0], 1 + 6 * far.spreads[0, 1])
 
 
+def prompts(seed: int, count: int = 40, width: int = 24) -> Tensor:
+    """Sentences of one kind: far from each other, and from those of another `seed`, around one place."""
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_prompts_that_come_in_every_batch_are_known_one_by_one() -> None:
+    lists = [prompts(1), prompts(2, 12), prompts(3, 1)]
+    made = recognition([x.repeat(4, 1) for x in lists] + [prompts(4, 400)])
+    assert made.owners.bincount().tolist() == [40, 12, 1, 1] and len(made.centres) == 54
+    rows = torch.cat([features(made, x) for x in lists]).double()
+    whole = torch.linalg.inv(made.whiten.double() @ made.whiten.double().T)
+    new = features(made, prompts(9, 7)).double()
+    apart = new[:, None] - rows[:40]
+    dense = (apart * torch.linalg.solve(whole, apart.mT).mT).sum(dim=2).amin(dim=1) / rows.shape[1]
+    torch.testing.assert_close(made.distances(new.float())[:, 0].double(), dense, rtol=1e-3, atol=1e-4)
+    made.calibrate(features(made, prompts(5, 200)))
+    for task, x in enumerate(lists):
+        assert made.choose(features(made, x)).tolist() == [task] * len(x), "all of them, whatever the pool"
+        close = features(made, x + 1e-3 * prompts(6, len(x)))
+        assert made.choose(close).tolist() == [task] * len(x), "another batch rounds otherwise"
+    strangers = made.choose(features(made, prompts(7, 300)))
+    shares = [float((strangers == task).float().mean()) for task in range(3)]
+    assert max(shares) <= 0.1, "few of a kind that the pool has seen"
+
+
+def test_a_single_batch_tells_nothing_of_what_comes_again() -> None:
+    made = recognition([prompts(1)])
+    assert len(made.centres) == 1 and float(made.spreads[0, 1]) > 0
+    torch.testing.assert_close(made.centres[0], features(made, prompts(1)).mean(dim=0))
+
+
 def test_towers_are_chains_of_blocks() -> None:
     clip = small_clip()
     assert tower_of("visual.transformer.resblocks.1.mlp", clip) == "visual.transformer"
@@ -166,6 +199,33 @@ def test_without_a_name_all_layers_of_a_tower_follow_one_choice(trained: tuple[o
     with torch.no_grad(), opt.task("bright"):
         assert not torch.equal(model.encode_image(mixed)[4:], found[4:]), "the context ends where it ends"
     assert opt.mode.experts.scope.looking is None
+
+
+def test_prompts_of_clip_forward_are_known_one_by_one(
+    trained: tuple[open_clip.CLIP, NullSpaceOptimizer],
+) -> None:
+    _, opt = trained
+    towers = [layer.recognition for layer in opt.mode.experts.layers if layer.recognition is not None]
+    assert [one.owners.tolist() for one in towers] == [[0, 1], [0] * len(TOKENS) + [1] * len(TOKENS)]
+    assert all(one.rows == [] and one.batches == 0 for one in towers)
+
+
+def test_a_pass_that_failed_leaves_nothing_for_the_next(trained: tuple[open_clip.CLIP, NullSpaceOptimizer]) -> None:
+    model, opt = copy.deepcopy(trained)
+
+    def broken():  # type: ignore[no-untyped-def]
+        yield images(1, 64)
+        raise RuntimeError("gone")
+
+    limits = []
+    for fails in (False, True):
+        if fails:
+            with pytest.raises(RuntimeError, match="gone"):
+                opt.mode.calibrate(broken(), forward=clip_forward(model, TOKENS), progress=False)
+        opt.mode.calibrate([images(12, 64) + 1.6] * 2, forward=clip_forward(model, TOKENS), progress=False)
+        towers = [layer.recognition for layer in opt.mode.experts.layers if layer.recognition is not None]
+        limits.append(torch.cat([one.limits for one in towers]))
+    assert torch.equal(*limits)
 
 
 def test_a_pool_makes_unknown_inputs_run_the_backbone(trained: tuple[open_clip.CLIP, object]) -> None:
@@ -246,7 +306,9 @@ def test_an_error_while_the_backbone_looks_leaves_no_trace(trained: tuple[open_c
 def test_sums_stay_wide_in_a_model_of_half_precision() -> None:
     made = recognition([drawn(0.0), drawn(2.0, seed=1)])
     made.half()
-    assert all(value.dtype == torch.float32 for value in made.known.values())
+    assert all(
+        value.dtype == (torch.int64 if name == "owners" else torch.float32) for name, value in made.known.items()
+    )
     assert float((made.choose(features(made, drawn(2.0, 50, seed=7).half())) == 1).float().mean()) > 0.9
 
 

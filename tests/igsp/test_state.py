@@ -209,6 +209,50 @@ def test_a_file_from_before_target_modules_loads_and_goes_on(tmp_path: Path) -> 
     assert "target_modules='fc'" in new["options"] and new["structure"] == record["structure"]
 
 
+def test_bases_of_outputs_go_with_a_file_and_earlier_files_take_all_columns() -> None:
+    model, opt = make(rank=4, candidates=1, cap=10)
+    train(model, opt, SyntheticTask(0), 30)
+    opt.consolidate(SyntheticTask(0).loader(), name="one", progress=False)
+    state = opt.mode.state
+    for missing in (False, True):
+        tensors = {key: value for key, value in state.tensors.items() if not (missing and key == "0/emitted")}
+        _, other = make(seed=1, rank=4, candidates=1, cap=10)
+        other.mode.state = Extension(state.record, tensors)
+        layer, source = other.mode.experts.layers[0], opt.mode.experts.layers[0]
+        assert torch.equal(layer.emitted, source.outputs if missing else source.emitted)
+
+
+def test_only_projected_routers_of_another_version_are_refused() -> None:
+    """Routing of wide layers changed when projections were lengthened: the same numbers would route otherwise."""
+    torch.manual_seed(0)
+    for width, message in ((48, "such as 'fc' read another projection of its inputs"), (32, None)):
+        model = Layer(width)
+        opt = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-3), model, mode=IGSP(**QUICK))  # type: ignore[arg-type]
+        good = opt.mode.state
+        earlier = {key: value for key, value in good.record.items() if key != "routing"}
+        opt.mode.state = good
+        if message is None:
+            opt.mode.state = Extension(earlier, good.tensors)
+            continue
+        with pytest.raises(BasisFileError, match=message):
+            opt.mode.state = Extension(earlier, good.tensors)
+        with pytest.raises(BasisFileError, match=r"by a later version \(routing 3, here 2\)"):
+            opt.mode.state = Extension({**good.record, "routing": 3}, good.tensors)
+
+
+def test_centres_of_earlier_files_belong_to_a_task_each() -> None:
+    _model, opt, _ = history(7)
+    state, here = opt.mode.state, opt.mode.experts.layers[0].known
+    earlier = Extension(state.record, {k: v for k, v in state.tensors.items() if k != "0/known/owners"})
+    _, other = make(seed=3)
+    other.mode.state = earlier
+    found = other.mode.experts.layers[0].known
+    assert all(torch.equal(found[name], value) for name, value in here.items()) and len(here["owners"])
+    for wrong in (here["owners"] + 1, here["owners"].float(), here["owners"][:0]):
+        with pytest.raises(BasisFileError, match="damaged or foreign"):
+            other.mode.state = Extension(state.record, {**state.tensors, "0/known/owners": wrong})
+
+
 def test_a_file_whose_routers_read_the_first_token_is_refused() -> None:
     """``gate="first"`` was an option once; its routers would route by other inputs now."""
     _model, opt = make(rank=2, candidates=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -12,9 +14,11 @@ import torch.nn.functional as F
 from synthetic import small_llama
 from torch import Tensor, nn
 from torch.optim import AdamW
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from nullspace_optim import IGSP, NullSpaceOptimizer
 from nullspace_optim.errors import OptionError
+from nullspace_optim.igsp import save_peft_adapter
 
 SMALL: dict[str, Any] = {"rank": 4, "candidates": 2, "cap": 20, "window": 4, "on_cap": "prune", "lr": 1e-2}
 
@@ -118,6 +122,48 @@ def test_a_vision_transformer_learns_two_sets_of_images() -> None:
         kept.append(predicted(task))
         assert float((kept[task].argmax(1) == images(task, 999)[1]).float().mean()) >= 0.75
     assert torch.equal(predicted(0), kept[0])
+
+
+def small_gpt2() -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4, n_positions=32, initializer_range=0.3)
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("target_modules", [["c_attn", "c_proj"], "all-linear"])
+def test_transposed_linear_layers_of_gpt2_are_those_that_peft_adapts(target_modules: Any) -> None:
+    model = small_gpt2()
+    opt = NullSpaceOptimizer(AdamW(model.parameters()), model, mode=IGSP(target_modules=target_modules, **SMALL))
+    assert list(opt.status().converged) == by_peft(small_gpt2(), target_modules)
+    widths = {layer.name.partition("h.0.")[2]: layer.widths for layer in opt.mode.experts.layers}
+    assert widths["attn.c_attn"] == (32, 96) and widths["mlp.c_proj"] == (128, 32)
+
+
+@pytest.mark.parametrize("target_modules", [["mlp"], ["c_attn", "c_fc"]])
+def test_gpt2_learns_and_keeps_a_domain_of_text(target_modules: list[str], tmp_path: Path) -> None:
+    model = small_gpt2()
+    mode = IGSP(target_modules=target_modules, **{**SMALL, "candidates": 1})
+    opt, kept = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-4), model, mode=mode), None
+    for domain in (0, 1):
+        first = float(model(input_ids=sentences(domain, 0), labels=sentences(domain, 0)).loss.detach())
+        for step in range(60):
+            ids = sentences(domain, step)
+            opt.zero_grad()
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            opt.step()
+        assert float(loss.detach()) < 0.7 * first
+        opt.consolidate([{"input_ids": sentences(domain, 500)}], name=f"domain {domain}", progress=False)
+        with torch.no_grad(), opt.task("domain 0"):
+            found = model(input_ids=sentences(0, 999)).logits
+        assert kept is None or torch.equal(found, kept)
+        kept = found
+    if target_modules != ["mlp"]:
+        save_peft_adapter(opt, "domain 0", tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+        with torch.no_grad():
+            loaded = peft.PeftModel.from_pretrained(small_gpt2(), tmp_path)(input_ids=sentences(0, 999)).logits
+        torch.testing.assert_close(loaded, kept, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

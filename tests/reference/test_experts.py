@@ -156,10 +156,10 @@ def test_one_command_makes_the_comparison_and_goes_on_after_a_stop(
 
 
 def test_the_ablation_changes_one_choice_at_a_time(tmp_path: Path) -> None:
-    assert driver("igsp", tmp_path, "--rows", "as compared;mass, one price;A frozen in phase 2") == 0
+    assert driver("igsp", tmp_path, "--rows", "as compared;two candidates, one price;A frozen in phase 2") == 0
     found = {path.parent.name: json.loads(path.read_text())["config"] for path in tmp_path.glob("*/results.json")}
     base = found["as_compared-seed0"]["igsp"]
-    assert found["mass_one_price-seed0"]["igsp"] == {**base, "price": "flat"}
+    assert found["two_candidates_one_price-seed0"]["igsp"] == {**base, "candidates": 2, "price": "flat"}
     assert found["A_frozen_in_phase_2-seed0"]["igsp"] == {**base, "orthogonal": "structural"}
     assert all(config["split"] == "validation" for config in found.values())
     for cell in cells("igsp", {}) + cells("comparison", {}):

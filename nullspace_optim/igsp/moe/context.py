@@ -7,9 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 
+import torch
 from torch import Tensor
 
+from ...errors import OptionError
 from ..options import Plan
+
+KEPT = 16  # routings that are remembered
 
 
 class Routing(Enum):
@@ -21,6 +25,11 @@ class Routing(Enum):
     SAMPLES = "the finished task that is named for each sample"
     NEAREST = "each sample by itself: by the shared router, or for the task that its tower recognises"
     BACKBONE = "no experts"
+
+
+def in_backward() -> bool:
+    """Return True inside a backward pass, which repeats forwards under activation checkpointing."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @dataclass
@@ -43,11 +52,50 @@ class RoutingContext:
 
     def __post_init__(self) -> None:
         self.move_to(0, True)
+        self._used: list[tuple[Routing, int | None, Tensor | None]] = []  # since backward last repeated a forward
+        self._repeated = False
 
     def move_to(self, steps: int, first_phase: bool) -> None:
         """Set how many steps the task at work has taken, and whether it is in its first phase."""
         self.steps, self.first_phase = steps, first_phase
         self.begun, self.warming = steps > 0, first_phase and steps < self.plan.warm
+
+    def tasks_of(self, samples: Tensor, layer: str) -> Tensor:
+        """Return the number of the task that is named for each of `samples` `[n, ...]` in `layer`, -1 for none: `[n]`.
+
+        Raises:
+            OptionError: another number of samples than of names.
+        """
+        numbers = self.of_samples
+        assert numbers is not None
+        if len(numbers) != len(samples):
+            raise OptionError(
+                f"task([...]) names the tasks of {len(numbers)} samples, but layer '{layer}' sees {len(samples)}; "
+                "give one name a sample, and images and prompts in contexts of their own"
+            )
+        return numbers.to(samples.device)
+
+    def follow(self, routing: Routing, task: int | None) -> None:
+        """Note a forward pass with this `routing`; refuse one that backward repeats if none was routed so before.
+
+        Raises:
+            OptionError: activation checkpointing, and the pass ran in another context of `task`.
+        """
+        if torch.compiler.is_compiling():
+            return
+        present, now = in_backward(), (routing, task, self.of_samples)
+        if self._repeated and not present:
+            self._used = []
+        self._repeated = present
+        found = [place for place, used in enumerate(self._used) if used[:2] == now[:2] and _equal(used[2], now[2])]
+        if present and not found:
+            raise OptionError(
+                "backward() repeats a forward pass (activation checkpointing) that ran in another context of task(): "
+                "call backward() inside `with opt.task(...)` as well; task(None) chooses once per call of an encoder, "
+                "so name the tasks there, or switch activation checkpointing off"
+            )
+        if not present:
+            self._used = [*(used for place, used in enumerate(self._used) if place not in found), now][-KEPT:]
 
     @contextmanager
     def using(self, routing: Routing, task: int | None = None, of_samples: Tensor | None = None) -> Iterator[None]:
@@ -58,3 +106,9 @@ class RoutingContext:
             yield
         finally:
             self.routing, self.task, self.of_samples = before
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and bool((one == other).all())

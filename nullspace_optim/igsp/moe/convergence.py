@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..options import IGSP
 from . import router
+from .context import in_backward
 from .experts import Stateless
 from .router import FLOOR, RoutingChoice
 
@@ -40,6 +41,8 @@ class ConvergenceMonitor(Stateless):
         self.options = options
         self.convergence = Convergence(at=0 if len(weight) < 2 else None)
         self.recent: list[Tensor] = []
+        self.direct = False  # whether forwards since the last step were noted as they ran
+        self.tokens: Tensor | None = None  # inputs `[..., d]` of the last forward since the last step
         self.sums: list[Tensor] = []
         self.last: Tensor | None = None
         self.register_buffer("flow", weight.detach().new_zeros(len(weight)))
@@ -50,7 +53,14 @@ class ConvergenceMonitor(Stateless):
 
     @torch.no_grad()
     def take(self, inputs: Tensor, scores: Tensor, choice: RoutingChoice) -> None:
-        """Note one training forward: gate inputs `[n, d + 1]`, scores without noise `[n, E]` and what was chosen."""
+        """Note one training forward: gate inputs `[n, d + 1]`, scores without noise `[n, E]` and what was chosen.
+
+        One that backward repeats is noted only if it was not noted before (it ran without gradients).
+        """
+        repeated = in_backward()
+        if not len(inputs) or (repeated and self.direct):
+            return
+        self.direct = not repeated
         self.recent = [*self.recent[1 - KEPT_INPUTS :], inputs]
         gates = router.dense(RoutingChoice(choice.experts, choice.gates.detach()), scores.shape[1]).sum(dim=0)
         probabilities = torch.softmax(scores.detach(), dim=-1).sum(dim=0)
@@ -60,7 +70,8 @@ class ConvergenceMonitor(Stateless):
 
     def forget(self) -> Tensor | None:
         """Return the sum `[2 E + 1 + d + 1]` of what was noted since the last step (None: nothing), and forget it."""
-        sums, self.recent, self.sums = self.sums, [], []
+        sums, self.sums = self.sums, []
+        self.recent, self.tokens, self.direct = [], None, False
         return torch.stack(sums).sum(dim=0) if sums else None
 
     @torch.no_grad()

@@ -9,15 +9,16 @@ The modules here never enter a state dict: the keys of the model that carries th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...errors import ConsolidationError
 from ...subspace.linalg import append_directions, orthonormalise, polish
-from .router import RoutingChoice
+from .router import RoutingChoice, tokens_of
 
 Kind = Literal["lora", "bottleneck"]
 Stack = dict[str, Tensor]
@@ -61,15 +62,49 @@ class Expert(Stateless):
             self.up_bias = nn.Parameter(down.new_zeros(out))
 
 
+class TaskRouter(Stateless):
+    """Router of one finished task: `weight` `[E, d + 1]`, `experts` `[E]` numbers in the history."""
+
+    weight: Tensor
+    experts: Tensor
+
+    def __init__(self, weight: Tensor, experts: Tensor) -> None:
+        super().__init__()
+        for name, value in (("weight", weight), ("experts", experts)):
+            self.register_buffer(name, value.detach().clone())
+
+
+FLOATS = (
+    "keep the model in float32 under torch.autocast or use bfloat16, give AdamW an eps that its dtype can hold (1e-4 "
+    "for float16), or lower IGSP(lr=...)"
+)
+
+
+def refuse_not_finite(parameters: Mapping[str, Tensor], where: str) -> None:
+    """Refuse experts and routers of the layer `where` that hold NaN or infinity.
+
+    Raises:
+        ConsolidationError: names the layer, the parameter and its dtype.
+    """
+    for name, value in parameters.items():
+        if not bool(torch.isfinite(value).all()):
+            raise ConsolidationError(
+                f"'{where}': {name} ({str(value.dtype).removeprefix('torch.')}) is not finite, so the task cannot be "
+                f"finished; go back to an earlier checkpoint and {FLOATS}"
+            )
+
+
 def shapes(kind: Kind, rank: int, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of every tensor of one expert."""
     sizes: dict[str, tuple[int, ...]] = {"down": (rank, inputs), "up": (rank, outputs)}
     return sizes if kind == "lora" else {**sizes, "down_bias": (rank,), "up_bias": (outputs,)}
 
 
-def stack(experts: Any, kind: Kind, history: Stack) -> Stack:
+def stack(experts: Any, kind: Kind, history: Stack | None = None) -> Stack:
     """Return the tensors of `history` followed by those of the single `experts`."""
     fresh = list(experts)
+    if history is None:
+        return {part: torch.stack([getattr(e, part) for e in fresh]) for part in PARTS[kind]}
     return {
         part: torch.cat([history[part], *(getattr(e, part).unsqueeze(0).to(history[part]) for e in fresh)])
         if fresh
@@ -85,7 +120,7 @@ def mix(x: Tensor, experts: Stack, choice: RoutingChoice, scale: float) -> Tenso
     sample's own stack is gathered. The result depends on the chosen experts alone, bit for bit, not on how many others
     exist. Products run in the dtype of `x` (or of autocast).
     """
-    tokens = x.reshape(len(x), -1, x.shape[-1])
+    tokens = tokens_of(x)
     chosen = {part: value.to(x.dtype)[choice.experts] for part, value in experts.items()}
     rank = chosen["down"].shape[2]
     hidden = tokens @ chosen["down"].flatten(1, 2).mT
@@ -97,6 +132,33 @@ def mix(x: Tensor, experts: Stack, choice: RoutingChoice, scale: float) -> Tenso
     if "up_bias" in chosen:
         mixed = mixed + (gates.unsqueeze(-1).to(x.dtype) * chosen["up_bias"]).sum(dim=1, keepdim=True)
     return mixed.reshape(*x.shape[:-1], mixed.shape[-1])
+
+
+def second_moment(x: Tensor, experts: Stack) -> Tensor:
+    """Return `sum h h^T` `[E, r, r]` over the tokens of `x` `[..., d]`, `h = act(A x + a)` of each of the `experts`.
+
+    With biases `h` ends with a 1, `[E, r + 1, r + 1]`: an expert's output is then linear in it (`output_rows`).
+    """
+    tokens = x.detach().flatten(0, -2).to(experts["down"].dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        hidden: Tensor = tokens @ experts["down"].mT
+        if "down_bias" in experts:
+            hidden = F.relu(hidden + experts["down_bias"].unsqueeze(1))
+            hidden = torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=-1)
+        return hidden.mT @ hidden
+
+
+def output_rows(experts: Stack) -> Tensor:
+    """Return the matrices `[E, r, o]` (`[E, r + 1, o]` with biases) with which `h` of `second_moment` is put out."""
+    biases = [experts["up_bias"].unsqueeze(1)] if "up_bias" in experts else []
+    return torch.cat([experts["up"], *biases], dim=1)
+
+
+def emitted_rows(moment: Tensor, experts: Stack) -> Tensor:
+    """Return rows `[E r, o]` whose second moment is that of all outputs: `R^T R = sum_e B_e (sum h h^T) B_e^T`."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    factor: Tensor = values.clamp(min=0).sqrt().unsqueeze(-1) * vectors.mT
+    return (factor @ output_rows(experts).double()).flatten(0, 1)
 
 
 def fresh_directions(basis: Tensor, rank: int, count: int, generator: torch.Generator) -> Tensor:

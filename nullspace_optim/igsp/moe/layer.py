@@ -19,33 +19,38 @@ from ..report import LayerReport
 from . import pruning, router
 from .context import Routing, RoutingContext
 from .convergence import ConvergenceMonitor
-from .experts import PARTS, Expert, Stack, Stateless, extend_basis, fresh_directions, mix, shapes, span_rows, stack
+from .experts import (
+    PARTS,
+    Expert,
+    Stack,
+    Stateless,
+    TaskRouter,
+    emitted_rows,
+    extend_basis,
+    fresh_directions,
+    mix,
+    second_moment,
+    shapes,
+    span_rows,
+    stack,
+)
 from .recognition import TaskRecognition
 from .router import RoutingChoice
 from .sites import TargetModule
 
+EMITTED = 0.99  # share of the energy of new experts' outputs that the basis of outputs holds
 REPLACED = (
-    "inputs", "outputs", "gates", "floor", "router", "fresh", "finished", "watch", "members", "candidates", "known"
+    "inputs", "outputs", "emitted", "gates", "floor", "router", "fresh", "finished", "watch", "members", "candidates",
+    "known",
 )  # fmt: skip
-
-
-class TaskRouter(Stateless):
-    """Router of one finished task: `weight` `[E, d + 1]`, `experts` `[E]` numbers in the history."""
-
-    weight: Tensor
-    experts: Tensor
-
-    def __init__(self, weight: Tensor, experts: Tensor) -> None:
-        super().__init__()
-        for name, value in (("weight", weight), ("experts", experts)):
-            self.register_buffer(name, value.detach().clone())
 
 
 class ExpertLayer(Stateless):
     """Experts, routers and bases beside one layer.
 
     Buffers: `history_*`, the frozen experts `[H, ...]`; `inputs` `[d, k]` and `outputs` `[o, l]`, orthonormal bases of
-    the rows of all historical `A` and of the columns of all historical `B`; of finished tasks with a shared router
+    the rows of all historical `A` and of the columns of all historical `B`; `emitted` `[o, j]`, one of what historical
+    experts put out in their tasks (the share `EMITTED` of its energy); of finished tasks with a shared router
     `gates` `[d + 1, j]`, a basis of what it saw, and `floor` `[]`, the least logit with which it chose an expert.
     Parameters: `fresh` experts and `router` `[E, d + 1]` (`d` numbers: `router.gate_input`), whose rows are the
     historical `members` of the task at work, then the fresh ones.
@@ -53,6 +58,7 @@ class ExpertLayer(Stateless):
 
     inputs: Tensor
     outputs: Tensor
+    emitted: Tensor
     gates: Tensor
     floor: Tensor
     draw: Tensor | None
@@ -68,6 +74,7 @@ class ExpertLayer(Stateless):
             self.register_buffer(f"history_{part}", torch.zeros(0, *shape, device=device))
         self.register_buffer("inputs", torch.zeros(site.inputs, 0, device=device))
         self.register_buffer("outputs", torch.zeros(site.outputs, 0, device=device))
+        self.register_buffer("emitted", torch.zeros(site.outputs, 0, device=device))
         draw = router.projection(site.inputs, number)
         self.register_buffer("draw", None if draw is None else draw.to(device))
         self.gate_width = 1 + (site.inputs if draw is None else draw.shape[1])
@@ -80,6 +87,7 @@ class ExpertLayer(Stateless):
         self.router = nn.Parameter(torch.zeros(0, self.gate_width, device=device))
         self.watch = ConvergenceMonitor(options, self.router)
         self.collected: list[Tensor] = []
+        self.moment: Tensor | None = None  # of the fresh experts' outputs (`second_moment`), while it is collected
         self.recognition: TaskRecognition | None = None  # of the last layer of a tower
 
     def contents(self) -> dict[str, Any]:
@@ -91,7 +99,7 @@ class ExpertLayer(Stateless):
         """Take over `contents` as `contents()` returns them; gate inputs that were collected are forgotten."""
         for name, value in contents.items():
             setattr(self, name, value)
-        self.collected = []
+        self.forget()
 
     @property
     def known(self) -> dict[str, Tensor]:
@@ -219,14 +227,21 @@ class ExpertLayer(Stateless):
         """Lists that collecting forwards append to."""
         return [self.collected, *([self.recognition.rows] if self.recognition is not None else [])]
 
+    def forget(self) -> None:
+        """Forget what forwards have collected."""
+        self.collected, self.moment = [], None
+        if self.recognition is not None:
+            self.recognition.rows, self.recognition.batches = [], 0
+
     def collect(self) -> Tensor:
         """Return and forget the gate inputs `[n, d + 1]` of the forwards in which they were collected."""
         collected, self.collected = self.collected, []
         return torch.cat(collected) if collected else self.router.new_zeros(0, self.gate_width)
 
-    def finish(self, collected: Tensor, features: Tensor) -> None:
-        """End the task, which gave the gate inputs `collected` `[n, d + 1]` and the tower's `features` `[n, p]`: freeze
-        the fresh experts, extend the bases by their directions, keep the router.
+    def finish(self, collected: Tensor, features: Tensor, moment: Tensor | None) -> None:
+        """End the task, which gave the gate inputs `collected` `[n, d + 1]`, the tower's `features` `[n, p]` and the
+        `moment` of the fresh experts' outputs (None: none was seen): freeze these, extend the bases by their
+        directions, keep the router.
         """
         if self.recognition is not None:
             self.recognition.finish(features)
@@ -242,6 +257,9 @@ class ExpertLayer(Stateless):
             assert isinstance(expert, Expert)
             self.inputs = extend_basis(self.inputs, expert.down)
             self.outputs = extend_basis(self.outputs, expert.up)
+        if moment is not None:
+            rows = emitted_rows(moment, stack(self.fresh, self.options.kind))
+            self.emitted, self.moment = span_rows(self.emitted, rows, EMITTED), None
         for part, value in stack(self.fresh, self.options.kind, self.history).items():
             setattr(self, f"history_{part}", value.detach())
         self.fresh = nn.ModuleList()
@@ -253,6 +271,7 @@ class ExpertLayer(Stateless):
         lists, which would be compiled again in every step.
         """
         routing, task = self._routing()
+        self.scope.follow(routing, task)
         if self.recognition is not None and self.scope.looking is self.recognition:
             self.recognition.see(self._samples_first(self._input(args, kwargs)))
         if routing is Routing.BACKBONE or (routing is Routing.CURRENT and not len(self.router)):
@@ -263,7 +282,13 @@ class ExpertLayer(Stateless):
         return add(x, output, routing, task)
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[-1] == self.widths[0]:
+                return value
+        raise OptionError(
+            f"IGSP(target_modules=...): '{self.name}' was called without a tensor [n, ..., {self.widths[0]}], the "
+            "width of its first linear layer; choose that layer itself, or give inputs a dimension of samples"
+        )
 
     def _samples_first(self, x: Tensor) -> Tensor:
         return x.transpose(0, 1) if self.batch_axis == 1 and x.ndim == 3 else x
@@ -273,6 +298,7 @@ class ExpertLayer(Stateless):
         inputs = router.gate_input(x, self.options.gate_scale, self.draw)
         if self.scope.collecting and self.options.router == "shared":
             self.collected.append(inputs)
+        self._note(x, routing)
         experts, choice = self._route(inputs, routing, task)
         if choice is None:
             return output
@@ -286,6 +312,16 @@ class ExpertLayer(Stateless):
     def _add_eagerly(self, x: Tensor, output: Any, routing: Routing, task: int | None) -> Any:
         return self._add(x, output, routing, task)
 
+    def _note(self, x: Tensor, routing: Routing) -> None:
+        """Note what the fresh experts read: in phase 1 for the penalty, while collecting for the basis of outputs."""
+        if routing is not Routing.CURRENT or not len(self.fresh) or not len(x):
+            return
+        if self.scope.collecting:
+            moment = second_moment(x, stack(self.fresh, self.options.kind))
+            self.moment = moment if self.moment is None else self.moment + moment
+        elif self.scope.first_phase and self.options.regularization == "function" and torch.is_grad_enabled():
+            self.watch.tokens = x.detach()
+
     def _routing(self) -> tuple[Routing, int | None]:
         """Return the routing of this forward pass, and the number of its task if that is a finished one."""
         scope = self.scope
@@ -298,27 +334,12 @@ class ExpertLayer(Stateless):
     def _route(self, inputs: Tensor, routing: Routing, task: int | None) -> tuple[Stack, RoutingChoice | None]:
         if routing is Routing.CURRENT:
             return self.current_experts(), self._route_current(inputs)
-        tasks = self._tasks_of_samples(inputs) if routing is Routing.SAMPLES else None
+        tasks = self.scope.tasks_of(inputs, self.name) if routing is Routing.SAMPLES else None
         if self.options.router == "shared":
             return self._route_shared(inputs, tasks)
         if task is not None:
             return self.history, self._route_task(inputs, task)
         return self.history, self._route_samples(inputs, tasks)
-
-    def _tasks_of_samples(self, inputs: Tensor) -> Tensor:
-        """Return the number of each sample's task as it was named, -1 for none: `[n]`, int64.
-
-        Raises:
-            OptionError: another number of samples than of names.
-        """
-        numbers = self.scope.of_samples
-        assert numbers is not None
-        if len(numbers) != len(inputs):
-            raise OptionError(
-                f"task([...]) names the tasks of {len(numbers)} samples, but layer '{self.name}' sees {len(inputs)}; "
-                "give one name a sample, and images and prompts in contexts of their own"
-            )
-        return numbers.to(inputs.device)
 
     def current_experts(self) -> Stack:
         """Return the experts of the task at work: its members of the history, then the fresh ones."""

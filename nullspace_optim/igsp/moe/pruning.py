@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import PruningError
+from .experts import FLOATS
 
 
 def keep_above(flow: Tensor, threshold: float | None, where: str, candidates: int) -> Tensor:
@@ -20,8 +21,13 @@ def keep_above(flow: Tensor, threshold: float | None, where: str, candidates: in
     history). So what a new expert must carry does not shrink as the history grows, and the default never removes all.
 
     Raises:
-        PruningError: no expert would be left; names the layer `where`.
+        PruningError: no expert would be left, or the flow is not finite; names the layer `where`.
     """
+    if not bool(torch.isfinite(flow).all()):
+        raise PruningError(
+            f"'{where}': routing probabilities are not finite, so experts or routers diverged; go back to an earlier "
+            f"checkpoint and {FLOATS}"
+        )
     history = len(flow) - candidates
     limits = torch.full_like(flow, 1.0 / (2 * len(flow)) if threshold is None else threshold)
     if threshold is None and candidates:

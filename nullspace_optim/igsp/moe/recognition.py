@@ -17,25 +17,29 @@ from torch.utils._pytree import tree_map_only
 from ...errors import NullSpaceWarning, OptionError
 from .context import Routing, RoutingContext
 from .experts import Stateless
+from .router import tokens_of
 
 SIZE = 64  # numbers by which a sample is recognised
 PRIOR, DEVIATION = 16, 0.25  # samples at distance 1 with this deviation that a task's own are mixed with
 ALONE, FARTHEST = 3.0, 6.0  # deviations above a task's mean distance: its limit without a pool, the largest with one
-QUANTILE = 0.1  # share of the pool that may lie within the limit of a task
+QUANTILE = 0.05  # share of the pool that may lie within the limit of a task
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache")  # arguments that a call fills
-KNOWN = ("centres", "spreads", "limits", "scatter", "count")
+KNOWN = ("centres", "owners", "spreads", "limits", "scatter", "count")
 
 
 class TaskRecognition(Stateless):
-    """The finished tasks of one tower as Gaussians whose covariances are multiples of a common one.
+    """The finished tasks of one tower as Gaussians whose covariances are multiples of a common one, or as lists.
 
-    Features are seeded random projections of the mean token and the first one. Buffers: `centres` `[T, p]`; `spreads`
+    A task whose samples came again and again, as a CLIP's prompts do in every batch, is the list of these samples: a
+    prompt is of the task that has the nearest one. Features are seeded random projections of the mean token and the
+    first one. Buffers: `centres` `[M, p]`, means or listed samples, and the task of each, `owners` `[M]`; `spreads`
     `[T, 2]`, the mean distance of a task's own samples times the common variance of then, and their deviation over
-    that mean; `limits` `[T]`, multiples of the mean beyond which a sample is not of the task (-1: never); `scatter`
-    `[p, p]` and `count` `[]`, sums about the centres.
+    that mean (1 and 0 for a list); `limits` `[T]`, multiples of the mean beyond which a sample is not of the task (-1:
+    never); `scatter` `[p, p]` and `count` `[]`, sums about the tasks' means.
     """
 
     centres: Tensor
+    owners: Tensor
     spreads: Tensor
     limits: Tensor
     scatter: Tensor
@@ -47,10 +51,12 @@ class TaskRecognition(Stateless):
         super().__init__()
         size, self.scope = min(SIZE, 2 * width), scope
         draw = torch.randn(2 * width, size, generator=torch.Generator().manual_seed(number)) / (2 * width) ** 0.5
-        values = (torch.zeros(0, size), torch.zeros(0, 2), torch.zeros(0), torch.zeros(size, size), torch.zeros(()))
-        for name, value in (*zip(KNOWN, values), ("draw", draw), ("whiten", torch.eye(size))):
+        tasks = (torch.zeros(0, size), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2), torch.zeros(0))
+        sums = (torch.zeros(size, size), torch.zeros(()))
+        for name, value in (*zip(KNOWN, (*tasks, *sums)), ("draw", draw), ("whiten", torch.eye(size))):
             self.register_buffer(name, value.to(device))
         self.rows: list[Tensor] = []
+        self.batches = 0  # of the pass in which rows were collected
         self.found: Tensor | None = None
         self.chosen: Tensor | None = None
 
@@ -63,7 +69,7 @@ class TaskRecognition(Stateless):
     def known(self, known: dict[str, Tensor]) -> None:
         for name, value in known.items():
             setattr(self, name, value)
-        self.rows = []
+        self.rows, self.batches = [], 0
         self._refresh()
 
     def _refresh(self) -> None:
@@ -83,20 +89,26 @@ class TaskRecognition(Stateless):
 
     def see(self, x: Tensor) -> None:
         """Note the features `[n, p]` of the samples `x` `[n, ..., d]`."""
-        tokens = x.detach().flatten(1, -2) if x.ndim > 2 else x.detach().unsqueeze(1)
-        tokens = tokens.to(self.draw.dtype)
+        tokens = tokens_of(x.detach()).to(self.draw.dtype)
         with torch.autocast(x.device.type, enabled=False):
             self.found = torch.cat([tokens.mean(dim=1), tokens[:, 0]], dim=1) @ self.draw
 
     def distances(self, features: Tensor) -> Tensor:
-        """Return the mean squared distance `[n, T]` of `features` `[n, p]` from every centre, in the covariance."""
+        """Return the mean squared distance `[n, T]` of `features` `[n, p]` from every task's nearest centre, in the
+        covariance.
+        """
+        origin = self.centres.mean(dim=0)
         with torch.autocast(features.device.type, enabled=False):
-            return ((features.unsqueeze(1) - self.centres) @ self.whiten).square().mean(dim=-1)
+            here, there = ((rows - origin) @ self.whiten for rows in (features, self.centres))
+            each = torch.cdist(here, there, compute_mode="donot_use_mm_for_euclid_dist").square() / len(origin)
+        tasks = each.new_full((len(each), int(self.owners.max()) + 1), float("inf"))
+        return tasks.scatter_reduce(1, self.owners.expand(len(each), -1), each, "amin")
 
     @property
     def scales(self) -> Tensor:
-        """Mean distance `[T]` of each task's own samples; it falls as the common variance grows."""
-        return self.spreads[:, 0] / self._variance
+        """Mean distance `[T]` of each task's own samples; it falls as the common variance grows. 1 for lists."""
+        mean, deviation = self.spreads.unbind(dim=1)
+        return torch.where(deviation > 0, mean / self._variance, torch.ones_like(mean))
 
     @property
     def _variance(self) -> Tensor:
@@ -104,17 +116,29 @@ class TaskRecognition(Stateless):
         return torch.where(variance > 0, variance, torch.ones_like(variance))
 
     def choose(self, features: Tensor) -> Tensor:
-        """Return the number of the likeliest task of `features` `[n, p]`, -1 beyond its limit: `[n]`, int64."""
+        """Return the number of the likeliest task of `features` `[n, p]`, -1 beyond its limit: `[n]`, int64.
+
+        The nearest list, unless the centre of the likeliest Gaussian is nearer.
+        """
         if not len(self.centres):
             return torch.full((len(features),), -1, device=features.device)
-        scales = self.scales
-        multiples = self.distances(features) / scales
-        chosen = (multiples + scales.log()).masked_fill(self.limits < 0, float("inf")).argmin(dim=1)
+        scales, lists = self.scales, self.spreads[:, 1] == 0
+        distances = self.distances(features).masked_fill(self.limits < 0, float("inf"))
+        multiples = distances / scales
+        likeliest = (multiples + scales.log()).masked_fill(lists, float("inf")).argmin(dim=1)
+        nearest = distances.masked_fill(~lists, float("inf")).min(dim=1)
+        chosen = torch.where(
+            nearest.values <= distances.gather(1, likeliest[:, None])[:, 0], nearest.indices, likeliest
+        )
         return torch.where(multiples.gather(1, chosen[:, None])[:, 0] <= self.limits[chosen], chosen, -1)
 
     def collect(self) -> Tensor:
-        """Return and forget the features `[n, p]` that were collected, with a warning without those not finite."""
-        rows, self.rows = self.rows, []
+        """Return and forget the features `[n, p]` that were collected, with a warning without those not finite.
+
+        Samples of a single call (prompts that `clip_forward` gives once a pass) stand for those of every batch.
+        """
+        rows = self.rows * self.batches if len(self.rows) == 1 and self.batches else self.rows
+        self.rows, self.batches = [], 0
         found = torch.cat(rows) if rows else self.draw.new_zeros(0, self.draw.shape[1])
         finite = torch.isfinite(found).all(dim=1)
         if not bool(finite.all()):
@@ -129,19 +153,26 @@ class TaskRecognition(Stateless):
         scatter = rows.mT @ rows - count * centre.outer(centre)
         self.scatter, self.count = self.scatter + scatter.to(self.scatter), self.count + count
         self._refresh()
-        self.centres = torch.cat([self.centres, centre[None].to(self.centres)])
+        listed: Tensor = torch.unique(features, dim=0)  # type: ignore[no-untyped-call]
+        lists = 0 < len(listed) <= count // 2
+        centres = listed if lists else centre[None]
+        self.centres = torch.cat([self.centres, centres.to(self.centres)])
+        self.owners = torch.cat([self.owners, self.owners.new_full((len(centres),), len(self.limits))])
         own = self.distances(features)[:, -1]
         found = torch.stack([own.mean(), own.std(correction=0)]) if count else own.new_zeros(2)
         mean, deviation = (count * found + PRIOR * own.new_tensor([1.0, DEVIATION])) / (count + PRIOR)
-        spread = torch.stack([mean * self._variance, deviation / mean])
+        spread = mean.new_tensor([1.0, 0.0]) if lists else torch.stack([mean * self._variance, deviation / mean])
         limit = 1 + ALONE * spread[1] if count else -torch.ones_like(mean)
         self.spreads, self.limits = torch.cat([self.spreads, spread[None]]), torch.cat([self.limits, limit[None]])
 
     def calibrate(self, features: Tensor) -> None:
-        """Set the limits of all tasks so that `QUANTILE` of the `features` `[n, p]` of a pool lie within each."""
+        """Set the limits of all tasks so that `QUANTILE` of the `features` `[n, p]` of a pool lie within each.
+
+        The limit of a Gaussian stays at or above the mean distance of its own samples.
+        """
         if len(features) and len(self.centres):
             least = torch.quantile(self.distances(features) / self.scales, QUANTILE, dim=0)
-            limits = least.clamp(torch.ones_like(least), 1 + FARTHEST * self.spreads[:, 1])
+            limits = least.clamp((self.spreads[:, 1] > 0).to(least), 1 + FARTHEST * self.spreads[:, 1])
             self.limits = torch.where(self.limits < 0, self.limits, limits)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -38,6 +38,11 @@ def projection(width: int, number: int) -> Tensor | None:
     return draw * math.sqrt(width) / GATE
 
 
+def tokens_of(x: Tensor) -> Tensor:
+    """Return samples `[n, ..., d]` as `[n, tokens, d]`."""
+    return x.unsqueeze(1) if x.ndim == 2 else x.flatten(1, -2)
+
+
 def gate_input(x: Tensor, gate_scale: str = "none", draw: Tensor | None = None) -> Tensor:
     """Return the vector `[n, d + 1]` that decides about each sample of `x` `[n, ..., d]`, in float32 and detached.
 
@@ -47,7 +52,7 @@ def gate_input(x: Tensor, gate_scale: str = "none", draw: Tensor | None = None) 
     step of Adam then moves a logit by about `sqrt(d)` times the rate instead of `d` times. Detached: the router learns,
     the features do not learn to be routed.
     """
-    mean = x.detach().reshape(len(x), -1, x.shape[-1]).mean(dim=1, dtype=torch.float32)
+    mean = tokens_of(x.detach()).mean(dim=1, dtype=torch.float32)
     if draw is not None:
         with torch.autocast(x.device.type, enabled=False):
             mean = mean @ draw.float()

@@ -24,11 +24,24 @@ class TargetModule:
     batch_axis: int
 
 
+def linear_widths(module: nn.Module) -> tuple[int, int] | None:
+    """Return inputs and outputs of a linear map, None for other modules.
+
+    Linear maps are `nn.Linear` and GPT-2's `Conv1D`, a linear map whose weight `[inputs, outputs]` is transposed.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, nn.Parameter) and weight.ndim == 2:
+        return weight.shape[0], weight.shape[1]
+    return None
+
+
 def find_target_modules(model: nn.Module, target_modules: str | Sequence[str]) -> list[TargetModule]:
     """Return the modules of `model` that `target_modules` selects as in PEFT, outermost only, in order.
 
     A list selects the modules whose name is an entry or ends with ``.entry``; a string is a regular expression that
-    the whole name matches; ``"all-linear"`` selects every `nn.Linear` but the layer of `get_output_embeddings()`.
+    the whole name matches; ``"all-linear"`` selects every linear map but the layer of `get_output_embeddings()`.
 
     Raises:
         OptionError: an entry matches nothing (names the nearest names), or a layer holds no linear map.
@@ -36,7 +49,7 @@ def find_target_modules(model: nn.Module, target_modules: str | Sequence[str]) -
     named = {name: module for name, module in model.named_modules() if name}
     if target_modules == ALL_LINEAR:
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        chosen = {name for name, module in named.items() if isinstance(module, nn.Linear) and module is not output}
+        chosen = {name for name, module in named.items() if linear_widths(module) and module is not output}
         entries = {ALL_LINEAR: chosen}
     elif isinstance(target_modules, str):
         expression = re.compile(target_modules)
@@ -55,10 +68,10 @@ def find_target_modules(model: nn.Module, target_modules: str | Sequence[str]) -
 
 def _unmatched(entry: str, target_modules: object, model: nn.Module, named: Mapping[str, nn.Module]) -> str:
     """Return the message for an entry that matches nothing."""
-    usable = [name for name, module in named.items() if any(isinstance(part, nn.Linear) for part in module.modules())]
+    usable = [name for name, module in named.items() if any(map(linear_widths, module.modules()))]
     last = dict.fromkeys(name.rpartition(".")[2] for name in usable)
     near = dict.fromkeys([*get_close_matches(entry, usable, 3), *get_close_matches(entry.rpartition(".")[2], last, 3)])
-    linear = [name for name in usable if isinstance(named[name], nn.Linear)]
+    linear = [name for name in usable if linear_widths(named[name])]
     names = ", ".join(f"'{name}'" for name in ([*near] or linear)[:6]) or "none"
     return (
         f"IGSP(target_modules={target_modules!r}): '{entry}' matches no layer of {type(model).__name__}; "
@@ -82,13 +95,13 @@ def refuse_narrow(sites: Iterable[TargetModule], rank: int) -> None:
 
 
 def _site(name: str, module: nn.Module, model: nn.Module) -> TargetModule:
-    inner = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    inner = [widths for widths in map(linear_widths, module.modules()) if widths]
     if not inner:
         raise OptionError(
-            f"IGSP(target_modules=...): '{name}' ({type(module).__name__}) holds no torch.nn.Linear, so its width is "
-            "unknown; choose linear layers or blocks made of them"
+            f"IGSP(target_modules=...): '{name}' ({type(module).__name__}) holds no torch.nn.Linear or Conv1D, so its "
+            "width is unknown; choose linear layers or blocks made of them"
         )
-    return TargetModule(name, module, inner[0].in_features, inner[-1].out_features, _batch_axis(name, model))
+    return TargetModule(name, module, inner[0][0], inner[-1][1], _batch_axis(name, model))
 
 
 def _batch_axis(name: str, model: nn.Module) -> int:
