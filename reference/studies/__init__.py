@@ -1,1 +1,1 @@
-"""Grids of settings and a pretraining, run with the script and never imported by it."""
+"""Grids of settings and models of language, run with the script and never imported by it."""

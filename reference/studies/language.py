@@ -20,53 +20,39 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Literal
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from nullspace_optim import Energy, NullSpaceOptimizer
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.workload import quiet
+from reference.studies.ways import Way, chosen, draw, interpolation, parser
 
 CONTEXT, TOKENS, ROWS = 96, 2000, 16
 SHARES = (0.0, 0.2, 0.4, 0.6)
+SHOWN = ("plain, 1e-3", "old data, 5 %", "ours, Energy(0.99), both", "ours, Energy(0.8), both")
 SPLITS = {"training": (0.0, 0.85), "validation": (0.85, 0.925), "test": (0.925, 1.0)}
 
 Corpus = dict[str, Tensor]  # token numbers of each split
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way to fine-tune: rate, protection (threshold and options) and how many rows of a batch are old data."""
-
-    rate: float = 1e-3
-    threshold: float | None = None
-    project: Literal["update", "both"] = "both"
-    release: bool = False
-    replay: float = 0.0
-    distil: bool = False
-
-
 WAYS = {
-    "plain, 1e-3": Way(),
-    "plain, 3e-4": Way(rate=3e-4),
-    "plain, 1e-4": Way(rate=1e-4),
-    "old data, 1 % of the batch": Way(replay=0.01),
-    "old data, 5 %": Way(replay=0.05),
-    "distillation on old data, 5 %": Way(replay=0.05, distil=True),
-    "ours, Energy(0.999), update": Way(threshold=0.999, project="update"),
-    "ours, Energy(0.99), both": Way(threshold=0.99),
-    "ours, Energy(0.95), both": Way(threshold=0.95),
-    "ours, Energy(0.8), both": Way(threshold=0.8),
-    "ours, Energy(0.95), both, table released": Way(threshold=0.95, release=True),
-    "ours, the same, and distillation, 5 %": Way(threshold=0.95, release=True, replay=0.05, distil=True),
+    "plain, 1e-3": Way(1e-3),
+    "plain, 3e-4": Way(3e-4),
+    "plain, 1e-4": Way(1e-4),
+    "old data, 1 % of the batch": Way(1e-3, replay=0.01),
+    "old data, 5 %": Way(1e-3, replay=0.05),
+    "distillation on old data, 5 %": Way(1e-3, replay=0.05, distil=1.0),
+    "ours, Energy(0.999), update": Way(1e-3, threshold=0.999, project="update"),
+    "ours, Energy(0.99), both": Way(1e-3, threshold=0.99),
+    "ours, Energy(0.95), both": Way(1e-3, threshold=0.95),
+    "ours, Energy(0.8), both": Way(1e-3, threshold=0.8),
+    "ours, Energy(0.95), both, table released": Way(1e-3, threshold=0.95, release=True),
+    "ours, the same, and distillation, 5 %": Way(1e-3, threshold=0.95, release=True, replay=0.05, distil=1.0),
 }
 
 
@@ -172,39 +158,28 @@ def pretrained(corpus: Corpus, steps: int) -> GPT:
 
 def fine_tuned(
     way: Way, before: GPT, old: Corpus, new: Corpus, steps: int, seed: int
-) -> tuple[GPT, Callable[[float], GPT]]:
+) -> tuple[GPT, Callable[[float], nn.Module]]:
     """Fine-tune a copy of `before` on `new`: the model, and the function that gives it interpolated by a share."""
     model = copy.deepcopy(before)
-    optimizer = NullSpaceOptimizer(
-        AdamW(model.parameters(), lr=way.rate), model, policy=Energy(way.threshold or 0.99), project=way.project
-    )
+    optimizer, rate = way.optimizer(model, steps)
     if way.threshold is not None:
         generator = torch.Generator().manual_seed(3)
         optimizer.consolidate([rows(old["training"], generator, ROWS)[:, :-1] for _ in range(24)], progress=False)
         if way.release:
             optimizer.release("table.weight")
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
     generator = torch.Generator().manual_seed(100 + seed)
     for _ in range(steps):
-        count = int(torch.poisson(torch.tensor(way.replay * ROWS), generator=generator)) if way.replay else 0
+        count = way.old_rows(ROWS, generator)
         loss = loss_of(model, rows(new["training"], generator, ROWS))
         if count:
             batch = rows(old["training"], generator, count)
-            loss = loss + count / ROWS * (_distilled(model, before, batch) if way.distil else loss_of(model, batch))
+            old_loss = way.distil * _distilled(model, before, batch) if way.distil else loss_of(model, batch)
+            loss = loss + count / ROWS * old_loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         rate.step()
-    weights = {name: value.clone() for name, value in model.state_dict().items()}
-
-    def interpolated(share: float) -> GPT:
-        model.load_state_dict(weights)
-        optimizer.blend(before.state_dict(), share)
-        return model
-
-    return model, interpolated
+    return model, interpolation(model, optimizer, before.state_dict())
 
 
 def _distilled(model: nn.Module, before: nn.Module, batch: Tensor) -> Tensor:
@@ -220,9 +195,7 @@ def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[flo
     start = tuple(perplexity(before, corpus[options.split]) for corpus in (old, new))
     seeds = [int(seed) for seed in options.seeds.split(",")]
     points: dict[str, list[tuple[float, float]]] = {}
-    for name, way in WAYS.items():
-        if options.methods and not any(part in name for part in options.methods.split(",")):
-            continue
+    for name, way in chosen(WAYS, options.methods).items():
         progress(name)
         found: dict[float, list[tuple[float, float]]] = {share: [] for share in SHARES}
         for seed in seeds:
@@ -243,29 +216,11 @@ def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[flo
     return Table("Perplexity on Python / on English", header, tuple(lines), note), points
 
 
-def draw(points: dict[str, list[tuple[float, float]]], file: str) -> None:
-    """Draw the curves."""
-    shown = ("plain, 1e-3", "old data, 5 %", "ours, Energy(0.99), both", "ours, Energy(0.8), both")
-    figure, panel = plt.subplots(figsize=(6.0, 4.2), layout="tight")
-    for method in filter(points.__contains__, shown):
-        panel.plot(*zip(*points[method], strict=True), marker="o", ms=4, label=method)
-    panel.set(xlabel="perplexity on Python (old)", ylabel="perplexity on English (new)")
-    panel.legend(fontsize=8)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(prog="python -m reference.studies.language", description=__doc__)
-    parser.add_argument("--methods", default="", help="parts of names, with commas; all by default")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--pretraining", type=int, default=1800, metavar="STEPS")
-    parser.add_argument("--output", default="", help="folder of the results")
-    parser.add_argument("--figure", default="", help="file of the figure")
-    return parser.parse_args(list(arguments))
+    found = parser("language", __doc__, seeds="0,1,2", steps=120)
+    found.add_argument("--pretraining", type=int, default=1800, metavar="STEPS")
+    return found.parse_args(list(arguments))
 
 
 def main(arguments: Sequence[str]) -> Outcome:
@@ -275,7 +230,8 @@ def main(arguments: Sequence[str]) -> Outcome:
     started = time.perf_counter()
     table, points = curves(options)
     if options.figure:
-        draw(points, options.figure)
+        axes = ("perplexity on Python (old)", "perplexity on English (new)")
+        draw({name: points[name] for name in SHOWN if name in points}, axes, options.figure)
     return finish("reference.studies.language", arguments, torch.device("cpu"), started, [table], options.output)
 
 

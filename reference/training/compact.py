@@ -23,7 +23,7 @@ TABLE = "token_embedding.weight"
 
 
 def load_compact(folder: Path) -> nn.Module:
-    """The model that `save_compact` wrote, with its whole token table.
+    """The model in `folder`, with its whole token table.
 
     Raises:
         ExperimentError: a file is missing or damaged, or they do not fit each other.

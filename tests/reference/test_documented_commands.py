@@ -16,9 +16,9 @@ from reference.published.methods import chosen_methods as of_a_table
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PARSED = ("run", "evaluation.report", "data.__main__", "published.__main__")
-PARSED += ("studies.run", "studies.expert_report", "studies.pretrain", "studies.language", "evaluation.headline")
+PARSED += ("studies.run", "studies.expert_report", "studies.language", "studies.text", "evaluation.headline")
 PARSED += tuple(f"benchmarks.{name}" for name in ("consolidate", "counting", "drift", "gpu", "peers", "step"))
-LEFT_OUT = {"studies.pretrain": "--tasks-root d --captions d", "studies.run": "--output o"}
+LEFT_OUT = {"studies.run": "--output o"}
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
@@ -30,9 +30,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     for command in [*fenced, *named]:
         for match in re.finditer(r"python -m reference\.([a-z_.]+)(.*)", command.split("&&")[-1]):
             words = shlex.split(match[2], comments=True)
-            left_out = {"studies.pretrain": "--tasks-root d --captions d", "studies.run": "--output o"}.get(
-                match[1], ""
-            ).split()
+            left_out = LEFT_OUT.get(match[1], "").split()
             found.append((match[1], [w for word in words for w in (left_out if word == "..." else [word])]))
     return found
 

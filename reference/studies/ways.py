@@ -1,0 +1,91 @@
+"""Ways to fine-tune that the studies of kept against learned compare, and what these studies share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib.pyplot as plt
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from nullspace_optim import Energy, NullSpaceOptimizer
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to fine-tune; without a threshold nothing is protected.
+
+    `replay` is old data beside a batch, as a share of it; `distil` the weight of the distance to the model before;
+    `rank` that of a LoRA that is trained instead of the weights.
+    """
+
+    rate: float
+    threshold: float | None = None
+    project: Literal["update", "both"] = "both"
+    release: bool = False
+    replay: float = 0.0
+    distil: float = 0.0
+    rank: int = 0
+
+    def optimizer(self, model: nn.Module, steps: int, **options: Any) -> tuple[NullSpaceOptimizer, LambdaLR]:
+        """AdamW with `options` on what is trainable, wrapped, and its rate: a cosine every `steps`, warmed up."""
+        base = AdamW([p for p in model.parameters() if p.requires_grad], lr=self.rate, **options)
+        optimizer = NullSpaceOptimizer(base, model, policy=Energy(self.threshold or 0.99), project=self.project)
+        warmup = max(1, steps // 12)
+
+        def factor(step: int) -> float:
+            return min(1.0, (step % steps + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * (step % steps) / steps))
+
+        return optimizer, LambdaLR(optimizer, factor)
+
+    def old_rows(self, batch: int, generator: torch.Generator) -> int:
+        """Number of rows of old data that stand beside this batch, `replay * batch` on average."""
+        return int(torch.poisson(torch.tensor(self.replay * batch), generator=generator)) if self.replay else 0
+
+
+def interpolation(
+    model: nn.Module, optimizer: NullSpaceOptimizer, before: Mapping[str, Tensor]
+) -> Callable[[float], nn.Module]:
+    """Return a function that gives `model` with its present weights, taken back to `before` by a share (`blend`)."""
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def interpolated(share: float) -> nn.Module:
+        model.load_state_dict(weights)
+        optimizer.blend(before, share)
+        return model
+
+    return interpolated
+
+
+def draw(curves: Mapping[str, Sequence[tuple[float, float]]], axes: tuple[str, str], file: str) -> None:
+    """Draw one curve a method in `file`; `axes` are their labels."""
+    figure, panel = plt.subplots(figsize=(6.0, 4.2), layout="tight")
+    for method, points in curves.items():
+        panel.plot(*zip(*points, strict=True), marker="o", ms=4, label=method)
+    panel.set(xlabel=axes[0], ylabel=axes[1])
+    panel.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def chosen(ways: Mapping[str, Way], parts: str) -> dict[str, Way]:
+    """Those of `ways` whose names hold one of `parts`, separated by commas; all for none."""
+    return {name: way for name, way in ways.items() if any(part in name for part in parts.split(","))}
+
+
+def parser(study: str, about: str | None, seeds: str, steps: int) -> argparse.ArgumentParser:
+    """The command line of a study with these defaults; it takes further options."""
+    found = argparse.ArgumentParser(prog=f"python -m reference.studies.{study}", description=about)
+    found.add_argument("--methods", default="", help="parts of names, with commas; all by default")
+    found.add_argument("--seeds", default=seeds, help="numbers separated by commas")
+    found.add_argument("--split", default="test", choices=("validation", "test"))
+    found.add_argument("--steps", type=int, default=steps)
+    found.add_argument("--output", required=True, help="folder of the results")
+    found.add_argument("--figure", default="", help="file of the figure")
+    return found
