@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from nullspace_optim.clip import distillation_loss
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.workload import quiet
 from reference.studies.ways import Way, chosen, draw, interpolation, parser
@@ -184,8 +185,8 @@ def fine_tuned(
 
 def _distilled(model: nn.Module, before: nn.Module, batch: Tensor) -> Tensor:
     with torch.no_grad():
-        targets = F.softmax(before(batch[:, :-1]), dim=-1).flatten(0, 1)
-    return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), targets)
+        targets = before(batch[:, :-1])
+    return distillation_loss(model(batch[:, :-1]), targets, temperature=1.0)
 
 
 def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[float, float]]]]:
