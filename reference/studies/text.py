@@ -41,8 +41,7 @@ KEPT_PAIRS = 240  # of a task, drawn at random, that ours consolidates
 SHARES = (0.2, 0.4)
 COLUMNS = ("transfer", "average", "last", "diagonal_gain", "forgetting")
 
-# Rates and the weight of distillation: chosen on validation, seed 0, git, man-de and wordnet in turn.
-WAYS = {
+WAYS = {  # rates and the weight of distillation: chosen on validation, seed 0, git, man-de and wordnet in turn
     "plain, 3e-5": Way(3e-5),
     "plain, 1e-4": Way(1e-4),
     "ours, Energy(0.99), the default": Way(1e-3, threshold=0.99),
@@ -54,8 +53,8 @@ WAYS = {
 }
 
 
-def run(way: Way, bed: Bed, split: str, steps: int, seed: int) -> dict[str, Any]:
-    """Learn every task in turn: accuracy of all after each, at the end also after interpolation, and costs."""
+def run(way: Way, bed: Bed, made: dict[str, Any], split: str, steps: int, seed: int) -> dict[str, Any]:
+    """Learn every task in turn: accuracy of all after each, at the end also after interpolation, costs, and `made`."""
     started, model = time.perf_counter(), bed.copy(way.rank, seed)
     optimizer, rate = way.optimizer(model, steps, fused=True)
     order, beside = (torch.Generator().manual_seed(seed + more) for more in (0, 1000))
@@ -89,7 +88,7 @@ def run(way: Way, bed: Bed, split: str, steps: int, seed: int) -> dict[str, Any]
     interpolated = interpolation(model, optimizer, bed.model.state_dict())
     back = {} if way.rank else {str(share): bed.row(interpolated(share), split) for share in SHARES}
     costs = {"seconds_of_a_step": median(seconds), "stored_bytes": stored, "seconds": time.perf_counter() - started}
-    return {"accuracy": accuracy, "interpolated": back, **costs}
+    return {**made, "accuracy": accuracy, "interpolated": back, **costs}
 
 
 def stored_bytes(way: Way, bed: Bed, model: nn.Module, optimizer: NullSpaceOptimizer, old: list[Pair]) -> int:
@@ -107,7 +106,7 @@ def finished(folder: Path, identity: dict[str, Any], make: Callable[[], dict[str
     file = folder / f"{name}-seed{identity['seed']}.json"
     if not file.is_file():
         progress(f"{identity['method']}, seed {identity['seed']}")
-        write_json(file, {**identity, **make(), **provenance()})
+        write_json(file, {**identity, **make()})
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if other := [key for key, value in identity.items() if found.get(key) != value]:
         raise ExperimentError(f"{file} is a run with another value of {', '.join(other)}; give another --output")
@@ -119,15 +118,15 @@ def study(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     started = time.perf_counter()
     bed, split = load_bed(Path(options.model), Path(options.data_root), options.tasks), options.split
     same = {"tasks": [*bed.tasks], "split": split, "steps": options.steps, "tokens": TOKENS, "batch": BATCH}
-    folder, seeds = Path(options.output), [int(seed) for seed in options.seeds.split(",")]
+    folder, seeds, made = Path(options.output), [int(seed) for seed in options.seeds.split(",")], provenance()
     untouched = {"method": "untouched", "seed": 0, **same}
-    before = finished(folder, untouched, lambda: {"pretrained": bed.row(bed.model, split)})["pretrained"]
+    before = finished(folder, untouched, lambda: {**made, "pretrained": bed.row(bed.model, split)})["pretrained"]
     lines = [("untouched", *(f"{mean(row):.1f}" for row in (before[1:], before, before)), *["-"] * 7)]
     points: dict[str, Any] = {}
     for name, way in chosen(WAYS, options.methods).items():
         about, make = {"method": name, "settings": asdict(way), **same, "pretrained": before}, partial(run, way, bed)
         with quiet():
-            runs = [finished(folder, {**about, "seed": n}, partial(make, split, options.steps, n)) for n in seeds]
+            runs = [finished(folder, {**about, "seed": n}, partial(make, made, split, options.steps, n)) for n in seeds]
         lines.append(row_of(name, way, runs))
         points[name] = [tuple(mean(whole(run, axis) or 0.0 for run in runs) for axis in ("transfer", "diagonal_gain"))]
     back = [f"Last, {share:g} back" for share in SHARES]
