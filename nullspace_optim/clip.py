@@ -196,6 +196,8 @@ def _truth(logits: Tensor, labels: Tensor | None) -> Tensor:
 
 def _logits_of(outputs: Any) -> Tensor | None:
     """Return logits `[..., c]`, given as they are or as a part of outputs; `None` where there are none."""
+    if isinstance(outputs, Mapping) and "image_features" in outputs:  # those of CoCa's captions are beside the point
+        return None
     named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     found = outputs if isinstance(outputs, Tensor) else named
     return found if isinstance(found, Tensor) else None
@@ -203,9 +205,11 @@ def _logits_of(outputs: Any) -> Tensor | None:
 
 def _softened(ours: Tensor, theirs: Tensor | None, labels: Tensor | None, temperature: float) -> Tensor:
     """Return the mean cross entropy of softened logits `[..., c]` over the rows that count."""
-    if theirs is None or ours.shape != theirs.shape or not ours.ndim or not ours.numel():
+    if theirs is None or ours.shape != theirs.shape:
         other = "none" if theirs is None else tuple(theirs.shape)
         raise ShapeError(f"student logits {tuple(ours.shape)} but teacher logits {other}: feed both alike")
+    if not ours.ndim or not ours.numel():
+        raise BatchError(f"logits {tuple(ours.shape)} hold no row, so there is nothing to distil")
     _refuse_self((ours, theirs))
     if labels is not None and labels.shape != ours.shape[:-1]:
         raise ShapeError(f"labels {tuple(labels.shape)} for logits {tuple(ours.shape)}: expected one a row")
@@ -216,12 +220,14 @@ def _softened(ours: Tensor, theirs: Tensor | None, labels: Tensor | None, temper
         if not torch.compiler.is_compiling() and not bool(counted.any()):
             raise BatchError(f"labels: every row is {IGNORED}, so there is nothing to distil")
         ours, theirs = ours[counted], theirs[counted]
-    return F.cross_entropy(ours / temperature, F.softmax(theirs / temperature, dim=-1))
+    targets = F.softmax(theirs / temperature, dim=-1)
+    logs = F.log_softmax(ours / temperature, dim=-1).masked_fill(targets == 0, 0)  # both may hide a class by -inf
+    return -(targets * logs).sum(dim=-1).mean()
 
 
 def _refuse_self(*pairs: tuple[Tensor, Tensor]) -> None:
     """Refuse a teacher whose outputs are the student's own tensors: nothing would be distilled."""
-    if all(one is other or one.data_ptr() == other.data_ptr() for one, other in pairs):
+    if all(one is other or one.data_ptr() == other.data_ptr() != 0 for one, other in pairs):
         raise OptionError(
             "teacher and student are the same outputs, so there is nothing to distil; run a frozen copy of the model "
             "(copy.deepcopy before training) as the teacher"

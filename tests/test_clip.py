@@ -79,6 +79,25 @@ def test_rows_of_logits_that_do_not_count_have_no_part_in_distillation() -> None
     assert ours.grad is not None and torch.equal(ours.grad.norm(dim=-1) > 0, labels >= 0)
 
 
+def test_classes_that_both_models_hide_have_no_part_in_distillation() -> None:
+    ours, theirs = torch.randn(4, 7, requires_grad=True), torch.randn(4, 7)
+    hidden = torch.tensor([False, True, False, False, True, False, False])
+    loss = distillation_loss(*(t.masked_fill(hidden, float("-inf")) for t in (ours, theirs)))
+    assert float(loss) == pytest.approx(slow_rows(ours.detach()[:, ~hidden], theirs[:, ~hidden], 2.0))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert ours.grad is not None and torch.equal(ours.grad.norm(dim=0) > 0, ~hidden)
+
+
+def test_a_clip_that_also_writes_captions_is_distilled_as_a_clip() -> None:
+    student, teacher = outputs(), outputs()
+    captions = ({**part, "logits": torch.randn(5, 9, 11)} for part in (student, teacher))
+    assert torch.equal(distillation_loss(*captions, rows="image"), distillation_loss(student, teacher, rows="image"))
+
+
+def test_outputs_without_storage_are_not_taken_for_the_same() -> None:
+    assert distillation_loss(*(torch.randn(4, 7, device="meta") for _ in range(2))).is_meta
+
+
 def test_logits_that_cannot_be_distilled_are_refused() -> None:
     logits = torch.randn(4, 7)
     with pytest.raises(OptionError, match="same outputs"):
@@ -91,6 +110,8 @@ def test_logits_that_cannot_be_distilled_are_refused() -> None:
         distillation_loss(logits, torch.randn(4, 7), labels=torch.zeros(5))
     with pytest.raises(BatchError, match="every row"):
         distillation_loss(logits, torch.randn(4, 7), labels=torch.full((4,), -100))
+    with pytest.raises(BatchError, match="hold no row"):
+        distillation_loss(logits[:0], torch.randn(0, 7))
     for options in ({"truth": 0.5}, {"rows": "text"}):
         with pytest.raises(OptionError, match="pairs of a CLIP"):
             distillation_loss(logits, torch.randn(4, 7), **options)  # type: ignore[arg-type]

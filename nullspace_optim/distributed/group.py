@@ -10,9 +10,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def in_group() -> bool:
+    """Return whether a process group is initialised, be it of one process."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def world_size() -> int:
     """Return how many processes take part: 1 unless a process group of several is initialised."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if in_group() else 1
 
 
 def rank() -> int:

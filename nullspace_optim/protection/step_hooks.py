@@ -95,10 +95,10 @@ class Protection:
             guard.mark()
 
     def release_gradient_hooks(self) -> None:
-        """Remove the accumulation hooks of ``project="both"``."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Remove the accumulation hooks of ``project="both"``; no gradient waits any longer."""
+        self.forms.queue.flush()
+        while self._handles:
+            self._handles.pop().remove()
 
     @torch.no_grad()
     def before_step(self, base: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -107,8 +107,7 @@ class Protection:
             return None
         self.finish_interrupted()
         self.put_back()
-        if self.forms.queue.waiting:
-            self.forms.queue.project()
+        self.forms.queue.flush()
         step = Step.of(base, self._guards_of(base))
         for guard in step.guards:
             if guard.edited:
@@ -392,6 +391,7 @@ class Protection:
             with step.evaluation():
                 loss = closure()
             with torch.no_grad():
+                self.forms.queue.flush()
                 step.touch()
                 self.free.tell(self.guards.values(), step.base())
                 self._prepare(step.guards, project)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.nn.functional import pad
 
-from ..distributed.group import world_size
+from ..distributed.group import in_group
 from ..subspace.basis import Subspace
 from ..subspace.projection import MatrixSide, exact_products, project_gradient_, restore_anchor_
 from .guard import Guard, Workspace, gradient_hook, mask_rounding_, rounding_of
@@ -70,11 +70,11 @@ class WeightStack:
         """Remove the kept directions from the gradients of the guards that are `waiting` (by identity); zeros stand in
         the place of rounding, as after `Guard.project_gradient`.
         """
-        chosen = [guard for guard in self.guards if id(guard) in waiting and guard.parameter.grad is not None]
-        if not chosen:
+        found = {id(guard): guard.parameter.grad for guard in self.guards if id(guard) in waiting and _fits(guard)}
+        if not found:
             return
-        present = {id(guard) for guard in chosen}
-        gradients = [(g.parameter.grad if id(g) in present else g.parameter).detach() for g in self.guards]  # type: ignore[union-attr]
+        spare = next(iter(found.values()))  # in the place of those that are absent
+        gradients = [found.get(id(guard), spare).detach() for guard in self.guards]  # type: ignore[union-attr]
         matrix = torch.stack(gradients).reshape(-1, *self.shape[1:])
         matrix = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
         limit = rounding_of(matrix, {side for side, *_ in self.sides})
@@ -82,15 +82,16 @@ class WeightStack:
             project_gradient_(matrix, basis, side)
         mask_rounding_(matrix, limit)
         new = matrix.reshape(len(gradients), *gradients[0].shape).unbind()
-        pairs = [(old, one) for guard, old, one in zip(self.guards, gradients, new) if id(guard) in present]
+        pairs = [(old, one) for guard, old, one in zip(self.guards, gradients, new) if id(guard) in found]
         torch._foreach_copy_([old for old, _ in pairs], [one for _, one in pairs])
 
 
 class GradientQueue:
     """Gradients of stacked weights that a backward pass has accumulated and nothing has projected yet.
 
-    Autograd calls `project` at the end of the pass; a step calls it too, for one that runs inside a backward pass or
-    after a pass that failed. In several processes nothing waits: gradients may be on their way to other ranks by then.
+    Autograd calls `project` at the end of the pass. Steps, and whatever changes the bases, call `flush`: after a pass
+    that failed, and inside of one. Nothing waits where somebody else takes the gradient within the pass: a hook of the
+    same parameter, a process group (DDP copies gradients to and from its buckets, also in one process).
     """
 
     def __init__(self, stacks: list[WeightStack]) -> None:
@@ -101,11 +102,13 @@ class GradientQueue:
 
     def add(self, guard: Guard) -> bool:
         """Let the gradient of `guard` wait for the end of the pass; False outside of one, or if it fits no stack."""
-        gradient, parameter = guard.parameter.grad, guard.parameter
-        current = torch._C._current_graph_task_id()
-        if current < 0 or gradient is None or guard.grown or gradient.dtype != parameter.dtype:
+        if torch.compiler.is_compiling() or in_group() or not guard.measured or not _fits(guard):
             return False
-        if gradient.layout != torch.strided or gradient.device != parameter.device or not guard.measured:
+        current = torch._C._current_graph_task_id()
+        if current < 0:
+            return False
+        if len(guard.parameter._post_accumulate_grad_hooks) > 1:  # type: ignore[attr-defined]
+            self.flush()  # those may read other gradients as well
             return False
         if current != self._pass:
             self._pass = current
@@ -113,6 +116,12 @@ class GradientQueue:
         self.waiting[id(guard)] = guard
         return True
 
+    def flush(self) -> None:
+        """Project what still waits, if anything does."""
+        if self.waiting:
+            self.project()
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def project(self) -> None:
         """Project what waits."""
@@ -128,7 +137,7 @@ def accumulation_hook(guard: Guard, queue: GradientQueue) -> Callable[[Tensor], 
     at once. The hook keeps neither alive.
     """
     project, into = gradient_hook(guard), weakref.ref(queue)
-    if world_size() > 1 or id(guard) not in queue.stacked:
+    if id(guard) not in queue.stacked:
         return project
     reference = weakref.ref(guard)
 
@@ -147,6 +156,14 @@ def stack_alike(guards: Iterable[Guard], workspace: Workspace) -> list[WeightSta
         if _can_be_stacked(guard):
             kinds.setdefault(_kind(guard), []).append(guard)
     return [WeightStack(members, workspace) for members in kinds.values() if len(members) >= FEWEST]
+
+
+def _fits(guard: Guard) -> bool:
+    """Return True if the gradient of a guard in a stack can be projected with it."""
+    gradient, parameter = guard.parameter.grad, guard.parameter
+    if gradient is None or guard.grown or gradient.layout != torch.strided:
+        return False
+    return gradient.dtype == parameter.dtype and gradient.device == parameter.device
 
 
 def _dense(guard: Guard) -> list[Subspace]:

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.compiled_autograd
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer
+from nullspace_optim.errors import NullSpaceWarning
 from nullspace_optim.protection.weight_stack import WeightStack
 
 ROWS = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
@@ -169,3 +173,81 @@ def test_bases_that_change_between_passes_are_followed() -> None:
     optimizer.zero_grad()
     loss_of(model).backward()
     assert model.layers[3].weight.grad is not None
+
+
+def interrupted_pass(model: Deep) -> None:
+    """A backward pass that fails after four of six gradients have accumulated."""
+
+    def interrupt(gradient: Tensor) -> Tensor:
+        raise RuntimeError("stop")
+
+    handle = model.layers[1].weight.register_hook(interrupt)
+    with pytest.raises(RuntimeError, match="stop"):
+        loss_of(model).backward()
+    handle.remove()
+
+
+@pytest.mark.parametrize("size", [0, 20])
+def test_weights_that_were_taken_away_or_have_grown_leave_the_others_to_be_projected(size: int) -> None:
+    model, optimizer = protected()
+    weight = model.layers[0].weight
+    weight.data = torch.cat([weight.data, torch.zeros(4, 16)]) if size else torch.empty(0)
+    model.without = 0
+    loss_of(model).backward()
+    assert len(kept(optimizer)) == 5 and max(kept(optimizer)) < 1e-5
+
+
+def test_a_weight_that_grows_while_gradients_wait_does_not_stop_the_step() -> None:
+    model, optimizer = protected()
+    interrupted_pass(model)
+    weight = model.layers[5].weight
+    weight.grad, weight.data = None, torch.cat([weight.data, torch.zeros(4, 16)])
+    with pytest.warns(NullSpaceWarning, match="has grown from 16 to 20 rows"):
+        optimizer.step()
+    assert len(kept(optimizer)) == 3 and max(kept(optimizer)) < 1e-5
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_later_hooks_of_a_parameter_find_gradients_projected(everywhere: bool) -> None:
+    model, optimizer = protected()
+    seen: list[float] = []
+    for layer in model.layers if everywhere else model.layers[:1]:
+        layer.weight.register_post_accumulate_grad_hook(lambda _: seen.append(max(kept(optimizer))))
+    loss_of(model).backward()
+    assert len(seen) == (6 if everywhere else 1) and max(seen) < 1e-5
+
+
+@pytest.mark.parametrize("change", ["consolidate", "release", "load_state_dict", "detach", "closure"])
+def test_what_waits_after_a_failed_pass_is_projected_before_bases_change_or_a_closure_ends(change: str) -> None:
+    model, optimizer = protected()
+    bases = {name: guard.basis.subspaces["right"].basis[0] for name, guard in optimizer._core.protection.guards.items()}
+    saved = optimizer.state_dict()
+    if change == "closure":
+        optimizer.step(lambda: interrupted_pass(model) or 0.0)  # type: ignore[arg-type, return-value, func-returns-value]
+    else:
+        interrupted_pass(model)
+        arguments = {"consolidate": ([NEW],), "release": ("layers.5.weight",), "load_state_dict": (saved,)}
+        getattr(optimizer, change)(*arguments.get(change, ()))
+    gradients = [(p.grad, bases[name]) for name, p in model.named_parameters() if p.grad is not None]
+    assert len(gradients) == 4
+    assert max(float((gradient @ basis).norm() / gradient.norm()) for gradient, basis in gradients) < 1e-5
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_data_parallel_training_in_one_process_hands_projected_gradients_on(view: bool, tmp_path: Any) -> None:
+    model, optimizer = protected()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=view)
+        loss_of(wrapped).backward()
+    finally:
+        dist.destroy_process_group()
+    assert len(kept(optimizer)) == 6 and max(kept(optimizer)) < 1e-5
+
+
+def test_compiled_autograd_projects_gradients() -> None:
+    model, optimizer = protected()
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss_of(model).backward()
+    assert len(kept(optimizer)) == 6 and max(kept(optimizer)) < 1e-5
