@@ -188,7 +188,7 @@ def interrupted_pass(model: Deep) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 20])
-def test_weights_that_were_taken_away_or_have_grown_leave_the_others_to_be_projected(size: int) -> None:
+def test_weights_taken_away_or_grown_leave_the_others_to_project(size: int) -> None:
     model, optimizer = protected()
     weight = model.layers[0].weight
     weight.data = torch.cat([weight.data, torch.zeros(4, 16)]) if size else torch.empty(0)
@@ -218,7 +218,7 @@ def test_later_hooks_of_a_parameter_find_gradients_projected(everywhere: bool) -
 
 
 @pytest.mark.parametrize("change", ["consolidate", "release", "load_state_dict", "detach", "closure"])
-def test_what_waits_after_a_failed_pass_is_projected_before_bases_change_or_a_closure_ends(change: str) -> None:
+def test_what_waits_after_a_failed_pass_is_projected_in_time(change: str) -> None:
     model, optimizer = protected()
     bases = {name: guard.basis.subspaces["right"].basis[0] for name, guard in optimizer._core.protection.guards.items()}
     saved = optimizer.state_dict()
