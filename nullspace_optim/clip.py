@@ -95,8 +95,9 @@ def distillation_loss(
     """Cross entropy between the softened logits of `teacher` and of `student` on the same inputs; scalar.
 
     Outputs are those of an open_clip model; or, of a classifier or language model, logits `[..., c]` or outputs that
-    hold them (`logits`), with the mean over all rows of `c`. There `labels` `[...]` only tell which rows count: not
-    those of -100.
+    hold them (`logits`), with the mean over all rows of `c`, the last axis (of a segmentation `[n, c, h, w]` give
+    `movedim(1, -1)`). There `labels` `[...]` only tell which rows count, those that are not -100; a causal language
+    model's are one token late: `labels.roll(-1, 1)`, the last -100.
 
     With logits `t` and `s` `[n, m]` and temperature `T`: `T^2 * mean_i sum_j -softmax(t/T)_ij log softmax(s/T)_ij` over
     rows (``rows="image"``), the same over columns (``"text"``), or the sum of both (``"both"``, as GNSP and ZSCL do).
@@ -108,8 +109,8 @@ def distillation_loss(
     ``temperature=1`` and half the sum of both directions).
 
     Raises:
-        OptionError: `temperature` is not positive, `truth` is outside 0..1, `rows` is unknown, teacher and student are
-            the same outputs, or `truth` or `rows` are given for logits.
+        OptionError: `temperature` is not positive, `truth` is outside 0..1, `rows` is unknown, `labels` are no tensor,
+            teacher and student are the same outputs, or `truth` or `rows` are given for logits.
         BatchError: outputs that are not those of a CLIP and hold no logits; no row counts.
         ShapeError: teacher and student saw different numbers of images or texts, or with `truth` no pairs; logits or
             labels of different shapes.
@@ -119,6 +120,7 @@ def distillation_loss(
     if not (isfinite(temperature) and temperature > 0):
         raise OptionError(f"temperature={temperature!r}: expected a number in (0, inf)")
     check_choice("rows", rows, get_args(Rows))
+    _check_labels(labels)
     if (found := _logits_of(student)) is not None:
         if truth or rows != "both":
             raise OptionError("truth= and rows= are for pairs of a CLIP: add the cross entropy of the labels yourself")
@@ -170,16 +172,22 @@ def alignment_loss(outputs: Any, labels: Tensor | None = None, *, smoothing: flo
     is CLIP's own loss. GNSP weighs the sum by 0.75 and takes `smoothing=0.2`.
 
     Raises:
-        OptionError: `smoothing` is outside 0..1.
+        OptionError: `smoothing` is outside 0..1, or `labels` are no tensor.
         BatchError: outputs that are not those of a CLIP.
         ShapeError: unequal numbers of images, texts and labels.
     """
     if not 0.0 <= smoothing <= 1.0:
         raise OptionError(f"smoothing={smoothing!r}: expected a number in [0, 1]")
+    _check_labels(labels)
     logits = read_outputs(outputs).logits()
     targets = _truth(logits, labels)
     losses = (F.cross_entropy(side, targets, label_smoothing=smoothing) for side in (logits, logits.T))
     return sum(losses, start=logits.new_zeros(()))
+
+
+def _check_labels(labels: Any) -> None:
+    if not (labels is None or isinstance(labels, Tensor)):
+        raise OptionError(f"labels: expected a tensor, found {type(labels).__name__}: torch.as_tensor(labels)")
 
 
 def _truth(logits: Tensor, labels: Tensor | None) -> Tensor:
@@ -227,11 +235,17 @@ def _softened(ours: Tensor, theirs: Tensor | None, labels: Tensor | None, temper
 
 def _refuse_self(*pairs: tuple[Tensor, Tensor]) -> None:
     """Refuse a teacher whose outputs are the student's own tensors: nothing would be distilled."""
-    if all(one is other or one.data_ptr() == other.data_ptr() != 0 for one, other in pairs):
+    if all(one is other or _address(one) == _address(other) != 0 for one, other in pairs):
         raise OptionError(
             "teacher and student are the same outputs, so there is nothing to distil; run a frozen copy of the model "
             "(copy.deepcopy before training) as the teacher"
         )
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where `tensor` lies, 0 where that cannot be told: while tracing, within `torch.func`."""
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return 0 if traced else tensor.data_ptr()
 
 
 class ClipForward:

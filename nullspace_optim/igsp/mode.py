@@ -227,6 +227,7 @@ class IgspMode:
     def _observe(self, work: LoaderPass, routing: Routing = Routing.CURRENT) -> Tally:
         """Run every batch, routed for the task at work; layers collect gate inputs and towers features."""
         scope, ranks, run, layers = self.experts.scope, communicator(), make_runner(work), self.experts.layers
+        once = hasattr(work.forward, "restart")  # it gives a part of its inputs in the first batch alone
         for layer in layers:
             layer.forget()
 
@@ -243,7 +244,7 @@ class IgspMode:
                 for layer, moment in zip(layers, moments):
                     if not counted:
                         layer.moment = moment
-                    elif layer.recognition is not None:
+                    elif once and layer.recognition is not None:
                         layer.recognition.batches += 1
 
         with restored_model(work.model, work.loader), torch.no_grad(), scope.using(routing):

@@ -107,14 +107,14 @@ class Protection:
             return None
         self.finish_interrupted()
         self.put_back()
-        self.forms.queue.flush()
+        if self.forms.queue.waiting:  # of a pass that failed
+            self.forms.queue.project()
         step = Step.of(base, self._guards_of(base))
-        for guard in step.guards:
-            if guard.edited:
-                loaded = not guard.seen
-                accept_edit(guard, self.options, self._growth, original=guard.basis.name in self.originals)
-                if not loaded:  # a resumed run goes on bit for bit
-                    step.accepted.add(id(guard))
+        for guard in (guard for guard in step.guards if guard.edited):
+            loaded = not guard.seen
+            accept_edit(guard, self.options, self._growth, original=guard.basis.name in self.originals)
+            if not loaded:  # a resumed run goes on bit for bit
+                step.accepted.add(id(guard))
         if any(guard.grown for guard in step.guards if id(guard) in self.forms.stacked):  # through `.data`
             self.forms = Forms(self.guards.values(), self.options, self.workspace)
         if self._growth.waiting:
@@ -351,7 +351,7 @@ class Protection:
         ids = {id(p) for group in base.param_groups for p in group["params"]}
         known = self._of_bases.get(id(base))
         if known is None or known[0] != ids:
-            found = [guard for guard in self.guards.values() if any(id(p) in ids for p in guard.members)]
+            found = [g for g in self.guards.values() if any(id(p) in ids for p in g.members)]
             known = self._of_bases[id(base)] = ids, found
         return known[1]
 

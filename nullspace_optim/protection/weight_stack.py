@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from ..distributed.group import in_group
 from ..subspace.basis import Subspace
 from ..subspace.projection import MatrixSide, exact_products, project_gradient_, restore_anchor_
-from .guard import Guard, Workspace, gradient_hook, mask_rounding_, rounding_of
+from .guard import Guard, Workspace, gradient_hook, mask_rounding_, rounding_of, size_of
 
 FEWEST = 4  # fewer weights of a shape gain little
 LARGEST = 64 * 64  # entries of a weight; above, copies cost more than calls (measured on one core)
@@ -68,22 +68,27 @@ class WeightStack:
 
     def project(self, waiting: Collection[int]) -> None:
         """Remove the kept directions from the gradients of the guards that are `waiting` (by identity); zeros stand in
-        the place of rounding, as after `Guard.project_gradient`.
+        the place of rounding, and norms are noted, as by the hook of a guard alone.
         """
-        found = {id(guard): guard.parameter.grad for guard in self.guards if id(guard) in waiting and _fits(guard)}
+        fitting = {id(guard): _gradient(guard) for guard in self.guards if id(guard) in waiting}
+        found = {key: gradient for key, gradient in fitting.items() if gradient is not None}
         if not found:
             return
+        new = [(guard, found[id(guard)]) for guard in self.guards if id(guard) in found and not guard.measured]
+        sizes = [size_of(gradient) for _, gradient in new]
         spare = next(iter(found.values()))  # in the place of those that are absent
-        gradients = [found.get(id(guard), spare).detach() for guard in self.guards]  # type: ignore[union-attr]
+        gradients = [found.get(id(guard), spare) for guard in self.guards]
         matrix = torch.stack(gradients).reshape(-1, *self.shape[1:])
         matrix = matrix.float() if matrix.dtype in (torch.float16, torch.bfloat16) else matrix
         limit = rounding_of(matrix, {side for side, *_ in self.sides})
         for side, basis, _ in self.sides:
             project_gradient_(matrix, basis, side)
         mask_rounding_(matrix, limit)
-        new = matrix.reshape(len(gradients), *gradients[0].shape).unbind()
-        pairs = [(old, one) for guard, old, one in zip(self.guards, gradients, new) if id(guard) in found]
+        free = matrix.reshape(len(gradients), *gradients[0].shape).unbind()
+        pairs = [(old, one) for guard, old, one in zip(self.guards, gradients, free) if id(guard) in found]
         torch._foreach_copy_([old for old, _ in pairs], [one for _, one in pairs])
+        for (guard, gradient), whole in zip(new, sizes):
+            guard.norms = whole, size_of(gradient)
 
 
 class GradientQueue:
@@ -102,7 +107,7 @@ class GradientQueue:
 
     def add(self, guard: Guard) -> bool:
         """Let the gradient of `guard` wait for the end of the pass; False outside of one, or if it fits no stack."""
-        if torch.compiler.is_compiling() or in_group() or not guard.measured or not _fits(guard):
+        if torch.compiler.is_compiling() or in_group() or _gradient(guard) is None:
             return False
         current = torch._C._current_graph_task_id()
         if current < 0:
@@ -158,12 +163,12 @@ def stack_alike(guards: Iterable[Guard], workspace: Workspace) -> list[WeightSta
     return [WeightStack(members, workspace) for members in kinds.values() if len(members) >= FEWEST]
 
 
-def _fits(guard: Guard) -> bool:
-    """Return True if the gradient of a guard in a stack can be projected with it."""
+def _gradient(guard: Guard) -> Tensor | None:
+    """Return the gradient of a guard in a stack; `None` where there is none, or none that can be projected with it."""
     gradient, parameter = guard.parameter.grad, guard.parameter
     if gradient is None or guard.grown or gradient.layout != torch.strided:
-        return False
-    return gradient.dtype == parameter.dtype and gradient.device == parameter.device
+        return None
+    return gradient.detach() if (gradient.dtype, gradient.device) == (parameter.dtype, parameter.device) else None
 
 
 def _dense(guard: Guard) -> list[Subspace]:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from reference.errors import ExperimentError
 
 TOKENS, TEMPERATURE = 32, 0.05
+HALF = torch.cpu._is_avx512_bf16_supported()  # elsewhere bfloat16 is many times slower than float32
 
 Pair = tuple[Tensor, Tensor]  # token numbers of a query and of its document
 
@@ -72,8 +73,7 @@ def load_bed(folder: Path, root: Path, names: str) -> Bed:
     tasks: dict[str, dict[str, list[Pair]]] = {}
     for name in names.split(",") if names else sorted(file.parent.name for file in root.glob("*/train.jsonl")):
         train, test = (_pairs(root / name / f"{part}.jsonl", tokenize) for part in ("train", "test"))
-        end = len(train) * 4 // 5
-        tasks[name] = {"training": train[:end], "validation": train[end:], "test": test}
+        tasks[name] = {"training": train[: (end := len(train) * 4 // 5)], "validation": train[end:], "test": test}
     pool = root / "pool.txt"
     if not tasks or not pool.is_file():
         raise ExperimentError(f"--data-root {root} holds no <task>/train.jsonl or no pool.txt; give the tasks' folder")
@@ -108,7 +108,7 @@ def padded(texts: Sequence[Tensor]) -> dict[str, Tensor]:
 
 def embed(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """Mean of the last states over each text's tokens, of length one, `[n, d]`."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=HALF):
         states = model(**inputs).last_hidden_state.float()
     return F.normalize((states * inputs["attention_mask"][..., None]).sum(1), dim=-1)
 

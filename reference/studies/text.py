@@ -3,10 +3,10 @@
     python -m reference.studies.text --data-root DIR --model DIR --output DIR --figure FILE
 
 `--data-root` holds `<task>/{train,test}.jsonl` (objects with `query` and `document`) and `pool.txt`, general texts;
-`--model` is a folder of transformers, such as that of all-MiniLM-L6-v2. The encoder (mean of the last states, bfloat16
-products, no dropout) learns each task by the symmetric contrastive loss of a batch. Measured is recall@1 among a task's
-documents, of every task after each one; at the end also after interpolation with the untouched weights (WiSE-FT;
-`blend`). Every finished run is a JSON file below `--output`; the same command goes on with what is missing.
+`--model` is a folder of transformers, such as that of all-MiniLM-L6-v2. The encoder (mean of the last states, no
+dropout) learns each task by the symmetric contrastive loss of a batch. Measured is recall@1 among a task's documents,
+of every task after each one; at the end also after interpolation with the untouched weights (WiSE-FT; `blend`). Every
+finished run is a JSON file below `--output`; the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from reference.benchmarks.workload import quiet
 from reference.command import carried_out
 from reference.errors import ExperimentError
 from reference.evaluation.tables import spread, whole
-from reference.studies.encoder import TOKENS, Bed, Pair, by_length, drawn, embed, load_bed, loss_of, padded
+from reference.studies.encoder import HALF, TOKENS, Bed, Pair, by_length, drawn, embed, load_bed, loss_of, padded
 from reference.studies.ways import Way, chosen, draw, interpolation, parser
 from reference.training.tracking import provenance, write_json
 
@@ -117,7 +117,7 @@ def study(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Run what is missing, then write the table and the figure."""
     started = time.perf_counter()
     bed, split = load_bed(Path(options.model), Path(options.data_root), options.tasks), options.split
-    same = {"tasks": [*bed.tasks], "split": split, "steps": options.steps, "tokens": TOKENS, "batch": BATCH}
+    same = dict(tasks=[*bed.tasks], split=split, steps=options.steps, tokens=TOKENS, batch=BATCH, half=HALF)
     folder, seeds, made = Path(options.output), [int(seed) for seed in options.seeds.split(",")], provenance()
     untouched = {"method": "untouched", "seed": 0, **same}
     before = finished(folder, untouched, lambda: {**made, "pretrained": bed.row(bed.model, split)})["pretrained"]

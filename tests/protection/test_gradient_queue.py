@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer
 from nullspace_optim.errors import NullSpaceWarning
-from nullspace_optim.protection.weight_stack import WeightStack
+from nullspace_optim.protection.weight_stack import GradientQueue, WeightStack
 
 ROWS = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
 NEW = torch.randn(32, 16, generator=torch.Generator().manual_seed(1))
@@ -50,7 +50,7 @@ def loss_of(model: nn.Module, x: Tensor = NEW) -> Tensor:
 
 
 def protected(dtype: torch.dtype = torch.float32) -> tuple[Deep, NullSpaceOptimizer]:
-    """A model with six stacked weights whose free share has been measured, so that gradients wait."""
+    """A model with six stacked weights after a consolidation and a step."""
     torch.manual_seed(0)
     model = Deep().to(dtype)
     optimizer = NullSpaceOptimizer(SGD(model.parameters(), 1e-3), model, policy=FixedRank(5), project="both")
@@ -90,15 +90,29 @@ def test_gradients_are_those_that_each_hook_would_have_left(dtype: torch.dtype, 
 def test_one_product_a_side_projects_all_gradients(monkeypatch: Any) -> None:
     calls: list[int] = []
     original = WeightStack.project
+    model, optimizer = protected()
     monkeypatch.setattr(
         WeightStack, "project", lambda stack, waiting: calls.append(len(waiting)) or original(stack, waiting)
     )
-    model, optimizer = protected()
     loss_of(model).backward()
     assert calls == [6] and max(kept(optimizer)) < 1e-5
     optimizer.zero_grad()
     loss_of(model).backward()
     assert calls == [6, 6]
+
+
+def test_the_free_share_of_a_new_task_is_that_of_each_hook(monkeypatch: Any) -> None:
+    norms = []
+    for alone in (False, True):
+        if alone:
+            monkeypatch.setattr(GradientQueue, "add", lambda queue, guard: False)
+        model, optimizer = protected()
+        optimizer.consolidate([ROWS[:3]], progress=False)
+        loss_of(model).backward()
+        norms.append([torch.stack(guard.norms) for guard in optimizer._core.protection.guards.values()])  # type: ignore[arg-type]
+        optimizer.step()
+        assert all(guard.measured and guard.norms is None for guard in optimizer._core.protection.guards.values())
+    assert len(norms[0]) == 6 and torch.allclose(torch.stack(norms[0]), torch.stack(norms[1]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])

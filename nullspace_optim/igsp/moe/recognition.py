@@ -56,7 +56,7 @@ class TaskRecognition(Stateless):
         for name, value in (*zip(KNOWN, (*tasks, *sums)), ("draw", draw), ("whiten", torch.eye(size))):
             self.register_buffer(name, value.to(device))
         self.rows: list[Tensor] = []
-        self.batches = 0  # of the pass in which rows were collected
+        self.batches = 0  # of the pass in which rows were collected, if a single call stands for all of them
         self.found: Tensor | None = None
         self.chosen: Tensor | None = None
 
@@ -135,7 +135,7 @@ class TaskRecognition(Stateless):
     def collect(self) -> Tensor:
         """Return and forget the features `[n, p]` that were collected, with a warning without those not finite.
 
-        Samples of a single call (prompts that `clip_forward` gives once a pass) stand for those of every batch.
+        Samples of a single call stand for those of every batch of a `forward` that gives some once a pass (prompts).
         """
         rows = self.rows * self.batches if len(self.rows) == 1 and self.batches else self.rows
         self.rows, self.batches = [], 0
