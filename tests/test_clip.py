@@ -286,3 +286,21 @@ def test_random_alignment_is_a_penalty_on_norms_in_expectation() -> None:
     for wrong in (torch.randn(4, 4), torch.randn(5, 3), torch.randn(5)):
         with pytest.raises(ShapeError, match="expected n pairs"):
             random_alignment_loss(images, wrong)
+
+
+def test_distillation_is_traced_and_differentiated_as_a_function() -> None:
+    ours, theirs = torch.randn(6, 5), torch.randn(6, 5)
+    expected = distillation_loss(ours, theirs)
+    compiled = torch.compile(distillation_loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(ours, theirs), expected)
+    gradient = torch.func.grad(distillation_loss)(ours, theirs)
+    (other,) = torch.autograd.grad(distillation_loss(found := ours.clone().requires_grad_(), theirs), found)
+    torch.testing.assert_close(gradient, other)
+    with pytest.raises(OptionError, match="same outputs"):
+        torch.func.grad(lambda logits: distillation_loss(logits, logits))(ours)
+
+
+@pytest.mark.parametrize("loss", [lambda out, y: distillation_loss(out, out.clone(), labels=y), alignment_loss])
+def test_labels_that_are_no_tensor_are_refused_with_the_way_out(loss: Any) -> None:
+    with pytest.raises(OptionError, match=r"labels: expected a tensor, found list: torch\.as_tensor\(labels\)"):
+        loss(torch.randn(3, 3), [0, 1, 2])

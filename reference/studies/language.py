@@ -52,8 +52,10 @@ WAYS = {
     "ours, Energy(0.99), both": Way(1e-3, threshold=0.99),
     "ours, Energy(0.95), both": Way(1e-3, threshold=0.95),
     "ours, Energy(0.8), both": Way(1e-3, threshold=0.8),
-    "ours, Energy(0.95), both, table released": Way(1e-3, threshold=0.95, release=True),
-    "ours, the same, and distillation, 5 %": Way(1e-3, threshold=0.95, release=True, replay=0.05, distil=1.0),
+    "ours, Energy(0.5), both": Way(1e-3, threshold=0.5),
+    "ours, Energy(0.8), both, and old data, 5 %": Way(1e-3, threshold=0.8, replay=0.05),
+    "ours, Energy(0.5), both, and old data, 5 %": Way(1e-3, threshold=0.5, replay=0.05),
+    "ours, Energy(0.8), both, and distillation, 5 %": Way(1e-3, threshold=0.8, replay=0.05, distil=1.0),
 }
 
 
@@ -166,8 +168,6 @@ def fine_tuned(
     if way.threshold is not None:
         generator = torch.Generator().manual_seed(3)
         optimizer.consolidate([rows(old["training"], generator, ROWS)[:, :-1] for _ in range(24)], progress=False)
-        if way.release:
-            optimizer.release("table.weight")
     generator = torch.Generator().manual_seed(100 + seed)
     for _ in range(steps):
         count = way.old_rows(ROWS, generator)

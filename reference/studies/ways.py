@@ -28,7 +28,6 @@ class Way:
     rate: float
     threshold: float | None = None
     project: Literal["update", "both"] = "both"
-    release: bool = False
     replay: float = 0.0
     distil: float = 0.0
     rank: int = 0
