@@ -186,9 +186,13 @@ def _single_choices(
     choices: dict[Key, GrownBasis] = {}
     with raise_on_all_ranks():
         for key, use in _mine(uses, ranks, title):
-            candidate = _examined(policy, use, key)
-            choices[key] = _chosen(candidate, _ranks(policy, {key: candidate.spectra})[key], use)
+            choices[key] = _single_choice(policy, use, key)
     return choices
+
+
+def _single_choice(policy: Policy, use: Use, key: Key) -> GrownBasis:
+    candidate = _examined(policy, use, key)
+    return _chosen(candidate, _ranks(policy, {key: candidate.spectra})[key], use)
 
 
 def _joint_choices(
