@@ -186,13 +186,10 @@ def _single_choices(
     choices: dict[Key, GrownBasis] = {}
     with raise_on_all_ranks():
         for key, use in _mine(uses, ranks, title):
-            choices[key] = _single_choice(policy, use, key)
+            candidate = _examined(policy, use, key)
+            choices[key] = _chosen(candidate, _ranks(policy, {key: candidate.spectra})[key], use)
+            del candidate  # before the next one is found
     return choices
-
-
-def _single_choice(policy: Policy, use: Use, key: Key) -> GrownBasis:
-    candidate = _examined(policy, use, key)
-    return _chosen(candidate, _ranks(policy, {key: candidate.spectra})[key], use)
 
 
 def _joint_choices(

@@ -121,14 +121,15 @@ def _wrapped(notes: list[str]) -> str:
 
 def _consolidation(found: Survey, conditions: Conditions, predictions: dict[str, Prediction]) -> list[str]:
     cost, ranks = consolidation(found, conditions), predictions.values()
-    least, most = (choose(rank.solving_bytes for rank in ranks) for choose in (min, max))
+    solving = [rank.solving_bytes for rank in ranks]
+    more = " to ".join(dict.fromkeys(map(size, (min(solving), max(solving)))))
     lines = [
         f"one consolidation of {cost.samples} samples: forward {operations(cost.forward_flops)}, second moments "
         f"{operations(cost.moment_flops)} (9/16 of it on a CPU), eigenvectors "
         f"{operations(cost.eigh_flops)} ({cost.eigenproblems} problems, the largest {cost.largest} wide) that read "
         f"{size(cost.eigh_bytes)} of memory, bases at most {operations(max(r.polish_flops for r in ranks))}",
         f"second moments held until its end, on every device: {size(cost.moments)}; then finding directions takes "
-        f"{size(least)} to {size(most)} more, by their number, and up to {size(max(most, cost.later))} in later tasks",
+        f"{more}, by their number, and up to {size(max(*solving, cost.later))} in later tasks",
     ]
     if cost.largest > WIDE:
         wide = sum(moment.size > WIDE for moment in found.moments)

@@ -65,7 +65,7 @@ class Moment:
         """
         if self.sketched:
             return 9 * FLOAT * self.groups * self.sketched * self.size
-        g, r, wide = self.groups, rank / self.size, entry // FLOAT
+        g, r, wide = self.groups, rank / max(1, self.size), entry // FLOAT
         solved = wide * (3 if g == 1 else 2 * g + 2.25)
         polished = (wide + r) * g + r * (g > 1) + (4 * r + 3 * r**2 if wide == 1 else 4 * r**2)
         return round(FLOAT * self.size**2 * max(solved, polished))
