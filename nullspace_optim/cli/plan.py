@@ -89,6 +89,7 @@ def run(options: argparse.Namespace) -> int:
         project=options.project,
         precise=policy.precise,
         accumulate=policy.merge == "accumulate",
+        joint=policy.joint,
         soft=type(policy).scale is not Policy.scale,
         batch_frobenius=policy.batch_frobenius,
         samples=options.samples,

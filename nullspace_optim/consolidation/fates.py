@@ -188,6 +188,7 @@ def _single_choices(
         for key, use in _mine(uses, ranks, title):
             candidate = _examined(policy, use, key)
             choices[key] = _chosen(candidate, _ranks(policy, {key: candidate.spectra})[key], use)
+            del candidate  # before the next one is found
     return choices
 
 

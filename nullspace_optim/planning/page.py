@@ -48,7 +48,7 @@ def page(found: Survey, inputs: str, policy: Policy, conditions: Conditions, pre
             _fates(found),
             table(HEADER, [_row(found, *item) for item in predictions.items()]),
             _wrapped(_notes(found, policy, conditions, predictions)),
-            _wrapped(_consolidation(found, conditions)),
+            _wrapped(_consolidation(found, conditions, predictions)),
         ]
     )
 
@@ -119,13 +119,17 @@ def _wrapped(notes: list[str]) -> str:
     return "\n".join(fill(note, 110, initial_indent="* ", subsequent_indent="  ") for note in notes)
 
 
-def _consolidation(found: Survey, conditions: Conditions) -> list[str]:
-    cost = consolidation(found, conditions)
+def _consolidation(found: Survey, conditions: Conditions, predictions: dict[str, Prediction]) -> list[str]:
+    cost, ranks = consolidation(found, conditions), predictions.values()
+    solving = [rank.solving_bytes for rank in ranks]
+    more = " to ".join(dict.fromkeys(map(size, (min(solving), max(solving)))))
     lines = [
         f"one consolidation of {cost.samples} samples: forward {operations(cost.forward_flops)}, second moments "
         f"{operations(cost.moment_flops)} (9/16 of it on a CPU), eigenvectors "
-        f"{operations(cost.eigh_flops)} ({cost.eigenproblems} problems, the largest {cost.largest} wide)",
-        f"second moments held until its end, on every device: {size(cost.moments)}",
+        f"{operations(cost.eigh_flops)} ({cost.eigenproblems} problems, the largest {cost.largest} wide) that read "
+        f"{size(cost.eigh_bytes)} of memory, bases at most {operations(max(r.polish_flops for r in ranks))}",
+        f"second moments held until its end, on every device: {size(cost.moments)}; then finding directions takes "
+        f"{more}, by their number, and up to {size(max(*solving, cost.later))} in later tasks",
     ]
     if cost.largest > WIDE:
         wide = sum(moment.size > WIDE for moment in found.moments)

@@ -24,9 +24,9 @@ from ..protection.step_hooks import EXACT_EVERY
 from ..protection.weight_stack import FEWEST, LARGEST
 from ..settings import CHOICES, Precision, Project
 from ..subspace.projection import MatrixSide
-from .shapes import Moment, Survey, Weight
+from .shapes import FLOAT, Moment, Survey, Weight
 
-FLOAT, INDEX = 4, 8  # bytes of a float32 and of an int64
+INDEX = 8  # bytes of an int64
 AGAIN = 3  # passes over the first samples: one for the probe, two for the drift that is allowed
 
 Rank = Callable[[int], int]
@@ -37,9 +37,10 @@ class Conditions:
     """Conditions of a prediction.
 
     `devices` share the weights by rows (FSDP2). `precise` and `accumulate` are those of the policy: second moments
-    in float64, second moments kept between tasks; with `soft` directions have a scale and take the anchor form at any
-    rank. `samples` are consolidated. `rows_used` is the number of rows of each embedding that tasks look up: one number
-    for all, one by name, or `None` for a quarter of each.
+    in float64, second moments kept between tasks, and so is `joint`: the eigenvectors of all weights are held at once;
+    with `soft` directions have a scale and take the anchor form at any rank. `samples` are consolidated. `rows_used` is
+    the number of rows of each embedding that tasks look up: one number for all, one by name, or `None` for a quarter of
+    each.
     """
 
     devices: int = 1
@@ -47,6 +48,7 @@ class Conditions:
     project: Project = "update"
     precise: bool = False
     accumulate: bool = False
+    joint: bool = False
     soft: bool = False
     batch_frobenius: bool = False
     samples: int = 1000
@@ -60,6 +62,11 @@ class Conditions:
             raise OptionError(f"rows_used={self.rows_used}: expected a whole number in [1, inf)")
         for name in ("precision", "project"):
             check_choice(name, getattr(self, name), CHOICES[name])
+
+    @property
+    def entry(self) -> int:
+        """Bytes of an entry of a second moment."""
+        return 2 * FLOAT if self.precise else FLOAT
 
     def looked_up(self, weight: Weight) -> int:
         """Return how many rows of an embedding are used."""
@@ -101,7 +108,8 @@ class Prediction:
     `share` is the part of all directions that is protected, 0..1; `full` counts parameters without a free direction
     left (frozen from then on); `memory` is that of one process holding everything (or of each DDP rank),
     `per_device` that of one FSDP2 rank; `step_flops` is the correction of one step over all devices, averaged over 16
-    steps.
+    steps. A consolidation holds `solving_bytes` beside second moments and activations, where it finds directions, and
+    makes bases orthonormal in `polish_flops`, half of them in float64.
     """
 
     share: float
@@ -110,25 +118,30 @@ class Prediction:
     per_device: MemoryCost
     step_flops: int
     step_flops_per_device: int
+    polish_flops: int = 0
+    solving_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class ConsolidationCost:
-    """The cost of one consolidation; it does not depend on the rank.
+    """The cost of one consolidation, so far as it does not depend on the rank.
 
     FLOPs of the forward passes (of all samples, and three times of the few that are remembered by digest), of the
-    second moments (as whole products; a CPU does 9/16 of wide ones) and of the eigenvectors; `moments` are the
-    bytes of all second moments, held by every device until the pass ends; `largest` is the largest eigenproblem. All
-    are upper bounds for weights with fewer rows than half their width.
+    second moments (as whole products; a CPU does 9/16 of wide ones) and of the eigenvectors, which on top read
+    `eigh_bytes` at the rate of memory; `moments` are the bytes of all second moments, held by every device until the
+    pass ends; `largest` is the largest eigenproblem; `later` bytes are those that solving it takes at most in tasks
+    after the first. All are upper bounds for weights with fewer rows than half their width.
     """
 
     samples: int
     forward_flops: int
     moment_flops: int
     eigh_flops: int
+    eigh_bytes: int
     moments: int
     eigenproblems: int
     largest: int
+    later: int
 
 
 def by_fraction(fraction: float) -> Rank:
@@ -157,13 +170,15 @@ def predict(survey: Survey, rank: Rank, conditions: Conditions | None = None) ->
         per_device=_memory(survey, costs, conditions, conditions.devices),
         step_flops=sum(cost.flops(1) for cost in costs),
         step_flops_per_device=sum(cost.flops(conditions.devices) for cost in costs),
+        polish_flops=sum(4 * m.groups * m.size * min(rank(m.size), m.size) ** 2 for m in survey.moments),
+        solving_bytes=_solving(survey, rank, conditions),
     )
 
 
 def consolidation(survey: Survey, conditions: Conditions | None = None) -> ConsolidationCost:
     """Return what one consolidation of `conditions.samples` samples costs."""
     conditions = conditions or Conditions()
-    entry = 2 * FLOAT if conditions.precise else FLOAT
+    entry = conditions.entry
     copies = 2 if conditions.batch_frobenius else 1
     batches = conditions.samples / survey.batch
     extra = AGAIN * min(SAMPLES, survey.batch, conditions.samples)
@@ -172,10 +187,22 @@ def consolidation(survey: Survey, conditions: Conditions | None = None) -> Conso
         forward_flops=round(survey.forward_flops * (conditions.samples + extra) / survey.batch),
         moment_flops=round(sum(moment.flops for moment in survey.moments) * batches),
         eigh_flops=sum(moment.solving for moment in survey.moments),
+        eigh_bytes=sum(moment.read(entry) for moment in survey.moments),
         moments=copies * sum(moment.bytes(entry) for moment in survey.moments),
         eigenproblems=sum(moment.groups for moment in survey.moments),
         largest=max((moment.size for moment in survey.moments), default=0),
+        later=max((5 * entry * m.size**2 for m in survey.moments if not m.sketched), default=0),
     )
+
+
+def _solving(survey: Survey, rank: Rank, conditions: Conditions) -> int:
+    """Return the bytes that finding directions takes: of one second moment at a time, or of all at once."""
+    entry, together, alone = conditions.entry, 0, [0]
+    for moment in survey.moments:
+        vectors = moment.vectors(entry) if conditions.joint else 0
+        alone.append(moment.solving_bytes(entry, min(rank(moment.size), moment.size)) - vectors)
+        together += vectors
+    return together + max(alone)
 
 
 def on_both_sides(survey: Survey) -> Survey:
@@ -340,7 +367,7 @@ def _memory(survey: Survey, costs: list[_Cost], conditions: Conditions, devices:
     frozen = sum(_part(item.bytes, item.shape, devices) for item in survey.frozen)
     residual = max((cost.residual(devices) for cost in costs), default=0)
     memory += MemoryCost(workspaces=residual)
-    entry = 2 * FLOAT if conditions.precise else FLOAT
+    entry = conditions.entry
     kept = sum(moment.groups * moment.size**2 * entry for moment in survey.moments) if conditions.accumulate else 0
     return memory + MemoryCost(bases=sum(shared.values()), kept=frozen + survey.buffers, covariances=kept)
 

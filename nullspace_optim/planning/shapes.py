@@ -13,6 +13,8 @@ from ..subspace.layout import Kind
 from ..subspace.projection import MatrixSide
 
 EIGH = 9  # FLOPs of all eigenpairs of a symmetric matrix `[s, s]` over `s^3` (Golub and Van Loan, section 8.3)
+CACHE = 2**25  # bytes of a matrix that stays in a processor's cache
+FLOAT = 4  # bytes of a float32
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,31 @@ class Moment:
     def solving(self) -> int:
         """FLOPs of finding the directions."""
         return self.groups * (_svd(self.sketched, self.size) if self.sketched else EIGH * self.size**3)
+
+    def read(self, entry: int) -> int:
+        """Bytes that finding the directions reads from memory: the reduction to tridiagonal form multiplies, column by
+        column, what is left of a triangle with one vector, `s^3 / 6` entries in all.
+        """
+        cached = self.sketched or entry * self.size**2 <= CACHE
+        return 0 if cached else self.groups * self.size**3 * entry // 6
+
+    def vectors(self, entry: int) -> int:
+        """Bytes of all eigenvectors."""
+        return self.groups * self.size * entry * (self.sketched or self.size)
+
+    def solving_bytes(self, entry: int, rank: int) -> int:
+        """Bytes that a first task takes beside the second moments to find the directions and keep `rank` of them.
+
+        In matrices `[s, s]` of float32, `r = k / s`: all eigenvectors and two of workspace; or eigenvectors, `r` of
+        basis and `4 r + 3 r^2` where it is made orthonormal (from float64 `4 r^2`). Later tasks solve in coordinates of
+        what is free; these and the second moment in them make it five at most.
+        """
+        if self.sketched:
+            return 9 * FLOAT * self.groups * self.sketched * self.size
+        g, r, wide = self.groups, rank / max(1, self.size), entry // FLOAT
+        solved = wide * (3 if g == 1 else 2 * g + 2.25)
+        polished = (wide + r) * g + r * (g > 1) + (4 * r + 3 * r**2 if wide == 1 else 4 * r**2)
+        return round(FLOAT * self.size**2 * max(solved, polished))
 
 
 @dataclass(frozen=True)

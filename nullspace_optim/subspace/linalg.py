@@ -141,7 +141,9 @@ def polish(basis: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         error.diagonal(dim1=-2, dim2=-1).sub_((error.diagonal(dim1=-2, dim2=-1).abs() > 0).to(error.dtype))
         size = float(torch.linalg.matrix_norm(error).amax()) if error.numel() else 0.0
         if size > _ORTHONORMAL:
-            precise = precise - 0.5 * (precise.to(target) @ error.to(target))
+            moved = precise.to(target) @ error.to(target)
+            del error  # a wide basis fills memory
+            precise = torch.sub(precise, moved, alpha=0.5, out=None if precise is basis else precise)
         if size**2 <= _ORTHONORMAL:
             return precise.to(target)
     raise ConsolidationError(
@@ -169,11 +171,10 @@ def append_directions(basis: Tensor, found: Tensor, *, orthonormal: bool) -> Ten
     """
     if not found.shape[1]:
         return basis
-    outside = _double(found)
     if basis.shape[1]:
-        stored = _double(basis)
-        outside = outside - stored @ (stored.mH @ outside)
-    fresh = polish(outside if orthonormal else orthonormalise(outside))
+        stored, found = _double(basis), _double(found)
+        found = found - stored @ (stored.mH @ found)
+    fresh = polish(found if orthonormal else orthonormalise(_double(found)))
     return torch.cat([basis, fresh.to(basis)], dim=1)
 
 
