@@ -22,10 +22,11 @@ WHOLE = (
 INTERVALS = {
     **dict.fromkeys(("label_smoothing", "energy", "gnsp_rho", "wise_share", "matched_share"), (0.0, 1.0)),
     **dict.fromkeys(("ensemble_share", "prune_bound"), (0.0, 1.0)),
-    **dict.fromkeys(("weight_decay", "warmup", "zscl_l2", "ewc_weight"), (0.0, float("inf"))),
+    **dict.fromkeys(("gap_bound", "weight_decay", "warmup", "zscl_l2", "ewc_weight"), (0.0, float("inf"))),
     **dict.fromkeys(("distillation_weight", "alignment_weight", "sgp_alpha"), (0.0, float("inf"))),
     **dict.fromkeys(("learning_rate", "refine_rate"), (0.0, 10.0)),
     "refine_steps": (0, float("inf")),
+    "dense_collages": (3, float("inf")),
     "temperature": (1e-3, 1e3),
 }
 FOLDERS = ("data_root", "model", "reference_root")
@@ -62,6 +63,7 @@ class Config:
         consolidation_images: most images of one task that are consolidated; `null`: all.
         robust_images: test images of each task that are attacked before and after the sequence; `null`: none, since it
             takes as long as training a task.
+        dense_collages: collages of test images on which patches are looked at at both ends as well; `null`: none.
         reference_images: how many images of the reference pool `nullspace-reference` protects.
         layers: what methods without adapters train, and so protect: `all` (both towers), `vision` (the image tower) or
             `gnsp` (the MLPs of the image tower and its projection, 25 tensors in ViT-B/16).
@@ -90,6 +92,7 @@ class Config:
         pretrain_iterations, pretrain_rate: the training of demo's own tiny CLIP.
         igsp: options of `nullspace_optim.IGSP` for the method `igsp`.
         lora_rank: rank of the methods with LoRA. moe_experts: experts beside each block of `moe-adapters`.
+        gap_bound: how far `mg-clip` lets the mean cosine of images with wrong classes move (a tenth of mini-clip's).
         of_method: settings that differ for one method, by its name; the rate of each method, say. What is given is
             put over the preset's; `{}` takes the preset's away.
         note: sentence printed under the table.
@@ -119,6 +122,7 @@ class Config:
     evaluation_templates: Literal["first", "all", "gnsp"] = "first"
     also_templates: tuple[Literal["first", "all", "gnsp"], ...] = ()
     robust_images: int | None = None
+    dense_collages: int | None = None
     consolidation_images: int | None = None
     reference_images: int = 1000
     layers: Literal["all", "vision", "gnsp"] = "all"
@@ -148,6 +152,7 @@ class Config:
     pretrain_rate: float = 0.0
     igsp: Mapping[str, Any] = field(default_factory=dict)
     lora_rank: int = 8
+    gap_bound: float = 0.04
     moe_experts: int = 22
     of_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     note: str = ""

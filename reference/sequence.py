@@ -22,6 +22,7 @@ from reference.data.tasks import Task
 from reference.errors import ExperimentError
 from reference.evaluation import metrics
 from reference.evaluation.costs import costs, summary_of_steps
+from reference.evaluation.dense import patch_figures
 from reference.evaluation.geometry import pool_figures
 from reference.evaluation.robust import robust_accuracy
 from reference.evaluation.scoring import Board, Scorer, as_results
@@ -57,6 +58,7 @@ class Progress:
     trained: list[int] = field(default_factory=list)
     pool: list[dict[str, float]] = field(default_factory=list)
     robust: list[dict[str, list[float]]] = field(default_factory=list)
+    dense: list[dict[str, float]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ACTIVITIES, 0.0))
 
     @classmethod
@@ -204,10 +206,12 @@ class Sequence(SavedRun):
                     board.add(list(board.right[0]), board.gaps[0])
 
     def _look_at_pool(self) -> None:
-        """Retrieval and modality gap on the reference pool, if there is one."""
-        if self.experiment.pool is not None:
-            with self._timed("evaluation"), self.method.without_task():
+        """Retrieval and modality gap on the reference pool, if there is one; patches, where the settings ask for it."""
+        with self._timed("evaluation"), self.method.without_task():
+            if self.experiment.pool is not None:
                 self.progress.pool.append(pool_figures(self.clip, self.experiment.pool, self.config))
+            if self.config.dense_collages:
+                self.progress.dense.append(patch_figures(self.clip, self.experiment.tasks, self.config))
 
     def _attack(self) -> None:
         """Accuracy on attacked images of every task, where the settings ask for it."""
@@ -235,6 +239,7 @@ class Sequence(SavedRun):
             "transfer_known": metrics.transfer_known(matrix, pretrained, chance).value,
             "unknown_tasks": [task.name for i, task in enumerate(self.experiment.tasks) if i not in known],
             "pool": dict(zip(("before", "after"), self.progress.pool)),
+            "dense": dict(zip(("before", "after"), self.progress.dense)),
             "robust": dict(zip(("before", "after"), self.progress.robust)),
             "scored_otherwise": others,
             "facts": self.method.facts(),

@@ -45,6 +45,7 @@ REST: dict[str, Callable[[Results], float | None]] = {
     "negative cosine": partial(gap, figure="negative_cosine"),
     "gap on tasks": partial(gap, figure="modality_gap"),
     "robust, share kept": robust_share,
+    "patch grouping": lambda run: run.get("dense", {}).get("after", {}).get("grouping"),
     "trained parameters [M]": lambda run: (
         max(run["trained_parameters"]) / 1e6 if run.get("trained_parameters") else None
     ),
@@ -55,7 +56,7 @@ REST: dict[str, Callable[[Results], float | None]] = {
 }
 OF_THE_POOL = {"reference_root", "reference_images"}
 NOT_A_METHODS_OWN = {"methods", "seeds", "note", "device"}
-DIGITS = {name: 3 if "cosine" in name or "gap" in name or "share" in name else 1 for name in REST}
+DIGITS = {name: 3 if "cosine" in name or "gap" in name or "share" in name or "grouping" in name else 1 for name in REST}
 DIGITS |= {"seconds": 0, "memory [MiB]": 0, "s / iteration": 4}
 READING = (
     "Accuracy in percent. Transfer: tasks not yet trained (mean of column means above the diagonal); known tasks: only "
@@ -64,7 +65,7 @@ READING = (
     "pretrained. A dash: cells of the matrix are missing. Retrieval and modality gap on the reference pool after the "
     "last task: methods with losses on it train on these very pairs. Cosines of test images with their own class and "
     "with the others, and the gap on tasks: after the last, mean over tasks. Robust, share kept: of the accuracy under "
-    "an attack of half a grey level. Mean ± standard "
+    "an attack of half a grey level. Patch grouping: area under the curve, on collages. Mean ± standard "
     "deviation over seeds; differences with a 95 % interval from a paired bootstrap over test images and seeds."
 )
 STYLE = (
