@@ -148,9 +148,8 @@ def _glyph(text: str, fonts: Sequence[str], random: Generator, pretraining: bool
     """One character in a font that matplotlib ships, turned a little."""
     paper, ink = ((230, 230, 230), (20, 20, 20)) if pretraining else _ink(random)
     image = Image.new("RGB", (SIZE, SIZE), paper)
-    font = ImageFont.truetype(
-        str(_FONTS / f"{fonts[int(random.integers(len(fonts)))]}.ttf"), int(random.integers(24, 30))
-    )
+    name = f"{fonts[int(random.integers(len(fonts)))]}.ttf"
+    font = ImageFont.truetype(str(_FONTS / name), int(random.integers(24, 30)))
     place = tuple(SIZE / 2 + random.uniform(-2, 2, 2))
     ImageDraw.Draw(image).text(place, text, fill=ink, font=font, anchor="mm")
     return _floats(image.rotate(random.uniform(-8, 8), fillcolor=paper))
@@ -207,10 +206,6 @@ def _photograph(label: str, random: Generator, pretraining: bool) -> Pixels:
 _FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 _PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]
 RENDERERS: dict[str, Callable[[str, Generator, bool], Pixels]] = {
-    "digits": _digit,
-    "shapes": _shape,
-    "colours": _colour,
-    "textures": _texture,
-    "letters": _letter,
+    "digits": _digit, "shapes": _shape, "colours": _colour, "textures": _texture, "letters": _letter,
     "photographs": _photograph,
-}
+}  # fmt: skip

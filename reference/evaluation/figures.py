@@ -45,14 +45,8 @@ def forgetting_curves(runs: Sequence[Results], path: Path | IO[bytes]) -> None:
     methods = list(dict.fromkeys(run["method"] for run in runs))
     per_row = max(1, round(1.5 * columns))
     legend_rows = -(-len(methods) // per_row)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(3.1 * columns, 2.4 * rows + 0.5 + 0.2 * legend_rows),
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    size = (3.1 * columns, 2.4 * rows + 0.5 + 0.2 * legend_rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, sharex=True, squeeze=False, layout="constrained")
     for number, (axes, task) in enumerate(zip(grid.flat, tasks)):
         for method, style in zip(methods, cycle(STYLES)):
             matrices = [np.array([r["pretrained"], *r["accuracy"]], dtype=float) for r in runs if r["method"] == method]

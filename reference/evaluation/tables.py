@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from reference.evaluation import metrics
 
@@ -26,6 +28,11 @@ def spread(values: Sequence[float | None], digits: int = 1) -> str:
         return "-"
     deviation = f" ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else ""
     return f"{np.mean(known):.{digits}f}{deviation}"
+
+
+def reading(name: str) -> str:
+    """What the reader of a table must know, from `readings.yaml`."""
+    return str(yaml.safe_load(Path(__file__).with_name("readings.yaml").read_text(encoding="utf-8"))[name])
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -18,7 +18,7 @@ from reference.command import carried_out
 from reference.evaluation import metrics
 from reference.evaluation.bootstrap import compare
 from reference.evaluation.report import files_below, load_runs
-from reference.evaluation.tables import markdown_table, memory, spread
+from reference.evaluation.tables import markdown_table, memory, reading, spread
 from reference.methods.adapters import TASK_UNKNOWN
 from reference.training.tracking import write_text
 
@@ -26,22 +26,6 @@ Results = dict[str, Any]
 Rows = Mapping[str, list[Results]]
 FIGURES = ("transfer", "average", "last")
 CLAIMS = {"trainable_mean": 42.7, "final_with_routers": 86.9}
-NOTES = """\
-Accuracy in percent, mean ± standard deviation over seeds. With a task's name, tasks that have not been trained run the
-pretrained model, so Transfer is its accuracy by construction: judge by the columns without a name, where each image
-and each prompt is given to the nearest finished task, or to none, by the features of the frozen backbone. Parameters in
-thousands. Trainable: of one task;
-phase 1 and phase 2 are means over tasks, "mean" weights both with their steps, `(N1 p1 + N2 p2) / (N1 + N2)`, and
-averages over tasks (methods of one phase: what trains in a task, averaged over tasks). Final extra: all parameters
-beside the backbone after the last task, without and with routers, prototypes or selectors (`gnsp-exact` changes the
-model itself and stores none). Kept, pruned, reused: experts, summed over layers and tasks; settled: mean step at which
-a router converged, where it did. Time and peak memory of one run."""
-CLAIMED = """\
-Savings of `igsp` in percent: `100 (1 - igsp / other)`; the denominator is the same figure of the other method in this
-table: its mean trainable parameters of a task, its final extra parameters with routers and selectors. The abstract of
-iGSP claims 42.7 % fewer average trainable parameters against the state of the art and 86.9 % fewer final parameters
-against its counterparts, without naming the denominators. Accuracy: igsp less the other method, in points, with a 95 %
-interval from a paired bootstrap over test images and seeds."""
 
 
 def read_rows(places: Sequence[str]) -> dict[str, list[Results]]:
@@ -63,11 +47,11 @@ def read_rows(places: Sequence[str]) -> dict[str, list[Results]]:
 
 def report(rows: Rows) -> str:
     """All tables as Markdown."""
-    parts = [markdown_table(accuracy_table(rows)), markdown_table(parameter_table(rows)), NOTES]
+    parts = [markdown_table(accuracy_table(rows)), markdown_table(parameter_table(rows)), reading("experts")]
     ours = next((runs for runs in rows.values() if runs[0]["method"] == "igsp"), None)
     others = {label: runs for label, runs in rows.items() if runs[0]["method"] != "igsp"}
     if ours and others:
-        parts += [markdown_table(claims_table(ours, others)), CLAIMED]
+        parts += [markdown_table(claims_table(ours, others)), reading("claims")]
     if ours:
         parts += [f"Experts of `{next(iter(rows))}`, seed {ours[0]['seed']}:", markdown_table(expert_table(ours[0]))]
     return "\n\n".join(parts) + "\n"

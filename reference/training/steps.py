@@ -145,16 +145,9 @@ def train(clip: Clip, optimizer: Optimizer, task: Task, config: Config, loss: Lo
 
 
 def learn(
-    learner: Learner,
-    task: Task,
-    config: Config,
-    schedule: Schedule,
-    seed: int,
-    number: int = 0,
-    first_step: int = 0,
-    after_step: Callable[[Step], None] | None = None,
-    smallest_crop: float = SMALLEST_CROP,
-) -> None:
+    learner: Learner, task: Task, config: Config, schedule: Schedule, seed: int, number: int = 0, first_step: int = 0,
+    after_step: Callable[[Step], None] | None = None, smallest_crop: float = SMALLEST_CROP,
+) -> None:  # fmt: skip
     """Let `learner` train `task` (the `number`-th) from `first_step` on.
 
     `after_step` is called after each step and may raise to stop.
@@ -235,13 +228,9 @@ def accuracy(correct: Tensor) -> float:
 
 @torch.no_grad()
 def scores(
-    clip: Clip,
-    task: Task,
-    config: Config,
-    templates: tuple[int, ...],
-    look: Look | None = None,
+    clip: Clip, task: Task, config: Config, templates: tuple[int, ...], look: Look | None = None,
     vectors: Vectors = lambda classes: classes,
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """Test images that are classified rightly, booleans `[n]`, once for each number of templates in `templates`.
 
     A class is what `vectors` makes of the mean of its first so many prompts' features; all share one pass over the

@@ -128,6 +128,6 @@ def test_a_run_looks_at_both_ends_where_it_is_asked(config: Config, experiment: 
     assert still["before"] == still["after"] == found["before"]
     none = Sequence(experiment, METHODS["zero-shot"], load_config("demo", {**vars(config), "dense_collages": None}), 0,
                     tmp_path / "c")  # fmt: skip
-    assert none.run()["dense"] == {}
+    assert none.run()["dense"] == {"before": {}, "after": {}}
     with pytest.raises(ExperimentError, match="dense_collages=2"):
         load_config("demo", {"output": "o", "dense_collages": 2})
