@@ -61,12 +61,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--order", help="I or II")
     parser.add_argument("--split", help="test or validation, on which settings are chosen")
     parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
+        "--set", action="append", default=[], metavar="KEY=VALUE",
         help="any setting of reference/config.py; gradient_checkpointing=true, say, for less memory in training",
-    )
+    )  # fmt: skip
 
 
 def read_config(options: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> Config:

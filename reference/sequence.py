@@ -220,30 +220,19 @@ class Sequence(SavedRun):
         known = metrics.known(pretrained, chance)
         others = {name: as_results(self.progress.boards[name]) for name in self.scorer.names[1:]}
         return {
-            "method": self.method.name,
-            "seed": self.seed,
-            "tasks": [task.name for task in self.experiment.tasks],
-            **as_results(self.main),
-            **{name: mean.value for name, mean in metrics.summary(matrix, pretrained).items()},
-            "chance": chance,
-            "transfer_known": metrics.transfer_known(matrix, pretrained, chance).value,
+            "method": self.method.name, "seed": self.seed, "tasks": [task.name for task in self.experiment.tasks],
+            **as_results(self.main), **{name: mean.value for name, mean in metrics.summary(matrix, pretrained).items()},
+            "chance": chance, "transfer_known": metrics.transfer_known(matrix, pretrained, chance).value,
             "unknown_tasks": [task.name for i, task in enumerate(self.experiment.tasks) if i not in known],
             **{name: dict(zip(("before", "after"), (end[name] for end in self.progress.ends))) for name in LOOKED_AT},
-            "scored_otherwise": others,
-            "facts": self.method.facts(),
-            "seconds": sum(self.progress.seconds.values()),
-            "seconds_by_activity": self.progress.seconds,
-            "training": self.progress.training,
+            "scored_otherwise": others, "facts": self.method.facts(), "seconds": sum(self.progress.seconds.values()),
+            "seconds_by_activity": self.progress.seconds, "training": self.progress.training,
             "consolidations": self.progress.consolidations,
-            **costs(self.progress.training, self.progress.consolidations),
-            "peak_memory": peak_memory(),
+            **costs(self.progress.training, self.progress.consolidations), "peak_memory": peak_memory(),
             "parameters": sum(p.numel() for p in self.clip.model.parameters()),
-            "trained_parameters": self.progress.trained,
-            "machine": machine(),
-            "torch": torch.__version__,
-            **self.made,
+            "trained_parameters": self.progress.trained, "machine": machine(), "torch": torch.__version__, **self.made,
             "config": recorded(self.config),
-        }
+        }  # fmt: skip
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.config)

@@ -30,6 +30,7 @@ from nullspace_optim import NullSpaceOptimizer, clip_forward
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.workload import build, quiet, random_batch, ratio, seconds
 from reference.config import load_config
+from reference.evaluation.tables import reading
 from reference.training.clip import load_clip
 
 PROMPTS = 10
@@ -37,13 +38,10 @@ BATCH = 32
 
 # Where the time of a consolidation is spent: part, file, function, and the caller that counts (None: all).
 PLACES = (
-    ("forward", "capture.py", "batch", "observed"),
-    ("relevance", "relevance.py", "trace", None),
-    ("moments", "second_moment.py", "update", None),
-    ("solve", "fates.py", "_examined", None),
-    ("bases", "grow.py", "grow_basis", None),
-    ("probe", "probes.py", "record_probe", None),
-)
+    ("forward", "capture.py", "batch", "observed"), ("relevance", "relevance.py", "trace", None),
+    ("moments", "second_moment.py", "update", None), ("solve", "fates.py", "_examined", None),
+    ("bases", "grow.py", "grow_basis", None), ("probe", "probes.py", "record_probe", None),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -178,15 +176,10 @@ def _row(case: Case, rows: str, spent: Spent) -> tuple[str, ...]:
     rest = whole - growing - parts["solve"] - parts["bases"] - parts["probe"]
     columns = (parts[part] for part in ("forward", "relevance", "moments", "solve", "bases", "probe"))
     return (
-        f"{case.name}, {case.images} images",
-        rows,
-        f"{plain:.2f}",
-        f"{whole:.2f}",
-        f"{ratio(spent.whole, spent.forward):.2f}",
-        f"{growing / plain:.2f}",
-        *(f"{value:.2f}" for value in columns),
+        f"{case.name}, {case.images} images", rows, f"{plain:.2f}", f"{whole:.2f}",
+        f"{ratio(spent.whole, spent.forward):.2f}", f"{growing / plain:.2f}", *(f"{value:.2f}" for value in columns),
         f"{rest:.2f}",
-    )
+    )  # fmt: skip
 
 
 def _pass_table(rows: Sequence[tuple[str, ...]], repeats: int) -> Table:
@@ -197,10 +190,7 @@ def _pass_table(rows: Sequence[tuple[str, ...]], repeats: int) -> Table:
             "forward, observed", "relevance", "second moments", "solve", "bases", "probe", "rest",
         ),
         tuple(rows),
-        f"{repeats} pairs, forward-only and consolidation in turn, float32, random images. Forward, relevance and "
-        "second moments grow with the data; the others depend on the widths alone, so the whole ratio falls "
-        "towards the sixth column as the task grows. The consolidation ran under Python's profiler, which tells "
-        "the parts and slows it a little.",
+        reading("consolidate", repeats=repeats),
     )  # fmt: skip
 
 
@@ -216,8 +206,7 @@ def _peer_table(rows: Sequence[tuple[str, ...]]) -> Table:
         "Finding the directions: ours beside full decompositions, seconds for all matrices",
         ("model", "moments + solve", "SVD of rows (GPM)", "Gram and its SVD (GNSP)", "GPM / ours", "GNSP / ours"),
         tuple(rows),
-        "Ours: from the last row of the model above; weights that share their rows share one decomposition. The "
-        "SVDs: torch.linalg.svd of noise, each shape once, times the number of weights of that shape.",
+        reading("decompositions"),
     )
 
 

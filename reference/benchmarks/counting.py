@@ -29,6 +29,7 @@ from torch.utils.benchmark import Timer
 from nullspace_optim import Basis, NullSpaceOptimizer
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.workload import Still, build, fill, matrices, protected_at_random, seconds
+from reference.evaluation.tables import reading
 
 EXACT_EVERY = 16
 SHARES = "1/16,1/8,1/4,1/2,3/4,15/16"
@@ -168,8 +169,7 @@ def _model_table(
             "floor on an H200 (ms)",
         ),
         tuple(rows),
-        f"Measured: median of {repeats} steps, of the difference form the mean over {EXACT_EVERY} steps, one of them "
-        "exact. Bound by: what the larger part of the floor consists of.",
+        reading("floors", repeats=repeats, period=EXACT_EVERY),
     )  # fmt: skip
 
 
@@ -205,8 +205,7 @@ def _rates_table(machines: Sequence[Rates]) -> Table:
         "Rates",
         ("machine", "float32 products (GFLOP/s)", "bfloat16 products (GFLOP/s)", "memory (GB/s)"),
         tuple(rows),
-        "Here: the best square product, and the best copy of an array (bytes read and written). H200: the data sheet, "
-        "float32 without TF32.",
+        reading("rates"),
     )
 
 

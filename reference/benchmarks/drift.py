@@ -32,6 +32,7 @@ from reference.benchmarks.workload import quiet
 from reference.config import Config, load_config
 from reference.data.folders import load_tasks
 from reference.data.tasks import Task
+from reference.evaluation.tables import reading
 from reference.training.clip import Clip, assemble, class_logits, classification_loss, load_clip
 from reference.training.steps import Batches, evaluate, train
 
@@ -80,14 +81,8 @@ def main(arguments: Sequence[str]) -> Outcome:
         made |= {name: parts[name](options, clip, old, new) for name in names if name != "policies"}
         device = str(clip.device)
     tables = [made[name] for name in names]
-    return finish(
-        "reference.benchmarks.drift",
-        arguments,
-        torch.device(device),
-        time.perf_counter() - started,
-        tables,
-        options.output,
-    )
+    where = torch.device(device)
+    return finish("reference.benchmarks.drift", arguments, where, started, tables, options.output)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -222,11 +217,8 @@ def by_threshold(options: argparse.Namespace, clip: Clip, old: Task, new: Task) 
             "accuracy on the old task (%)", "training loss of the new task",
         ),
         tuple(rows),
-        f"Old task {old.name}: {min(options.images, len(old.train))} training images and its prompts consolidated, "
-        f"drift ||Y' - Y|| / ||Y|| on {held_out} test images that were not. New task {new.name}: batch "
-        f"{options.batch}, learning rate {options.rate:g} with warm-up and cosine, loss over its training images "
-        f"before → after. Protected directions: mean share over the protected matrices. {len(seeds)} seeds (mean, "
-        "smallest and largest in brackets).",
+        reading("thresholds", old=old.name, images=min(options.images, len(old.train)), held_out=held_out,
+                new=new.name, batch=options.batch, rate=options.rate, seeds=len(seeds)),
     )  # fmt: skip
 
 

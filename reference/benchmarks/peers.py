@@ -34,6 +34,7 @@ from nullspace_optim import NullSpaceOptimizer, clip_forward
 from reference.benchmarks.outcome import Outcome, Table, finish, progress, saved_bytes
 from reference.benchmarks.step import RATE, Trainer
 from reference.benchmarks.workload import Share, build, fill, protected_at_random, quiet, random_batch, ratio, seconds
+from reference.evaluation.tables import reading
 from reference.training.tracking import resident_peak
 
 GAP = 200  # steps between two decompositions of GaLore, its own default
@@ -191,13 +192,9 @@ def galore(task: Namespace, share: float) -> Contender:
 
 
 METHODS: dict[str, tuple[str, Callable[[Namespace, float], Contender]]] = {
-    "plain": ("AdamW, no protection", plain),
-    "exact": ("ours, exact", ours),
-    "fast": ("ours, fast", ours_fast),
-    "dense": ("dense P before AdamW", dense),
-    "osf": ("PEFT OSF", osf),
-    "galore": ("galore-torch", galore),
-}
+    "plain": ("AdamW, no protection", plain), "exact": ("ours, exact", ours), "fast": ("ours, fast", ours_fast),
+    "dense": ("dense P before AdamW", dense), "osf": ("PEFT OSF", osf), "galore": ("galore-torch", galore),
+}  # fmt: skip
 PACKAGES = {"osf": "peft", "galore": "galore_torch"}
 
 
@@ -219,11 +216,7 @@ def by_rank(options: Namespace, device: torch.device) -> Table:
         f"Methods compared, {options.model}, {options.blocks} blocks a tower, MLPs only, batch {options.batch}",
         ("k/d", "method", "step with / without", "added (ms)", "preparation (s)", "held (MB)", "file (MB)"),
         tuple(rows),
-        f"Median of {options.repeats} turns of whole training steps, float32. Preparation: ours a consolidation of "
-        f"{options.images} images, forward pass included (alone {forward:.2f} s); dense P a full SVD of each Gram "
-        "matrix, forward pass not included; OSF an SVD of each weight; GaLore its first optimizer step, to be repeated "
-        "every 200 steps. Held: parameters, buffers, optimizer state and bases after these steps, less those of plain "
-        "AdamW. File: what the method itself writes.",
+        reading("peers", repeats=options.repeats, images=options.images, forward=forward),
     )
 
 
@@ -273,8 +266,7 @@ def peaks(options: Namespace, device: torch.device) -> Table:
         f"Peak memory, {options.model}, {options.blocks} blocks a tower, MLPs only, batch {options.batch}",
         ("k/d", "method", "peak (MB)", "beyond plain AdamW (MB)"),
         tuple(rows),
-        "Resident memory of a fresh process (on a GPU: allocated memory) at its highest, over preparation and three "
-        "training steps.",
+        reading("peaks"),
     )
 
 
@@ -291,13 +283,9 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _contender(
-    task: Namespace,
-    model: nn.Module,
-    optimizer: Any,
-    preparation: float | None = None,
-    tensors: Sequence[Tensor] = (),
+    task: Namespace, model: nn.Module, optimizer: Any, preparation: float | None = None, tensors: Sequence[Tensor] = (),
     file: Callable[[], int] | None = None,
-) -> Contender:
+) -> Contender:  # fmt: skip
     batch = random_batch(task.model, task.batch, task.device)
     return Contender(Trainer(model, optimizer, batch, torch.float32), preparation, list(tensors), file)
 

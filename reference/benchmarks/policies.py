@@ -26,6 +26,7 @@ from nullspace_optim.methods import consolidate_classes
 from nullspace_optim.policies import CGP, CODECL, OWM, PEGP, TRGP, VPTNSP, EigenvalueRatio, InfLoRA, KeepLoRA, SplitLoRA
 from reference.benchmarks.outcome import Table, progress
 from reference.benchmarks.workload import in_turn, quiet, ratio
+from reference.evaluation.tables import reading
 
 Point = tuple[float, float]
 CPU = torch.device("cpu")
@@ -33,24 +34,13 @@ WARM_UP = 300
 BATCH = 64
 TIMED = 20
 POLICIES: dict[str, Policy | None] = {
-    "unprotected": None,
-    "Energy (GPM)": Energy(0.97),
-    "Energy, 0.999": Energy(0.999),
-    "TailEnergy (GNSP)": TailEnergy(),
-    "EigenvalueRatio (Adam-NSCL)": EigenvalueRatio(),
-    "NumericalRank": NumericalRank(),
-    "SGP": SGP(),
-    "TRGP, no scaling": TRGP(),
-    "CODE-CL, no scaling": CODECL(),
-    "OWM": OWM(),
-    "OSF": OSF(),
-    "SplitLoRA, as full weights": SplitLoRA(),
-    "InfLoRA, as full weights": InfLoRA(),
-    "KeepLoRA, as full weights": KeepLoRA(),
-    "CGP": CGP(),
-    "PEGP's threshold": PEGP(),
+    "unprotected": None, "Energy (GPM)": Energy(0.97), "Energy, 0.999": Energy(0.999),
+    "TailEnergy (GNSP)": TailEnergy(), "EigenvalueRatio (Adam-NSCL)": EigenvalueRatio(),
+    "NumericalRank": NumericalRank(), "SGP": SGP(), "TRGP, no scaling": TRGP(), "CODE-CL, no scaling": CODECL(),
+    "OWM": OWM(), "OSF": OSF(), "SplitLoRA, as full weights": SplitLoRA(), "InfLoRA, as full weights": InfLoRA(),
+    "KeepLoRA, as full weights": KeepLoRA(), "CGP": CGP(), "PEGP's threshold": PEGP(),
     "VPT-NSP's rule, one side": VPTNSP(),
-}
+}  # fmt: skip
 
 
 class Network(nn.Module):
@@ -92,12 +82,7 @@ def by_policy(options: argparse.Namespace) -> Table:
             "consolidation (s)",
         ),
         tuple(rows),
-        "Scanned digits (scikit-learn), a network of 64-256-256 with a head of 5 a task: 0 to 4 are learnt and "
-        "consolidated, then 5 to 9 are learnt (AdamW, rate 1e-3, decay 0.01, batch 64). Kept: protected directions, "
-        "each by its scale, mean over weights. Allowed moves only: the largest relative difference between a kept "
-        "direction and what the policy allowed it to become (`verify`). Drift: ||Y' - Y|| / ||Y|| of the logits. Step: "
-        "time of a training step over that of an unprotected one on all images at once, median of "
-        f"{TIMED}, interleaved. Mean of {len(seeds)} seeds.",
+        reading("policies", timed=TIMED, seeds=len(seeds)),
     )  # fmt: skip
     if options.output:
         Path(options.output).mkdir(parents=True, exist_ok=True)
@@ -232,13 +217,7 @@ def right(model: nn.Module, task: Digits) -> float:
 
 def _cells(row: Mapping[str, float]) -> tuple[str, ...]:
     return (
-        f"{row['kept']:.0%}",
-        "" if row["allowed"] != row["allowed"] else f"{row['allowed']:.0e}",
-        f"{100 * row['drift']:.2g} %",
-        f"{100 * row['held out']:.2g} %",
-        f"{row['before']:.1f} → {row['after']:.1f}",
-        f"{row['new']:.1f}",
-        f"{row['bytes']:.2f}",
-        f"{row['step']:.2f}",
-        f"{row['seconds']:.2f}",
-    )
+        f"{row['kept']:.0%}", "" if row["allowed"] != row["allowed"] else f"{row['allowed']:.0e}",
+        f"{100 * row['drift']:.2g} %", f"{100 * row['held out']:.2g} %", f"{row['before']:.1f} → {row['after']:.1f}",
+        f"{row['new']:.1f}", f"{row['bytes']:.2f}", f"{row['step']:.2f}", f"{row['seconds']:.2f}",
+    )  # fmt: skip

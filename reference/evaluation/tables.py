@@ -30,9 +30,10 @@ def spread(values: Sequence[float | None], digits: int = 1) -> str:
     return f"{np.mean(known):.{digits}f}{deviation}"
 
 
-def reading(name: str) -> str:
-    """What the reader of a table must know, from `readings.yaml`."""
-    return str(yaml.safe_load(Path(__file__).with_name("readings.yaml").read_text(encoding="utf-8"))[name])
+def reading(name: str, **values: Any) -> str:
+    """What the reader of a table must know, from `readings.yaml`, with `values` in their places."""
+    listed = yaml.safe_load(Path(__file__).with_name("readings.yaml").read_text(encoding="utf-8"))
+    return str(listed[name]).format(**values)
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -144,6 +144,11 @@ def by_layer(rule: Energy, protocol: Protocol) -> ByLayer:
     return ByLayer(layers, protocol.growth)
 
 
+def alone(kind: Callable[..., Session]) -> Callable[[NullSpaceOptimizer, nn.Module, Protocol], Session]:
+    """Sessions that need no protocol."""
+    return lambda optimizer, model, protocol: kind(optimizer, model)
+
+
 def trust(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) -> Session:
     """TRGP's trust regions: threshold 0.2 on permuted MNIST, else 0.5."""
     return TrustRegions(optimizer, model, 0.2 if protocol.name == "pmnist" else 0.5)
@@ -227,17 +232,12 @@ METHODS = {
             options={"uncovered": "train"},  # its code for split CIFAR-100 goes on training normalisation
         ),
         Method("sgp", "SGP", policy=SGP(alpha=10.0, paper_code=True), changes=own_rate(0.05)),
-        Method(
-            "code-cl",
-            "CODE-CL, task given at test",
-            policy=CONCEPTORS,
-            session=lambda optimizer, model, protocol: SharedConceptors(optimizer, model),
-        ),
+        Method("code-cl", "CODE-CL, task given at test", policy=CONCEPTORS, session=alone(SharedConceptors)),
         Method(
             "code-cl-released",
             "CODE-CL as released, task given at test",
             policy=CONCEPTORS,
-            session=lambda optimizer, model, protocol: ReleasedConceptors(optimizer, model),
+            session=alone(ReleasedConceptors),
         ),
         Method("code-cl-plain", "CODE-CL without forward scaling", policy=CONCEPTORS),
         Method("adamw", "AdamW, no protection", base="adamw", rate=1e-3),
@@ -249,7 +249,7 @@ METHODS = {
             base="adam",
             policy=EigenvalueRatio(10.0),  # free: what is within ten times the smallest eigenvalue
             project="update",
-            session=lambda optimizer, model, protocol: KeptNorms(optimizer, model),
+            session=alone(KeptNorms),
             options={"norm_stats": "train", "uncovered": "train", "rows": "all"},
             parts=nscl_parts,
             rates=nscl_rates,

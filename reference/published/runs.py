@@ -45,14 +45,9 @@ class Run(SavedRun):
     """
 
     def __init__(
-        self,
-        protocol: Protocol,
-        method: Method,
-        seed: int,
-        images: Mapping[str, Labelled],
-        folder: Path,
+        self, protocol: Protocol, method: Method, seed: int, images: Mapping[str, Labelled], folder: Path,
         part: Literal["test", "validation"] = "test",
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.protocol, self.method, self.seed, self.part = protocol, method, seed, part
         self.tasks = protocol.benchmark(images, seed, protocol.held_out)
         self.finished, self.checkpoint = (folder / f"{method.name}-seed{seed}{end}" for end in (".json", ".pt"))
@@ -143,25 +138,18 @@ class Run(SavedRun):
         for row, values in enumerate(self.state["accuracy"]):
             matrix[row, : row + 1] = values
         return {
-            **self._identity(),
-            "ACC": round(last(matrix).value, 4),
+            **self._identity(), "ACC": round(last(matrix).value, 4),
             "BWT": round(backward_transfer(matrix).value, 4) if tasks > 1 else None,
-            "policy": repr(self.method.rule(self.protocol)) if self.method.policy else None,
-            **self.state,
-            "seconds": round(self.state["seconds"], 1),
-            "torch": torch.__version__,
-            "nullspace_optim": nullspace_optim.__version__,
-            "machine": machine(),
-            **self.made,
-        }
+            "policy": repr(self.method.rule(self.protocol)) if self.method.policy else None, **self.state,
+            "seconds": round(self.state["seconds"], 1), "torch": torch.__version__,
+            "nullspace_optim": nullspace_optim.__version__, "machine": machine(), **self.made,
+        }  # fmt: skip
 
     def _state(self) -> dict[str, Any]:
         return {
-            "state": json.dumps(self.state),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "state": json.dumps(self.state), "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "session": self.session.state(),
-        }
+        }  # fmt: skip
 
     def _take_up(self, state: dict[str, Any]) -> None:
         self.state = json.loads(state["state"])

@@ -23,15 +23,9 @@ from reference.published.protocols import Protocol
 
 
 def train(
-    model: nn.Module,
-    optimizer: Optimizer,
-    data: Labelled,
-    validation: Labelled,
-    protocol: Protocol,
-    task: int,
-    seed: int,
-    penalty: Callable[[], Tensor | float] = lambda: 0.0,
-) -> list[float]:
+    model: nn.Module, optimizer: Optimizer, data: Labelled, validation: Labelled, protocol: Protocol, task: int,
+    seed: int, penalty: Callable[[], Tensor | float] = lambda: 0.0,
+) -> list[float]:  # fmt: skip
     """Train on one task as `protocol` says; return the mean training loss of each epoch.
 
     `penalty()` is added to the cross entropy of every batch.
@@ -67,15 +61,9 @@ def order_of(seed: int, task: int, epoch: int, count: int, *stream: int) -> Tens
 
 
 def train_epoch(
-    model: nn.Module,
-    optimizer: Optimizer,
-    data: Labelled,
-    order: Tensor,
-    protocol: Protocol,
-    task: int,
-    penalty: Callable[[], Tensor | float],
-    falling: LRScheduler | None = None,
-) -> float:
+    model: nn.Module, optimizer: Optimizer, data: Labelled, order: Tensor, protocol: Protocol, task: int,
+    penalty: Callable[[], Tensor | float], falling: LRScheduler | None = None,
+) -> float:  # fmt: skip
     """One pass over `data` in `order` `[n]`, `falling` a step after each batch; return the mean loss of the batches."""
     model.train()
     images, labels = (part[order].split(protocol.batch) for part in data)

@@ -119,16 +119,11 @@ def figures_of(
         return known
     results = Sequence(experiment, method, settings, about["seed"], folder / "runs" / name, stop).run(resume=True)
     figures = {
-        **about,
-        "factors": dict(cell.factors),
-        "method": cell.method,
-        "split": settings.split,
-        **{key: results[key] for key in KEPT},
-        "loss": float(np.mean([task["loss"] for task in results["training"]])),
-        "free_share": results["facts"].get("free_share"),
-        "bytes": results["facts"].get("bytes"),
+        **about, "factors": dict(cell.factors), "method": cell.method, "split": settings.split,
+        **{key: results[key] for key in KEPT}, "loss": float(np.mean([task["loss"] for task in results["training"]])),
+        "free_share": results["facts"].get("free_share"), "bytes": results["facts"].get("bytes"),
         "date": time.strftime("%Y-%m-%d"),
-    }
+    }  # fmt: skip
     write_json(file, figures)
     return figures
 
@@ -147,12 +142,9 @@ def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
     parser.add_argument("grid", choices=list(LISTED), help="what is varied")
     add_settings(parser)
     parser.add_argument(
-        "--values",
-        action="append",
-        default=[],
-        metavar="FACTOR=A,B",
+        "--values", action="append", default=[], metavar="FACTOR=A,B",
         help="other values of a factor; empty leaves it out",
-    )
+    )  # fmt: skip
     parser.add_argument("--rows", help="names of cells separated by commas (by ; where a name holds a comma)")
     parser.add_argument("--by", choices=JUDGED_BY, default="average", help="figure by which settings are chosen")
     parser.add_argument("--output", required=True, help="folder of the cells, the table and the figure")

@@ -83,13 +83,10 @@ def write_text(path: Path, content: str) -> None:
 def machine() -> dict[str, Any]:
     """Facts about the machine."""
     return {
-        "system": platform.platform(),
-        "processor": processor(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": platform.platform(), "processor": processor(), "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-    }
+    }  # fmt: skip
 
 
 def processor() -> str:
