@@ -24,11 +24,9 @@ INTERVALS = {
     **dict.fromkeys(("ensemble_share", "prune_bound"), (0.0, 1.0)),
     **dict.fromkeys(("gap_bound", "weight_decay", "warmup", "zscl_l2", "ewc_weight"), (0.0, float("inf"))),
     **dict.fromkeys(("distillation_weight", "alignment_weight", "sgp_alpha"), (0.0, float("inf"))),
-    **dict.fromkeys(("learning_rate", "refine_rate"), (0.0, 10.0)),
-    "refine_steps": (0, float("inf")),
-    "dense_collages": (3, float("inf")),
-    "temperature": (1e-3, 1e3),
-}
+    **dict.fromkeys(("learning_rate", "refine_rate"), (0.0, 10.0)), "refine_steps": (0, float("inf")),
+    "dense_collages": (3, float("inf")), "temperature": (1e-3, 1e3),
+}  # fmt: skip
 FOLDERS = ("data_root", "model", "reference_root")
 
 

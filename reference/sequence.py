@@ -70,11 +70,8 @@ class Sequence(SavedRun):
     """The run of one method with one seed.
 
     Args:
-        experiment: tasks, pool and pretrained model.
-        method: class of the method.
-        config: settings.
-        seed: of batch order and crops (and, in demo, of pretraining).
-        folder: where the files go.
+        experiment: tasks, pool and pretrained model; method: class of the method; config: settings.
+        seed: of batch order and crops (and, in demo, of pretraining); folder: where the files go.
         stop: asked after each step whether to stop.
     """
 

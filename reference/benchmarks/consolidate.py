@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from nullspace_optim import NullSpaceOptimizer, clip_forward
+from reference.benchmarks import outcome
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.workload import build, quiet, random_batch, ratio, seconds
 from reference.config import load_config
@@ -89,8 +90,7 @@ def main(arguments: Sequence[str]) -> Outcome:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    about = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.consolidate", description=about)
+    parser = outcome.parser("consolidate", __doc__)
     parser.add_argument(
         "--model", action="append", help="open_clip architecture, folder of an open_clip model, or tiny; repeatable"
     )
@@ -99,8 +99,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", default="relevant,all", help="which of relevant,all")
     parser.add_argument("--repeats", type=int, default=1, help="pairs of passes a figure")
     parser.add_argument("--no-peers", action="store_true", help="leave the SVDs of published methods out")
-    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
-    parser.add_argument("--output", default="", help="folder for consolidate.md and consolidate.json")
     return parser.parse_args(arguments)
 
 

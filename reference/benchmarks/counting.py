@@ -27,6 +27,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from nullspace_optim import Basis, NullSpaceOptimizer
+from reference.benchmarks import outcome
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.workload import Still, build, fill, matrices, protected_at_random, seconds
 from reference.evaluation.tables import reading
@@ -135,15 +136,12 @@ def main(arguments: Sequence[str]) -> Outcome:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    about = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.counting", description=about)
+    parser = outcome.parser("counting", __doc__)
     parser.add_argument("--models", default="ViT-B-32,ViT-B-16", help="open_clip architectures, or tiny")
     parser.add_argument("--blocks", type=int, help="use only so many blocks of each tower; default: all")
     parser.add_argument("--shares", default=SHARES, help="k/d of every matrix, fractions")
     parser.add_argument("--repeats", type=int, default=3, help="corrections a figure; 0: count only")
     parser.add_argument("--product", type=int, default=0, help="size of the products that tell the rate")
-    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
-    parser.add_argument("--output", default="", help="folder for counting.md and counting.json")
     return parser.parse_args(arguments)
 
 

@@ -121,9 +121,6 @@ def configuration(options: argparse.Namespace, steps: int, rate: float) -> Confi
     return load_config("mini", settings)
 
 
-# ---- drift by base optimizer ----------------------------------------------------------------------------------------
-
-
 def by_optimizer(options: argparse.Namespace, clip: Clip, old: Task, new: Task) -> Table:
     """Largest relative drift of a kept direction, per base optimizer and projection."""
     small = two_blocks(clip)
@@ -184,9 +181,6 @@ def kept_drift(
     kept = guarded.verify().kept
     protected = [drift for name, drift in kept.items() if guarded.bases[name].fate is Fate.PROTECTED]
     return max(protected), training_loss(clip, new)
-
-
-# ---- drift by threshold ---------------------------------------------------------------------------------------------
 
 
 def by_threshold(options: argparse.Namespace, clip: Clip, old: Task, new: Task) -> Table:
@@ -267,9 +261,6 @@ def percent(values: Sequence[float]) -> str:
     """The mean in percent, two digits; of several values also smallest and largest."""
     texts = [f"{100 * value:.2g} %" for value in (mean(values), min(values), max(values))]
     return texts[0] if len(values) == 1 else f"{texts[0]} ({texts[1]} to {texts[2]})"
-
-
-# ---- both -----------------------------------------------------------------------------------------------------------
 
 
 def consolidate(optimizer: NullSpaceOptimizer, clip: Clip, task: Task, images: int) -> None:

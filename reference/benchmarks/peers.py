@@ -17,7 +17,7 @@ import importlib.util
 import multiprocessing
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from nullspace_optim import NullSpaceOptimizer, clip_forward
+from reference.benchmarks import outcome
 from reference.benchmarks.outcome import Outcome, Table, finish, progress, saved_bytes
 from reference.benchmarks.step import RATE, Trainer
 from reference.benchmarks.workload import Share, build, fill, protected_at_random, quiet, random_batch, ratio, seconds
@@ -90,8 +91,7 @@ def main(arguments: Sequence[str]) -> Outcome:
 
 def parse(arguments: Sequence[str]) -> Namespace:
     """The command line."""
-    about = (__doc__ or "").split("\n")[0]
-    parser = ArgumentParser(prog="python -m reference.benchmarks.peers", description=about)
+    parser = outcome.parser("peers", __doc__)
     parser.add_argument("--model", default="ViT-B-32", help="open_clip architecture, or tiny")
     parser.add_argument("--blocks", type=int, default=2, help="use only so many blocks of each tower")
     parser.add_argument("--batch", type=int, default=32, help="image-text pairs a step")
@@ -100,8 +100,6 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--shares", default="1/16,1/4,1/2,3/4,15/16", help="k/d of every matrix, fractions")
     parser.add_argument("--methods", default="exact,fast,dense,osf,galore", help=f"which of {','.join(METHODS)}")
     parser.add_argument("--parts", default="step", help="which of step,peak")
-    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
-    parser.add_argument("--output", default="", help="folder for peers.md and peers.json")
     return parser.parse_args(arguments)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,7 +25,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from nullspace_optim import Basis, NullSpaceOptimizer
-from reference.benchmarks import workload
+from reference.benchmarks import outcome, workload
 from reference.benchmarks.counting import EXACT_EVERY, protection_operations
 from reference.benchmarks.outcome import Outcome, Table, finish, progress, saved_bytes
 from reference.evaluation.tables import reading
@@ -77,8 +77,7 @@ def main(arguments: Sequence[str]) -> Outcome:
 
 def parse(arguments: Sequence[str]) -> Namespace:
     """The command line, with the defaults of the device."""
-    about = (__doc__ or "").split("\n")[0]
-    parser = ArgumentParser(prog="python -m reference.benchmarks.step", description=about)
+    parser = outcome.parser("step", __doc__)
     parser.add_argument("--model", help="open_clip architecture, or tiny; default: ViT-B-32 (CPU), ViT-B-16 (GPU)")
     parser.add_argument("--blocks", type=int, help="use only so many blocks of each tower; default: all")
     parser.add_argument("--batch", type=int, help="image-text pairs a step; default: 32 (CPU), 64 (GPU)")
@@ -86,8 +85,6 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--shares", default="1/16,1/4,1/2,3/4,15/16", help="k/d of every matrix, fractions")
     parser.add_argument("--autocast", choices=("float32", "bfloat16"), help="default: float32 (CPU), bfloat16 (GPU)")
     parser.add_argument("--parts", default="step,projection,tasks", help="which of step,projection,tasks")
-    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
-    parser.add_argument("--output", default="", help="folder for step.md and step.json")
     options = parser.parse_args(arguments)
     options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     graphic = options.device.type == "cuda"
@@ -186,16 +183,6 @@ def projections(settings: Namespace) -> list[Table]:
     ]
 
 
-@dataclass(frozen=True)
-class Moment:
-    """An optimizer after some tasks, seconds of the last consolidation and of a forward pass, bytes of its file."""
-
-    optimizer: NullSpaceOptimizer
-    consolidation: float
-    forward: float
-    file: int
-
-
 def over_tasks(settings: Namespace) -> list[Table]:
     """The cost of protection after 1, 5, 10 and 20 consolidated tasks of small growth."""
     size, rows = (64, 32) if settings.model == "tiny" else (768, 4096)
@@ -204,7 +191,7 @@ def over_tasks(settings: Namespace) -> list[Table]:
     optimizer = NullSpaceOptimizer(
         workload.Still(model.parameters()), model, policy=workload.Share(0.25, growth=1), project="update"
     )
-    moments: dict[str, Moment] = {}
+    moments: dict[str, tuple[NullSpaceOptimizer, float, float, int]] = {}
     for task in range(1, max(TASKS) + 1):
         progress(f"task {task} of {max(TASKS)}")
         inputs = torch.randn(rows, size, device=settings.device)
@@ -212,23 +199,21 @@ def over_tasks(settings: Namespace) -> list[Table]:
             forward = workload.seconds(lambda: model(inputs), settings.device)  # noqa: B023
         took = workload.seconds(lambda: optimizer.consolidate([inputs], progress=False), settings.device)  # noqa: B023
         if task in TASKS:
-            moments[str(task)] = Moment(
-                copy.deepcopy((model, optimizer))[1], took, forward, saved_bytes(optimizer.save)
-            )
+            kept = copy.deepcopy((model, optimizer))[1]
+            moments[str(task)] = kept, took, forward, saved_bytes(optimizer.save)
     repeats = 20 * settings.repeats
-    runs = {name: moment.optimizer.step for name, moment in moments.items()}
+    runs = {name: moment[0].step for name, moment in moments.items()}
     found = workload.in_turn(runs, repeats, settings.device)
     bare = median(workload.in_turn({"": partial(_train, model, size, settings.device)}, repeats, settings.device)[""])
-    first = moments[str(TASKS[0])]
-    lines = []
-    for name, moment in moments.items():
-        rank, before = (next(iter(m.optimizer.bases.values())).rank for m in (moment, first))
+    first, lines = moments[str(TASKS[0])][0], []
+    for name, (optimizer, consolidation, forward, file) in moments.items():
+        rank, before = (next(iter(one.bases.values())).rank for one in (optimizer, first))
         took, relative = median(found[name]), workload.ratio(found[name], found[str(TASKS[0])])
         lines.append(
             (
                 name, f"{rank}/{size}", f"{1e3 * took:.3f}", f"{relative:.3f}", f"{rank / before:.3f}",
-                f"{1 + took / bare:.3f}", f"{1e3 * moment.consolidation:.0f}", f"{1e3 * moment.forward:.1f}",
-                f"{moment.file / 1e6:.3f}",
+                f"{1 + took / bare:.3f}", f"{1e3 * consolidation:.0f}", f"{1e3 * forward:.1f}",
+                f"{file / 1e6:.3f}",
             )
         )  # fmt: skip
     return [

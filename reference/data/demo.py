@@ -38,13 +38,10 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 PHOTOGRAPHS = ("sharp temple", "blurred temple", "dark temple", "sharp flower", "blurred flower", "dark flower")
 
 CLASSES: dict[str, tuple[str, Sequence[str]]] = {
-    "digits": ("a scan of the digit {}", DIGITS),
-    "shapes": ("a drawing of a {} shape", SHAPES),
-    "colours": ("a patch of {} colour", tuple(COLOURS)),
-    "textures": ("a {} texture", TEXTURES),
-    "letters": ("a print of the letter {}", LETTERS),
-    "photographs": ("a photo of a {}", PHOTOGRAPHS),
-}
+    "digits": ("a scan of the digit {}", DIGITS), "shapes": ("a drawing of a {} shape", SHAPES),
+    "colours": ("a patch of {} colour", tuple(COLOURS)), "textures": ("a {} texture", TEXTURES),
+    "letters": ("a print of the letter {}", LETTERS), "photographs": ("a photo of a {}", PHOTOGRAPHS),
+}  # fmt: skip
 ORDER = {
     "I": ("shapes", "digits", "textures", "letters", "colours", "photographs"),
     "II": ("photographs", "colours", "letters", "textures", "digits", "shapes"),

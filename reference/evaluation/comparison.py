@@ -17,14 +17,11 @@ def _of_pool(run: Results, figure: str) -> float | None:
 
 
 ACCURACY: dict[str, Callable[[Results], float | None]] = {
-    "Transfer": partial(whole, figure="transfer"),
-    "Transfer, known tasks": lambda run: run.get("transfer_known"),
-    "Average": partial(whole, figure="average"),
-    "Last": partial(whole, figure="last"),
-    "Preserve": partial(whole, figure="preserve"),
-    "forgetting": partial(whole, figure="forgetting"),
+    "Transfer": partial(whole, figure="transfer"), "Transfer, known tasks": lambda run: run.get("transfer_known"),
+    "Average": partial(whole, figure="average"), "Last": partial(whole, figure="last"),
+    "Preserve": partial(whole, figure="preserve"), "forgetting": partial(whole, figure="forgetting"),
     "learned": partial(whole, figure="diagonal_gain"),
-}
+}  # fmt: skip
 REST: dict[str, Callable[[Results], float | None]] = {
     "image → text @1": partial(_of_pool, figure="image_to_text_at_1"),
     "text → image @1": partial(_of_pool, figure="text_to_image_at_1"),

@@ -24,16 +24,13 @@ from reference.methods.sparse import LoRSU, LoRSURandom
 from reference.methods.turns import FreeTurns, OrthSR, OrthSRFree
 
 FAMILIES: tuple[tuple[type[Method], ...], ...] = (
-    (ZeroShot, FineTune, FineTunePerTask, WiseFT, MatchedPlasticity, Joint),
-    (LwF, ZSCL),
+    (ZeroShot, FineTune, FineTunePerTask, WiseFT, MatchedPlasticity, Joint), (LwF, ZSCL),
     (Gnsp, GnspExact, LossesOnly, ProjectionOnly),
     (ours.Gradient, ours.GradientReference, ours.NullSpace, ours.NullSpaceReference),
-    (ours.NullSpaceLosses, ours.RandomBasis),
-    (Replay, EWC),
-    (FreeTurns, OrthSR, OrthSRFree),
+    (ours.NullSpaceLosses, ours.RandomBasis), (Replay, EWC), (FreeTurns, OrthSR, OrthSRFree),
     (MgClip, LoraKeyValue, LoRSU, LoRSURandom),
     (ExpertsOfTasks, MoeAdapters, LoraPerTask, LoraShared, LoraSharedNullSpace),
-)
+)  # fmt: skip
 METHODS: dict[str, type[Method]] = {method.name: method for family in FAMILIES for method in family}
 
 __all__ = ["METHODS", "Method", "Setting", "chosen_methods", "refuse_unknown"]

@@ -96,10 +96,9 @@ class ExpertsOfTasks(Method):
             "trainable_mean": sum(means) / len(means),
             "trainable_phase_1": [task["trainable_phase_1"] for task in self.tasks],
             "trainable_phase_2": [task["trainable_phase_2"] for task in self.tasks],
-            "final_without_routers": last["experts"],
-            "final_with_routers": last["experts"] + last["routers"],
+            "final_without_routers": last["experts"], "final_with_routers": last["experts"] + last["routers"],
             "tasks": self.tasks,
-        }
+        }  # fmt: skip
 
 
 def described(report: ExpertReport, curve: list[tuple[int, dict[str, tuple[float, ...]]]]) -> dict[str, Any]:

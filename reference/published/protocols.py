@@ -85,12 +85,11 @@ class Protocol:
 
 
 PARTS: dict[str, tuple[Any, ...]] = {
-    "pmnist": (read_mnist, PermutedMNIST, PermutedMLP),
-    "cifar100": (read_cifar100, SplitCIFAR100, SplitAlexNet),
+    "pmnist": (read_mnist, PermutedMNIST, PermutedMLP), "cifar100": (read_cifar100, SplitCIFAR100, SplitAlexNet),
     "cifar100-resnet": (read_cifar100, SplitCIFAR100, SplitResNet18),
     "short-vit": (read_cifar100, SplitCIFAR100, SplitViT),
     "short-resnet": (read_cifar100, SplitCIFAR100, partial(SplitResNet18, width=32)),
-}
+}  # fmt: skip
 PROTOCOLS = {
     name: Protocol(name, *PARTS[name], **settings)
     for name, settings in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8")).items()

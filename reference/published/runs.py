@@ -36,11 +36,8 @@ class Run(SavedRun):
     """One row's run.
 
     Args:
-        protocol: the table's training.
-        method: the row.
-        seed: of initial weights, permutations or splits, batch order and samples.
-        images: what `protocol.read` gave.
-        folder: where results go.
+        protocol, method: the table's training and the row; seed: of weights, permutations or splits, order and samples.
+        images: what `protocol.read` gave; folder: where results go.
         part: what accuracy is measured on; settings are chosen on `validation` alone.
     """
 
@@ -79,17 +76,10 @@ class Run(SavedRun):
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "table": self.protocol.name,
-            "method": self.method.name,
-            "seed": self.seed,
-            "evaluated_on": self.part,
-            "settings": {
-                **self.protocol.settings(),
-                "rate": self.method.rate_in(self.protocol),
-                "base": self.method.base,
-                "project": self.method.project_in(self.protocol),
-            },
-        }
+            "table": self.protocol.name, "method": self.method.name, "seed": self.seed, "evaluated_on": self.part,
+            "settings": {**self.protocol.settings(), "rate": self.method.rate_in(self.protocol),
+                         "base": self.method.base, "project": self.method.project_in(self.protocol)},
+        }  # fmt: skip
 
     def _one_task(self, task: int) -> None:
         started = time.perf_counter()

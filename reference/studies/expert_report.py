@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 
 from reference.command import carried_out
 from reference.evaluation import metrics
 from reference.evaluation.bootstrap import compare
+from reference.evaluation.figures import finish_panels, task_panels
 from reference.evaluation.report import files_below, load_runs
 from reference.evaluation.tables import markdown_table, memory, reading, spread
 from reference.methods.adapters import TASK_UNKNOWN
@@ -142,12 +142,9 @@ def routing(results: Results, path: Path) -> None:
     Thick lines are means over layers, thin ones single layers (of the history, and of the first candidate).
     """
     tasks = results["facts"]["tasks"]
-    columns = min(4, len(tasks))
-    rows = -(-len(tasks) // columns)
-    size = (3.1 * columns, 2.3 * rows + 0.6)
-    figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    figure, panels = task_panels(len(tasks), 2.3, 0.6, sharey=True)
     colours = ["#1f6a96", "#c9432f", "#e39a1f", "#7d3c1e", "#b07aa1", "#59a14f"]
-    for axes, task in zip(grid.flat, tasks):
+    for axes, task in zip(panels, tasks):
         full = [layer["routing"] for layer in task["layers"] if layer["routing"]]
         most = max((len(points[0]) for points in full), default=1)
         shares = np.array([[[*point, *[np.nan] * (most - len(point))] for point in points] for points in full])
@@ -161,14 +158,7 @@ def routing(results: Results, path: Path) -> None:
         fate = f"{task['kept']} kept, {task['pruned']} pruned, {task['reused']} reused"
         axes.set_title(f"{task['task']}: {fate}", fontsize=8)
         axes.set_ylim(0, 1.02)
-    for axes in list(grid.flat)[len(tasks) :]:
-        axes.axis("off")
-    figure.supxlabel("step (dotted: end of phase 1)", fontsize=9)
-    figure.supylabel("share of routing", fontsize=9)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
+    finish_panels(figure, panels[0], ("step (dotted: end of phase 1)", "share of routing"), path, 3, fontsize=8)
 
 
 def write(places: Sequence[str], folder: Path) -> None:

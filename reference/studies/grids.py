@@ -116,7 +116,5 @@ def _controls(values: Values) -> Iterator[Cell]:
 
 
 GRIDS: dict[str, Callable[[Values], Iterator[Cell]]] = {
-    "ablation": _crossed,
-    "dial": _one_at_a_time,
-    "controls": _controls,
-}
+    "ablation": _crossed, "dial": _one_at_a_time, "controls": _controls,
+}  # fmt: skip

@@ -18,16 +18,13 @@ from reference.studies.grids import CONTROLS, OURS
 Row = list[dict[str, Any]]  # one cell: figures of every seed
 
 COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float | None], int]] = {
-    "Transfer": (lambda run: run["transfer"], 1),
-    "Average": (lambda run: run["average"], 1),
-    "Last": (lambda run: run["last"], 1),
-    "old tasks kept": (lambda run: run["backward_transfer"], 1),
-    "learned": (lambda run: run["diagonal_gain"], 1),
-    "loss": (lambda run: run["loss"], 3),
+    "Transfer": (lambda run: run["transfer"], 1), "Average": (lambda run: run["average"], 1),
+    "Last": (lambda run: run["last"], 1), "old tasks kept": (lambda run: run["backward_transfer"], 1),
+    "learned": (lambda run: run["diagonal_gain"], 1), "loss": (lambda run: run["loss"], 3),
     "free directions [%]": (lambda run: None if run["free_share"] is None else 100 * run["free_share"], 0),
     "MB of bases": (lambda run: None if run["bytes"] is None else run["bytes"] / 1e6, 1),
     "seconds": (lambda run: run["seconds"], 0),
-}
+}  # fmt: skip
 COLOURS = ("#1b1f24", "#c9432f", "#1f6a96", "#2f9c74", "#e39a1f", "#7d3c9a", "#8c6d46", "#7a7c85")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -77,14 +74,13 @@ def markdown(rows: Sequence[Row]) -> str:
         table.append([*row[0]["factors"].values(), row[0]["method"], str(len(row)), *cells])
     machine = first["machine"]
     lines = [
-        markdown_table(table),
-        "",
+        markdown_table(table), "",
         f"Tasks {', '.join(first['tasks'])}; {first['split']} split; pretrained {np.mean(first['pretrained']):.1f} on "
         f"average, {np.mean(first['pretrained'][1:]):.1f} without the first task (a Transfer that loses nothing).",
         reading("grid"),
         f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {first['torch']}, "
         f"{first['date']}.",
-    ]
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
