@@ -47,17 +47,13 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One model with the images of a task `[n, 3, s, s]`, in batches, and its prompts `[c, context]`."""
+    """One model with the images of a task `[n, 3, s, s]`, in batches, its prompts `[c, context]`, and `n`."""
 
     name: str
     model: nn.Module
     batches: list[Tensor]
     tokens: Tensor
-
-    @property
-    def images(self) -> int:
-        """Number of images."""
-        return sum(len(batch) for batch in self.batches)
+    images: int
 
 
 @dataclass(frozen=True)
@@ -112,7 +108,7 @@ def prepare(name: str, blocks: int | None, images: int, device: torch.device) ->
         model = build(name, blocks, device)
     batch = random_batch(model, max(images, PROMPTS), device)
     parts = [batch.images[start : min(start + BATCH, images)] for start in range(0, images, BATCH)]
-    return Case(name, model, parts, batch.tokens[:PROMPTS])
+    return Case(name, model, parts, batch.tokens[:PROMPTS], images)
 
 
 def measure(case: Case, rows: str, repeats: int, device: torch.device) -> Spent:

@@ -60,11 +60,6 @@ class Work:
     bfloat16: float = 0.0
     bytes: float = 0.0
 
-    @property
-    def operations(self) -> float:
-        """All products."""
-        return self.float32 + self.bfloat16
-
     def __add__(self, other: Work) -> Work:
         return Work(self.float32 + other.float32, self.bfloat16 + other.bfloat16, self.bytes + other.bytes)
 
@@ -98,7 +93,7 @@ def matrix_work(m: int, d: int, k: int, precision: str, groups: int = 1) -> Work
 
 def protection_operations(bases: Mapping[str, Basis], precision: str) -> float:
     """Operations of one protected step over all matrices."""
-    return sum(work.operations for work in correction(bases, precision))
+    return sum(work.float32 + work.bfloat16 for work in correction(bases, precision))
 
 
 def measured_rates(device: torch.device, size: int = 0) -> Rates:
@@ -183,7 +178,7 @@ def _row(
         took = 1e3 * _seconds_a_step(optimizer, repeats, precision == "fast" or 2 * share > 1, device)
         measured, over = f"{took:.1f}", f"{took / floor:.2f}"
     bound = "memory" if memory > 0.99 * floor else "products"
-    cells = (f"{work.operations / 1e9:.1f}", f"{work.bytes / 1e9:.2f}", f"{floor:.1f}", bound)
+    cells = (f"{(work.float32 + work.bfloat16) / 1e9:.1f}", f"{work.bytes / 1e9:.2f}", f"{floor:.1f}", bound)
     return (*cells, measured, over, f"{far:.2f}")
 
 
@@ -199,12 +194,8 @@ def _rates_table(machines: Sequence[Rates]) -> Table:
     rows = [
         (r.name, f"{r.float32 / 1e9:,.0f}", f"{r.bfloat16 / 1e9:,.0f}", f"{r.bandwidth / 1e9:,.0f}") for r in machines
     ]
-    return Table(
-        "Rates",
-        ("machine", "float32 products (GFLOP/s)", "bfloat16 products (GFLOP/s)", "memory (GB/s)"),
-        tuple(rows),
-        reading("rates"),
-    )
+    header = ("machine", "float32 products (GFLOP/s)", "bfloat16 products (GFLOP/s)", "memory (GB/s)")
+    return Table("Rates", header, tuple(rows), reading("rates"))
 
 
 if __name__ == "__main__":

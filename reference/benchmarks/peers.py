@@ -260,12 +260,8 @@ def peaks(options: Namespace, device: torch.device) -> Table:
             (str(share), METHODS[name][0], f"{peak / 1e6:.0f}", f"{(peak - found['plain']) / 1e6:+.0f}")
             for name, peak in found.items()
         ]
-    return Table(
-        f"Peak memory, {options.model}, {options.blocks} blocks a tower, MLPs only, batch {options.batch}",
-        ("k/d", "method", "peak (MB)", "beyond plain AdamW (MB)"),
-        tuple(rows),
-        reading("peaks"),
-    )
+    title = f"Peak memory, {options.model}, {options.blocks} blocks a tower, MLPs only, batch {options.batch}"
+    return Table(title, ("k/d", "method", "peak (MB)", "beyond plain AdamW (MB)"), tuple(rows), reading("peaks"))
 
 
 def _peak(name: str, share: float, options: Namespace, device: str) -> int:

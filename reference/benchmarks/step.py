@@ -3,9 +3,8 @@
     python -m reference.benchmarks.step                      ViT-B/32 on a CPU, ViT-B/16 in bfloat16 on a GPU
     python -m reference.benchmarks.step --shares 1/4,1/2 --blocks 3 --repeats 5
 
-Matrices are `W` `[m, d]`, bases `U` `[d, k]`; `k/d` is the share of protected directions. Anchor form: `4 m d k`
-operations; difference form: `4 m d min(k, d - k)`, plus the anchor form every 16th step. Dense `P` (Adam-NSCL, GPM,
-GNSP): `G <- G P`, `2 m d^2`, whatever k is.
+Matrices are `W` `[m, d]`, bases `U` `[d, k]`; `k/d` is the share of protected directions. Operations: see `counting`;
+of dense `P` (Adam-NSCL, GPM, GNSP), `G <- G P`: `2 m d^2`, whatever k is.
 """
 
 from __future__ import annotations

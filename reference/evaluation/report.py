@@ -32,12 +32,8 @@ STYLE = (
 
 def files_below(places: Sequence[str]) -> list[Path]:
     """The results files below `places`, files or folders, each once, in order of name."""
-    files = [
-        file
-        for place in places
-        for file in (sorted(Path(place).rglob("results.json")) if Path(place).is_dir() else [Path(place)])
-    ]
-    return list(dict.fromkeys(files))
+    folders = {place: sorted(place.rglob("results.json")) if place.is_dir() else [place] for place in map(Path, places)}
+    return list(dict.fromkeys(file for files in folders.values() for file in files))
 
 
 def load_runs(places: Sequence[str]) -> list[Results]:

@@ -87,10 +87,10 @@ class MgClip(LoraKeyValue):
     def after_task(self, number: int) -> dict[str, Any]:
         """Fit the task's visual classes; those of earlier tasks stay."""
         task = self.setting.tasks[number]
-        features = image_features(self.clip, task.train.images[:], self.config)
+        features = image_features(self.clip, task.train.images, self.config)
         draw = seeded(self.setting.seed, number, 10)
         self.visual[task.name] = visual_classes(features, task.train.labels, len(task.class_names), draw)
-        return {"steps": self.steps}
+        return {}
 
     def class_vectors(self, evaluation: str, task: Task, vectors: Tensor) -> Tensor:
         """`s T + w V` for finished tasks in the second way of scoring, texts alone otherwise."""

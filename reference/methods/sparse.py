@@ -59,10 +59,8 @@ class LoRSU(Method):
     def gradients(self, number: int) -> dict[str, Tensor]:
         """What heads and entries are chosen by: the sum of the task's gradients."""
         task, model = self.setting.tasks[number], self.clip.model.eval()
-        drawn, tokens = (
-            task.train.drawn(self.config.consolidation_images, self.setting.seed),
-            self.clip.tokens(task.prompts()),
-        )
+        drawn = task.train.drawn(self.config.consolidation_images, seed=self.setting.seed)
+        tokens = self.clip.tokens(task.prompts())
 
         def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
             with precision(self.clip, self.config):

@@ -22,8 +22,7 @@ from reference.methods.base import Method
 from reference.methods.nullspace import NullSpaceReference
 from reference.training.steps import Batch
 
-TURNED = re.compile(r".*\.mlp\.c_(fc|proj)\.weight")
-BLOCKS = 4
+TURNED, BLOCKS = re.compile(r".*\.mlp\.c_(fc|proj)\.weight"), 4
 
 
 def turned(model: nn.Module) -> list[str]:
@@ -83,8 +82,7 @@ class FreeTurns(NullSpaceReference):
 
     def _begin(self) -> None:
         rotations = begin_turn(self.guard, turned(self.clip.model))  # type: ignore[arg-type]
-        config = self.config
-        self.optimizer = AdamW(rotations, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)  # type: ignore[assignment]
+        self.optimizer = AdamW(rotations, weight_decay=self.config.weight_decay, fused=True)  # type: ignore[assignment]
 
     def before_task(self, number: int) -> None:
         """Begin to turn; AdamW on the turns alone."""

@@ -215,12 +215,6 @@ class Batches:
             yield self.clip.normalised(self.split.images[part]), self.split.labels[part]
 
 
-def evaluate(clip: Clip, task: Task, config: Config) -> float:
-    """Accuracy in percent over the classes of `task`, on (a fixed draw of) its test images."""
-    (correct,) = scores(clip, task, config, (1 if config.evaluation_templates == "first" else len(task.templates),))
-    return accuracy(correct)
-
-
 def accuracy(correct: Tensor) -> float:
     """Percent of the booleans `[n]` that are true."""
     return 100.0 * int(correct.sum()) / len(correct)
