@@ -22,10 +22,11 @@ WHOLE = (
 INTERVALS = {
     **dict.fromkeys(("label_smoothing", "energy", "gnsp_rho", "wise_share", "matched_share"), (0.0, 1.0)),
     **dict.fromkeys(("ensemble_share", "prune_bound"), (0.0, 1.0)),
-    **dict.fromkeys(("weight_decay", "warmup", "zscl_l2", "ewc_weight"), (0.0, float("inf"))),
+    **dict.fromkeys(("gap_bound", "weight_decay", "warmup", "zscl_l2", "ewc_weight"), (0.0, float("inf"))),
     **dict.fromkeys(("distillation_weight", "alignment_weight", "sgp_alpha"), (0.0, float("inf"))),
     **dict.fromkeys(("learning_rate", "refine_rate"), (0.0, 10.0)),
     "refine_steps": (0, float("inf")),
+    "dense_collages": (3, float("inf")),
     "temperature": (1e-3, 1e3),
 }
 FOLDERS = ("data_root", "model", "reference_root")
@@ -43,8 +44,7 @@ class Config:
         model: a folder written by open_clip's hub format, or `<architecture>:<pretrained tag>`; the tag `random` gives
             untrained weights.
         reference_root: folder with `captions.csv` (columns file, caption); needed by `nullspace-reference`.
-        output: folder of the results.
-        order: task order, `I` or `II`, of the MTIL benchmark (ZSCL, 2023).
+        output: folder of the results. order: task order, `I` or `II`, of the MTIL benchmark (ZSCL, 2023).
         tasks: names of the tasks to use, in this order; empty: all tasks of `order`.
         methods, seeds: each method is run once per seed.
         split: `test` trains on all training images; `validation` holds the last fifth of each class's training
@@ -62,11 +62,12 @@ class Config:
         consolidation_images: most images of one task that are consolidated; `null`: all.
         robust_images: test images of each task that are attacked before and after the sequence; `null`: none, since it
             takes as long as training a task.
+        dense_collages: collages of test images on which patches are looked at at both ends as well; `null`: none.
         reference_images: how many images of the reference pool `nullspace-reference` protects.
         layers: what methods without adapters train, and so protect: `all` (both towers), `vision` (the image tower) or
             `gnsp` (the MLPs of the image tower and its projection, 25 tensors in ViT-B/16).
-        energy: share of the input energy of a task that is protected, 0..1.
-        sgp_alpha: directions are kept by their importance with SGP's alpha (soft protection); `null`: fully.
+        energy: share of a task's input energy that is protected. sgp_alpha: directions are kept by their importance
+            with SGP's alpha (soft protection); `null`: fully.
         prune_bound: after each task, protected directions are given back as long as no task so far loses more than
             this share of its energy (their images are read again); 0: never.
         refine_steps, refine_rate, refine_loss: CLIP-Refine's phase on the reference pool before any method; its control
@@ -75,7 +76,8 @@ class Config:
         project: `update` (weights corrected after the step) or `both` (gradients projected as well), for our methods.
         reference_batch: images of the pool beside each training batch, for methods with losses on it; `null`: as many
             as `batch_size`.
-        temperature, distillation_weight, alignment_weight: of the losses on the pool (GNSP: 2, 1 and 0.75).
+        temperature, distillation_weight, alignment_weight: of the losses on the pool (GNSP: 2, 1 and 0.75); the second
+            also of `orthsr`'s on the task's own images.
         schedule: `uniform`, or `gnsp`: rates and iterations in GNSP's proportions by task and order, for its family.
         gnsp_rho: share of the energy that GNSP leaves unprotected.
         gnsp_gram: Gram matrices normalised by batch and by task (`batch-frobenius`, as released) or summed (`count`).
@@ -83,13 +85,11 @@ class Config:
             are trained later, `reference` the same, with the pool's Gram matrices protected.
         zscl_l2, ensemble_share: ZSCL's pull towards the weights at the task's start; time between averaged weights as
             a share of the task's steps (100 of 1,000 in the paper).
-        wise_share: share of the fine-tuned weights in WiSE-FT's mean.
-        matched_share: share of `learning_rate` at which `matched-plasticity` trains.
-        replay_bytes: size of `replay`'s buffer.
-        ewc_weight: strength of EWC's penalty.
-        pretrain_iterations, pretrain_rate: the training of demo's own tiny CLIP.
-        igsp: options of `nullspace_optim.IGSP` for the method `igsp`.
+        wise_share: share of the fine-tuned weights in WiSE-FT's mean. matched_share: share of `learning_rate` at which
+            `matched-plasticity` trains. replay_bytes: size of `replay`'s buffer. ewc_weight: strength of EWC's penalty.
+        pretrain_iterations, pretrain_rate: of demo's own tiny CLIP. igsp: options of `nullspace_optim.IGSP`.
         lora_rank: rank of the methods with LoRA. moe_experts: experts beside each block of `moe-adapters`.
+        gap_bound: how far `mg-clip` lets the mean cosine of images with wrong classes move (a tenth of mini-clip's).
         of_method: settings that differ for one method, by its name; the rate of each method, say. What is given is
             put over the preset's; `{}` takes the preset's away.
         note: sentence printed under the table.
@@ -119,6 +119,7 @@ class Config:
     evaluation_templates: Literal["first", "all", "gnsp"] = "first"
     also_templates: tuple[Literal["first", "all", "gnsp"], ...] = ()
     robust_images: int | None = None
+    dense_collages: int | None = None
     consolidation_images: int | None = None
     reference_images: int = 1000
     layers: Literal["all", "vision", "gnsp"] = "all"
@@ -148,6 +149,7 @@ class Config:
     pretrain_rate: float = 0.0
     igsp: Mapping[str, Any] = field(default_factory=dict)
     lora_rank: int = 8
+    gap_bound: float = 0.04
     moe_experts: int = 22
     of_method: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     note: str = ""

@@ -34,11 +34,8 @@ def prepare(config: Config) -> Experiment:
         ExperimentError: anything missing or unreadable, named with the way out.
     """
     refuse_unknown(config.of_method)
-    wanted = (
-        config.pool_losses
-        or config.refine_steps
-        or any(method.needs_reference for method in chosen_methods(config.methods))
-    )
+    pooled = any(method.needs_reference for method in chosen_methods(config.methods))
+    wanted = pooled or config.pool_losses or config.refine_steps
     if config.preset == "demo":
         pretraining = demo.pretraining_task()
         rendered = demo.reference_pool(pretraining, config.reference_images)

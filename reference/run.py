@@ -16,7 +16,7 @@ from typing import Any
 from reference.command import NAMED, StopRequest, add_settings, carried_out, read_config
 from reference.config import Config
 from reference.errors import ExperimentError
-from reference.evaluation import figures, report
+from reference.evaluation import comparison, figures
 from reference.evaluation.tables import aligned, matrix_table
 from reference.experiment import Experiment, prepare
 from reference.methods import chosen_methods
@@ -45,10 +45,10 @@ def run(options: argparse.Namespace) -> None:
     chosen_methods(config.methods)
     stop = StopRequest()
     runs = compare(prepare(config), config, output, options.resume, stop)
-    accuracy, rest = report.tables(runs, "")
+    accuracy, rest = comparison.tables(runs)
     measured = [figure for figure in zip(*rest) if set(figure[1:]) != {"-"}]  # methods as columns: fits a line
     tables = [*map(matrix_table, runs), aligned(accuracy), aligned(measured)]
-    print("\n" + "\n\n".join([*tables, "\n".join(report.notes(runs))]))
+    print("\n" + "\n\n".join([*tables, "\n".join(comparison.notes(runs))]))
     print(f"\nresults and figures: {output}")
 
 

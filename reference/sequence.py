@@ -22,6 +22,7 @@ from reference.data.tasks import Task
 from reference.errors import ExperimentError
 from reference.evaluation import metrics
 from reference.evaluation.costs import costs, summary_of_steps
+from reference.evaluation.dense import patch_figures
 from reference.evaluation.geometry import pool_figures
 from reference.evaluation.robust import robust_accuracy
 from reference.evaluation.scoring import Board, Scorer, as_results
@@ -34,6 +35,7 @@ from reference.training.steps import Step, learn
 from reference.training.tracking import Log, machine, peak_memory, provenance, reset_peak_memory
 
 ACTIVITIES = ("training", "consolidation", "evaluation")
+LOOKED_AT = ("pool", "dense", "robust")
 
 
 class StoppedError(Exception):
@@ -42,7 +44,7 @@ class StoppedError(Exception):
 
 @dataclass
 class Progress:
-    """Progress of a run: finished tasks, next step, scores, trained parameters of each task, figures of the pool.
+    """Progress of a run: finished tasks, next step, scores, trained parameters of each task, figures of both ends.
 
     `steps` are loss and seconds of each step of the task at work; `training` and `consolidations` what finished ones
     came to.
@@ -55,8 +57,7 @@ class Progress:
     consolidations: list[dict[str, Any]] = field(default_factory=list)
     boards: dict[str, Board] = field(default_factory=dict)
     trained: list[int] = field(default_factory=list)
-    pool: list[dict[str, float]] = field(default_factory=list)
-    robust: list[dict[str, list[float]]] = field(default_factory=list)
+    ends: list[dict[str, dict[str, Any]]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ACTIVITIES, 0.0))
 
     @classmethod
@@ -69,11 +70,8 @@ class Sequence(SavedRun):
     """The run of one method with one seed.
 
     Args:
-        experiment: tasks, pool and pretrained model.
-        method: class of the method.
-        config: settings.
-        seed: of batch order and crops (and, in demo, of pretraining).
-        folder: where the files go.
+        experiment: tasks, pool and pretrained model; method: class of the method; config: settings.
+        seed: of batch order and crops (and, in demo, of pretraining); folder: where the files go.
         stop: asked after each step whether to stop.
     """
 
@@ -132,8 +130,7 @@ class Sequence(SavedRun):
             return
         self.log("started", method=self.method.name, seed=self.seed, config=recorded(self.config))
         self._evaluate(None)
-        self._look_at_pool()
-        self._attack()
+        self._look()
         self._consolidate("reference", self.method.before_sequence)
         self._save()
 
@@ -203,23 +200,22 @@ class Sequence(SavedRun):
                 for board in self.progress.boards.values():
                     board.add(list(board.right[0]), board.gaps[0])
 
-    def _look_at_pool(self) -> None:
-        """Retrieval and modality gap on the reference pool, if there is one."""
-        if self.experiment.pool is not None:
-            with self._timed("evaluation"), self.method.without_task():
-                self.progress.pool.append(pool_figures(self.clip, self.experiment.pool, self.config))
-
-    def _attack(self) -> None:
-        """Accuracy on attacked images of every task, where the settings ask for it."""
-        found: dict[str, list[float]] = {}
-        for task in self.experiment.tasks if self.config.robust_images else ():
+    def _look(self) -> None:
+        """At both ends: retrieval on the pool, patches, and attacked images, where the settings ask for it."""
+        found: dict[str, dict[str, Any]] = {name: {} for name in LOOKED_AT}
+        experiment, clip, config = self.experiment, self.clip, self.config
+        with self._timed("evaluation"), self.method.without_task():
+            if experiment.pool is not None:
+                found["pool"] = pool_figures(clip, experiment.pool, config)
+            if config.dense_collages:
+                found["dense"] = patch_figures(clip, experiment.tasks, config)
+        for task in experiment.tasks if config.robust_images else ():
             with self._timed("evaluation"), self.method.evaluating(self.method.evaluations[0], task):
-                found[task.name] = robust_accuracy(self.clip, task, self.config)
-        self.progress.robust.append(found)
+                found["robust"][task.name] = robust_accuracy(clip, task, config)
+        self.progress.ends.append(found)
 
     def _results(self) -> dict[str, Any]:
-        self._look_at_pool()
-        self._attack()
+        self._look()
         self.log("finished", seconds=self.progress.seconds)
         matrix, pretrained = np.array(self.main.accuracy), self.main.pretrained
         chance = [100 / len(task.class_names) for task in self.experiment.tasks]
@@ -234,8 +230,7 @@ class Sequence(SavedRun):
             "chance": chance,
             "transfer_known": metrics.transfer_known(matrix, pretrained, chance).value,
             "unknown_tasks": [task.name for i, task in enumerate(self.experiment.tasks) if i not in known],
-            "pool": dict(zip(("before", "after"), self.progress.pool)),
-            "robust": dict(zip(("before", "after"), self.progress.robust)),
+            **{name: dict(zip(("before", "after"), (end[name] for end in self.progress.ends))) for name in LOOKED_AT},
             "scored_otherwise": others,
             "facts": self.method.facts(),
             "seconds": sum(self.progress.seconds.values()),

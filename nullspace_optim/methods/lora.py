@@ -21,6 +21,7 @@ from ..errors import OptionError
 from ..model.names import names_by_identity
 from ..optimizer.optimizer import NullSpaceOptimizer
 from ..subspace.linalg import eigh
+from .low_rank import summed_gradients
 
 
 @torch.no_grad()
@@ -108,17 +109,7 @@ def keeplora_rows(
     """
     layers = list(lora_layers(optimizer.model))
     bases = [layer.get_base_layer().weight for _, layer, _ in layers]
-    flags, found = [weight.requires_grad for weight in bases], {}
-    sums = [torch.zeros_like(weight, dtype=torch.float64) for weight in bases]
-    try:
-        for weight in bases:
-            weight.requires_grad_(True)
-        for batch in loader:
-            for total, part in zip(sums, torch.autograd.grad(loss(batch), bases, allow_unused=True), strict=True):
-                total.add_(part) if part is not None else None
-    finally:
-        for weight, flag in zip(bases, flags, strict=True):
-            weight.requires_grad_(flag)
+    found, sums = {}, summed_gradients(bases, loader, loss)
     with torch.no_grad():
         for (name, layer, adapter), base, gradient in zip(layers, bases, sums, strict=True):
             weight = layer.lora_A[adapter].weight

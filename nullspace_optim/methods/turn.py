@@ -15,13 +15,13 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..errors import OptionError, ShapeError
 from ..optimizer.optimizer import NullSpaceOptimizer
+from .parametrized import Parametrization, merge, plain_weight, register
 
 
-class Turn(nn.Module):
+class Turn(Parametrization):
     """The parametrization of one weight, `[m, d]` or read as such: `R` `[r, b, b]` and, if there is one, `N` `[d, b]`.
 
     `mixing` is `Q` `[r, b, b]`, at least float32.
@@ -31,10 +31,10 @@ class Turn(nn.Module):
     unfinished = "merge_turn(optimizer)"  # before `consolidate`
 
     def __init__(self, weight: Tensor, free: Tensor | None, blocks: int, orthogonal: bool) -> None:
-        super().__init__()
+        super().__init__(weight)
         side = weight[0].numel() // blocks if free is None else free.shape[1]
         wide = torch.promote_types(weight.dtype, torch.float32)
-        self.orthogonal, self.trained = orthogonal, weight.requires_grad
+        self.orthogonal = orthogonal
         self.register_buffer("free", None if free is None else free.to(wide))
         start = torch.zeros(blocks if free is None else 1, side, side, dtype=wide, device=weight.device)
         self.rotation = nn.Parameter(start)
@@ -84,13 +84,8 @@ def begin_turn(
         )
     turns = {name: _turn(guard, model, name, blocks, orthogonal) for name in dict.fromkeys(names)}
     for name, turn in turns.items():
-        if turn is None:
-            continue
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        weight = module.get_parameter(leaf).requires_grad_(False)
-        weight.grad = None  # a step would follow what is left there
-        parametrize.register_parametrization(module, leaf, turn, unsafe=True)
+        if turn is not None:
+            register(model, name, turn)
     return [turn.rotation for turn in turns.values() if turn is not None]
 
 
@@ -98,16 +93,7 @@ def _turn(
     guard: NullSpaceOptimizer | None, model: nn.Module, name: str, blocks: int | None, orthogonal: bool
 ) -> Turn | None:
     """Return the parametrization of one weight, `None` where no direction is free; the model is not changed."""
-    path, _, leaf = name.rpartition(".")
-    owners = dict(model.named_parameters(remove_duplicate=False))
-    if f"{path}.parametrizations.{leaf}.original".lstrip(".") in owners:
-        raise OptionError(f"begin_turn: '{name}' is parametrized already; merge_turn or remove what is there")
-    if name not in owners:
-        raise OptionError(f"begin_turn: no parameter '{name}' in {type(model).__name__}")
-    weight = owners[name]
-    tied = [other for other, p in owners.items() if p is weight and other != name]
-    if tied:
-        raise OptionError(f"begin_turn: '{name}' is tied to '{tied[0]}', which would not turn with it: untie them")
+    weight = plain_weight(model, name, "begin_turn")
     size = weight[0].numel() if weight.ndim > 1 else 0
     free = None if blocks is not None or guard is None else _free(guard, name, size, weight.device)
     count = 4 if blocks is None else blocks
@@ -116,21 +102,13 @@ def _turn(
     return None if free is not None and not free.shape[1] else Turn(weight, free, count, orthogonal)
 
 
-@torch.no_grad()
 def merge_turn(optimizer: NullSpaceOptimizer | nn.Module) -> list[str]:
     """Write every turned weight as a plain one that may train again; return their names.
 
     A `NullSpaceOptimizer` takes the new values for its anchors, so `consolidate` can follow.
     """
     guard, model = _parts(optimizer)
-    merged = []
-    for path, module in list(model.named_modules()):
-        for leaf, chain in list(getattr(module, "parametrizations", {}).items()):
-            if len(chain) == 1 and isinstance(chain[0], Turn):
-                turned, trained = getattr(module, leaf).detach().clone(), chain[0].trained
-                parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
-                getattr(module, leaf).copy_(turned).requires_grad_(trained)
-                merged.append(f"{path}.{leaf}" if path else leaf)
+    merged = merge(model, Turn)
     if guard is not None and merged:
         guard.reanchor()
     return merged

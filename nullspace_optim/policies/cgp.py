@@ -21,7 +21,7 @@ class CGP(Energy):
     tasks; a joined group pools its samples and adds what the stored basis lacks of them, where the paper selects the
     columns of the earlier class's basis again, and so may drop some. The released code joins where the *absolute*
     cosine of a layer's mean activations is above the threshold, with classes of all earlier tasks as well; mean outputs
-    have signs, and opposite ones are not alike.
+    have signs, and opposite ones are not alike. Its contrastive loss is not part of a policy.
 
     The published update subtracts one projection after the other for bases that are not orthogonal to each other, which
     is no projection, and its residual removes the last basis only; here a class adds what lies outside all others, so

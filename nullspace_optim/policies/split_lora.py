@@ -26,7 +26,7 @@ class SplitLoRA(Policy):
     is the same guarantee.
 
     The released code drops `max(k - 1, 1) + 1` columns, so it protects at least two directions; ``paper_code=True``
-    does the same.
+    does the same. Not part of a policy: logits over 30, ten passes an epoch, augmented moments.
     """
 
     alpha: float = 20.0

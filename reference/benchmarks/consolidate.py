@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from nullspace_optim import NullSpaceOptimizer, clip_forward
+from reference.benchmarks import outcome
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.workload import build, quiet, random_batch, ratio, seconds
 from reference.config import load_config
+from reference.evaluation.tables import reading
 from reference.training.clip import load_clip
 
 PROMPTS = 10
@@ -48,17 +50,13 @@ PLACES = (
 
 @dataclass(frozen=True)
 class Case:
-    """One model with the images of a task `[n, 3, s, s]`, in batches, and its prompts `[c, context]`."""
+    """One model with the images of a task `[n, 3, s, s]`, in batches, its prompts `[c, context]`, and `n`."""
 
     name: str
     model: nn.Module
     batches: list[Tensor]
     tokens: Tensor
-
-    @property
-    def images(self) -> int:
-        """Number of images."""
-        return sum(len(batch) for batch in self.batches)
+    images: int
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,7 @@ def main(arguments: Sequence[str]) -> Outcome:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    about = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.consolidate", description=about)
+    parser = outcome.parser("consolidate", __doc__)
     parser.add_argument(
         "--model", action="append", help="open_clip architecture, folder of an open_clip model, or tiny; repeatable"
     )
@@ -101,8 +98,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", default="relevant,all", help="which of relevant,all")
     parser.add_argument("--repeats", type=int, default=1, help="pairs of passes a figure")
     parser.add_argument("--no-peers", action="store_true", help="leave the SVDs of published methods out")
-    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
-    parser.add_argument("--output", default="", help="folder for consolidate.md and consolidate.json")
     return parser.parse_args(arguments)
 
 
@@ -116,7 +111,7 @@ def prepare(name: str, blocks: int | None, images: int, device: torch.device) ->
         model = build(name, blocks, device)
     batch = random_batch(model, max(images, PROMPTS), device)
     parts = [batch.images[start : min(start + BATCH, images)] for start in range(0, images, BATCH)]
-    return Case(name, model, parts, batch.tokens[:PROMPTS])
+    return Case(name, model, parts, batch.tokens[:PROMPTS], images)
 
 
 def measure(case: Case, rows: str, repeats: int, device: torch.device) -> Spent:
@@ -193,15 +188,23 @@ def _pass_table(rows: Sequence[tuple[str, ...]], repeats: int) -> Table:
     return Table(
         "Consolidation of one task, seconds",
         (
-            "model", "rows", "forward only", "consolidate", "ratio", "ratio of what grows with the data",
-            "forward, observed", "relevance", "second moments", "solve", "bases", "probe", "rest",
+            "model",
+            "rows",
+            "forward only",
+            "consolidate",
+            "ratio",
+            "ratio of what grows with the data",
+            "forward, observed",
+            "relevance",
+            "second moments",
+            "solve",
+            "bases",
+            "probe",
+            "rest",
         ),
         tuple(rows),
-        f"{repeats} pairs, forward-only and consolidation in turn, float32, random images. Forward, relevance and "
-        "second moments grow with the data; the others depend on the widths alone, so the whole ratio falls "
-        "towards the sixth column as the task grows. The consolidation ran under Python's profiler, which tells "
-        "the parts and slows it a little.",
-    )  # fmt: skip
+        reading("consolidate", repeats=repeats),
+    )
 
 
 def _compare(case: Case, spent: Spent, device: torch.device) -> tuple[str, ...]:
@@ -216,8 +219,7 @@ def _peer_table(rows: Sequence[tuple[str, ...]]) -> Table:
         "Finding the directions: ours beside full decompositions, seconds for all matrices",
         ("model", "moments + solve", "SVD of rows (GPM)", "Gram and its SVD (GNSP)", "GPM / ours", "GNSP / ours"),
         tuple(rows),
-        "Ours: from the last row of the model above; weights that share their rows share one decomposition. The "
-        "SVDs: torch.linalg.svd of noise, each shape once, times the number of weights of that shape.",
+        reading("decompositions"),
     )
 
 

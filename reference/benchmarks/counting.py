@@ -27,8 +27,10 @@ import torch
 from torch.utils.benchmark import Timer
 
 from nullspace_optim import Basis, NullSpaceOptimizer
+from reference.benchmarks import outcome
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.workload import Still, build, fill, matrices, protected_at_random, seconds
+from reference.evaluation.tables import reading
 
 EXACT_EVERY = 16
 SHARES = "1/16,1/8,1/4,1/2,3/4,15/16"
@@ -57,11 +59,6 @@ class Work:
     float32: float = 0.0
     bfloat16: float = 0.0
     bytes: float = 0.0
-
-    @property
-    def operations(self) -> float:
-        """All products."""
-        return self.float32 + self.bfloat16
 
     def __add__(self, other: Work) -> Work:
         return Work(self.float32 + other.float32, self.bfloat16 + other.bfloat16, self.bytes + other.bytes)
@@ -96,7 +93,7 @@ def matrix_work(m: int, d: int, k: int, precision: str, groups: int = 1) -> Work
 
 def protection_operations(bases: Mapping[str, Basis], precision: str) -> float:
     """Operations of one protected step over all matrices."""
-    return sum(work.operations for work in correction(bases, precision))
+    return sum(work.float32 + work.bfloat16 for work in correction(bases, precision))
 
 
 def measured_rates(device: torch.device, size: int = 0) -> Rates:
@@ -134,15 +131,12 @@ def main(arguments: Sequence[str]) -> Outcome:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
-    about = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.counting", description=about)
+    parser = outcome.parser("counting", __doc__)
     parser.add_argument("--models", default="ViT-B-32,ViT-B-16", help="open_clip architectures, or tiny")
     parser.add_argument("--blocks", type=int, help="use only so many blocks of each tower; default: all")
     parser.add_argument("--shares", default=SHARES, help="k/d of every matrix, fractions")
     parser.add_argument("--repeats", type=int, default=3, help="corrections a figure; 0: count only")
     parser.add_argument("--product", type=int, default=0, help="size of the products that tell the rate")
-    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
-    parser.add_argument("--output", default="", help="folder for counting.md and counting.json")
     return parser.parse_args(arguments)
 
 
@@ -168,8 +162,7 @@ def _model_table(
             "floor on an H200 (ms)",
         ),
         tuple(rows),
-        f"Measured: median of {repeats} steps, of the difference form the mean over {EXACT_EVERY} steps, one of them "
-        "exact. Bound by: what the larger part of the floor consists of.",
+        reading("floors", repeats=repeats, period=EXACT_EVERY),
     )  # fmt: skip
 
 
@@ -185,7 +178,7 @@ def _row(
         took = 1e3 * _seconds_a_step(optimizer, repeats, precision == "fast" or 2 * share > 1, device)
         measured, over = f"{took:.1f}", f"{took / floor:.2f}"
     bound = "memory" if memory > 0.99 * floor else "products"
-    cells = (f"{work.operations / 1e9:.1f}", f"{work.bytes / 1e9:.2f}", f"{floor:.1f}", bound)
+    cells = (f"{(work.float32 + work.bfloat16) / 1e9:.1f}", f"{work.bytes / 1e9:.2f}", f"{floor:.1f}", bound)
     return (*cells, measured, over, f"{far:.2f}")
 
 
@@ -201,13 +194,8 @@ def _rates_table(machines: Sequence[Rates]) -> Table:
     rows = [
         (r.name, f"{r.float32 / 1e9:,.0f}", f"{r.bfloat16 / 1e9:,.0f}", f"{r.bandwidth / 1e9:,.0f}") for r in machines
     ]
-    return Table(
-        "Rates",
-        ("machine", "float32 products (GFLOP/s)", "bfloat16 products (GFLOP/s)", "memory (GB/s)"),
-        tuple(rows),
-        "Here: the best square product, and the best copy of an array (bytes read and written). H200: the data sheet, "
-        "float32 without TF32.",
-    )
+    header = ("machine", "float32 products (GFLOP/s)", "bfloat16 products (GFLOP/s)", "memory (GB/s)")
+    return Table("Rates", header, tuple(rows), reading("rates"))
 
 
 if __name__ == "__main__":

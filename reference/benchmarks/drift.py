@@ -32,10 +32,11 @@ from reference.benchmarks.workload import quiet
 from reference.config import Config, load_config
 from reference.data.folders import load_tasks
 from reference.data.tasks import Task
+from reference.evaluation.tables import reading
 from reference.training.clip import Clip, assemble, class_logits, classification_loss, load_clip
-from reference.training.steps import Batches, evaluate, train
+from reference.training.steps import Batches, accuracy, scores, train
 
-HELD_OUT = 1024
+HELD_OUT, PARTS = 1024, ("features", "logits")
 PROJECTIONS = ("none", "gradient", "update")
 POLICIES: tuple[Policy | None, ...] = (
     None, Energy(0.85), Energy(0.95), Energy(0.99), Energy(0.999), Energy(0.9999), NumericalRank(),
@@ -44,18 +45,14 @@ POLICIES: tuple[Policy | None, ...] = (
 Base = Callable[[Sequence[nn.Parameter]], Optimizer]
 
 
-def muon(parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """torch.optim.Muon, which came with torch 2.9."""
-    optimizer: Optimizer = cast(Any, torch.optim).Muon(parameters, lr=2e-3, weight_decay=0.01)
-    return optimizer
-
-
 BASES: dict[str, Base] = {
     "AdamW, decay 0.01": lambda p: AdamW(p, lr=1e-3, weight_decay=0.01),
     "SGD, momentum 0.9, decay 1e-3": lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
     "SGD, momentum 0.9": lambda p: SGD(p, lr=0.05, momentum=0.9),
-    **({"Muon": muon} if hasattr(torch.optim, "Muon") else {}),
+    "Muon": lambda p: cast(Any, torch.optim).Muon(p, lr=2e-3, weight_decay=0.01),
 }
+if not hasattr(torch.optim, "Muon"):  # it came with torch 2.9
+    del BASES["Muon"]
 
 
 @dataclass(frozen=True)
@@ -80,14 +77,8 @@ def main(arguments: Sequence[str]) -> Outcome:
         made |= {name: parts[name](options, clip, old, new) for name in names if name != "policies"}
         device = str(clip.device)
     tables = [made[name] for name in names]
-    return finish(
-        "reference.benchmarks.drift",
-        arguments,
-        torch.device(device),
-        time.perf_counter() - started,
-        tables,
-        options.output,
-    )
+    where = torch.device(device)
+    return finish("reference.benchmarks.drift", arguments, where, started, tables, options.output)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -124,9 +115,6 @@ def configuration(options: argparse.Namespace, steps: int, rate: float) -> Confi
         "warmup": min(10, steps // 10), "label_smoothing": 0.0, "precision": "float32",
     }  # fmt: skip
     return load_config("mini", settings)
-
-
-# ---- drift by base optimizer ----------------------------------------------------------------------------------------
 
 
 def by_optimizer(options: argparse.Namespace, clip: Clip, old: Task, new: Task) -> Table:
@@ -191,9 +179,6 @@ def kept_drift(
     return max(protected), training_loss(clip, new)
 
 
-# ---- drift by threshold ---------------------------------------------------------------------------------------------
-
-
 def by_threshold(options: argparse.Namespace, clip: Clip, old: Task, new: Task) -> Table:
     """Output drift, accuracy and plasticity, per policy; means over the seeds."""
     config = configuration(options, options.steps, options.rate)
@@ -204,16 +189,10 @@ def by_threshold(options: argparse.Namespace, clip: Clip, old: Task, new: Task) 
         found = [after_new_task(clip.copy(), policy, seed, config, options.images, old, new) for seed in seeds]
         shares = mean(share for share, _ in found)
         scores = [after for _, after in found]
-        rows.append(
-            (
-                named(policy),
-                f"{shares:.0%}",
-                percent([relative(after.features, before.features) for after in scores]),
-                percent([relative(after.logits, before.logits) for after in scores]),
-                f"{before.accuracy:.1f} → {mean(after.accuracy for after in scores):.1f}",
-                f"{before.loss:.2f} → {mean(after.loss for after in scores):.3f}",
-            )
-        )
+        drifts = [[relative(getattr(after, part), getattr(before, part)) for after in scores] for part in PARTS]
+        accuracy = f"{before.accuracy:.1f} → {mean(after.accuracy for after in scores):.1f}"
+        loss = f"{before.loss:.2f} → {mean(after.loss for after in scores):.3f}"
+        rows.append((named(policy), f"{shares:.0%}", *map(percent, drifts), accuracy, loss))
     held_out = min(HELD_OUT, len(old.test))
     return Table(
         f"Drift of the old task's outputs after {options.steps} AdamW steps on another task, by policy",
@@ -222,11 +201,8 @@ def by_threshold(options: argparse.Namespace, clip: Clip, old: Task, new: Task) 
             "accuracy on the old task (%)", "training loss of the new task",
         ),
         tuple(rows),
-        f"Old task {old.name}: {min(options.images, len(old.train))} training images and its prompts consolidated, "
-        f"drift ||Y' - Y|| / ||Y|| on {held_out} test images that were not. New task {new.name}: batch "
-        f"{options.batch}, learning rate {options.rate:g} with warm-up and cosine, loss over its training images "
-        f"before → after. Protected directions: mean share over the protected matrices. {len(seeds)} seeds (mean, "
-        "smallest and largest in brackets).",
+        reading("thresholds", old=old.name, images=min(options.images, len(old.train)), held_out=held_out,
+                new=new.name, batch=options.batch, rate=options.rate, seeds=len(seeds)),
     )  # fmt: skip
 
 
@@ -262,8 +238,8 @@ def score(clip: Clip, old: Task, new: Task, config: Config) -> Scores:
     parts = [images[start : start + 64] for start in range(0, len(images), 64)]
     features = torch.cat([model.encode_image(part, normalize=True) for part in parts])
     logits = torch.cat([class_logits(clip.model, part, tokens) for part in parts])
-    accuracy = evaluate(clip, old, replace(config, evaluation_images=None))
-    return Scores(features, logits, accuracy, training_loss(clip, new))
+    (right,) = scores(clip, old, replace(config, evaluation_images=None), (1,))
+    return Scores(features, logits, accuracy(right), training_loss(clip, new))
 
 
 def relative(now: Tensor, then: Tensor) -> float:
@@ -275,9 +251,6 @@ def percent(values: Sequence[float]) -> str:
     """The mean in percent, two digits; of several values also smallest and largest."""
     texts = [f"{100 * value:.2g} %" for value in (mean(values), min(values), max(values))]
     return texts[0] if len(values) == 1 else f"{texts[0]} ({texts[1]} to {texts[2]})"
-
-
-# ---- both -----------------------------------------------------------------------------------------------------------
 
 
 def consolidate(optimizer: NullSpaceOptimizer, clip: Clip, task: Task, images: int) -> None:

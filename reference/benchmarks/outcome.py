@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import shlex
 import sys
@@ -47,6 +48,15 @@ class Outcome:
         """The whole run as one Markdown section."""
         about = f"`{self.command}`\n\n{self.machine}; {self.date}; {self.seconds:.0f} s in all"
         return "\n\n".join([f"## {self.benchmark}", about, *(table.markdown() for table in self.tables)])
+
+
+def parser(benchmark: str, about: str | None) -> argparse.ArgumentParser:
+    """The command line of a benchmark: its device, and the folder of its tables."""
+    about = (about or "").split("\n")[0]
+    found = argparse.ArgumentParser(prog=f"python -m reference.benchmarks.{benchmark}", description=about)
+    found.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
+    found.add_argument("--output", default="", help=f"folder for {benchmark}.md and {benchmark}.json")
+    return found
 
 
 def finish(

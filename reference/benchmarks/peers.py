@@ -17,7 +17,7 @@ import importlib.util
 import multiprocessing
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -31,9 +31,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from nullspace_optim import NullSpaceOptimizer, clip_forward
+from reference.benchmarks import outcome
 from reference.benchmarks.outcome import Outcome, Table, finish, progress, saved_bytes
 from reference.benchmarks.step import RATE, Trainer
 from reference.benchmarks.workload import Share, build, fill, protected_at_random, quiet, random_batch, ratio, seconds
+from reference.evaluation.tables import reading
 from reference.training.tracking import resident_peak
 
 GAP = 200  # steps between two decompositions of GaLore, its own default
@@ -89,8 +91,7 @@ def main(arguments: Sequence[str]) -> Outcome:
 
 def parse(arguments: Sequence[str]) -> Namespace:
     """The command line."""
-    about = (__doc__ or "").split("\n")[0]
-    parser = ArgumentParser(prog="python -m reference.benchmarks.peers", description=about)
+    parser = outcome.parser("peers", __doc__)
     parser.add_argument("--model", default="ViT-B-32", help="open_clip architecture, or tiny")
     parser.add_argument("--blocks", type=int, default=2, help="use only so many blocks of each tower")
     parser.add_argument("--batch", type=int, default=32, help="image-text pairs a step")
@@ -99,8 +100,6 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--shares", default="1/16,1/4,1/2,3/4,15/16", help="k/d of every matrix, fractions")
     parser.add_argument("--methods", default="exact,fast,dense,osf,galore", help=f"which of {','.join(METHODS)}")
     parser.add_argument("--parts", default="step", help="which of step,peak")
-    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
-    parser.add_argument("--output", default="", help="folder for peers.md and peers.json")
     return parser.parse_args(arguments)
 
 
@@ -219,11 +218,7 @@ def by_rank(options: Namespace, device: torch.device) -> Table:
         f"Methods compared, {options.model}, {options.blocks} blocks a tower, MLPs only, batch {options.batch}",
         ("k/d", "method", "step with / without", "added (ms)", "preparation (s)", "held (MB)", "file (MB)"),
         tuple(rows),
-        f"Median of {options.repeats} turns of whole training steps, float32. Preparation: ours a consolidation of "
-        f"{options.images} images, forward pass included (alone {forward:.2f} s); dense P a full SVD of each Gram "
-        "matrix, forward pass not included; OSF an SVD of each weight; GaLore its first optimizer step, to be repeated "
-        "every 200 steps. Held: parameters, buffers, optimizer state and bases after these steps, less those of plain "
-        "AdamW. File: what the method itself writes.",
+        reading("peers", repeats=options.repeats, images=options.images, forward=forward),
     )
 
 
@@ -269,13 +264,8 @@ def peaks(options: Namespace, device: torch.device) -> Table:
             (str(share), METHODS[name][0], f"{peak / 1e6:.0f}", f"{(peak - found['plain']) / 1e6:+.0f}")
             for name, peak in found.items()
         ]
-    return Table(
-        f"Peak memory, {options.model}, {options.blocks} blocks a tower, MLPs only, batch {options.batch}",
-        ("k/d", "method", "peak (MB)", "beyond plain AdamW (MB)"),
-        tuple(rows),
-        "Resident memory of a fresh process (on a GPU: allocated memory) at its highest, over preparation and three "
-        "training steps.",
-    )
+    title = f"Peak memory, {options.model}, {options.blocks} blocks a tower, MLPs only, batch {options.batch}"
+    return Table(title, ("k/d", "method", "peak (MB)", "beyond plain AdamW (MB)"), tuple(rows), reading("peaks"))
 
 
 def _peak(name: str, share: float, options: Namespace, device: str) -> int:

@@ -26,6 +26,7 @@ from nullspace_optim.methods import consolidate_classes
 from nullspace_optim.policies import CGP, CODECL, OWM, PEGP, TRGP, VPTNSP, EigenvalueRatio, InfLoRA, KeepLoRA, SplitLoRA
 from reference.benchmarks.outcome import Table, progress
 from reference.benchmarks.workload import in_turn, quiet, ratio
+from reference.evaluation.tables import reading
 
 Point = tuple[float, float]
 CPU = torch.device("cpu")
@@ -87,18 +88,20 @@ def by_policy(options: argparse.Namespace) -> Table:
     table = Table(
         f"What each policy keeps and costs, after {options.steps} AdamW steps on another task",
         (
-            "policy", "kept", "allowed moves only", "drift of consolidated outputs", "drift of held-out outputs",
-            "accuracy on the old task (%)", "accuracy on the new task (%)", "bytes per weight byte", "step",
+            "policy",
+            "kept",
+            "allowed moves only",
+            "drift of consolidated outputs",
+            "drift of held-out outputs",
+            "accuracy on the old task (%)",
+            "accuracy on the new task (%)",
+            "bytes per weight byte",
+            "step",
             "consolidation (s)",
         ),
         tuple(rows),
-        "Scanned digits (scikit-learn), a network of 64-256-256 with a head of 5 a task: 0 to 4 are learnt and "
-        "consolidated, then 5 to 9 are learnt (AdamW, rate 1e-3, decay 0.01, batch 64). Kept: protected directions, "
-        "each by its scale, mean over weights. Allowed moves only: the largest relative difference between a kept "
-        "direction and what the policy allowed it to become (`verify`). Drift: ||Y' - Y|| / ||Y|| of the logits. Step: "
-        "time of a training step over that of an unprotected one on all images at once, median of "
-        f"{TIMED}, interleaved. Mean of {len(seeds)} seeds.",
-    )  # fmt: skip
+        reading("policies", timed=TIMED, seeds=len(seeds)),
+    )
     if options.output:
         Path(options.output).mkdir(parents=True, exist_ok=True)
         save_figure(table, Path(options.output) / "policies.png")

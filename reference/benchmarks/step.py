@@ -3,16 +3,15 @@
     python -m reference.benchmarks.step                      ViT-B/32 on a CPU, ViT-B/16 in bfloat16 on a GPU
     python -m reference.benchmarks.step --shares 1/4,1/2 --blocks 3 --repeats 5
 
-Matrices are `W` `[m, d]`, bases `U` `[d, k]`; `k/d` is the share of protected directions. Anchor form: `4 m d k`
-operations; difference form: `4 m d min(k, d - k)`, plus the anchor form every 16th step. Dense `P` (Adam-NSCL, GPM,
-GNSP): `G <- G P`, `2 m d^2`, whatever k is.
+Matrices are `W` `[m, d]`, bases `U` `[d, k]`; `k/d` is the share of protected directions. Operations: see `counting`;
+of dense `P` (Adam-NSCL, GPM, GNSP), `G <- G P`: `2 m d^2`, whatever k is.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,23 +24,10 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from nullspace_optim import Basis, NullSpaceOptimizer
+from reference.benchmarks import outcome, workload
 from reference.benchmarks.counting import EXACT_EVERY, protection_operations
 from reference.benchmarks.outcome import Outcome, Table, finish, progress, saved_bytes
-from reference.benchmarks.workload import (
-    Batch,
-    Share,
-    Still,
-    build,
-    contrastive_loss,
-    fill,
-    in_turn,
-    matrices,
-    protected_at_random,
-    random_batch,
-    ratio,
-    seconds,
-    wait,
-)
+from reference.evaluation.tables import reading
 
 RATE = 1e-6
 TASKS = (1, 5, 10, 20)
@@ -54,27 +40,27 @@ class Trainer:
 
     model: nn.Module
     optimizer: Optimizer
-    batch: Batch
+    batch: workload.Batch
     autocast: torch.dtype
 
     def gradients(self) -> None:
         """Forward and backward."""
         device = self.batch.images.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast != torch.float32):
-            loss = contrastive_loss(self.model, self.batch)
+            loss = workload.contrastive_loss(self.model, self.batch)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
 
     def timed_step(self) -> tuple[float, float]:
         """Seconds of one whole training step, and of the optimizer's part of it."""
         device = self.batch.images.device
-        wait(device)
+        workload.wait(device)
         started = time.perf_counter()
         self.gradients()
-        wait(device)
+        workload.wait(device)
         middle = time.perf_counter()
         self.optimizer.step()
-        wait(device)
+        workload.wait(device)
         ended = time.perf_counter()
         return ended - started, ended - middle
 
@@ -90,8 +76,7 @@ def main(arguments: Sequence[str]) -> Outcome:
 
 def parse(arguments: Sequence[str]) -> Namespace:
     """The command line, with the defaults of the device."""
-    about = (__doc__ or "").split("\n")[0]
-    parser = ArgumentParser(prog="python -m reference.benchmarks.step", description=about)
+    parser = outcome.parser("step", __doc__)
     parser.add_argument("--model", help="open_clip architecture, or tiny; default: ViT-B-32 (CPU), ViT-B-16 (GPU)")
     parser.add_argument("--blocks", type=int, help="use only so many blocks of each tower; default: all")
     parser.add_argument("--batch", type=int, help="image-text pairs a step; default: 32 (CPU), 64 (GPU)")
@@ -99,8 +84,6 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--shares", default="1/16,1/4,1/2,3/4,15/16", help="k/d of every matrix, fractions")
     parser.add_argument("--autocast", choices=("float32", "bfloat16"), help="default: float32 (CPU), bfloat16 (GPU)")
     parser.add_argument("--parts", default="step,projection,tasks", help="which of step,projection,tasks")
-    parser.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
-    parser.add_argument("--output", default="", help="folder for step.md and step.json")
     options = parser.parse_args(arguments)
     options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     graphic = options.device.type == "cuda"
@@ -113,8 +96,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
 
 def whole_steps(settings: Namespace) -> list[Table]:
     """Training steps with protection over steps without, for every share and both precisions."""
-    with_it = build(settings.model, settings.blocks, settings.device)
-    batch = random_batch(with_it, settings.batch, settings.device)
+    with_it = workload.build(settings.model, settings.blocks, settings.device)
+    batch = workload.random_batch(with_it, settings.batch, settings.device)
     without = copy.deepcopy(with_it)
     bare = Trainer(without, AdamW(without.parameters(), lr=RATE), batch, settings.autocast)
     operations = step_operations(bare)
@@ -122,12 +105,12 @@ def whole_steps(settings: Namespace) -> list[Table]:
     base = AdamW(with_it.parameters(), lr=RATE)
     found: dict[tuple[Fraction, str], tuple[str, ...]] = {}
     for precision in ("exact", "fast"):
-        optimizer = protected_at_random(base, with_it, precision)
+        optimizer = workload.protected_at_random(base, with_it, precision)
         guarded = Trainer(with_it, optimizer, batch, settings.autocast)
         guarded.gradients()
         for share in settings.shares:
             progress(f"training step, k/d {share}, {precision}")
-            fill(optimizer, float(share))
+            workload.fill(optimizer, float(share))
             found[share, precision] = _compare(bare, guarded, settings.repeats, operations, precision)
         optimizer.detach()
     rows = [(str(share), precision, *cells) for (share, precision), cells in sorted(found.items())]
@@ -143,7 +126,7 @@ def _compare(bare: Trainer, guarded: Trainer, repeats: int, operations: float, p
     assert isinstance(guarded.optimizer, NullSpaceOptimizer)
     extra = protection_operations(guarded.optimizer.bases, precision)
     return (
-        f"{ratio([w[0] for _, w in pairs], [b[0] for b, _ in pairs]):.3f}",
+        f"{workload.ratio([w[0] for _, w in pairs], [b[0] for b, _ in pairs]):.3f}",
         f"{1 + added / plain:.3f}",
         f"{1 + extra / operations:.3f}",
         f"{plain:.3f}",
@@ -164,36 +147,39 @@ def _step_table(rows: Sequence[tuple[str, ...]], settings: Namespace, bare: Trai
     return Table(
         f"Training step, {settings.model}{depth}, batch {settings.batch}, both towers, AdamW, {kind}",
         (
-            "k/d", "precision", "with / without", "by the optimizer's part", "predicted",
-            "step without (s)", "added (s)", "drift", f"under {otherwise}",
+            "k/d",
+            "precision",
+            "with / without",
+            "by the optimizer's part",
+            "predicted",
+            "step without (s)",
+            "added (s)",
+            "drift",
+            f"under {otherwise}",
         ),
         tuple(derived),
-        f"With / without: median of {settings.repeats} neighbouring pairs of whole steps. By the optimizer's part: "
-        "1 + what the optimizer takes longer, over the whole step without (steadier). Predicted: operations of the "
-        f"protection over the {operations / 1e9:.3g} GFLOP of forward and backward, at equal rate. Drift: largest "
-        f"relative change of a kept direction afterwards. Under {otherwise}: the same addition (weights stay "
-        f"float32) beside a step whose forward and backward run under that autocast, {plain:.3f} s.",
-    )  # fmt: skip
+        reading("steps", repeats=settings.repeats, giga=operations / 1000000000.0, otherwise=otherwise, plain=plain),
+    )
 
 
 def projections(settings: Namespace) -> list[Table]:
     """The correction alone against `G <- G P`, on every matrix shape of the model once."""
     repeats = 3 * settings.repeats
     rows: list[tuple[str, ...]] = []
-    models = {precision: build(settings.model, 1, settings.device) for precision in ("exact", "fast")}
+    models = {precision: workload.build(settings.model, 1, settings.device) for precision in ("exact", "fast")}
     guarded = {
-        precision: protected_at_random(Still(matrices(model).values()), model, precision)
+        precision: workload.protected_at_random(workload.Still(workload.matrices(model).values()), model, precision)
         for precision, model in models.items()
     }
     for share in settings.shares:
         progress(f"projection alone, k/d {share}")
         for optimizer in guarded.values():
-            fill(optimizer, float(share))
+            workload.fill(optimizer, float(share))
         dense = dense_projections(models["exact"], guarded["exact"].bases)
         runs = {name: optimizer.step for name, optimizer in guarded.items()}
-        found = in_turn({**runs, "dense": partial(_multiply, dense)}, repeats, settings.device)
+        found = workload.in_turn({**runs, "dense": partial(_multiply, dense)}, repeats, settings.device)
         milliseconds = {name: f"{1e3 * median(times):.2f}" for name, times in found.items()}
-        exact, fast = (f"{ratio(found['dense'], found[name]):.2f}" for name in ("exact", "fast"))
+        exact, fast = (f"{workload.ratio(found['dense'], found[name]):.2f}" for name in ("exact", "fast"))
         predicted = 1 / min(2 * share, 2 - 2 * share + 2 * share / EXACT_EVERY)
         cells = (milliseconds["dense"], milliseconds["exact"], exact, f"{float(predicted):.2f}")
         rows.append((str(share), *cells, milliseconds["fast"], fast))
@@ -202,21 +188,9 @@ def projections(settings: Namespace) -> list[Table]:
             f"Projection alone, each matrix shape of {settings.model} once, float32 weights",
             ("k/d", "dense P (ms)", "exact (ms)", "dense / exact", "predicted", "fast (ms)", "dense / fast"),
             tuple(rows),
-            f"Median of {repeats} turns. Dense: G <- G P with a stored P [d, d], the arithmetic of Adam-NSCL, GPM "
-            "and GNSP, which leaks under most base optimizers. Exact and fast: what a protected step does, with "
-            "all its bookkeeping. Predicted: operations of dense over exact.",
+            reading("projections", repeats=repeats),
         )
     ]
-
-
-@dataclass(frozen=True)
-class Moment:
-    """An optimizer after some tasks, seconds of the last consolidation and of a forward pass, bytes of its file."""
-
-    optimizer: NullSpaceOptimizer
-    consolidation: float
-    forward: float
-    file: int
 
 
 def over_tasks(settings: Namespace) -> list[Table]:
@@ -224,32 +198,32 @@ def over_tasks(settings: Namespace) -> list[Table]:
     size, rows = (64, 32) if settings.model == "tiny" else (768, 4096)
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(3)]).to(settings.device)
-    optimizer = NullSpaceOptimizer(Still(model.parameters()), model, policy=Share(0.25, growth=1), project="update")
-    moments: dict[str, Moment] = {}
+    optimizer = NullSpaceOptimizer(
+        workload.Still(model.parameters()), model, policy=workload.Share(0.25, growth=1), project="update"
+    )
+    moments: dict[str, tuple[NullSpaceOptimizer, float, float, int]] = {}
     for task in range(1, max(TASKS) + 1):
         progress(f"task {task} of {max(TASKS)}")
         inputs = torch.randn(rows, size, device=settings.device)
         with torch.no_grad():
-            forward = seconds(lambda: model(inputs), settings.device)  # noqa: B023
-        took = seconds(lambda: optimizer.consolidate([inputs], progress=False), settings.device)  # noqa: B023
+            forward = workload.seconds(lambda: model(inputs), settings.device)  # noqa: B023
+        took = workload.seconds(lambda: optimizer.consolidate([inputs], progress=False), settings.device)  # noqa: B023
         if task in TASKS:
-            moments[str(task)] = Moment(
-                copy.deepcopy((model, optimizer))[1], took, forward, saved_bytes(optimizer.save)
-            )
+            kept = copy.deepcopy((model, optimizer))[1]
+            moments[str(task)] = kept, took, forward, saved_bytes(optimizer.save)
     repeats = 20 * settings.repeats
-    runs = {name: moment.optimizer.step for name, moment in moments.items()}
-    found = in_turn(runs, repeats, settings.device)
-    bare = median(in_turn({"": partial(_train, model, size, settings.device)}, repeats, settings.device)[""])
-    first = moments[str(TASKS[0])]
-    lines = []
-    for name, moment in moments.items():
-        rank, before = (next(iter(m.optimizer.bases.values())).rank for m in (moment, first))
-        took, relative = median(found[name]), ratio(found[name], found[str(TASKS[0])])
+    runs = {name: moment[0].step for name, moment in moments.items()}
+    found = workload.in_turn(runs, repeats, settings.device)
+    bare = median(workload.in_turn({"": partial(_train, model, size, settings.device)}, repeats, settings.device)[""])
+    first, lines = moments[str(TASKS[0])][0], []
+    for name, (optimizer, consolidation, forward, file) in moments.items():
+        rank, before = (next(iter(one.bases.values())).rank for one in (optimizer, first))
+        took, relative = median(found[name]), workload.ratio(found[name], found[str(TASKS[0])])
         lines.append(
             (
                 name, f"{rank}/{size}", f"{1e3 * took:.3f}", f"{relative:.3f}", f"{rank / before:.3f}",
-                f"{1 + took / bare:.3f}", f"{1e3 * moment.consolidation:.0f}", f"{1e3 * moment.forward:.1f}",
-                f"{moment.file / 1e6:.3f}",
+                f"{1 + took / bare:.3f}", f"{1e3 * consolidation:.0f}", f"{1e3 * forward:.1f}",
+                f"{file / 1e6:.3f}",
             )
         )  # fmt: skip
     return [
@@ -260,8 +234,7 @@ def over_tasks(settings: Namespace) -> list[Table]:
                 "forward only (ms)", "file (MB)",
             ),
             tuple(lines),
-            "Predicted: the ratio of ranks; the number of tasks itself has no part in it. With / without: beside "
-            f"forward and backward of {STEP_ROWS} rows, {1e3 * bare:.1f} ms. A task has {rows} rows.",
+            reading("tasks", step_rows=STEP_ROWS, bare=1000.0 * bare, rows=rows),
         )
     ]  # fmt: skip
 

@@ -1,8 +1,7 @@
 """Workload of the speed benchmarks, and their clocks.
 
 An open_clip CLIP with random weights, random images and prompts, CLIP's loss. Runs that are compared take turns in one
-process, so that a slow moment of the machine meets both alike. (`torch.utils.benchmark.Timer` repeats each run before
-it counts and cannot take turns; consolidations and steps change their state.)
+process, so that a slow moment of the machine meets both alike (which `torch.utils.benchmark.Timer` cannot).
 """
 
 from __future__ import annotations

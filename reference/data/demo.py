@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
+import yaml
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -27,28 +28,12 @@ SIZE = 32
 TRAIN, TEST, PRETRAIN = 400, 200, 400  # images per task
 Pixels = NDArray[Any]  # `[32, 32, 3]`, floats 0..1
 
-COLOURS = {
-    "red": (0.85, 0.1, 0.1), "orange": (0.95, 0.55, 0.1), "yellow": (0.95, 0.9, 0.2), "green": (0.1, 0.65, 0.2),
-    "cyan": (0.1, 0.8, 0.85), "blue": (0.1, 0.2, 0.85), "purple": (0.5, 0.1, 0.7), "pink": (0.95, 0.6, 0.8),
-}  # fmt: skip
-SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond", "bar", "star")
-TEXTURES = ("horizontal", "vertical", "rising", "falling", "chequered", "dotted", "concentric", "grainy")
-LETTERS = ("A", "E", "H", "K", "M", "R", "S", "T", "X", "Z")
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-PHOTOGRAPHS = ("sharp temple", "blurred temple", "dark temple", "sharp flower", "blurred flower", "dark flower")
-
+_LISTED = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 CLASSES: dict[str, tuple[str, Sequence[str]]] = {
-    "digits": ("a scan of the digit {}", DIGITS),
-    "shapes": ("a drawing of a {} shape", SHAPES),
-    "colours": ("a patch of {} colour", tuple(COLOURS)),
-    "textures": ("a {} texture", TEXTURES),
-    "letters": ("a print of the letter {}", LETTERS),
-    "photographs": ("a photo of a {}", PHOTOGRAPHS),
+    name: (listed["prompt"], tuple(listed["labels"])) for name, listed in _LISTED["classes"].items()
 }
-ORDER = {
-    "I": ("shapes", "digits", "textures", "letters", "colours", "photographs"),
-    "II": ("photographs", "colours", "letters", "textures", "digits", "shapes"),
-}
+ORDER = {order: tuple(names) for order, names in _LISTED["order"].items()}
+DIGITS = CLASSES["digits"][1]
 
 
 def tasks(config: Config) -> list[Task]:
@@ -148,9 +133,8 @@ def _glyph(text: str, fonts: Sequence[str], random: Generator, pretraining: bool
     """One character in a font that matplotlib ships, turned a little."""
     paper, ink = ((230, 230, 230), (20, 20, 20)) if pretraining else _ink(random)
     image = Image.new("RGB", (SIZE, SIZE), paper)
-    font = ImageFont.truetype(
-        str(_FONTS / f"{fonts[int(random.integers(len(fonts)))]}.ttf"), int(random.integers(24, 30))
-    )
+    name = f"{fonts[int(random.integers(len(fonts)))]}.ttf"
+    font = ImageFont.truetype(str(_FONTS / name), int(random.integers(24, 30)))
     place = tuple(SIZE / 2 + random.uniform(-2, 2, 2))
     ImageDraw.Draw(image).text(place, text, fill=ink, font=font, anchor="mm")
     return _floats(image.rotate(random.uniform(-8, 8), fillcolor=paper))
@@ -167,7 +151,7 @@ def _digit(label: str, random: Generator, pretraining: bool) -> Pixels:
 
 def _colour(label: str, random: Generator, pretraining: bool) -> Pixels:
     """A plain patch in pretraining; speckled and unevenly lit in the task."""
-    patch: Pixels = np.tile(np.array(COLOURS[label], np.float32), (SIZE, SIZE, 1))
+    patch: Pixels = np.tile(np.array(_LISTED["colours"][label], np.float32), (SIZE, SIZE, 1))
     if pretraining:
         return patch
     light = np.linspace(random.uniform(0.3, 1), random.uniform(0.3, 1), SIZE)[:, None, None]

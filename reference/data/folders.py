@@ -39,6 +39,11 @@ class ReferencePool:
     images: Tensor
     captions: tuple[str, ...]
 
+    def kinds(self) -> tuple[list[str], Tensor]:
+        """Different captions, and the number of each image's `[n]`."""
+        number = {caption: n for n, caption in enumerate(dict.fromkeys(self.captions))}
+        return list(number), torch.tensor([number[caption] for caption in self.captions])
+
 
 def load_tasks(config: Config, size: int) -> list[Task]:
     """All tasks of the configuration, decoded at `size` pixels.

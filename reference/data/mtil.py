@@ -150,28 +150,12 @@ def _sun(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
 
 
 _BY_TORCHVISION = "python -m reference.data check --data-root DIR --download"
-SOURCES: dict[str, Source] = {
-    "aircraft": Source(100, 3334, 3333, "fgvc-aircraft-2013b/data/images/*.jpg", _BY_TORCHVISION,
-        _with_parts("FGVCAircraft", annotation_level="variant"),
-    ),
-    "caltech101": Source(
-        101, 6941, 1736, "caltech101/101_ObjectCategories/<class>/*.jpg", _BY_TORCHVISION, _caltech
-    ),
-    "cifar100": Source(100, 50000, 10000, "cifar-100-python/{train,test,meta}", _BY_TORCHVISION, _cifar),
-    "dtd": Source(47, 1880, 1880, "dtd/dtd/{images,labels}", _BY_TORCHVISION, _with_parts("DTD", partition=1)),
-    "eurosat": Source(10, 21600, 5400, "eurosat/2750/<class>/*.jpg", _BY_TORCHVISION, _eurosat),
-    "flowers102": Source(
-        102, 1020, 6149, "flowers-102/{jpg,imagelabels.mat,setid.mat}", _BY_TORCHVISION, _flowers
-    ),
-    "food101": Source(101, 75750, 25250, "food-101/{images,meta}", _BY_TORCHVISION, _with_parts("Food101")),
-    "mnist": Source(10, 60000, 10000, "MNIST/raw/*-ubyte", _BY_TORCHVISION, _mnist),
-    "oxford_pets": Source(37, 3680, 3669, "oxford-iiit-pet/{images,annotations}", _BY_TORCHVISION, _pets),
-    "stanford_cars": Source(
-        196, 8144, 8041,
-        "stanford_cars/{cars_train,cars_test,devkit,cars_test_annos_withlabels.mat}",
-        "by hand, since its own server is gone: cars_train.tgz, cars_test.tgz, car_devkit.tgz and "
-        "cars_test_annos_withlabels.mat from a copy of the Stanford Cars data set",
-        _cars,
-    ),
-    "sun397": Source(397, 87003, 21751, "SUN397/<letter>/<class>/sun_*.jpg", _BY_TORCHVISION, _sun),
+_READERS: dict[str, Read] = {
+    "aircraft": _with_parts("FGVCAircraft", annotation_level="variant"), "caltech101": _caltech, "cifar100": _cifar,
+    "dtd": _with_parts("DTD", partition=1), "eurosat": _eurosat, "flowers102": _flowers,
+    "food101": _with_parts("Food101"), "mnist": _mnist, "oxford_pets": _pets, "stanford_cars": _cars, "sun397": _sun,
 }  # fmt: skip
+SOURCES = {
+    name: Source(**{"where": _BY_TORCHVISION, **listed}, read=_READERS[name])
+    for name, listed in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8")).items()
+}

@@ -16,15 +16,9 @@ from reference.errors import ExperimentError
 TEMPLATES = Path(__file__).parents[1] / "configs" / "templates.yaml"
 
 ORDERS: dict[str, tuple[str, ...]] = {
-    "I": (
-        "aircraft", "caltech101", "cifar100", "dtd", "eurosat", "flowers102",
-        "food101", "mnist", "oxford_pets", "stanford_cars", "sun397",
-    ),
-    "II": (
-        "stanford_cars", "food101", "mnist", "oxford_pets", "flowers102", "sun397",
-        "aircraft", "caltech101", "dtd", "eurosat", "cifar100",
-    ),
-}  # fmt: skip
+    order: tuple(names)
+    for order, names in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8")).items()
+}
 
 
 @dataclass(frozen=True)

@@ -77,11 +77,8 @@ def compare(
     table = np.array(differences)
     drawn = np.random.default_rng(1).integers(len(seeds), size=(len(seeds), replicates))
     means = np.take_along_axis(table, drawn, axis=0).mean(axis=0)
-    measured = [
-        mine[seed][figure] - theirs[seed][figure]
-        for seed in seeds
-        if None not in (mine[seed][figure], theirs[seed][figure])
-    ]
+    pairs = [(mine[seed][figure], theirs[seed][figure]) for seed in seeds]
+    measured = [one - other for one, other in pairs if None not in (one, other)]
     if not measured or np.isnan(means).any():
         return None
     low, high = np.quantile(means, [0.025, 0.975])

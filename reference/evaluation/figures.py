@@ -12,6 +12,8 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 Results = dict[str, Any]
@@ -39,21 +41,11 @@ def heatmap(results: Results, path: Path | IO[bytes]) -> None:
 
 def forgetting_curves(runs: Sequence[Results], path: Path | IO[bytes]) -> None:
     """One panel per task: its accuracy along the sequence, one line per method (mean over seeds)."""
-    tasks = runs[0]["tasks"]
+    tasks, methods = runs[0]["tasks"], list(dict.fromkeys(run["method"] for run in runs))
     columns = min(4, len(tasks))
-    rows = -(-len(tasks) // columns)
-    methods = list(dict.fromkeys(run["method"] for run in runs))
     per_row = max(1, round(1.5 * columns))
-    legend_rows = -(-len(methods) // per_row)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(3.1 * columns, 2.4 * rows + 0.5 + 0.2 * legend_rows),
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for number, (axes, task) in enumerate(zip(grid.flat, tasks)):
+    figure, panels = task_panels(len(tasks), 2.4, 0.5 + 0.2 * -(-len(methods) // per_row), sharex=True)
+    for number, (axes, task) in enumerate(zip(panels, tasks)):
         for method, style in zip(methods, cycle(STYLES)):
             matrices = [np.array([r["pretrained"], *r["accuracy"]], dtype=float) for r in runs if r["method"] == method]
             axes.plot(np.mean(matrices, axis=0)[:, number], marker=".", label=method, **style)
@@ -63,11 +55,28 @@ def forgetting_curves(runs: Sequence[Results], path: Path | IO[bytes]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.grid(axis="y", linewidth=0.4, alpha=0.6)
         axes.tick_params(labelbottom=number + columns >= len(tasks))
-    for axes in list(grid.flat)[len(tasks) :]:
+    finish_panels(figure, panels[0], ("tasks trained (dotted: the task itself)", "accuracy [%]"), path, per_row)
+
+
+def task_panels(count: int, height: float, extra: float, **shared: Any) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each of `count` tasks, four in a row, `height` inches each and `extra` in all."""
+    columns = min(4, count)
+    rows = -(-count // columns)
+    size = (3.1 * columns, height * rows + extra)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **shared)
+    for axes in list(grid.flat)[count:]:
         axes.axis("off")
-    figure.supxlabel("tasks trained (dotted: the task itself)", fontsize=9)
-    figure.supylabel("accuracy [%]", fontsize=9)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(per_row, len(labels)), frameon=False)
+    return figure, list(grid.flat)[:count]
+
+
+def finish_panels(
+    figure: Figure, first: Axes, names: tuple[str, str], path: Path | IO[bytes], columns: int, **style: Any
+) -> None:
+    """Name the axes, put the legend of the `first` panel on top, in at most `columns`, and write the figure."""
+    figure.supxlabel(names[0], fontsize=9)
+    figure.supylabel(names[1], fontsize=9)
+    handles, labels = first.get_legend_handles_labels()
+    columns = max(1, min(columns, len(labels)))
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, **style)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)

@@ -17,9 +17,7 @@ def pool_figures(clip: Clip, pool: ReferencePool, config: Config) -> dict[str, f
     Captions that are equal count as one text. The gap is `||mean image feature - mean text feature||` over the pairs
     (Liang et al. 2022, arXiv 2203.02053).
     """
-    sentences = list(dict.fromkeys(pool.captions))
-    number = {sentence: n for n, sentence in enumerate(sentences)}
-    kind = torch.tensor([number[caption] for caption in pool.captions])
+    sentences, kind = pool.kinds()
     images = image_features(clip, pool.images, config).cpu()
     texts = text_features(clip, clip.tokens(sentences), config).cpu()
     figures = recalls(images @ texts.T, kind)

@@ -99,12 +99,7 @@ def summary(accuracy: Matrix, pretrained: Sequence[float]) -> dict[str, Mean]:
     Raises:
         ValueError: the matrix is not square, is empty, or `pretrained` has another length.
     """
-    if (
-        accuracy.ndim != 2
-        or accuracy.shape[0] != accuracy.shape[1]
-        or accuracy.shape[0] != len(pretrained)
-        or not len(accuracy)
-    ):
+    if accuracy.shape != (len(pretrained), len(pretrained)) or not len(accuracy):
         raise ValueError(f"accuracy must be [T, T] and pretrained [T]; found {accuracy.shape} and {len(pretrained)}")
     figures = {f.__name__: f(accuracy) for f in (transfer, average, last, preserve, forgetting, backward_transfer)}
     return {**figures, "diagonal_gain": diagonal_gain(accuracy, pretrained)}

@@ -16,57 +16,15 @@ import numpy as np
 
 from reference.command import carried_out
 from reference.errors import ExperimentError
-from reference.evaluation import figures
+from reference.evaluation import comparison, figures
 from reference.evaluation.bootstrap import compare
-from reference.evaluation.tables import Results, gap, markdown_table, memory, robust_share, spread, whole
+from reference.evaluation.comparison import by_method, notes
+from reference.evaluation.tables import Results, markdown_table
 from reference.methods import METHODS
 from reference.training.tracking import write_text
 
-
-def _of_pool(run: Results, figure: str) -> float | None:
-    value: float | None = run.get("pool", {}).get("after", {}).get(figure)
-    return value
-
-
-ACCURACY: dict[str, Callable[[Results], float | None]] = {
-    "Transfer": partial(whole, figure="transfer"),
-    "Transfer, known tasks": lambda run: run.get("transfer_known"),
-    "Average": partial(whole, figure="average"),
-    "Last": partial(whole, figure="last"),
-    "Preserve": partial(whole, figure="preserve"),
-    "forgetting": partial(whole, figure="forgetting"),
-    "learned": partial(whole, figure="diagonal_gain"),
-}
-REST: dict[str, Callable[[Results], float | None]] = {
-    "image → text @1": partial(_of_pool, figure="image_to_text_at_1"),
-    "text → image @1": partial(_of_pool, figure="text_to_image_at_1"),
-    "modality gap": partial(_of_pool, figure="modality_gap"),
-    "positive cosine": partial(gap, figure="positive_cosine"),
-    "negative cosine": partial(gap, figure="negative_cosine"),
-    "gap on tasks": partial(gap, figure="modality_gap"),
-    "robust, share kept": robust_share,
-    "trained parameters [M]": lambda run: (
-        max(run["trained_parameters"]) / 1e6 if run.get("trained_parameters") else None
-    ),
-    "s / iteration": lambda run: run.get("seconds_per_iteration"),
-    "s / 1,000 images consolidated": lambda run: run.get("consolidation_seconds_per_1000_images"),
-    "seconds": lambda run: run["seconds"],
-    "memory [MiB]": memory,
-}
 OF_THE_POOL = {"reference_root", "reference_images"}
 NOT_A_METHODS_OWN = {"methods", "seeds", "note", "device"}
-DIGITS = {name: 3 if "cosine" in name or "gap" in name or "share" in name else 1 for name in REST}
-DIGITS |= {"seconds": 0, "memory [MiB]": 0, "s / iteration": 4}
-READING = (
-    "Accuracy in percent. Transfer: tasks not yet trained (mean of column means above the diagonal); known tasks: only "
-    "those whose accuracy before training was at least three times chance. Average: all cells. Last: all tasks at the "
-    "end. Preserve: trained tasks later on. Forgetting: best minus last. Learned: mean of the diagonal minus "
-    "pretrained. A dash: cells of the matrix are missing. Retrieval and modality gap on the reference pool after the "
-    "last task: methods with losses on it train on these very pairs. Cosines of test images with their own class and "
-    "with the others, and the gap on tasks: after the last, mean over tasks. Robust, share kept: of the accuracy under "
-    "an attack of half a grey level. Mean ± standard "
-    "deviation over seeds; differences with a 95 % interval from a paired bootstrap over test images and seeds."
-)
 STYLE = (
     "body { font-family: sans-serif; margin: 2em } td, th { padding: 4px 10px; text-align: right } img { width: 48% }"
 )
@@ -74,12 +32,8 @@ STYLE = (
 
 def files_below(places: Sequence[str]) -> list[Path]:
     """The results files below `places`, files or folders, each once, in order of name."""
-    files = [
-        file
-        for place in places
-        for file in (sorted(Path(place).rglob("results.json")) if Path(place).is_dir() else [Path(place)])
-    ]
-    return list(dict.fromkeys(files))
+    folders = {place: sorted(place.rglob("results.json")) if place.is_dir() else [place] for place in map(Path, places)}
+    return list(dict.fromkeys(file for files in folders.values() for file in files))
 
 
 def load_runs(places: Sequence[str]) -> list[Results]:
@@ -129,46 +83,19 @@ def refuse_mixed(runs: Sequence[Results]) -> None:
                 )
 
 
-def by_method(runs: Sequence[Results]) -> dict[str, list[Results]]:
-    """Runs grouped by method, in the harness's order; methods it does not know last, in order of appearance."""
-    found = dict.fromkeys(run["method"] for run in runs)
-    names = [name for name in METHODS if name in found] + [name for name in found if name not in METHODS]
-    return {name: [run for run in runs if run["method"] == name] for name in names}
-
-
 def tables(runs: Sequence[Results], against: str) -> tuple[list[list[str]], list[list[str]]]:
-    """Accuracy with differences to the method `against`, and what else was measured: heading, one row per method."""
-    groups = by_method(runs)
-    compared = [f for f in ("transfer", "average", "last") if against in groups and len(groups) > 1]
-    accuracy = [["method", "seeds", *ACCURACY, *(f"Δ {f.capitalize()} to {against}" for f in compared)]]
-    rest = [["method", *REST]]
-    for name, group in groups.items():
-        found = [compare(group, groups[against], f) if name != against else None for f in compared]
-        cells = [spread([read(run) for run in group]) for read in ACCURACY.values()]
-        accuracy.append([name, str(len(group)), *cells, *("-" if d is None else str(d) for d in found)])
-        rest.append([name, *(spread([read(run) for run in group], DIGITS[column]) for column, read in REST.items())])
+    """Those of `comparison`, with the differences of accuracy to the method `against`."""
+    groups, (accuracy, rest) = by_method(runs), comparison.tables(runs)
+    for figure in ("transfer", "average", "last") if against in groups and len(groups) > 1 else ():
+        accuracy[0].append(f"Δ {figure.capitalize()} to {against}")
+        for row, (name, group) in zip(accuracy[1:], groups.items()):
+            row.append(str((name != against and compare(group, groups[against], figure)) or "-"))
     return accuracy, rest
 
 
 def markdown(runs: Sequence[Results], against: str) -> str:
     """The tables as Markdown with their notes."""
     return "".join(markdown_table(rows) + "\n\n" for rows in tables(runs, against)) + "\n".join(notes(runs)) + "\n"
-
-
-def notes(runs: Sequence[Results]) -> list[str]:
-    """Remarks below the tables."""
-    found = [f"Pretrained, before any training: {np.nanmean([run['pretrained'] for run in runs]):.1f} on average."]
-    if unknown := list(dict.fromkeys(task for run in runs for task in run.get("unknown_tasks", []))):
-        found.append(f"Not known before training (below three times chance): {', '.join(unknown)}.")
-    before = [run["pool"]["before"] for run in runs if run.get("pool", {}).get("before")]
-    if before:
-        first = before[0]
-        found.append(
-            f"Before training: image → text @1 {first['image_to_text_at_1']:.1f}, text → image @1 "
-            f"{first['text_to_image_at_1']:.1f}, modality gap {first['modality_gap']:.3f}."
-        )
-    found += list(dict.fromkeys(note for run in runs if (note := run["config"].get("note"))))
-    return [*found, READING]
 
 
 def page(runs: Sequence[Results], against: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -99,7 +100,8 @@ class Scorer:
         for kind in self.method.evaluations:
             with self.method.evaluating(kind, task):
                 look = None if found else lambda *seen: gaps.append(gap_figures(*seen))
-                found += scores(self.method.clip, task, self.config, counts, look)
+                vectors = partial(self.method.class_vectors, kind, task)
+                found += scores(self.method.clip, task, self.config, counts, look, vectors)
         return found
 
     def _templates(self, rule: Rule, task: Task, i: int, number: int | None) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from reference.evaluation import metrics
 
@@ -26,6 +28,12 @@ def spread(values: Sequence[float | None], digits: int = 1) -> str:
         return "-"
     deviation = f" ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else ""
     return f"{np.mean(known):.{digits}f}{deviation}"
+
+
+def reading(name: str, **values: Any) -> str:
+    """What the reader of a table must know, from `readings.yaml`, with `values` in their places."""
+    listed = yaml.safe_load(Path(__file__).with_name("readings.yaml").read_text(encoding="utf-8"))
+    return str(listed[name]).format(**values)
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -10,29 +10,28 @@ from difflib import get_close_matches
 from typing import Any
 
 from reference.errors import ExperimentError
+from reference.methods import nullspace as ours
 from reference.methods.base import Method, Setting
 from reference.methods.distillation import ZSCL, LwF
 from reference.methods.finetune import FineTune, FineTunePerTask, Joint, MatchedPlasticity, WiseFT, ZeroShot
+from reference.methods.gap import LoraKeyValue, MgClip
 from reference.methods.gnsp import Gnsp, GnspExact, LossesOnly, ProjectionOnly
 from reference.methods.igsp import ExpertsOfTasks
 from reference.methods.lora import LoraPerTask, LoraShared, LoraSharedNullSpace
 from reference.methods.moe import MoeAdapters
-from reference.methods.nullspace import (
-    Gradient,
-    GradientReference,
-    NullSpace,
-    NullSpaceLosses,
-    NullSpaceReference,
-    RandomBasis,
-)
 from reference.methods.rehearsal import EWC, Replay
+from reference.methods.sparse import LoRSU, LoRSURandom
+from reference.methods.turns import FreeTurns, OrthSR, OrthSRFree
 
 FAMILIES: tuple[tuple[type[Method], ...], ...] = (
     (ZeroShot, FineTune, FineTunePerTask, WiseFT, MatchedPlasticity, Joint),
     (LwF, ZSCL),
     (Gnsp, GnspExact, LossesOnly, ProjectionOnly),
-    (Gradient, GradientReference, NullSpace, NullSpaceReference, NullSpaceLosses, RandomBasis),
+    (ours.Gradient, ours.GradientReference, ours.NullSpace, ours.NullSpaceReference),
+    (ours.NullSpaceLosses, ours.RandomBasis),
     (Replay, EWC),
+    (FreeTurns, OrthSR, OrthSRFree),
+    (MgClip, LoraKeyValue, LoRSU, LoRSURandom),
     (ExpertsOfTasks, MoeAdapters, LoraPerTask, LoraShared, LoraSharedNullSpace),
 )
 METHODS: dict[str, type[Method]] = {method.name: method for family in FAMILIES for method in family}

@@ -103,6 +103,10 @@ class Method:
         """Act on the finished task; returns facts for the log."""
         return {}
 
+    def class_vectors(self, evaluation: str, task: Task, vectors: Tensor) -> Tensor:
+        """The vectors `[c, e]` by which `task` is scored in the way `evaluation`, given those of its prompts."""
+        return vectors
+
     def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
         """The state in which the model is while `task` is scored in the way `evaluation`."""
         return nullcontext()

@@ -28,9 +28,7 @@ class ReferenceBatches:
         if pool is None:
             raise ExperimentError("this method needs the reference pool; give --reference-root")
         self.clip, self.config, self.pool = setting.clip, setting.config, pool
-        sentences = list(dict.fromkeys(pool.captions))
-        number = {sentence: n for n, sentence in enumerate(sentences)}
-        self.kind = torch.tensor([number[caption] for caption in pool.captions])
+        sentences, self.kind = pool.kinds()
         self.tokens = self.clip.tokens(sentences)
         self.images = image_features(self.clip, pool.images, self.config)
         self.texts = text_features(self.clip, self.tokens, self.config)

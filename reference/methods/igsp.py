@@ -116,19 +116,18 @@ def described(report: ExpertReport, curve: list[tuple[int, dict[str, tuple[float
         shares = [flow[layer["name"]] for _, flow in curve]
         old = layer["history"]
         layer["routing"] = [[round(s, 3) for s in (sum(share[:old]), *share[old:])] for share in shares]
+    count = report.trainable
     return {
         "task": report.task,
-        "trainable_phase_1": report.trainable.first,
-        "trainable_phase_2": report.trainable.second,
-        "steps_phase_1": report.trainable.first_steps,
-        "steps_phase_2": report.trainable.second_steps,
-        "trainable_mean": report.trainable.mean,
+        "trainable_phase_1": count.first,
+        "trainable_phase_2": count.second,
+        "steps_phase_1": count.first_steps,
+        "steps_phase_2": count.second_steps,
+        "trainable_mean": count.mean,
         "phase_1_ended": report.reason,
         "routing_steps": [step for step, _ in curve],
         "experts": report.experts,
         "routers": report.routers,
-        "kept": sum(layer.kept for layer in report.layers),
-        "pruned": sum(layer.pruned for layer in report.layers),
-        "reused": sum(layer.reused for layer in report.layers),
+        **{fate: sum(getattr(layer, fate) for layer in report.layers) for fate in ("kept", "pruned", "reused")},
         "layers": layers,
     }

@@ -34,12 +34,13 @@ class MixtureOfAdapters(nn.Module):
         super().__init__()
         hidden = max(8, round(width / NARROWER))
         self.routing = routing
-        self.down = nn.ParameterList(nn.Parameter(torch.empty(hidden, width)) for _ in range(experts))
-        self.down_bias = nn.ParameterList(nn.Parameter(torch.zeros(hidden)) for _ in range(experts))
-        self.up = nn.ParameterList(nn.Parameter(torch.zeros(hidden, width)) for _ in range(experts))
-        self.up_bias = nn.ParameterList(nn.Parameter(torch.zeros(width)) for _ in range(experts))
-        self.router = nn.ParameterList(nn.Parameter(torch.zeros(width, experts)) for _ in range(tasks))
-        self.noise = nn.ParameterList(nn.Parameter(torch.zeros(width, experts)) for _ in range(tasks))
+        self.down, self.down_bias, self.up, self.up_bias = (
+            nn.ParameterList(nn.Parameter(torch.zeros(*size)) for _ in range(experts))
+            for size in ((hidden, width), (hidden,), (hidden, width), (width,))
+        )
+        self.router, self.noise = (
+            nn.ParameterList(nn.Parameter(torch.zeros(width, experts)) for _ in range(tasks)) for _ in range(2)
+        )
         self.register_buffer("counts", torch.zeros(experts))
         self.register_buffer("frozen", torch.zeros(experts, dtype=torch.bool))
         for weight in self.down:

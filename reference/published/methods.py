@@ -15,15 +15,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from nullspace_optim import NullSpaceOptimizer
 from nullspace_optim.policies import CODECL, SGP, TRGP, EigenvalueRatio, Energy, Policy, Spectrum
 from reference.errors import ExperimentError
+from reference.published import sessions
 from reference.published.protocols import Protocol
-from reference.published.sessions import (
-    KeptNorms,
-    ReleasedConceptors,
-    ReleasedTrustRegions,
-    Session,
-    SharedConceptors,
-    TrustRegions,
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class Method:
     rate: float | None = None
     policy: Policy | Mapping[str, Policy] | None = None
     project: Literal["update", "gradient", "both"] = "gradient"
-    session: Callable[[NullSpaceOptimizer, nn.Module, Protocol], Session] | None = None
+    session: Callable[[NullSpaceOptimizer, nn.Module, Protocol], sessions.Session] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     parts: Callable[[nn.Module], list[dict[str, Any]]] | None = None
     rates: Callable[[Optimizer, int], list[float]] | None = None
@@ -144,15 +137,22 @@ def by_layer(rule: Energy, protocol: Protocol) -> ByLayer:
     return ByLayer(layers, protocol.growth)
 
 
-def trust(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) -> Session:
+def alone(
+    kind: Callable[..., sessions.Session],
+) -> Callable[[NullSpaceOptimizer, nn.Module, Protocol], sessions.Session]:
+    """Sessions that need no protocol."""
+    return lambda optimizer, model, protocol: kind(optimizer, model)
+
+
+def trust(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) -> sessions.Session:
     """TRGP's trust regions: threshold 0.2 on permuted MNIST, else 0.5."""
-    return TrustRegions(optimizer, model, 0.2 if protocol.name == "pmnist" else 0.5)
+    return sessions.TrustRegions(optimizer, model, 0.2 if protocol.name == "pmnist" else 0.5)
 
 
-def trust_as_released(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) -> Session:
+def trust_as_released(optimizer: NullSpaceOptimizer, model: nn.Module, protocol: Protocol) -> sessions.Session:
     """The same as TRGP's code runs it."""
     permuted = protocol.name == "pmnist"
-    return ReleasedTrustRegions(optimizer, model, 0.2 if permuted else 0.5, third_alone=permuted)
+    return sessions.ReleasedTrustRegions(optimizer, model, 0.2 if permuted else 0.5, third_alone=permuted)
 
 
 def nscl_parts(model: nn.Module) -> list[dict[str, Any]]:
@@ -227,17 +227,12 @@ METHODS = {
             options={"uncovered": "train"},  # its code for split CIFAR-100 goes on training normalisation
         ),
         Method("sgp", "SGP", policy=SGP(alpha=10.0, paper_code=True), changes=own_rate(0.05)),
-        Method(
-            "code-cl",
-            "CODE-CL, task given at test",
-            policy=CONCEPTORS,
-            session=lambda optimizer, model, protocol: SharedConceptors(optimizer, model),
-        ),
+        Method("code-cl", "CODE-CL, task given at test", policy=CONCEPTORS, session=alone(sessions.SharedConceptors)),
         Method(
             "code-cl-released",
             "CODE-CL as released, task given at test",
             policy=CONCEPTORS,
-            session=lambda optimizer, model, protocol: ReleasedConceptors(optimizer, model),
+            session=alone(sessions.ReleasedConceptors),
         ),
         Method("code-cl-plain", "CODE-CL without forward scaling", policy=CONCEPTORS),
         Method("adamw", "AdamW, no protection", base="adamw", rate=1e-3),
@@ -249,7 +244,7 @@ METHODS = {
             base="adam",
             policy=EigenvalueRatio(10.0),  # free: what is within ten times the smallest eigenvalue
             project="update",
-            session=lambda optimizer, model, protocol: KeptNorms(optimizer, model),
+            session=alone(sessions.KeptNorms),
             options={"norm_stats": "train", "uncovered": "train", "rows": "all"},
             parts=nscl_parts,
             rates=nscl_rates,

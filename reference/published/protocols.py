@@ -24,14 +24,12 @@ class Protocol:
         name: of the table on the command line.
         read: all images from a folder; `benchmark`: the tasks made of them for one seed and `held_out`;
             `network`: a fresh one.
-        tasks, epochs, batch, test_batch: how many.
-        rate: learning rate of SGD without momentum and decay.
+        tasks, epochs, batch, test_batch: how many. rate: learning rate of SGD without momentum and decay.
         patience: None for a constant rate; else the rate is halved after so many epochs without a better validation
             loss, training ends at `epochs` or below `least_rate`, and the best epoch's weights are restored. The
             validation images come in a new order in each epoch, as in GPM's script: their loss depends on it where
             batch normalisation takes the statistics of the batch.
-        milestones: shares of `epochs` after which the rate is halved.
-        cosine: the rate falls along half a cosine over the steps of a task, to zero.
+        milestones: shares of `epochs` after which the rate is halved. cosine: it falls along half a cosine, to zero.
         augment: train on random crops (4 pixels of padding) and mirror images.
         precision: of forward and backward passes in training; bfloat16 is autocast.
         held_out: share of each task's training images that is its validation part; None: as published.

@@ -50,10 +50,9 @@ def as_published(run: dict[str, Any]) -> bool:
     """True if a run kept the table's protocol (methods may have their own rate) and was scored on the test part."""
     wanted = json.loads(json.dumps(PROTOCOLS[run["table"]].settings()))
     own = {"rate", "base", "project", "policy"}  # of the method
-    same = {k: v for k, v in run["settings"].items() if k not in own} == {
-        k: v for k, v in wanted.items() if k != "rate"
-    }
-    return same and run["evaluated_on"] == "test"
+    same = {key: value for key, value in run["settings"].items() if key not in own}
+    del wanted["rate"]
+    return same == wanted and run["evaluated_on"] == "test"
 
 
 def comparable(run: dict[str, Any]) -> bool:
@@ -77,18 +76,14 @@ def _row(name: str, runs: list[dict[str, Any]], table: str) -> list[str]:
     published = FIGURES.get(table, {}).get(name)
     deviation = statistics.stdev(accuracy) if len(accuracy) > 1 else None
     losses = [statistics.mean(run["losses"][task][-1] for run in runs) for task in (0, -1)]
+    judged = verdict(statistics.mean(accuracy), deviation, published)
     title = METHODS[name].title if name in METHODS else name
     return [
         f"{title} (`{name}`)" + (f", in {arithmetic}" if arithmetic else ""),
         ", ".join(str(run["seed"]) for run in sorted(runs, key=lambda run: run["seed"])),
-        spread(accuracy, 2),
-        spread([run["BWT"] for run in runs], 2),
-        f"{losses[0]:.3f} / {losses[1]:.3f}",
-        f"{statistics.mean(run['seconds'] for run in runs):.0f}",
-        _published(published),
-        verdict(statistics.mean(accuracy), deviation, published)
-        if all(map(comparable, runs))
-        else "not the published settings",
+        *(spread(accuracy, 2), spread([run["BWT"] for run in runs], 2), f"{losses[0]:.3f} / {losses[1]:.3f}"),
+        *(f"{statistics.mean(run['seconds'] for run in runs):.0f}", _published(published)),
+        judged if all(map(comparable, runs)) else "not the published settings",
     ]
 
 

@@ -36,11 +36,8 @@ class Run(SavedRun):
     """One row's run.
 
     Args:
-        protocol: the table's training.
-        method: the row.
-        seed: of initial weights, permutations or splits, batch order and samples.
-        images: what `protocol.read` gave.
-        folder: where results go.
+        protocol, method: the table's training and the row; seed: of weights, permutations or splits, order and samples.
+        images: what `protocol.read` gave; folder: where results go.
         part: what accuracy is measured on; settings are chosen on `validation` alone.
     """
 

@@ -66,12 +66,8 @@ class KeptNorms(Session):
 
     def __init__(self, optimizer: NullSpaceOptimizer, model: nn.Module) -> None:
         self.model = model
-        self.norms = {
-            f"{name}.{kind}": parameter
-            for name, module in model.named_modules()
-            if isinstance(module, nn.BatchNorm2d)
-            for kind, parameter in module.named_parameters()
-        }
+        norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+        self.norms = {f"{name}.{kind}": p for name, norm in norms.items() for kind, p in norm.named_parameters()}
         self.terms: list[dict[str, tuple[Tensor, Tensor]]] = []
 
     def begin(self, task: int, first: Labelled, samples: Labelled) -> None:
@@ -227,13 +223,8 @@ class ReleasedTrustRegions(TrustRegions):
             own = space.members[-1].any(0).tolist()
             taken = [column for column in range(space.rank) if own[column] and (first or column != missing)]
             self.spans.setdefault(name, {})[self.name] = space.basis[:, :, taken]
-            basis.subspaces["right"] = replace(
-                space,
-                basis=space.basis[:, :, kept],
-                anchor=space.anchor[:, :, kept],
-                members=space.members[:, :, kept],
-                ranks=(len(kept),),
-            )
+            parts = {part: getattr(space, part)[:, :, kept] for part in ("basis", "anchor", "members")}
+            basis.subspaces["right"] = replace(space, **parts, ranks=(len(kept),))
         self.optimizer.load_state_dict(self.optimizer.state_dict())
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 
 from reference.command import carried_out
 from reference.evaluation import metrics
 from reference.evaluation.bootstrap import compare
+from reference.evaluation.figures import finish_panels, task_panels
 from reference.evaluation.report import files_below, load_runs
-from reference.evaluation.tables import markdown_table, memory, spread
+from reference.evaluation.tables import markdown_table, memory, reading, spread
 from reference.methods.adapters import TASK_UNKNOWN
 from reference.training.tracking import write_text
 
@@ -26,22 +26,6 @@ Results = dict[str, Any]
 Rows = Mapping[str, list[Results]]
 FIGURES = ("transfer", "average", "last")
 CLAIMS = {"trainable_mean": 42.7, "final_with_routers": 86.9}
-NOTES = """\
-Accuracy in percent, mean ± standard deviation over seeds. With a task's name, tasks that have not been trained run the
-pretrained model, so Transfer is its accuracy by construction: judge by the columns without a name, where each image
-and each prompt is given to the nearest finished task, or to none, by the features of the frozen backbone. Parameters in
-thousands. Trainable: of one task;
-phase 1 and phase 2 are means over tasks, "mean" weights both with their steps, `(N1 p1 + N2 p2) / (N1 + N2)`, and
-averages over tasks (methods of one phase: what trains in a task, averaged over tasks). Final extra: all parameters
-beside the backbone after the last task, without and with routers, prototypes or selectors (`gnsp-exact` changes the
-model itself and stores none). Kept, pruned, reused: experts, summed over layers and tasks; settled: mean step at which
-a router converged, where it did. Time and peak memory of one run."""
-CLAIMED = """\
-Savings of `igsp` in percent: `100 (1 - igsp / other)`; the denominator is the same figure of the other method in this
-table: its mean trainable parameters of a task, its final extra parameters with routers and selectors. The abstract of
-iGSP claims 42.7 % fewer average trainable parameters against the state of the art and 86.9 % fewer final parameters
-against its counterparts, without naming the denominators. Accuracy: igsp less the other method, in points, with a 95 %
-interval from a paired bootstrap over test images and seeds."""
 
 
 def read_rows(places: Sequence[str]) -> dict[str, list[Results]]:
@@ -63,11 +47,11 @@ def read_rows(places: Sequence[str]) -> dict[str, list[Results]]:
 
 def report(rows: Rows) -> str:
     """All tables as Markdown."""
-    parts = [markdown_table(accuracy_table(rows)), markdown_table(parameter_table(rows)), NOTES]
+    parts = [markdown_table(accuracy_table(rows)), markdown_table(parameter_table(rows)), reading("experts")]
     ours = next((runs for runs in rows.values() if runs[0]["method"] == "igsp"), None)
     others = {label: runs for label, runs in rows.items() if runs[0]["method"] != "igsp"}
     if ours and others:
-        parts += [markdown_table(claims_table(ours, others)), CLAIMED]
+        parts += [markdown_table(claims_table(ours, others)), reading("claims")]
     if ours:
         parts += [f"Experts of `{next(iter(rows))}`, seed {ours[0]['seed']}:", markdown_table(expert_table(ours[0]))]
     return "\n\n".join(parts) + "\n"
@@ -158,12 +142,9 @@ def routing(results: Results, path: Path) -> None:
     Thick lines are means over layers, thin ones single layers (of the history, and of the first candidate).
     """
     tasks = results["facts"]["tasks"]
-    columns = min(4, len(tasks))
-    rows = -(-len(tasks) // columns)
-    size = (3.1 * columns, 2.3 * rows + 0.6)
-    figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    figure, panels = task_panels(len(tasks), 2.3, 0.6, sharey=True)
     colours = ["#1f6a96", "#c9432f", "#e39a1f", "#7d3c1e", "#b07aa1", "#59a14f"]
-    for axes, task in zip(grid.flat, tasks):
+    for axes, task in zip(panels, tasks):
         full = [layer["routing"] for layer in task["layers"] if layer["routing"]]
         most = max((len(points[0]) for points in full), default=1)
         shares = np.array([[[*point, *[np.nan] * (most - len(point))] for point in points] for points in full])
@@ -177,14 +158,7 @@ def routing(results: Results, path: Path) -> None:
         fate = f"{task['kept']} kept, {task['pruned']} pruned, {task['reused']} reused"
         axes.set_title(f"{task['task']}: {fate}", fontsize=8)
         axes.set_ylim(0, 1.02)
-    for axes in list(grid.flat)[len(tasks) :]:
-        axes.axis("off")
-    figure.supxlabel("step (dotted: end of phase 1)", fontsize=9)
-    figure.supylabel("share of routing", fontsize=9)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
+    finish_panels(figure, panels[0], ("step (dotted: end of phase 1)", "share of routing"), path, 3, fontsize=8)
 
 
 def write(places: Sequence[str], folder: Path) -> None:

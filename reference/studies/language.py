@@ -31,7 +31,8 @@ from torch.optim import AdamW
 from nullspace_optim.clip import distillation_loss
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.workload import quiet
-from reference.studies.ways import Way, chosen, draw, interpolation, parser
+from reference.evaluation.tables import reading
+from reference.studies.ways import Way, chosen, draw, interpolation, listed, parser
 
 CONTEXT, TOKENS, ROWS = 96, 2000, 16
 SHARES = (0.0, 0.2, 0.4, 0.6)
@@ -41,22 +42,7 @@ SPLITS = {"training": (0.0, 0.85), "validation": (0.85, 0.925), "test": (0.925, 
 Corpus = dict[str, Tensor]  # token numbers of each split
 
 
-WAYS = {
-    "plain, 1e-3": Way(1e-3),
-    "plain, 3e-4": Way(3e-4),
-    "plain, 1e-4": Way(1e-4),
-    "old data, 1 % of the batch": Way(1e-3, replay=0.01),
-    "old data, 5 %": Way(1e-3, replay=0.05),
-    "distillation on old data, 5 %": Way(1e-3, replay=0.05, distil=1.0),
-    "ours, Energy(0.999), update": Way(1e-3, threshold=0.999, project="update"),
-    "ours, Energy(0.99), both": Way(1e-3, threshold=0.99),
-    "ours, Energy(0.95), both": Way(1e-3, threshold=0.95),
-    "ours, Energy(0.8), both": Way(1e-3, threshold=0.8),
-    "ours, Energy(0.5), both": Way(1e-3, threshold=0.5),
-    "ours, Energy(0.8), both, and old data, 5 %": Way(1e-3, threshold=0.8, replay=0.05),
-    "ours, Energy(0.5), both, and old data, 5 %": Way(1e-3, threshold=0.5, replay=0.05),
-    "ours, Energy(0.8), both, and distillation, 5 %": Way(1e-3, threshold=0.8, replay=0.05, distil=1.0),
-}
+WAYS = listed("language")
 
 
 class Block(nn.Module):
@@ -210,9 +196,15 @@ def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[flo
         ]
     header = ("method", *(f"{share:g} of the way back" if share else "as trained" for share in SHARES))
     lines = [(name, *(f"{a:.1f} / {b:.0f}" for a, b in found)) for name, found in points.items()]
-    note = (
-        f"Before: {start[0]:.1f} on Python, {start[1]:.0f} on English. {options.steps} AdamW steps of {ROWS} "
-        f"rows of {CONTEXT} tokens, {len(seeds)} seeds (geometric mean), {options.split} files."
+    note = reading(
+        "language",
+        python=start[0],
+        english=start[1],
+        steps=options.steps,
+        rows=ROWS,
+        context=CONTEXT,
+        seeds=len(seeds),
+        split=options.split,
     )
     return Table("Perplexity on Python / on English", header, tuple(lines), note), points
 

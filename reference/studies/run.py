@@ -2,14 +2,10 @@ r"""Grids of settings on a short list of tasks, cell by cell: tables, figures an
 
 python -m reference.studies.run ablation --preset mini --data-root DIR --model DIR --reference-root DIR \
     --tasks dtd,mnist,food101 --output DIR
-python -m reference.studies.run dial       ... what to turn between standing still and learning freely
-python -m reference.studies.run controls   ... the settings of the rivals, chosen on validation images
-python -m reference.studies.run comparison ... iGSP beside other methods with small modules
-python -m reference.studies.run igsp       ... iGSP with one choice changed at a time
 
-`configs/grids.yaml` holds the cells. Finished cells are not repeated and a killed one goes on after its last task.
-Grids of factors leave `cells/<cell>-seed<n>.json`, `<grid>.md` and `<grid>.png` in --output; grids of rows
-`<row>-seed<n>/results.json`, `experts.md` and `routing-<row>.png`.
+`configs/grids.yaml` holds the grids, and what each is for. Finished cells are not repeated and a killed one goes on
+after its last task. Grids of factors leave `cells/<cell>-seed<n>.json`, `<grid>.md` and `<grid>.png` in --output;
+grids of rows `<row>-seed<n>/results.json`, `experts.md` and `routing-<row>.png`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import yaml
 from matplotlib import pyplot as plt
 
 from reference.errors import ExperimentError
-from reference.evaluation.tables import markdown_table, spread
+from reference.evaluation.tables import markdown_table, reading, spread
 from reference.studies.grids import CONTROLS, OURS
 
 Row = list[dict[str, Any]]  # one cell: figures of every seed
@@ -28,11 +28,6 @@ COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float | None], int]] = {
     "MB of bases": (lambda run: None if run["bytes"] is None else run["bytes"] / 1e6, 1),
     "seconds": (lambda run: run["seconds"], 0),
 }
-READING = (
-    "Accuracy in percent, mean ± standard deviation over seeds. Transfer: tasks not yet trained. Average: all cells of "
-    "the accuracy matrix. Last: all tasks at the end. Old tasks kept: last minus right after training. Learned: right "
-    "after training minus pretrained. Loss: training loss in the last tenth of a task's steps, mean over tasks."
-)
 COLOURS = ("#1b1f24", "#c9432f", "#1f6a96", "#2f9c74", "#e39a1f", "#7d3c9a", "#8c6d46", "#7a7c85")
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
@@ -86,7 +81,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "",
         f"Tasks {', '.join(first['tasks'])}; {first['split']} split; pretrained {np.mean(first['pretrained']):.1f} on "
         f"average, {np.mean(first['pretrained'][1:]):.1f} without the first task (a Transfer that loses nothing).",
-        READING,
+        reading("grid"),
         f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {first['torch']}, "
         f"{first['date']}.",
     ]

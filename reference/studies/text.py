@@ -31,9 +31,9 @@ from reference.benchmarks.outcome import Table, finish, progress, saved_bytes
 from reference.benchmarks.workload import quiet
 from reference.command import carried_out
 from reference.errors import ExperimentError
-from reference.evaluation.tables import spread, whole
+from reference.evaluation.tables import reading, spread, whole
 from reference.studies.encoder import HALF, TOKENS, Bed, Pair, by_length, drawn, embed, load_bed, loss_of, padded
-from reference.studies.ways import Way, chosen, draw, interpolation, parser
+from reference.studies.ways import Way, chosen, draw, interpolation, listed, parser
 from reference.training.tracking import provenance, write_json
 
 BATCH = 24  # pairs
@@ -41,16 +41,7 @@ KEPT_PAIRS = 240  # of a task, drawn at random, that ours consolidates
 SHARES = (0.2, 0.4)
 COLUMNS = ("transfer", "average", "last", "diagonal_gain", "forgetting")
 
-WAYS = {  # rates and the weight of distillation: chosen on validation, seed 0, git, man-de and wordnet in turn
-    "plain, 3e-5": Way(3e-5),
-    "plain, 1e-4": Way(1e-4),
-    "ours, Energy(0.99), the default": Way(1e-3, threshold=0.99),
-    "ours, Energy(0.8)": Way(4e-4, threshold=0.8),
-    "ours, Energy(0.8), and distillation": Way(4e-4, threshold=0.8, distil=30.0),
-    "distillation": Way(1e-4, distil=30.0),
-    "old pairs, 5 % of the batch": Way(1e-4, replay=0.05),
-    "LoRA, r=8": Way(5e-4, rank=8),
-}
+WAYS = listed("text")
 
 
 def run(way: Way, bed: Bed, made: dict[str, Any], split: str, steps: int, seed: int) -> dict[str, Any]:
@@ -131,11 +122,15 @@ def study(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         points[name] = [tuple(mean(whole(run, axis) or 0.0 for run in runs) for axis in ("transfer", "diagonal_gain"))]
     back = [f"Last, {share:g} back" for share in SHARES]
     header = ("method", "Transfer", "Average", "Last", "learned", "forgotten", *back, "s a step", "MB", "needs later")
-    note = (
-        f"recall@1 [%] on {len(bed.tasks)} tasks ({split}), {options.steps} AdamW steps of {BATCH} pairs of at most "
-        f"{TOKENS} tokens each, seeds {options.seeds}. Learned: right after training minus untouched. Back: share of "
-        "the way to the untouched weights, which must be there. MB: stored beside the weights. Ours reads the pool "
-        f"once, before the first task, and {KEPT_PAIRS} pairs of each task at its end. Seconds: of one core."
+    note = reading(
+        "text",
+        tasks=len(bed.tasks),
+        split=split,
+        steps=options.steps,
+        batch=BATCH,
+        tokens=TOKENS,
+        seeds=options.seeds,
+        kept=KEPT_PAIRS,
     )
     table = Table("A sentence encoder on one retrieval task after another", header, tuple(lines), note)
     if options.figure:

@@ -6,10 +6,12 @@ import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib.pyplot as plt
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -71,6 +73,12 @@ def draw(curves: Mapping[str, Sequence[tuple[float, float]]], axes: tuple[str, s
     panel.legend(fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def listed(study: str) -> dict[str, Way]:
+    """The ways of a study, from `ways.yaml`."""
+    rows = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))[study]
+    return {name: Way(**arguments) for name, arguments in rows.items()}
 
 
 def chosen(ways: Mapping[str, Way], parts: str) -> dict[str, Way]:

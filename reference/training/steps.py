@@ -30,6 +30,7 @@ EVALUATION_BATCH = 64
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Look = Callable[[Tensor, Tensor, Tensor], object]
+Vectors = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -221,12 +222,6 @@ class Batches:
             yield self.clip.normalised(self.split.images[part]), self.split.labels[part]
 
 
-def evaluate(clip: Clip, task: Task, config: Config) -> float:
-    """Accuracy in percent over the classes of `task`, on (a fixed draw of) its test images."""
-    (correct,) = scores(clip, task, config, (1 if config.evaluation_templates == "first" else len(task.templates),))
-    return accuracy(correct)
-
-
 def accuracy(correct: Tensor) -> float:
     """Percent of the booleans `[n]` that are true."""
     return 100.0 * int(correct.sum()) / len(correct)
@@ -234,22 +229,28 @@ def accuracy(correct: Tensor) -> float:
 
 @torch.no_grad()
 def scores(
-    clip: Clip, task: Task, config: Config, templates: tuple[int, ...], look: Look | None = None
+    clip: Clip,
+    task: Task,
+    config: Config,
+    templates: tuple[int, ...],
+    look: Look | None = None,
+    vectors: Vectors = lambda classes: classes,
 ) -> list[Tensor]:
     """Test images that are classified rightly, booleans `[n]`, once for each number of templates in `templates`.
 
-    A class is the mean of its first so many prompts' features; all share one pass over the images. `look` is shown unit
+    A class is what `vectors` makes of the mean of its first so many prompts' features; all share one pass over the
+    images. `look` is shown unit
     features `[n, e]`, labels `[n]` and the class vectors `[c, e]` of the first number of templates.
     """
     clip.model.eval()
     found: list[list[Tensor]] = [[] for _ in templates]
     split, seen = task.test.drawn(config.evaluation_images, seed=0), list[Tensor]()
     with precision(clip, config):
-        classes = [class_vectors(clip, task, count) for count in templates]
+        classes = [vectors(class_vectors(clip, task, count)) for count in templates]
         for images, labels in Batches(clip, split):
             seen.append(clip.model.encode_image(images, normalize=True).float())  # type: ignore[operator]
-            for vectors, correct in zip(classes, found):
-                correct.append((seen[-1] @ vectors.T).argmax(dim=1).cpu() == labels)
+            for known, correct in zip(classes, found):
+                correct.append((seen[-1] @ known.T).argmax(dim=1).cpu() == labels)
     if look is not None:
         look(torch.cat(seen), split.labels, classes[0])
     return [torch.cat(correct) for correct in found]

@@ -12,7 +12,8 @@ import torch
 from reference.errors import ExperimentError
 from reference.evaluation import metrics
 from reference.evaluation.bootstrap import FIGURES, compare, resampled
-from reference.evaluation.report import by_method, main, refuse_mixed, tables
+from reference.evaluation.comparison import by_method
+from reference.evaluation.report import main, refuse_mixed, tables
 from reference.evaluation.scoring import packed, unpacked
 from reference.evaluation.tables import whole
 
