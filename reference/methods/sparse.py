@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nullspace_optim.methods import begin_low_rank, leading_entries, leading_heads, summed_gradients
+from reference.errors import ExperimentError
 from reference.methods.base import Method
 from reference.training.clip import classification_loss
 from reference.training.steps import Batch, Batches, attention, precision, seeded
@@ -32,6 +33,8 @@ class LoRSU(Method):
     def make_optimizer(self) -> Optimizer:
         """AdamW on low-rank additions, the entries of `c_fc`, and biases."""
         model: Any = self.clip.model.requires_grad_(False)
+        if not hasattr(model.visual, "transformer"):
+            raise ExperimentError(f"{self.name}: the model has no vision transformer, whose heads and entries train")
         blocks = {f"visual.transformer.resblocks.{n}": b for n, b in enumerate(model.visual.transformer.resblocks)}
         self.heads = {f"{name}.attn.in_proj_weight": block.attn.num_heads for name, block in blocks.items()}
         self.entries: dict[str, Tensor] = {f"{name}.mlp.c_fc.weight": b.mlp.c_fc.weight for name, b in blocks.items()}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reference.config import Config, load_config
+from reference.errors import ExperimentError
 from reference.evaluation.scoring import Scorer, unpacked
 from reference.experiment import Experiment
 from reference.methods import METHODS, Setting
@@ -244,3 +245,10 @@ def test_lorsu_chooses_by_the_gradient_of_the_task_and_its_control_does_not(
     best = total.abs().flatten().sort(descending=True).indices[:3686]
     agree = made.masks[name].flatten()[best].float().mean()
     assert agree > 0.999 and other.masks[name].flatten()[best].float().mean() < 0.2
+
+
+def test_lorsu_names_a_model_without_a_vision_transformer(config: Config, experiment: Experiment) -> None:
+    setting = Setting(experiment.pretrained(0).copy(), config, experiment.tasks, experiment.pool, 0)
+    setting.clip.model.visual = torch.nn.Linear(2, 2)
+    with pytest.raises(ExperimentError, match="lorsu: the model has no vision transformer"):
+        METHODS["lorsu"](setting)
