@@ -23,9 +23,11 @@ from torch.optim import Optimizer
 from ..errors import NullSpaceWarning
 from ..settings import Settings
 from .averaged_weights import state_keys
+from .edits import ROUNDED
 from .guard import Guard, Workspace, size_of
 from .weight_stack import GradientQueue, stack_alike
 
+UNMOVED = 1e-6  # relative change of what is kept that rounding of a product explains
 LEAST_FREE = 0.03  # of the norms of gradients; measured: at 0.02 a language model learned nothing, at 0.06 half
 
 _HABITS: MutableMapping[type[Optimizer], tuple[bool, bool]] = WeakKeyDictionary()
@@ -89,6 +91,11 @@ class Step:
         finally:
             self.evaluating = False
 
+    def _stands(self, guard: Guard) -> bool:
+        """True if a guard that left no mark keeps everything within rounding (waits for the device)."""
+        marked = guard.edited or id(guard) in self.accepted or guard.pending or bool(guard.across)
+        return not marked and guard.drift() <= ROUNDED.get(guard.parameter.dtype, UNMOVED)
+
     def touch(self) -> None:
         """Note the tensors that the base may move because they have a gradient."""
         self.touched |= {id(p) for guard in self.guards for p in guard.members if p.grad is not None}
@@ -96,12 +103,12 @@ class Step:
     def finish(self, *, update: bool) -> int:
         """Put everything back that is kept, by its anchor; return how many parameters may have been written to.
 
-        What the base has not written to yet stays bit for bit. With ``update=False`` (``project="gradient"``) only
+        What the base has not moved yet stays bit for bit. With ``update=False`` (``project="gradient"``) only
         frozen parameters are put back. Sides that cross ranks are left to the next sum over ranks.
         """
         written = sum(self.wrote(guard) for guard in self.guards)
         for guard in self.guards:
-            if self.wrote(guard) and (update or guard.frozen):
+            if self.wrote(guard) and (update or guard.frozen) and not self._stands(guard):
                 guard.correct()
                 guard.pending, guard.behind = False, bool(guard.across)
             guard.mark()

@@ -222,6 +222,12 @@ class Batches:
             yield self.clip.normalised(self.split.images[part]), self.split.labels[part]
 
 
+def evaluate(clip: Clip, task: Task, config: Config) -> float:
+    """Accuracy in percent over the classes of `task`, on (a fixed draw of) its test images."""
+    (correct,) = scores(clip, task, config, (1 if config.evaluation_templates == "first" else len(task.templates),))
+    return accuracy(correct)
+
+
 def accuracy(correct: Tensor) -> float:
     """Percent of the booleans `[n]` that are true."""
     return 100.0 * int(correct.sum()) / len(correct)
@@ -239,8 +245,8 @@ def scores(
     """Test images that are classified rightly, booleans `[n]`, once for each number of templates in `templates`.
 
     A class is what `vectors` makes of the mean of its first so many prompts' features; all share one pass over the
-    images. `look` is shown unit
-    features `[n, e]`, labels `[n]` and the class vectors `[c, e]` of the first number of templates.
+    images. `look` is shown unit features `[n, e]`, labels `[n]` and the class vectors `[c, e]` of the first number of
+    templates.
     """
     clip.model.eval()
     found: list[list[Tensor]] = [[] for _ in templates]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -70,7 +71,8 @@ def check(make: Any, **options: Any) -> None:
 
 @pytest.mark.parametrize("name", TORCH)
 def test_the_second_task_is_learned_with_the_memory_of_the_first(name: str) -> None:
-    check(getattr(torch.optim, name, None) or pytest.skip(f"this torch has no {name}"))
+    make = getattr(torch.optim, name, None) or pytest.skip(f"this torch has no {name}")
+    check(partial(make, lr=0.01) if name == "LBFGS" else make)  # at 1 it diverges on some machines, unprotected
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
