@@ -92,9 +92,14 @@ class Step:
             self.evaluating = False
 
     def _stands(self, guard: Guard) -> bool:
-        """True if a guard that left no mark keeps everything within rounding (waits for the device)."""
+        """True if a guard that left no mark keeps everything within rounding (waits for the device).
+
+        Never of what is kept bit for bit, a frozen value or rows: that is copied back, which changes nothing else.
+        """
         marked = guard.edited or id(guard) in self.accepted or guard.pending or bool(guard.across)
-        return not marked and guard.drift() <= ROUNDED.get(guard.parameter.dtype, UNMOVED)
+        if marked or guard.frozen or "rows" in guard.basis.subspaces:
+            return False
+        return guard.drift() <= ROUNDED.get(guard.parameter.dtype, UNMOVED)
 
     def touch(self) -> None:
         """Note the tensors that the base may move because they have a gradient."""

@@ -34,7 +34,7 @@ from reference.data.folders import load_tasks
 from reference.data.tasks import Task
 from reference.evaluation.tables import reading
 from reference.training.clip import Clip, assemble, class_logits, classification_loss, load_clip
-from reference.training.steps import Batches, accuracy, scores, train
+from reference.training.steps import Batches, evaluate, train
 
 HELD_OUT, PARTS = 1024, ("features", "logits")
 PROJECTIONS = ("none", "gradient", "update")
@@ -238,8 +238,8 @@ def score(clip: Clip, old: Task, new: Task, config: Config) -> Scores:
     parts = [images[start : start + 64] for start in range(0, len(images), 64)]
     features = torch.cat([model.encode_image(part, normalize=True) for part in parts])
     logits = torch.cat([class_logits(clip.model, part, tokens) for part in parts])
-    (right,) = scores(clip, old, replace(config, evaluation_images=None), (1,))
-    return Scores(features, logits, accuracy(right), training_loss(clip, new))
+    right = evaluate(clip, old, replace(config, evaluation_images=None))
+    return Scores(features, logits, right, training_loss(clip, new))
 
 
 def relative(now: Tensor, then: Tensor) -> float:

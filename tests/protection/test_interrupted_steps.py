@@ -199,6 +199,23 @@ def test_an_error_of_the_base_before_it_moves_anything_leaves_every_bit() -> Non
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_what_is_kept_bit_for_bit_goes_back_from_a_move_within_rounding() -> None:
+    class Nudging(SGD):
+        def step(self, closure: Any = None) -> Any:
+            for parameter in self.param_groups[0]["params"]:
+                parameter.data.mul_(1 + 2**-22)  # leaves no mark
+            raise RuntimeError("nudged")
+
+    model, old = nn.Sequential(nn.Embedding(6, 4), nn.Flatten(), nn.Linear(8, 3)), torch.tensor([[0, 1], [2, 1]])
+    optimizer = NullSpaceOptimizer(Nudging(model.parameters(), lr=0.1), model, policy=NumericalRank())
+    optimizer.consolidate([old], progress=False)
+    bias, rows = model[2].bias.detach().clone(), model[0].weight[:3].detach().clone()
+    model(old).square().sum().backward()
+    with pytest.raises(RuntimeError, match="nudged"):
+        optimizer.step()
+    assert torch.equal(model[2].bias, bias) and torch.equal(model[0].weight[:3], rows)
+
+
 def test_an_edit_that_a_step_refuses_is_not_undone_by_the_refusal() -> None:
     model = mlp()
     optimizer = wrap(model, AdamW(model.parameters()))
