@@ -188,23 +188,12 @@ def _pass_table(rows: Sequence[tuple[str, ...]], repeats: int) -> Table:
     return Table(
         "Consolidation of one task, seconds",
         (
-            "model",
-            "rows",
-            "forward only",
-            "consolidate",
-            "ratio",
-            "ratio of what grows with the data",
-            "forward, observed",
-            "relevance",
-            "second moments",
-            "solve",
-            "bases",
-            "probe",
-            "rest",
+            "model", "rows", "forward only", "consolidate", "ratio", "ratio of what grows with the data",
+            "forward, observed", "relevance", "second moments", "solve", "bases", "probe", "rest",
         ),
         tuple(rows),
         reading("consolidate", repeats=repeats),
-    )
+    )  # fmt: skip
 
 
 def _compare(case: Case, spent: Spent, device: torch.device) -> tuple[str, ...]:

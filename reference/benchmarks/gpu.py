@@ -73,15 +73,9 @@ def language(toy: bool, device: torch.device) -> Table:
     kept = optimizer.verify().worst
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
     row = (
-        f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}",
-        f"{plain:.3f}",
-        f"{protected:.3f}",
-        f"{protected / plain:.2f}",
-        f"{spent:.1f}",
-        f"{optimizer.capacity().mean:.0%}",
-        f"{kept:.1e}",
-        f"{peak:.1f}",
-    )
+        f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}", f"{plain:.3f}", f"{protected:.3f}",
+        f"{protected / plain:.2f}", f"{spent:.1f}", f"{optimizer.capacity().mean:.0%}", f"{kept:.1e}", f"{peak:.1f}",
+    )  # fmt: skip
     header = (
         "10^9 parameters",
         "step, s",

@@ -88,20 +88,13 @@ def by_policy(options: argparse.Namespace) -> Table:
     table = Table(
         f"What each policy keeps and costs, after {options.steps} AdamW steps on another task",
         (
-            "policy",
-            "kept",
-            "allowed moves only",
-            "drift of consolidated outputs",
-            "drift of held-out outputs",
-            "accuracy on the old task (%)",
-            "accuracy on the new task (%)",
-            "bytes per weight byte",
-            "step",
+            "policy", "kept", "allowed moves only", "drift of consolidated outputs", "drift of held-out outputs",
+            "accuracy on the old task (%)", "accuracy on the new task (%)", "bytes per weight byte", "step",
             "consolidation (s)",
         ),
         tuple(rows),
         reading("policies", timed=TIMED, seeds=len(seeds)),
-    )
+    )  # fmt: skip
     if options.output:
         Path(options.output).mkdir(parents=True, exist_ok=True)
         save_figure(table, Path(options.output) / "policies.png")

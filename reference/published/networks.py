@@ -52,8 +52,10 @@ class SplitAlexNet(nn.Module):
         self.convolutions = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(sizes[i], sizes[i + 1], kernels[i], bias=False),
-                *(nn.BatchNorm2d(sizes[i + 1], track_running_stats=False), nn.ReLU()),
-                *(Dropout((0.2, 0.2, 0.5)[i]), nn.MaxPool2d(2)),
+                nn.BatchNorm2d(sizes[i + 1], track_running_stats=False),
+                nn.ReLU(),
+                Dropout((0.2, 0.2, 0.5)[i]),
+                nn.MaxPool2d(2),
             )
             for i in range(3)
         )

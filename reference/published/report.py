@@ -81,8 +81,11 @@ def _row(name: str, runs: list[dict[str, Any]], table: str) -> list[str]:
     return [
         f"{title} (`{name}`)" + (f", in {arithmetic}" if arithmetic else ""),
         ", ".join(str(run["seed"]) for run in sorted(runs, key=lambda run: run["seed"])),
-        *(spread(accuracy, 2), spread([run["BWT"] for run in runs], 2), f"{losses[0]:.3f} / {losses[1]:.3f}"),
-        *(f"{statistics.mean(run['seconds'] for run in runs):.0f}", _published(published)),
+        spread(accuracy, 2),
+        spread([run["BWT"] for run in runs], 2),
+        f"{losses[0]:.3f} / {losses[1]:.3f}",
+        f"{statistics.mean(run['seconds'] for run in runs):.0f}",
+        _published(published),
         judged if all(map(comparable, runs)) else "not the published settings",
     ]
 

@@ -19,12 +19,9 @@ OURS = "nullspace-reference"
 LISTED: dict[str, dict[str, Any]] = yaml.safe_load((CONFIGS / "grids.yaml").read_text(encoding="utf-8"))
 DEFAULTS: dict[str, dict[str, list[str]]] = {name: grid.get("factors", {}) for name, grid in LISTED.items()}
 CONTROLS = {
-    "matched_share": "matched-plasticity",
-    "ewc_weight": "ewc",
-    "wise_share": "wise-ft",
-    "ensemble_share": "zscl",
+    "matched_share": "matched-plasticity", "ewc_weight": "ewc", "wise_share": "wise-ft", "ensemble_share": "zscl",
     "replay_bytes": "replay",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
