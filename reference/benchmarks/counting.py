@@ -118,9 +118,8 @@ def _best(run: Callable[[], object]) -> float:
 def main(arguments: Sequence[str]) -> Outcome:
     """Run what the command line asks for."""
     options = parse(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device, started = options.device, time.perf_counter()
     shares = [Fraction(share) for share in options.shares.split(",")]
-    started = time.perf_counter()
     progress("rates of products and copies")
     rates = measured_rates(device, options.product)
     tables = [_rates_table((rates, H200))]

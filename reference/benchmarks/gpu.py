@@ -76,16 +76,7 @@ def language(toy: bool, device: torch.device) -> Table:
         f"{sum(p.numel() for p in model.parameters()) / 1e9:.2f}", f"{plain:.3f}", f"{protected:.3f}",
         f"{protected / plain:.2f}", f"{spent:.1f}", f"{optimizer.capacity().mean:.0%}", f"{kept:.1e}", f"{peak:.1f}",
     )  # fmt: skip
-    header = (
-        "10^9 parameters",
-        "step, s",
-        "protected, s",
-        "ratio",
-        "consolidation, s",
-        "free",
-        "kept drift",
-        "peak, GiB",
-    )
+    header = ("10^9 weights", "step, s", "protected, s", "ratio", "consolidation, s", "free", "kept drift", "peak, GiB")
     note = f"Random weights and tokens; {rows} rows of {length} tokens a step, {samples} consolidated, Energy(0.95)."
     return Table("A Llama", header, (row,), note)
 

@@ -54,7 +54,8 @@ def parser(benchmark: str, about: str | None) -> argparse.ArgumentParser:
     """The command line of a benchmark: its device, and the folder of its tables."""
     about = (about or "").split("\n")[0]
     found = argparse.ArgumentParser(prog=f"python -m reference.benchmarks.{benchmark}", description=about)
-    found.add_argument("--device", help="cpu or cuda; default: a GPU if there is one")
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found.add_argument("--device", type=torch.device, default=here, help="cpu or cuda; default: a GPU if there is one")
     found.add_argument("--output", default="", help=f"folder for {benchmark}.md and {benchmark}.json")
     return found
 

@@ -1,7 +1,6 @@
 """Cost of published packages beside ours, on the same model and batch: step, preparation, memory, by rank.
 
-    python -m reference.benchmarks.peers                                ViT-B/32, 2 blocks a tower
-    python -m reference.benchmarks.peers --parts peak --shares 1/4,3/4  peak memory, one process a figure
+    python -m reference.benchmarks.peers       ViT-B/32, 2 blocks a tower
 
 All methods train the same matrices, the two linear layers of every MLP (`c_fc` and `c_proj`): PEFT replaces modules and
 cannot replace open_clip's attention. `k/d` is the share of directions that is kept: ours and dense `P` keep `k` of the
@@ -14,12 +13,10 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
-import multiprocessing
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -36,7 +33,6 @@ from reference.benchmarks.outcome import Outcome, Table, finish, progress, saved
 from reference.benchmarks.step import RATE, Trainer
 from reference.benchmarks.workload import Share, build, fill, protected_at_random, quiet, random_batch, ratio, seconds
 from reference.evaluation.tables import reading
-from reference.training.tracking import resident_peak
 
 GAP = 200  # steps between two decompositions of GaLore, its own default
 TOKENS = 50  # rows that an image gives in ViT-B/32
@@ -82,11 +78,9 @@ class Projected(AdamW):
 def main(arguments: Sequence[str]) -> Outcome:
     """Run what the command line asks for."""
     options = parse(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     started = time.perf_counter()
-    parts = {"step": by_rank, "peak": peaks}
-    tables = [parts[name](options, device) for name in options.parts.split(",")]
-    return finish("reference.benchmarks.peers", arguments, device, started, tables, options.output)
+    table = by_rank(options, options.device)
+    return finish("reference.benchmarks.peers", arguments, options.device, started, [table], options.output)
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -99,7 +93,6 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="turns a figure")
     parser.add_argument("--shares", default="1/16,1/4,1/2,3/4,15/16", help="k/d of every matrix, fractions")
     parser.add_argument("--methods", default="exact,fast,dense,osf,galore", help=f"which of {','.join(METHODS)}")
-    parser.add_argument("--parts", default="step", help="which of step,peak")
     return parser.parse_args(arguments)
 
 
@@ -249,31 +242,6 @@ def installed(methods: str) -> list[str]:
         else:
             progress(f"{METHODS[name][0]} is left out: python -m pip install {package.replace('_', '-')}")
     return there
-
-
-def peaks(options: Namespace, device: torch.device) -> Table:
-    """Peak memory of preparation and three steps, each method in a process of its own."""
-    rows = []
-    for share in map(Fraction, options.shares.split(",")):
-        found = {}
-        for name in ["plain", *installed(options.methods)]:
-            progress(f"k/d {share}: peak of {name}")
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                found[name] = pool.submit(_peak, name, float(share), options, str(device)).result()
-        rows += [
-            (str(share), METHODS[name][0], f"{peak / 1e6:.0f}", f"{(peak - found['plain']) / 1e6:+.0f}")
-            for name, peak in found.items()
-        ]
-    title = f"Peak memory, {options.model}, {options.blocks} blocks a tower, MLPs only, batch {options.batch}"
-    return Table(title, ("k/d", "method", "peak (MB)", "beyond plain AdamW (MB)"), tuple(rows), reading("peaks"))
-
-
-def _peak(name: str, share: float, options: Namespace, device: str) -> int:
-    where = torch.device(device)
-    contender = METHODS[name][1](prepared(options, where), share)
-    for _ in range(3):
-        contender.trainer.timed_step()
-    return torch.cuda.max_memory_allocated(where) if where.type == "cuda" else resident_peak()
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

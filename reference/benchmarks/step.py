@@ -1,10 +1,10 @@
-"""Cost of protection in a training step: with over without, and against the dense `P` of published methods.
+"""Cost of protection in a training step: with over without, by rank and by number of tasks.
 
     python -m reference.benchmarks.step                      ViT-B/32 on a CPU, ViT-B/16 in bfloat16 on a GPU
     python -m reference.benchmarks.step --shares 1/4,1/2 --blocks 3 --repeats 5
 
 Matrices are `W` `[m, d]`, bases `U` `[d, k]`; `k/d` is the share of protected directions. Operations: see `counting`;
-of dense `P` (Adam-NSCL, GPM, GNSP), `G <- G P`: `2 m d^2`, whatever k is.
+beside the dense `P` of published methods and other packages: `peers`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from __future__ import annotations
 import copy
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from nullspace_optim import Basis, NullSpaceOptimizer
+from nullspace_optim import NullSpaceOptimizer
 from reference.benchmarks import outcome, workload
-from reference.benchmarks.counting import EXACT_EVERY, protection_operations
+from reference.benchmarks.counting import protection_operations
 from reference.benchmarks.outcome import Outcome, Table, finish, progress, saved_bytes
 from reference.evaluation.tables import reading
 
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> Outcome:
     """Run what the command line asks for."""
     settings = parse(arguments)
     started = time.perf_counter()
-    parts = {"step": whole_steps, "projection": projections, "tasks": over_tasks}
+    parts = {"step": whole_steps, "tasks": over_tasks}
     tables = [table for name in settings.parts.split(",") for table in parts[name](settings)]
     return finish("step", arguments, settings.device, started, tables, settings.output)
 
@@ -83,9 +83,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--repeats", type=int, help="pairs of steps a figure; default: 2 (CPU), 20 (GPU)")
     parser.add_argument("--shares", default="1/16,1/4,1/2,3/4,15/16", help="k/d of every matrix, fractions")
     parser.add_argument("--autocast", choices=("float32", "bfloat16"), help="default: float32 (CPU), bfloat16 (GPU)")
-    parser.add_argument("--parts", default="step,projection,tasks", help="which of step,projection,tasks")
+    parser.add_argument("--parts", default="step,tasks", help="which of step,tasks")
     options = parser.parse_args(arguments)
-    options.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     graphic = options.device.type == "cuda"
     options.model = options.model or ("ViT-B-16" if graphic else "ViT-B-32")
     options.batch, options.repeats = options.batch or (64 if graphic else 32), options.repeats or (20 if graphic else 2)
@@ -114,7 +113,7 @@ def whole_steps(settings: Namespace) -> list[Table]:
             found[share, precision] = _compare(bare, guarded, settings.repeats, operations, precision)
         optimizer.detach()
     rows = [(str(share), precision, *cells) for (share, precision), cells in sorted(found.items())]
-    return [_step_table(rows, settings, bare, operations)]
+    return [_step_table(rows, settings, operations)]
 
 
 def _compare(bare: Trainer, guarded: Trainer, repeats: int, operations: float, precision: str) -> tuple[str, ...]:
@@ -135,62 +134,18 @@ def _compare(bare: Trainer, guarded: Trainer, repeats: int, operations: float, p
     )
 
 
-def _step_table(rows: Sequence[tuple[str, ...]], settings: Namespace, bare: Trainer, operations: float) -> Table:
+def _step_table(rows: Sequence[tuple[str, ...]], settings: Namespace, operations: float) -> Table:
     depth = "" if settings.blocks is None else f", {settings.blocks} blocks a tower"
     kind = str(settings.autocast).removeprefix("torch.")
-    other = torch.bfloat16 if settings.autocast == torch.float32 else torch.float32
-    faster = Trainer(bare.model, bare.optimizer, bare.batch, other)
-    faster.timed_step()
-    plain = median(faster.timed_step()[0] for _ in range(settings.repeats))
-    derived = [(*row, f"{1 + float(row[6]) / plain:.3f}") for row in rows]
-    otherwise = str(other).removeprefix("torch.")
     return Table(
         f"Training step, {settings.model}{depth}, batch {settings.batch}, both towers, AdamW, {kind}",
         (
-            "k/d",
-            "precision",
-            "with / without",
-            "by the optimizer's part",
-            "predicted",
-            "step without (s)",
-            "added (s)",
-            "drift",
-            f"under {otherwise}",
+            "k/d", "precision", "with / without", "by the optimizer's part", "predicted", "step without (s)",
+            "added (s)", "drift",
         ),
-        tuple(derived),
-        reading("steps", repeats=settings.repeats, giga=operations / 1000000000.0, otherwise=otherwise, plain=plain),
-    )
-
-
-def projections(settings: Namespace) -> list[Table]:
-    """The correction alone against `G <- G P`, on every matrix shape of the model once."""
-    repeats = 3 * settings.repeats
-    rows: list[tuple[str, ...]] = []
-    models = {precision: workload.build(settings.model, 1, settings.device) for precision in ("exact", "fast")}
-    guarded = {
-        precision: workload.protected_at_random(workload.Still(workload.matrices(model).values()), model, precision)
-        for precision, model in models.items()
-    }
-    for share in settings.shares:
-        progress(f"projection alone, k/d {share}")
-        for optimizer in guarded.values():
-            workload.fill(optimizer, float(share))
-        dense = dense_projections(models["exact"], guarded["exact"].bases)
-        runs = {name: optimizer.step for name, optimizer in guarded.items()}
-        found = workload.in_turn({**runs, "dense": partial(_multiply, dense)}, repeats, settings.device)
-        milliseconds = {name: f"{1e3 * median(times):.2f}" for name, times in found.items()}
-        exact, fast = (f"{workload.ratio(found['dense'], found[name]):.2f}" for name in ("exact", "fast"))
-        predicted = 1 / min(2 * share, 2 - 2 * share + 2 * share / EXACT_EVERY)
-        cells = (milliseconds["dense"], milliseconds["exact"], exact, f"{float(predicted):.2f}")
-        rows.append((str(share), *cells, milliseconds["fast"], fast))
-    return [
-        Table(
-            f"Projection alone, each matrix shape of {settings.model} once, float32 weights",
-            ("k/d", "dense P (ms)", "exact (ms)", "dense / exact", "predicted", "fast (ms)", "dense / fast"),
-            tuple(rows),
-            reading("projections", repeats=repeats),
-        )
-    ]
+        tuple(rows),
+        reading("steps", repeats=settings.repeats, giga=operations / 1e9),
+    )  # fmt: skip
 
 
 def over_tasks(settings: Namespace) -> list[Table]:
@@ -241,25 +196,6 @@ def over_tasks(settings: Namespace) -> list[Table]:
 
 def _train(model: nn.Module, size: int, device: torch.device) -> None:
     model(torch.ones(STEP_ROWS, size, device=device)).sum().backward()
-
-
-def dense_projections(model: nn.Module, bases: Mapping[str, Basis]) -> list[tuple[Tensor, Tensor, bool]]:
-    """Gradient `[m, d]`, projector `I - U U^T` and whether it stands on the right, for every protected matrix."""
-    parameters = dict(model.named_parameters())
-    found = []
-    for name, basis in bases.items():
-        for side, subspace in basis.subspaces.items():
-            if side != "rows":
-                u = subspace.basis[0]
-                projector = torch.eye(len(u), device=u.device) - u @ u.T
-                gradient = torch.randn_like(parameters[name]).reshape(parameters[name].shape[0], -1)
-                found.append((gradient, projector, side == "right"))
-    return found
-
-
-def _multiply(dense: Sequence[tuple[Tensor, Tensor, bool]]) -> None:
-    for gradient, projector, right in dense:
-        _ = gradient @ projector if right else projector @ gradient
 
 
 def step_operations(trainer: Trainer) -> float:

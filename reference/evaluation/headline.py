@@ -1,15 +1,13 @@
 """The figure of README.md: what earlier tasks lose while later ones are trained, one line a method.
 
-    python -m reference.evaluation.headline [RUNS] [--output docs/figures/forgetting.png]
+    python -m reference.evaluation.headline
 
-`RUNS` is a folder of finished runs of `reference.run` (default: the committed runs of eleven tasks of real images).
+It is drawn from the committed runs of eleven tasks of real images, into docs/figures/forgetting.png.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -20,7 +18,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 HERE = Path(__file__).resolve().parents[1]
-FIGURE = HERE.parent / "docs" / "figures" / "forgetting.png"
+RUNS, FIGURE = HERE / "results" / "mini", HERE.parent / "docs" / "figures" / "forgetting.png"
 METHODS = {
     "nullspace-reference": ("this library", "#1f6a96"),
     "gradient-reference": ("gradient projected before AdamW", "#e39a1f"),
@@ -70,19 +68,5 @@ def draw(folder: Path, path: Path) -> None:
     plt.close(figure)
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m reference.evaluation.headline", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="?", type=Path, default=HERE / "results" / "mini", help="folder of finished runs")
-    parser.add_argument("--output", type=Path, default=FIGURE, help="image to write")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw the figure from the command line."""
-    options = parse(arguments)
-    draw(options.runs, options.output)
-
-
 if __name__ == "__main__":
-    main()
+    draw(RUNS, FIGURE)

@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from typing import Any
 
 from reference.errors import ExperimentError
-from reference.methods import nullspace as ours
 from reference.methods.base import Method, Setting
 from reference.methods.distillation import ZSCL, LwF
 from reference.methods.finetune import FineTune, FineTunePerTask, Joint, MatchedPlasticity, WiseFT, ZeroShot
@@ -19,6 +18,14 @@ from reference.methods.gnsp import Gnsp, GnspExact, LossesOnly, ProjectionOnly
 from reference.methods.igsp import ExpertsOfTasks
 from reference.methods.lora import LoraPerTask, LoraShared, LoraSharedNullSpace
 from reference.methods.moe import MoeAdapters
+from reference.methods.nullspace import (
+    Gradient,
+    GradientReference,
+    NullSpace,
+    NullSpaceLosses,
+    NullSpaceReference,
+    RandomBasis,
+)
 from reference.methods.rehearsal import EWC, Replay
 from reference.methods.sparse import LoRSU, LoRSURandom
 from reference.methods.turns import FreeTurns, OrthSR, OrthSRFree
@@ -27,8 +34,7 @@ FAMILIES: tuple[tuple[type[Method], ...], ...] = (
     (ZeroShot, FineTune, FineTunePerTask, WiseFT, MatchedPlasticity, Joint),
     (LwF, ZSCL),
     (Gnsp, GnspExact, LossesOnly, ProjectionOnly),
-    (ours.Gradient, ours.GradientReference, ours.NullSpace, ours.NullSpaceReference),
-    (ours.NullSpaceLosses, ours.RandomBasis),
+    (Gradient, GradientReference, NullSpace, NullSpaceReference, NullSpaceLosses, RandomBasis),
     (Replay, EWC),
     (FreeTurns, OrthSR, OrthSRFree),
     (MgClip, LoraKeyValue, LoRSU, LoRSURandom),

@@ -1,19 +1,13 @@
-"""Tables about methods with small modules: accuracy with and without the task's name, parameters, fate of experts.
-
-python -m reference.studies.expert_report RUNS... --output DIR
-"""
+"""Tables about methods with small modules: accuracy with and without the task's name, parameters, fate of experts."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from reference.command import carried_out
 from reference.evaluation import metrics
 from reference.evaluation.bootstrap import compare
 from reference.evaluation.figures import finish_panels, task_panels
@@ -170,21 +164,3 @@ def write(places: Sequence[str], folder: Path) -> None:
         if runs[0]["facts"].get("tasks"):
             routing(runs[0], folder / f"routing-{label}.png")
     print(text + f"\n{folder / 'experts.md'}")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the tables and figures of finished runs; returns the exit status (0, or 2 for an error)."""
-    options = parse(arguments)
-    return carried_out(lambda: write(options.places, Path(options.output)), str)
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m reference.studies.expert_report", description=main.__doc__)
-    parser.add_argument("places", nargs="+", help="folders of finished runs, or their results.json")
-    parser.add_argument("--output", default=".", help="folder for experts.md and figures (default: here)")
-    return parser.parse_args(arguments)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -56,11 +56,10 @@ def column(table: Table, name: str) -> list[str]:
 
 def test_step_makes_every_table(tmp_path: Path) -> None:
     arguments = ["--model", "tiny", "--batch", "4", "--repeats", "1", "--shares", "1/4,3/4", "--output", str(tmp_path)]
-    steps, projection, tasks = step.main(arguments).tables
+    steps, tasks = step.main(arguments).tables
     assert column(steps, "k/d") == ["1/4", "1/4", "3/4", "3/4"]
     assert all(float(drift) <= 1e-5 for drift in column(steps, "drift"))
     assert all(float(predicted) > 1 for predicted in column(steps, "predicted"))
-    assert column(projection, "predicted")[0] == "2.00"
     assert column(tasks, "k/d") == ["16/64", "20/64", "25/64", "35/64"]
     assert all(float(size) > 0 for size in column(tasks, "file (MB)"))
     assert json.loads((tmp_path / "step.json").read_text())["command"].startswith("python -m reference.benchmarks.step")
@@ -103,18 +102,17 @@ def test_share_grows_by_what_it_says() -> None:
 
 def test_consolidate_tells_the_parts() -> None:
     outcome = consolidate.main(["--model", "tiny", "--images", "8"])
-    passes, peers = outcome.tables
+    (passes,) = outcome.tables
     assert column(passes, "rows") == ["relevant", "all"]
     case = consolidate.prepare("tiny", None, 64, CPU)
     spent = consolidate.measure(case, "relevant", 1, CPU)
     assert [part for part, seconds in spent.parts.items() if seconds <= 0] == []
     assert sum(spent.parts.values()) <= spent.whole[0]
     assert consolidate.measure(case, "all", 1, CPU).parts["relevance"] == 0
-    assert len(peers.rows) == 1
 
 
 def test_consolidate_reads_a_folder(clip_folder: Path) -> None:
-    outcome = consolidate.main(["--model", str(clip_folder), "--images", "8", "--rows", "all", "--no-peers"])
+    outcome = consolidate.main(["--model", str(clip_folder), "--images", "8", "--rows", "all"])
     assert len(outcome.tables) == 1
 
 

@@ -20,7 +20,6 @@ from reference.methods.adapters import PLAIN, Centres, Routing
 from reference.methods.lora import LoraOfTasks
 from reference.methods.moe import MixtureOfAdapters
 from reference.sequence import Sequence, StoppedError
-from reference.studies.expert_report import main as report
 from reference.studies.expert_report import unnamed
 from reference.studies.grids import cells
 from reference.studies.run import main
@@ -151,8 +150,9 @@ def test_one_command_makes_the_comparison_and_goes_on_after_a_stop(
     points = ours["facts"]["tasks"][0]["layers"][0]["routing"]
     assert ours["facts"]["tasks"][0]["routing_steps"] == [5] and sum(points[0]) == pytest.approx(1.0, abs=2e-3)
     capsys.readouterr()
-    assert report([str(tmp_path), "--output", str(tmp_path / "again")]) == 0
-    assert (tmp_path / "again" / "experts.md").read_text() == text and text in capsys.readouterr().out
+    (tmp_path / "experts.md").unlink()
+    assert driver("comparison", tmp_path, "--report") == 0
+    assert (tmp_path / "experts.md").read_text() == text and text in capsys.readouterr().out
 
 
 def test_the_ablation_changes_one_choice_at_a_time(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_the_ablation_changes_one_choice_at_a_time(tmp_path: Path) -> None:
 def test_an_unknown_row_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert driver("comparison", tmp_path, "--rows", "isgp") == 2
     assert "unknown row 'isgp' in --rows: choose from igsp; moe-adapters" in capsys.readouterr().err
-    assert report([str(tmp_path)]) == 2
+    assert driver("comparison", tmp_path, "--report") == 2
     assert "no results.json below" in capsys.readouterr().err
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reference.evaluation.headline import HERE, METHODS, draw, lost, main, matrices
+from reference.evaluation.headline import HERE, METHODS, RUNS, draw, lost, matrices
 
 README = HERE.parent / "README.md"
 
@@ -19,14 +19,14 @@ def test_what_is_lost_is_the_mean_over_earlier_tasks_since_each_was_trained() ->
 
 
 def test_the_numbers_of_the_readme_are_those_of_the_committed_runs() -> None:
-    means = [lost(matrices(HERE / "results" / "mini", method).mean(axis=0))[-1] for method in METHODS]
+    means = [lost(matrices(RUNS, method).mean(axis=0))[-1] for method in METHODS]
     named = re.search(r"!\[[^]]*?([\d.]+) points[^]]*?([\d.]+), this library ([\d.]+)\]", README.read_text("utf-8"))
     assert named is not None
     assert [f"{-mean:.1f}" for mean in means] == list(reversed(named.groups()))
 
 
 def test_the_figure_is_written(tmp_path: Path) -> None:
-    main([str(HERE / "results" / "mini"), "--output", str(tmp_path / "figure.png")])
+    draw(RUNS, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -20,7 +20,7 @@ from reference.published.data import (
     read_cifar100,
     read_mnist,
 )
-from reference.published.networks import Dropout, PermutedMLP, SplitAlexNet, SplitResNet18
+from reference.published.networks import PermutedMLP, SplitAlexNet, SplitResNet18
 from reference.published.training import augmented
 
 # data
@@ -111,32 +111,6 @@ def test_networks_have_the_published_sizes_and_no_biases() -> None:
     images = torch.randn(4, 3, 32, 32)
     assert not torch.equal(alexnet.eval()(images, 0), alexnet(images, 1))
     assert not torch.allclose(alexnet(images, 0)[:2], alexnet(images[:2], 0))  # the statistics are the batch's own
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("p", [0.2, 0.5])
-def test_dropout_drops_each_value_by_itself_and_keeps_the_mean(p: float, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    module, shape = Dropout(p), (40, 8, 9, 7)
-    x = torch.ones(shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-    first, second = module(x), module(x)
-    assert first.is_contiguous(memory_format=torch.channels_last)
-    values = set(first.detach().float().unique().tolist())
-    assert values == {0.0, torch.tensor(1 / (1 - p), dtype=dtype).item()}
-    dropped = [(out == 0).float() for out in (first, second)]
-    sd = (p * (1 - p)) ** 0.5
-    for axis in range(4):  # no row, column, channel or image is dropped more often than chance allows
-        share = dropped[0].mean(dim=[i for i in range(4) if i != axis])
-        assert (share - p).abs().max() < 5 * sd / (first.numel() / shape[axis]) ** 0.5
-    assert abs(dropped[0].mean() - p) < 4 * sd / first.numel() ** 0.5
-    together = (dropped[0] * dropped[1]).mean()
-    neighbours = (dropped[0].flatten()[1:] * dropped[0].flatten()[:-1]).mean()
-    assert abs(together - p**2) < 0.01 and abs(neighbours - p**2) < 0.01
-    (gradient,) = torch.autograd.grad(first.sum(), x)
-    assert torch.equal(gradient, first.detach())
-    torch.manual_seed(0)
-    assert torch.equal(module(x), first)
-    assert torch.equal(module.eval()(x), x)
 
 
 def test_the_resnet_has_the_published_sizes_and_running_statistics() -> None:
