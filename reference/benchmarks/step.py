@@ -1,4 +1,4 @@
-"""Cost of protection in a training step: with over without, by rank and by number of tasks.
+"""Cost of protection in a training step: with over without, by rank.
 
     python -m reference.benchmarks.step                      ViT-B/32 on a CPU, ViT-B/16 in bfloat16 on a GPU
     python -m reference.benchmarks.step --shares 1/4,1/2 --blocks 3 --repeats 5
@@ -15,7 +15,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from statistics import median
 
 import torch
@@ -26,12 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from nullspace_optim import NullSpaceOptimizer
 from reference.benchmarks import outcome, workload
 from reference.benchmarks.counting import protection_operations
-from reference.benchmarks.outcome import Outcome, Table, finish, progress, saved_bytes
+from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.evaluation.tables import reading
 
 RATE = 1e-6
-TASKS = (1, 5, 10, 20)
-STEP_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -69,9 +66,7 @@ def main(arguments: Sequence[str]) -> Outcome:
     """Run what the command line asks for."""
     settings = parse(arguments)
     started = time.perf_counter()
-    parts = {"step": whole_steps, "tasks": over_tasks}
-    tables = [table for name in settings.parts.split(",") for table in parts[name](settings)]
-    return finish("step", arguments, settings.device, started, tables, settings.output)
+    return finish("step", arguments, settings.device, started, [whole_steps(settings)], settings.output)
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -83,7 +78,6 @@ def parse(arguments: Sequence[str]) -> Namespace:
     parser.add_argument("--repeats", type=int, help="pairs of steps a figure; default: 2 (CPU), 20 (GPU)")
     parser.add_argument("--shares", default="1/16,1/4,1/2,3/4,15/16", help="k/d of every matrix, fractions")
     parser.add_argument("--autocast", choices=("float32", "bfloat16"), help="default: float32 (CPU), bfloat16 (GPU)")
-    parser.add_argument("--parts", default="step,tasks", help="which of step,tasks")
     options = parser.parse_args(arguments)
     graphic = options.device.type == "cuda"
     options.model = options.model or ("ViT-B-16" if graphic else "ViT-B-32")
@@ -93,7 +87,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     return options
 
 
-def whole_steps(settings: Namespace) -> list[Table]:
+def whole_steps(settings: Namespace) -> Table:
     """Training steps with protection over steps without, for every share and both precisions."""
     with_it = workload.build(settings.model, settings.blocks, settings.device)
     batch = workload.random_batch(with_it, settings.batch, settings.device)
@@ -113,7 +107,7 @@ def whole_steps(settings: Namespace) -> list[Table]:
             found[share, precision] = _compare(bare, guarded, settings.repeats, operations, precision)
         optimizer.detach()
     rows = [(str(share), precision, *cells) for (share, precision), cells in sorted(found.items())]
-    return [_step_table(rows, settings, operations)]
+    return _step_table(rows, settings, operations)
 
 
 def _compare(bare: Trainer, guarded: Trainer, repeats: int, operations: float, precision: str) -> tuple[str, ...]:
@@ -146,56 +140,6 @@ def _step_table(rows: Sequence[tuple[str, ...]], settings: Namespace, operations
         tuple(rows),
         reading("steps", repeats=settings.repeats, giga=operations / 1e9),
     )  # fmt: skip
-
-
-def over_tasks(settings: Namespace) -> list[Table]:
-    """The cost of protection after 1, 5, 10 and 20 consolidated tasks of small growth."""
-    size, rows = (64, 32) if settings.model == "tiny" else (768, 4096)
-    torch.manual_seed(0)
-    model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(3)]).to(settings.device)
-    optimizer = NullSpaceOptimizer(
-        workload.Still(model.parameters()), model, policy=workload.Share(0.25, growth=1), project="update"
-    )
-    moments: dict[str, tuple[NullSpaceOptimizer, float, float, int]] = {}
-    for task in range(1, max(TASKS) + 1):
-        progress(f"task {task} of {max(TASKS)}")
-        inputs = torch.randn(rows, size, device=settings.device)
-        with torch.no_grad():
-            forward = workload.seconds(lambda: model(inputs), settings.device)  # noqa: B023
-        took = workload.seconds(lambda: optimizer.consolidate([inputs], progress=False), settings.device)  # noqa: B023
-        if task in TASKS:
-            kept = copy.deepcopy((model, optimizer))[1]
-            moments[str(task)] = kept, took, forward, saved_bytes(optimizer.save)
-    repeats = 20 * settings.repeats
-    runs = {name: moment[0].step for name, moment in moments.items()}
-    found = workload.in_turn(runs, repeats, settings.device)
-    bare = median(workload.in_turn({"": partial(_train, model, size, settings.device)}, repeats, settings.device)[""])
-    first, lines = moments[str(TASKS[0])][0], []
-    for name, (optimizer, consolidation, forward, file) in moments.items():
-        rank, before = (next(iter(one.bases.values())).rank for one in (optimizer, first))
-        took, relative = median(found[name]), workload.ratio(found[name], found[str(TASKS[0])])
-        lines.append(
-            (
-                name, f"{rank}/{size}", f"{1e3 * took:.3f}", f"{relative:.3f}", f"{rank / before:.3f}",
-                f"{1 + took / bare:.3f}", f"{1e3 * consolidation:.0f}", f"{1e3 * forward:.1f}",
-                f"{file / 1e6:.3f}",
-            )
-        )  # fmt: skip
-    return [
-        Table(
-            f"Protection alone after many tasks, three {size} x {size} matrices, one new direction a task",
-            (
-                "tasks", "k/d", "ms", "over 1 task", "predicted", "step with / without", "last consolidation (ms)",
-                "forward only (ms)", "file (MB)",
-            ),
-            tuple(lines),
-            reading("tasks", step_rows=STEP_ROWS, bare=1000.0 * bare, rows=rows),
-        )
-    ]  # fmt: skip
-
-
-def _train(model: nn.Module, size: int, device: torch.device) -> None:
-    model(torch.ones(STEP_ROWS, size, device=device)).sum().backward()
 
 
 def step_operations(trainer: Trainer) -> float:

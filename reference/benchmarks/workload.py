@@ -34,14 +34,13 @@ SMALLEST = {
 
 @dataclass(frozen=True)
 class Share(Policy):
-    """Protect `share` of all directions with the first task, whatever energy they hold, then `growth` more a task."""
+    """Protect `share` of all directions with the first task, whatever energy they hold, then no more."""
 
     share: float
-    growth: int = 0
 
     def rank(self, spectrum: Spectrum) -> int:
         """Return how many directions to take."""
-        return self.growth if spectrum.kept else round(self.share * spectrum.size)
+        return 0 if spectrum.kept else round(self.share * spectrum.size)
 
 
 class Still(Optimizer):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from nullspace_optim import NullSpaceOptimizer
-from nullspace_optim.policies import CODECL, SGP, TRGP, EigenvalueRatio, Energy, Policy, Spectrum
+from nullspace_optim.policies import CODECL, OWM, SGP, TRGP, EigenvalueRatio, Energy, Policy, Spectrum
 from reference.errors import ExperimentError
 from reference.published import sessions
 from reference.published.protocols import Protocol
@@ -188,6 +188,11 @@ def nscl_rates(optimizer: Optimizer, task: int) -> list[float]:
     return [*(later if task else first), 5e-4, 1e-3]
 
 
+def without_head(model: nn.Module) -> list[dict[str, Any]]:
+    """Everything but the head, which stays as it began."""
+    return [{"params": [parameter for name, parameter in model.named_parameters() if not name.startswith("head.")]}]
+
+
 def tuned(**rates: float) -> dict[str, dict[str, Any]]:
     """The chosen settings of each table with an optimizer's own rate."""
     return {table: {**TUNED[table], "rate": rate} for table, rate in rates.items()}
@@ -202,7 +207,7 @@ def own_rate(rate: float) -> dict[str, dict[str, Any]]:
 # CODE-CL says nothing of permuted MNIST.
 GPM, TRGPS = Energy(paper_code=True), TRGP()
 OURS = {"pmnist": Energy(), "cifar100": SGP(alpha=30.0)}
-CONCEPTORS = CODECL(aperture=6.0)
+CONCEPTORS, RECURSIVE = CODECL(aperture=6.0), OWM(alpha=1.0)
 
 # Chosen on held-back training images of one seed; see docs/published-tables.md.
 TUNED = {
@@ -259,9 +264,13 @@ METHODS = {
             changes=TUNED_ADAMW,
         ),
         Method("defaults", "AdamW, the defaults", base="adamw", policy=Energy(), project="both"),
+        Method("owm", "AdamW under OWM", base="adamw", policy=RECURSIVE, project="update"),
         Method("adamw-both", "AdamW, ours, gradient as well", base="adamw", rate=3e-4, policy=GPM, project="both"),
     )
 }
+for row in (METHODS["adamw"], METHODS["owm"], METHODS["defaults"]):
+    fixed = replace(row, name=f"{row.name}-fixed-head", title=f"{row.title}, head fixed", parts=without_head)
+    METHODS[fixed.name] = fixed
 
 
 def chosen_methods(names: str) -> list[Method]:

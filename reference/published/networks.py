@@ -123,7 +123,36 @@ class SplitViT(nn.Module):
         self.blocks = nn.TransformerEncoder(block, 4, nn.LayerNorm(width), enable_nested_tensor=False)
         self.heads = nn.ModuleList(nn.Linear(width, 10) for _ in range(tasks))
 
+    def features(self, images: Tensor) -> Tensor:
+        """Features `[n, width]` of images `[n, 3, 32, 32]`."""
+        tokens = self.patches(images).flatten(2).mT + self.positions
+        return self.blocks(tokens).mean(1)  # type: ignore[no-any-return]
+
     def forward(self, images: Tensor, task: int = 0) -> Tensor:
         """Logits `[n, 10]` of images `[n, 3, 32, 32]` by the head of `task`."""
-        tokens = self.patches(images).flatten(2).mT + self.positions
-        return self.heads[task](self.blocks(tokens).mean(1))  # type: ignore[no-any-return]
+        return self.heads[task](self.features(images))  # type: ignore[no-any-return]
+
+
+def equiangular(classes: int, size: int) -> Tensor:
+    """Unit vectors `[classes, size]` at equal angles, cosine `-1 / (classes - 1)`: a simplex; `classes <= size`."""
+    corners = torch.linalg.qr(torch.randn(size, classes))[0].T
+    return functional.normalize(corners - corners.mean(0), dim=1)
+
+
+class OneHeadViT(SplitViT):
+    """The same with one head for the classes of all tasks: cosines with vectors that begin equiangular.
+
+    After CLDNet (arXiv 2401.09067), which keeps them there; its network, schedule and layer-wise losses are unknown.
+    """
+
+    scale = 16.0
+
+    def __init__(self, tasks: int = 5, width: int = 128) -> None:
+        super().__init__(0, width)
+        self.head = nn.Linear(width, 10 * tasks, bias=False)
+        self.head.weight.data.copy_(equiangular(10 * tasks, width))
+
+    def forward(self, images: Tensor, task: int = 0) -> Tensor:
+        """Logits of all classes `[n, 10 tasks]`, those of `task` first, as its labels count them."""
+        scores: Tensor = self.head(functional.normalize(self.features(images), dim=1))
+        return self.scale * scores.roll(-10 * task, 1)

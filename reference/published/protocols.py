@@ -1,4 +1,4 @@
-"""Training of each table: GPM's two scripts, which others took over, Adam-NSCL's, and two short ones of our own."""
+"""Training of each table: GPM's two scripts, which others took over, Adam-NSCL's, and short ones of our own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from reference.errors import ExperimentError
 from reference.published.data import Benchmark, Labelled, PermutedMNIST, SplitCIFAR100, read_cifar100, read_mnist
-from reference.published.networks import PermutedMLP, SplitAlexNet, SplitResNet18, SplitViT
+from reference.published.networks import OneHeadViT, PermutedMLP, SplitAlexNet, SplitResNet18, SplitViT
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ PARTS: dict[str, tuple[Any, ...]] = {
     "cifar100": (read_cifar100, SplitCIFAR100, SplitAlexNet),
     "cifar100-resnet": (read_cifar100, SplitCIFAR100, SplitResNet18),
     "short-vit": (read_cifar100, SplitCIFAR100, SplitViT),
+    "short-one-head": (read_cifar100, SplitCIFAR100, OneHeadViT),
     "short-resnet": (read_cifar100, SplitCIFAR100, partial(SplitResNet18, width=32)),
 }
 PROTOCOLS = {

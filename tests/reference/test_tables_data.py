@@ -20,7 +20,9 @@ from reference.published.data import (
     read_cifar100,
     read_mnist,
 )
-from reference.published.networks import PermutedMLP, SplitAlexNet, SplitResNet18
+from reference.published.methods import METHODS
+from reference.published.networks import OneHeadViT, PermutedMLP, SplitAlexNet, SplitResNet18, equiangular
+from reference.published.protocols import PROTOCOLS
 from reference.published.training import augmented
 
 # data
@@ -141,3 +143,28 @@ def test_augmentation_is_a_crop_of_the_padded_image_sometimes_mirrored() -> None
         kinds |= set(found)
     assert len(kinds) > 20 and {mirror for mirror, _, _ in kinds} == {False, True}
     assert {down for _, down, _ in kinds} == {right for _, _, right in kinds} == set(range(5))
+
+
+def test_an_equiangular_head_is_a_simplex() -> None:
+    vectors = equiangular(50, 128)
+    assert torch.allclose(vectors @ vectors.T, torch.eye(50) * (1 + 1 / 49) - 1 / 49, atol=1e-5)
+
+
+def test_one_head_puts_the_classes_of_its_task_first() -> None:
+    model = OneHeadViT().eval()
+    images = torch.randn(3, 3, 32, 32)
+    whole = model(images, 0)
+    cosines = functional.normalize(model.features(images), dim=1) @ functional.normalize(model.head.weight, dim=1).T
+    assert torch.allclose(whole, 16 * cosines, atol=1e-4) and whole.shape == (3, 50)
+    assert torch.equal(model(images, 2)[:, :10], whole[:, 20:30])
+
+
+def test_a_fixed_head_never_moves() -> None:
+    torch.manual_seed(0)
+    model, protocol = OneHeadViT(), PROTOCOLS["short-one-head"]
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = METHODS["defaults-fixed-head"].optimizer(model, protocol)
+    functional.cross_entropy(model(torch.randn(4, 3, 32, 32), 1), torch.arange(4)).backward()
+    optimizer.step()
+    still = [name for (name, now), old in zip(model.named_parameters(), before) if torch.equal(now, old)]
+    assert still == ["head.weight"]
