@@ -3,7 +3,7 @@
 plugins: [nullspace_optim.integrations.axolotl.NullSpacePlugin]
 nullspace:
   pool: pool.jsonl
-  policy: Energy(0.8)
+  policy: Energy(0.5)
 """
 
 from __future__ import annotations

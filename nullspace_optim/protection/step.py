@@ -180,8 +180,8 @@ class FreeShare:
         if share < LEAST_FREE:
             warn(
                 f"only {share:.1%} of the new task's gradient lies in free directions: it will hardly be learned, or "
-                "at the price of the old ones, which have the same inputs. Keep less of those (Energy(0.95) or lower), "
-                'release() a weight, or see "When it pays" in the guide',
+                "at the price of the old ones, which have the same inputs. Keep less of those (Energy(0.8) or lower) "
+                'and raise the learning rate, release() a weight, or see "When it pays" in the guide',
                 NullSpaceWarning,
                 stacklevel=6,
             )
