@@ -110,8 +110,9 @@ def distillation_loss(
 
     Raises:
         OptionError: `temperature` is not positive, `truth` is outside 0..1, `rows` is unknown, `labels` are no tensor,
-            teacher and student are the same outputs, or `truth` or `rows` are given for logits.
-        BatchError: outputs that are not those of a CLIP and hold no logits; no row counts.
+            or a mask, teacher and student are the same outputs, `truth` or `rows` are given for logits, or `labels`
+            without `truth` for a CLIP.
+        BatchError: outputs that are not those of a CLIP and hold no logits; no row counts; labels of pairs hold -100.
         ShapeError: teacher and student saw different numbers of images or texts, or with `truth` no pairs; logits or
             labels of different shapes.
     """
@@ -126,6 +127,8 @@ def distillation_loss(
             raise OptionError("truth= and rows= are for pairs of a CLIP: add the cross entropy of the labels yourself")
         return temperature**2 * _softened(found, _logits_of(teacher), labels, temperature)
     pupil, master = read_outputs(student), read_outputs(teacher)
+    if labels is not None and not truth:
+        raise OptionError("labels= of a CLIP's pairs say what truth= adds: give truth above 0, or leave labels out")
     _refuse_self((pupil.image_features, master.image_features), (pupil.text_features, master.text_features))
     ours, theirs = pupil.logits(), master.logits().detach()
     if ours.shape != theirs.shape:
@@ -173,7 +176,7 @@ def alignment_loss(outputs: Any, labels: Tensor | None = None, *, smoothing: flo
 
     Raises:
         OptionError: `smoothing` is outside 0..1, or `labels` are no tensor.
-        BatchError: outputs that are not those of a CLIP.
+        BatchError: outputs that are not those of a CLIP, or labels that hold -100.
         ShapeError: unequal numbers of images, texts and labels.
     """
     if not 0.0 <= smoothing <= 1.0:
@@ -198,6 +201,8 @@ def _truth(logits: Tensor, labels: Tensor | None) -> Tensor:
         raise ShapeError(
             f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}: expected n pairs, [n, n] and [n]"
         )
+    if not torch.compiler.is_compiling() and bool((labels == IGNORED).any()):
+        raise BatchError(f"labels hold {IGNORED}, which would be a kind of pairs like any other: leave such pairs out")
     equal = (labels[:, None] == labels[None, :]).to(logits.dtype)
     return equal / equal.sum(dim=1, keepdim=True)
 
@@ -221,6 +226,8 @@ def _softened(ours: Tensor, theirs: Tensor | None, labels: Tensor | None, temper
     _refuse_self((ours, theirs))
     if labels is not None and labels.shape != ours.shape[:-1]:
         raise ShapeError(f"labels {tuple(labels.shape)} for logits {tuple(ours.shape)}: expected one a row")
+    if labels is not None and (labels.is_floating_point() or labels.dtype is torch.bool):
+        raise OptionError(f"labels are {labels.dtype}: expected class numbers, {IGNORED} for rows that do not count")
     wide = torch.promote_types(ours.dtype, torch.float32)
     ours, theirs = (t.to(ours.device, wide).reshape(-1, t.shape[-1]) for t in (ours, theirs.detach()))
     if labels is not None:

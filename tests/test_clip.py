@@ -304,3 +304,19 @@ def test_distillation_is_traced_and_differentiated_as_a_function() -> None:
 def test_labels_that_are_no_tensor_are_refused_with_the_way_out(loss: Any) -> None:
     with pytest.raises(OptionError, match=r"labels: expected a tensor, found list: torch\.as_tensor\(labels\)"):
         loss(torch.randn(3, 3), [0, 1, 2])
+
+
+def test_labels_that_would_count_for_nothing_are_refused() -> None:
+    logits, pairs = torch.randn(3, 4, requires_grad=True), outputs()
+    for mask in (torch.tensor([True, False, True]), torch.tensor([0.0, -100.0, 1.0])):
+        with pytest.raises(OptionError, match="expected class numbers, -100 for rows"):
+            distillation_loss(logits, torch.randn(3, 4), labels=mask)
+    with pytest.raises(OptionError, match="give truth above 0"):
+        distillation_loss(pairs, outputs(), labels=torch.arange(5))
+    ignored = torch.tensor([0, -100, 1, -100, 2])
+    for loss in (
+        lambda: distillation_loss(pairs, outputs(), labels=ignored, truth=0.5),
+        lambda: alignment_loss(pairs, ignored),
+    ):
+        with pytest.raises(BatchError, match="leave such pairs out"):
+            loss()

@@ -124,6 +124,10 @@ def _sketch(text: str | None) -> SketchedCovariance | None:
 
 def _rules(policy: Policy, fractions: str) -> dict[str, Rank]:
     """Return the rank rules to print by label: the policy's own where shapes decide, else the fractions."""
+    if isinstance(policy, (FixedRank, RankBudget)) and fractions != FRACTIONS:
+        raise OptionError(
+            f"--fractions {fractions!a}: --policy {type(policy).__name__} says how many directions; give one"
+        )
     if isinstance(policy, FixedRank):
         return {f"k={policy.k}": by_rank(policy.k)}
     if isinstance(policy, RankBudget):

@@ -16,6 +16,7 @@ from ..covariance.second_moment import SecondMoment
 from ..distributed.communicator import Communicator
 from ..distributed.failures import raise_on_all_ranks
 from ..errors import ConsolidationError
+from ..model.find import unfinished
 from ..model.loader import LoaderPass
 from ..model.restore import restored_model
 from ..model.storage import is_plain
@@ -71,8 +72,9 @@ def measure(work: LoaderPass, options: Settings, ranks: Communicator) -> dict[st
     Of a parameter that met rows on both sides it is that of the right one. In one process only.
 
     Raises:
-        ConsolidationError: no batches, or several processes.
+        ConsolidationError: no batches, several processes, or a model that cannot be consolidated.
     """
+    check_ready(work)
     if options.sketch is not None:
         raise ConsolidationError('measure() returns whole second moments: use covariance="exact"')
     if ranks.size > 1:
@@ -90,9 +92,8 @@ def check_ready(work: LoaderPass) -> None:
     Raises:
         ConsolidationError: a weight that still turns, no trained parameter, or one without values of its own.
     """
-    for name, module in work.model.named_modules():
-        if isinstance(way := getattr(module, "unfinished", None), str):
-            raise ConsolidationError(f"'{name}' still changes a weight, whose inputs could not be kept: {way} first")
+    if (found := unfinished(work.model)) is not None:
+        raise ConsolidationError(found.format("whose inputs could not be kept"))
     if not work.parameters:
         raise ConsolidationError(
             f"{type(work.model).__name__} holds no trainable parameter of the wrapped optimizer; "

@@ -286,7 +286,7 @@ class IgspMode:
 
         Raises:
             OptionError: no task is finished, or all share one router, which never asks for a task.
-            ConsolidationError: the loader gave no batches.
+            ConsolidationError: the loader gave no batches, or none of its samples reached a layer with experts.
         """
         if self.options.router == "shared" or not self.experts.scope.tasks:
             raise OptionError(
@@ -295,9 +295,12 @@ class IgspMode:
             )
         work = LoaderPass(self.host.owner(), {}, loader, "pool", forward, progress=progress)
         self._observe(work, Routing.BACKBONE)
-        for layer, features in zip(self.experts.layers, collect_features(self.experts.layers), strict=True):
-            if layer.recognition is not None:
-                layer.recognition.calibrate(features)
+        layers, found = self.experts.layers, collect_features(self.experts.layers)
+        towers = [(layer.recognition, rows) for layer, rows in zip(layers, found, strict=True) if layer.recognition]
+        if not any(len(rows) for _, rows in towers):
+            raise ConsolidationError("calibrate(): no finite sample of the loader reached a layer with experts")
+        for recognition, rows in towers:
+            recognition.calibrate(rows)
 
     def task(self, name: str | Sequence[str | None] | None) -> AbstractContextManager[None]:
         """Route for one finished task, or for the task of each sample; None routes every sample by itself."""

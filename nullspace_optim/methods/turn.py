@@ -11,12 +11,14 @@ without orthogonality, of equal size, is `Q = I + R`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import OptionError, ShapeError
+from ..errors import NullSpaceWarning, OptionError, ShapeError
+from ..model.names import canonical_name
 from ..optimizer.optimizer import NullSpaceOptimizer
 from .parametrized import Parametrization, merge, plain_weight, register
 
@@ -39,7 +41,7 @@ class Turn(Parametrization):
         start = torch.zeros(blocks if free is None else 1, side, side, dtype=wide, device=weight.device)
         self.rotation = nn.Parameter(start)
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def changed(self, weight: Tensor) -> Tensor:
         """Return the turned weight."""
         matrix, mixing = weight.flatten(1), self.mixing().to(weight.dtype)
         if self.free is None:
@@ -51,10 +53,11 @@ class Turn(Parametrization):
 
     def mixing(self) -> Tensor:
         """Return `Q` `[r, b, b]`."""
-        eye = torch.eye(self.rotation.shape[-1], dtype=self.rotation.dtype, device=self.rotation.device)
+        rotation = self.rotation.to(torch.promote_types(self.rotation.dtype, torch.float32))  # of a model made bfloat16
+        eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
         if not self.orthogonal:
-            return eye + self.rotation
-        skew = (self.rotation - self.rotation.mT) / 2
+            return eye + rotation
+        skew = (rotation - rotation.mT) / 2
         mixing: Tensor = torch.linalg.solve(eye + skew, eye - skew)
         return mixing
 
@@ -69,8 +72,8 @@ def begin_turn(
     """Let the weights `names` turn from now on, and return what trains in their place, for an optimizer of its own.
 
     With a `NullSpaceOptimizer` each weight turns inside the directions that its basis leaves free (all where it has
-    none); one without free directions is left out. With `blocks`, or a model, the inputs turn in so many equal blocks
-    (OrthSR: 4), whatever is stored. The weights themselves no longer train until `merge_turn`.
+    none); one without free directions stays as it is, with a warning. With `blocks`, or a model, the inputs turn in so
+    many equal blocks (OrthSR: 4), whatever is stored. The weights themselves no longer train until `merge_turn`.
 
     Raises:
         OptionError: a name is unknown, or its weight is tied or turns already. Nothing turns then.
@@ -83,9 +86,13 @@ def begin_turn(
             f"begin_turn(names={names!r}, blocks={blocks!r}): expected a list of names and a whole number"
         )
     turns = {name: _turn(guard, model, name, blocks, orthogonal) for name in dict.fromkeys(names)}
+    if full := [name for name, turn in turns.items() if turn is None]:
+        more = ", ..." if len(full) > 3 else ""
+        text = f"begin_turn: {len(full)} weights have no free direction and stay: {', '.join(full[:3])}{more}"
+        warnings.warn(text, NullSpaceWarning, stacklevel=2)
     for name, turn in turns.items():
         if turn is not None:
-            register(model, name, turn)
+            register(model, name, turn, "begin_turn")
     return [turn.rotation for turn in turns.values() if turn is not None]
 
 
@@ -106,8 +113,14 @@ def merge_turn(optimizer: NullSpaceOptimizer | nn.Module) -> list[str]:
     """Write every turned weight as a plain one that may train again; return their names.
 
     A `NullSpaceOptimizer` takes the new values for its anchors, so `consolidate` can follow.
+
+    Raises:
+        StaleAnchorError: a weight was edited meanwhile, whose values would be taken too; nothing is merged.
+        OptionError: another parametrization was put on a turned weight later; nothing is merged.
     """
     guard, model = _parts(optimizer)
+    if guard is not None:
+        guard._core.protection.check_anchors()
     merged = merge(model, Turn)
     if guard is not None and merged:
         guard.reanchor()
@@ -123,7 +136,7 @@ def _parts(optimizer: NullSpaceOptimizer | nn.Module) -> tuple[NullSpaceOptimize
 
 def _free(optimizer: NullSpaceOptimizer, name: str, size: int, device: torch.device) -> Tensor:
     """Return an orthonormal basis `[d, k]` of the directions of `name` that its basis leaves free."""
-    basis = optimizer.bases.get(name)
+    basis = optimizer.bases.get(name) or optimizer.bases.get(canonical_name(name))
     if basis is None or not basis.subspaces:
         kept = 0 if basis is None or basis.kept is None else size  # frozen: nothing is free
         return torch.eye(size, device=device)[:, kept:]

@@ -24,6 +24,14 @@ def unwrap(module: nn.Module) -> nn.Module:
         module = inner
 
 
+def unfinished(model: nn.Module) -> str | None:
+    """Return what still changes a weight of `model`, and the way out (see `methods.begin_turn`); `None` if nothing."""
+    for name, module in model.named_modules():
+        if isinstance(way := getattr(module, "unfinished", None), str):
+            return f"'{name}' still changes a weight, {{}}: {way} first"
+    return None
+
+
 def find_model(parameters: Iterable[Tensor]) -> nn.Module:
     """Return the smallest live module whose parameters contain all of `parameters`.
 

@@ -12,18 +12,22 @@ from torch import Tensor
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.group import local_tensor
 from ..errors import OptionError, ShapeError, StaleAnchorError
+from ..model.find import unfinished
 from ..model.names import canonical_name, canonical_names, named_buffers
+from ..model.norm_stats import statistics
 from ..protection.averaged_weights import second_weights
 from ..protection.sharded import correct_across
 from ..subspace.growth import check_shapes
 from ..subspace.matrix import matrix_of
 from .engine import Engine
+from .ownership import check_ownership
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def accept_anchors(engine: Engine) -> None:
     """Keep the present weights and buffers from now on."""
+    check_ownership(engine)
     engine.protection.forget_steps()
     engine.follow_replaced()
     check_shapes(engine.store, engine.parameters)
@@ -52,6 +56,7 @@ def restore_anchors(engine: Engine) -> None:
     Raises:
         StaleAnchorError: a weight is not finite, so that its anchor cannot restore it; nothing was changed.
     """
+    check_ownership(engine)
     engine.follow_replaced()
     protection = engine.protection
     guards = list(protection.guards.values())
@@ -72,7 +77,7 @@ def restore_anchors(engine: Engine) -> None:
         guard.mark()
     protection.inexact_steps = 0
     engine.align()
-    for name, buffer in _kept_buffers(engine):
+    for name, buffer in _held_buffers(engine):
         buffer.detach().copy_(engine.store.buffers[name])
 
 
@@ -82,18 +87,28 @@ def _kept_buffers(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, buffer) for name, buffer in buffers.items() if name in engine.store.buffers)
 
 
+def _held_buffers(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """Yield those that stay as they are: without running statistics under ``norm_stats="train"``."""
+    free = statistics(engine.owner(), set(engine.store.buffers)) if engine.options.norm_stats == "train" else {}
+    yield from ((name, buffer) for name, buffer in _kept_buffers(engine) if name not in free)
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
 def blend_weights(engine: Engine, before: Mapping[str, Tensor], share: float) -> None:
     """Move parameters and running statistics by `share` of the way back to `before`; what is kept stays kept.
 
     Raises:
-        OptionError: `share` is out of range, or `before` is no state dict of the model's earlier values.
+        OptionError: `share` is out of range, `before` is no state dict of the model's earlier values, an addition to a
+            weight is not merged, or another optimizer has taken the bases over.
         ShapeError: a tensor of `before` has another shape.
     """
     if not (isinstance(share, (int, float)) and 0.0 <= share <= 1.0 and isinstance(before, Mapping)):
         found = f"blend({type(before).__name__}, share={share!r})"
         raise OptionError(f"{found}: expected a state dict and a number in [0, 1]")
+    check_ownership(engine)
+    if (begun := unfinished(engine.owner())) is not None:
+        raise OptionError(f"blend: {begun.format('which would not go back with it')}")
     engine.follow_replaced()
     engine.protection.make_exact()
     pairs = _pairs(engine, before)
@@ -119,7 +134,7 @@ def blend_weights(engine: Engine, before: Mapping[str, Tensor], share: float) ->
 
 def _pairs(engine: Engine, before: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return each tensor of the model that may move and is named in `before`, with its block of the value there."""
-    model, kept = engine.owner(), {id(buffer) for _, buffer in _kept_buffers(engine)}
+    model, kept = engine.owner(), {id(buffer) for _, buffer in _held_buffers(engine)}
     every: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
     every.update(model.named_parameters(remove_duplicate=False))
     every = {**{short: every[full] for full, short in canonical_names(every).items()}, **every}

@@ -37,7 +37,7 @@ from ..subspace.shards import local_store, whole_store
 from ..verification.verify import RecentSamples, moved_buffers
 from .checks import check_fit, check_growth, facts_of, refuse_compiled, refuse_fused
 from .mode import Mode
-from .ownership import check_ownership, claim, disclaim, warn_lost
+from .ownership import check_ownership, check_return, claim, disclaim, warn_lost
 
 
 class Engine:
@@ -57,8 +57,7 @@ class Engine:
         self.norm_handles: list[Any] = []
         self.frozen: set[str] = set()
         self.unguarded: dict[int, str] = {}
-        self.held: set[int] = set()
-        self.copied = False
+        self.held, self.copied = set[int](), False
         self.superseded, self.lost = False, tuple[str, ...]()
         self.replaced = frozenset[str]()
         self.refusals: list[Any] = []
@@ -342,6 +341,7 @@ class Engine:
             BasisFileError: the store was written in another mode, or names parameters that are not there.
             ShapeError: a parameter has another shape than its basis.
         """
+        check_return(self)
         if (self.mode is None) != (store.extension is None):
             wanted = store.extension.record.get("mode") if store.extension is not None else "null-space"
             raise BasisFileError(
@@ -374,7 +374,10 @@ class Engine:
         return whole_store(self.store, self.parameters)
 
     def take(self, store: BasisStore, parameters: Mapping[str, Tensor]) -> None:
-        """Guard what `store` keeps of `parameters`, and hook the model."""
+        """Guard what `store` keeps of `parameters`, and hook the model (after `detach` the bases as well)."""
+        if not self.base_handles:
+            self.superseded = False
+            self.attach()
         self.store.replace(store)
         self.parameters = {**self.parameters, **parameters}
         self.rebuild()

@@ -44,7 +44,7 @@ from .bases import check_bases, forget_curvature, warn_adaptive_rate
 from .checks import facts_of
 from .engine import Engine
 from .mode import Mode, build_mode
-from .ownership import refuse_protected, take_over
+from .ownership import check_ownership, refuse_protected, take_over
 from .torch_optimizer import WrappedOptimizer
 
 
@@ -366,10 +366,12 @@ class NullSpaceOptimizer(WrappedOptimizer):
             share: 0..1; 0 changes nothing.
 
         Raises:
-            OptionError: `share` is out of range, or `before` is no copy of an earlier `state_dict()` of the model.
+            OptionError: `share` is out of range, `before` is no copy of an earlier `state_dict()` of the model, a
+                weight is under `begin_turn` or `begin_low_rank`, or the optimizer has a mode.
             ShapeError: a tensor of `before` has another shape.
             StaleAnchorError: a protected weight was edited outside the optimizer.
         """
+        self._refuse_mode("blend", "keeps all but the experts at work")
         blend_weights(self._core, before, share)
 
     def restore(self) -> None:
@@ -387,6 +389,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         if name not in self._core.store:
             known = ", ".join(sorted(self._core.store)[:8])
             raise OptionError(f"release('{name}'): no such basis; known names begin with: {known}")
+        check_ownership(self._core)
         self._core.protection.finish_interrupted()
         self._core.store.remove(name)
         self._core.rebuild()

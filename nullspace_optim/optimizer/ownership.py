@@ -50,6 +50,7 @@ class Owner(Protocol):
     lost: tuple[str, ...]
     replaced: frozenset[str]
     refusals: list[Any]
+    base_handles: list[Any]
 
     def owner(self) -> nn.Module:
         """Return the model, found if it was not given."""
@@ -195,6 +196,18 @@ def check_ownership(engine: Owner) -> None:
                 NullSpaceWarning,
                 stacklevel=5,
             )
+
+
+def check_return(engine: Owner) -> None:
+    """Refuse to load bases into an engine that cannot keep them again.
+
+    Raises:
+        OptionError: another optimizer protects its parameters, or its experts were taken away by `detach()`.
+    """
+    if engine.superseded and any(claim.owner() not in (None, engine) for claim in _claims(_trained(engine.bases))):
+        raise OptionError(SUPERSEDED)
+    if engine.mode is not None and not engine.base_handles:
+        raise OptionError("detach() took the experts away: make a new NullSpaceOptimizer over the model and load there")
 
 
 def warn_lost(engine: Owner) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -14,7 +15,9 @@ from torch.utils import _pytree as pytree
 
 from ..distributed.collectives import all_gather_object
 from ..distributed.failures import raise_on_all_ranks
+from ..errors import NullSpaceWarning
 from ..model.batches import Forward
+from ..model.find import unfinished
 from ..model.loader import LoaderPass
 from ..model.names import named_buffers
 from ..model.restore import restored_model
@@ -78,6 +81,8 @@ def verify(
         asked: whether the caller gave a loader.
     """
     outcome, drift = Outcome({}, (), ()), {}
+    if store.tasks and (begun := unfinished(work.model)) is not None:
+        warnings.warn(begun.format("of which only what lies below is compared"), NullSpaceWarning, stacklevel=3)
     bounds = output_bounds(store)
     lost = lost_parameters(store, held, work.parameters)
     moved = moved_buffers(store, named_buffers(work.model))

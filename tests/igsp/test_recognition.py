@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from transformers import DynamicCache
 
 from nullspace_optim import IGSP, NullSpaceOptimizer, NullSpaceWarning, clip_forward
-from nullspace_optim.errors import OptionError
+from nullspace_optim.errors import ConsolidationError, OptionError
 from nullspace_optim.igsp.moe.context import RoutingContext
 from nullspace_optim.igsp.moe.recognition import TaskRecognition, tower_of
 
@@ -222,6 +222,8 @@ def test_a_pass_that_failed_leaves_nothing_for_the_next(trained: tuple[open_clip
         if fails:
             with pytest.raises(RuntimeError, match="gone"):
                 opt.mode.calibrate(broken(), forward=clip_forward(model, TOKENS), progress=False)
+            with pytest.raises(ConsolidationError, match="no finite sample of the loader reached a layer with experts"):
+                opt.mode.calibrate([images(1, 4)], forward=lambda _: torch.zeros(1), progress=False)
         opt.mode.calibrate([images(12, 64) + 1.6] * 2, forward=clip_forward(model, TOKENS), progress=False)
         towers = [layer.recognition for layer in opt.mode.experts.layers if layer.recognition is not None]
         limits.append(torch.cat([one.limits for one in towers]))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nullspace_optim import NullSpaceOptimizer
-from nullspace_optim.errors import ConsolidationError, OptionError, ShapeError
+from nullspace_optim.errors import ConsolidationError, NullSpaceWarning, OptionError, ShapeError
 from nullspace_optim.methods import (
     begin_low_rank,
     begin_turn,
@@ -149,3 +149,105 @@ def test_leading_heads_are_those_of_three_loops(count: int) -> None:
     assert leading_heads(gradient, heads, count).tolist() == sorted(row for h in best for row in rows[h])
     with pytest.raises(ShapeError, match="5 of 4 heads"):
         leading_heads(gradient, heads, 5)
+
+
+def test_rows_as_a_list_begin_anew_and_a_mask_is_refused() -> None:
+    model = nn.Linear(4, 2)
+    parts = begin_low_rank(model, {"weight": [0]}, 1)  # type: ignore[dict-item]
+    torch.nn.init.ones_(parts[1])
+    parts[0].grad = torch.ones_like(parts[0])
+    before = model.weight.detach().clone()
+    with pytest.raises(ShapeError, match=r"torch\.bool"):
+        begin_low_rank(model, {"weight": torch.tensor([True])}, 1)
+    assert torch.equal(model.weight, before)
+    begin_low_rank(model, {"weight": [1]}, 1)  # type: ignore[dict-item]
+    assert torch.equal(model.weight, before) and parts[0].grad is None
+    torch.nn.init.ones_(parts[1])
+    assert (model.weight != before).any(dim=1).tolist() == [False, True]
+
+
+def test_a_draw_that_fails_and_a_factor_of_nothing_change_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 6))
+    for wrong in (0, float("nan"), True, "1"):
+        with pytest.raises(OptionError, match="factor="):
+            begin_low_rank(model, {"0.weight": torch.tensor([0])}, 1, factor=wrong)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"no parameter '9\.weight'"):
+        begin_low_rank(model, {"9.weight": torch.tensor([0])}, 1)
+    with pytest.raises(AttributeError):
+        begin_low_rank(model, {"0.weight": torch.tensor([0])}, 1, generator=3)  # type: ignore[arg-type]
+    assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
+
+
+def test_a_copy_is_merged_without_its_original() -> None:
+    model = nn.Sequential(nn.Linear(4, 6))
+    parts = begin_low_rank(model, {"0.weight": torch.tensor([0, 1])}, 2)
+    torch.nn.init.ones_(parts[1])
+    other, inputs = copy.deepcopy(model), torch.randn(3, 4)
+    expected = model(inputs)
+    assert merge_low_rank(other) == ["0.weight"] and type(other[0]) is nn.Linear
+    assert torch.equal(other(inputs), expected) and torch.equal(model(inputs), expected)
+    assert merge_low_rank(model) == ["0.weight"] and torch.equal(model(inputs), expected)
+
+
+def test_what_stands_beside_an_addition_is_named_and_nothing_is_merged() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    begin_low_rank(model, {"0.weight": torch.tensor([0]), "1.weight": torch.tensor([0])}, 1)
+    nn.utils.parametrizations.orthogonal(model[1])
+    with pytest.raises(OptionError, match=r"'1\.weight' has a parametrization beside LowRank \(_Orthogonal\)"):
+        merge_low_rank(model)
+    assert hasattr(model[0], "parametrizations")
+
+
+def test_names_are_those_of_the_bases_of_compiled_parts_too() -> None:
+    model = nn.Sequential(nn.Linear(4, 6))
+    model[0] = torch.compile(model[0], backend="eager")  # type: ignore[assignment]
+    for name in ("0.weight", "0._orig_mod.weight"):
+        begin_low_rank(model, {name: torch.tensor([0])}, 1)
+        for known in (name, "0._orig_mod.parametrizations.weight.original"):
+            with pytest.raises(OptionError, match="is parametrized already"):
+                begin_turn(model, [known], blocks=2)
+        assert merge_low_rank(model) == ["0.weight"]
+
+
+@pytest.mark.parametrize("verb", ["verify", "blend", "measure"])
+def test_an_addition_that_is_not_merged_is_said(verb: str) -> None:
+    model, rows = nn.Sequential(nn.Linear(4, 6)), torch.randn(20, 2) @ torch.randn(2, 4)
+    optimizer = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    optimizer.consolidate([rows], progress=False)
+    before = copy.deepcopy(model.state_dict())
+    begin_low_rank(model, {"0.weight": torch.tensor([0])}, 1)
+    if verb == "verify":
+        with pytest.warns(NullSpaceWarning, match="only what lies below is compared: merge_low_rank"):
+            optimizer.verify()
+    elif verb == "blend":
+        with pytest.raises(OptionError, match=r"would not go back with it: merge_low_rank\(model\) first"):
+            optimizer.blend(before, 0.5)
+    else:
+        with pytest.raises(ConsolidationError, match="merge_low_rank"):
+            optimizer.measure([rows], progress=False)
+
+
+def test_gradients_that_are_none_are_refused() -> None:
+    model = nn.Linear(4, 6)
+    begin_low_rank(model, {"weight": torch.tensor([0])}, 1)
+    with pytest.raises(OptionError, match=r"weights\[0\] \(6, 4\) is computed from parameters"):
+        summed_gradients([model.weight], [torch.ones(1, 4)], lambda x: model(x).sum())
+    with pytest.raises(OptionError, match="no batches"):
+        summed_gradients([model.bias], iter([]), lambda x: model(x).sum())
+    broken = torch.ones(6, 2).index_fill(0, torch.tensor([1]), float("nan"))
+    for choose in (lambda: leading_entries(broken, 0.5), lambda: leading_heads(broken, 2, 1)):
+        with pytest.raises(OptionError, match="not finite"):
+            choose()
+    with pytest.raises(OptionError, match=r"share=1\.5"):
+        leading_entries(torch.ones(3), 1.5)
+    with pytest.raises(ShapeError, match="1 of 0 heads"):
+        leading_heads(torch.ones(6, 2), 0, 1)
+
+
+def test_additions_under_autocast_are_not_rounded() -> None:
+    model = nn.Linear(32, 32)
+    parts = begin_low_rank(model, {"weight": torch.arange(32)}, 4)
+    torch.nn.init.normal_(parts[1])
+    expected = model.weight.detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.weight, expected)

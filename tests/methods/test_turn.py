@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.optim import AdamW
 
 from nullspace_optim import FixedRank, NullSpaceOptimizer, NumericalRank
-from nullspace_optim.errors import ConsolidationError, OptionError, ShapeError
+from nullspace_optim.errors import ConsolidationError, NullSpaceWarning, OptionError, ShapeError, StaleAnchorError
 from nullspace_optim.methods import begin_turn, merge_turn
 
 pytestmark = pytest.mark.filterwarnings("ignore::nullspace_optim.NullSpaceWarning")
@@ -153,3 +153,56 @@ def test_consolidate_wants_merged_turns_and_old_gradients_move_nothing() -> None
         opt.consolidate([torch.randn(4, 8)], progress=False)
     merge_turn(opt)
     opt.consolidate([torch.randn(4, 8)], progress=False)
+
+
+@pytest.mark.parametrize("name", ["0.weight", "0._orig_mod.weight"])
+def test_a_compiled_part_turns_inside_its_free_directions(name: str) -> None:
+    model, old = net(), rows(1, rank=6)
+    model[0] = torch.compile(model[0], backend="eager")  # type: ignore[assignment]
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model, policy=NumericalRank())
+    optimizer.consolidate([old], progress=False)
+    assert tuple(begin_turn(optimizer, [name])[0].shape) == (1, 14, 14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_free_turns_are_rounded_once_also_under_autocast(dtype: torch.dtype) -> None:
+    model = net(dtype)
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model, policy=FixedRank(6))
+    optimizer.consolidate([rows(1, rank=6, dtype=dtype)], progress=False)
+    before = model[0].weight.detach().clone()
+    turning = begin_turn(optimizer, ["0.weight"])
+    torch.nn.init.normal_(turning[0], generator=torch.Generator().manual_seed(0))
+    free, mixing = model[0].parametrizations["weight"][0].free, model[0].parametrizations["weight"][0].mixing()[0]
+    exact = before.double() + before.double() @ free.double() @ (mixing.double() - torch.eye(14)) @ free.double().T
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model[0].weight.detach()
+    assert found.dtype is dtype and torch.equal(found, model[0].weight)
+    assert torch.allclose(found.double(), exact, rtol=0.6 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_a_model_made_half_meanwhile_still_turns() -> None:
+    model = net()
+    begin_turn(model, NAMES, blocks=2)
+    model.bfloat16()
+    assert model(rows(1).bfloat16()).isfinite().all() and merge_turn(model) == NAMES
+
+
+def test_an_edit_elsewhere_is_not_accepted_by_the_merge() -> None:
+    model, old = net(), rows(1, rank=6)
+    optimizer = NullSpaceOptimizer(AdamW(model.parameters()), model)
+    optimizer.consolidate([old], progress=False)
+    begin_turn(optimizer, ["0.weight"])
+    with torch.no_grad():
+        model[2].weight.add_(1.0)
+    with pytest.raises(StaleAnchorError, match=r"'2\.weight'"):
+        merge_turn(optimizer)
+    optimizer.restore()
+    assert merge_turn(optimizer) == ["0.weight"] and optimizer.verify().ok
+
+
+def test_weights_that_cannot_turn_are_said() -> None:
+    model = net()
+    optimizer = NullSpaceOptimizer(AdamW(model[0].parameters()), model, policy=FixedRank(20))
+    optimizer.consolidate([rows(1)], progress=False)
+    with pytest.warns(NullSpaceWarning, match=r"1 weights have no free direction and stay: 0\.weight"):
+        begin_turn(optimizer, NAMES)

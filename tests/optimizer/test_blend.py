@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nullspace_optim import SGP, Energy, NullSpaceOptimizer, Policy
+from nullspace_optim import IGSP, SGP, Energy, NullSpaceOptimizer, Policy
 from nullspace_optim.errors import OptionError, ShapeError
 
 
@@ -168,3 +168,29 @@ def test_weights_that_a_base_keeps_beside_the_model_go_back_too() -> None:
             opt.blend(before, 1.0)
     base.eval()
     assert float((model.weight - before["weight"]).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("statistics", ["train", "frozen"])
+def test_statistics_that_train_go_back_and_are_not_restored(statistics: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    opt = NullSpaceOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, norm_stats=statistics)
+    opt.consolidate([torch.randn(20, 2) @ torch.randn(2, 8)], progress=False)
+    before, kept = state(model), statistics == "frozen"
+    with torch.no_grad():
+        model[1].running_mean.add_(2.0)  # type: ignore[operator, union-attr]
+    opt.restore()
+    moved = model[1].running_mean.clone()  # type: ignore[operator, union-attr]
+    assert torch.equal(moved, before["1.running_mean"]) is kept
+    opt.blend({**before, "1.running_mean": before["1.running_mean"] - 2}, 0.5)
+    assert torch.allclose(model[1].running_mean, before["1.running_mean"], atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_experts_are_not_blended() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    before = state(model)
+    opt = NullSpaceOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, mode=IGSP(target_modules=["0"], rank=2)
+    )
+    with pytest.raises(OptionError, match=r"blend\(\) is for null-space protection"):
+        opt.blend({name: value + 1 for name, value in before.items()}, 0.5)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())

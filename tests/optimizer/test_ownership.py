@@ -241,3 +241,44 @@ def test_the_same_layers_under_other_names_are_refused() -> None:
         NullSpaceOptimizer(SGD(other.parameters(), lr=1e-2), other)
     train(first, model, 30)
     assert relative_drift(model(OLD), before) < 1e-5
+
+
+@pytest.mark.parametrize("way", ["load", "load_state_dict", "consolidate"])
+@pytest.mark.parametrize("taken", [True, False])
+def test_bases_that_come_back_after_a_detach_protect_again(way: str, taken: bool, tmp_path: Path) -> None:
+    model = mlp(24, 32, 4)
+    first, before = protected(model)
+    first.save(tmp_path / "bases.safetensors")
+    state = first.state_dict()
+    loads = {
+        "load": lambda: first.load(tmp_path / "bases.safetensors"),
+        "load_state_dict": lambda: first.load_state_dict(state),
+    }
+    if taken:
+        second = NullSpaceOptimizer(SGD(model.parameters(), lr=1e-2), model)
+        for action in (lambda: first.release("0.weight"), first.reanchor, first.restore, *loads.values()):
+            with pytest.raises(OptionError, match="took the bases of this one over"):
+                action()
+        with pytest.raises(OptionError, match="took the bases of this one over"):
+            first.blend(copy.deepcopy(model.state_dict()), 0.5)
+        train(second, model)
+        assert relative_drift(model(OLD), before) < 1e-5
+        second.detach()
+        loads["load"]()
+    else:
+        first.detach()
+    loads.get(way, lambda: first.consolidate([NEW[:3]], progress=False))()
+    train(first, model)
+    assert relative_drift(model(OLD), before) < 1e-5 and first.verify().ok
+    first.detach()
+    train(first, model)
+    assert relative_drift(model(OLD), before) > 1e-3
+
+
+def test_experts_do_not_come_back_after_a_detach() -> None:
+    model = mlp(24, 32, 4)
+    experts = NullSpaceOptimizer(AdamW(model.parameters(), lr=1e-2), model, mode=IGSP(target_modules=["0"], rank=2))
+    state = experts.state_dict()
+    experts.detach()
+    with pytest.raises(OptionError, match="make a new NullSpaceOptimizer"):
+        experts.load_state_dict(state)

@@ -263,3 +263,5 @@ def test_fractions_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in ("2", "1/0", "x", ""):
         assert main(["plan", "--model", "test_vit", "--fractions", wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+    assert main(["plan", "--model", "test_vit", "--fractions", "1/2", "--policy", "FixedRank(8)"]) == 2
+    assert "--policy FixedRank says how many directions" in capsys.readouterr().err
