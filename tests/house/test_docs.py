@@ -105,7 +105,9 @@ def test_the_recipe_of_the_readme_for_language_models_keeps_and_learns() -> None
     texts = [torch.randint(low, low + 30, (4, 8)) for low in (0, 30)]
     tasks = [(str(n), [{"input_ids": text, "labels": text}] * 20) for n, text in enumerate(texts)]
     before = float(model(**tasks[1][1][0]).loss)
-    scope = run(list(blocks(README, "python"))[2], {"model": model, "tasks": tasks})
+    pool = [{"input_ids": torch.randint(0, 60, (4, 8))}]
+    scope = run(list(blocks(README, "python"))[2], {"model": model, "pool": pool, "tasks": tasks})
+    assert any("pretrained" in basis.tasks for basis in scope["opt"].bases.values())
     assert scope["opt"].verify().ok and float(model(**tasks[1][1][0]).loss) < before
 
 
