@@ -119,7 +119,9 @@ def study(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         with quiet():
             runs = [finished(folder, {**about, "seed": n}, partial(make, made, split, options.steps, n)) for n in seeds]
         lines.append(row_of(name, way, runs))
-        points[name] = [tuple(mean(whole(run, axis) or 0.0 for run in runs) for axis in ("transfer", "diagonal_gain"))]
+        points[name] = [
+            tuple(mean(whole(run, axis) or 0.0 for run in runs) for axis in ("forgetting", "diagonal_gain"))
+        ]
     back = [f"Last, {share:g} back" for share in SHARES]
     header = ("method", "Transfer", "Average", "Last", "learned", "forgotten", *back, "s a step", "MB", "needs later")
     note = reading(
@@ -134,7 +136,7 @@ def study(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     )
     table = Table("A sentence encoder on one retrieval task after another", header, tuple(lines), note)
     if options.figure:
-        draw(points, ("Transfer: tasks not yet learned", "learned: right after training"), options.figure)
+        draw(points, ("forgotten at the end", "learned: right after training"), options.figure)
     finish("reference.studies.text", arguments, torch.device("cpu"), started, [table], options.output)
 
 
