@@ -26,7 +26,7 @@ from .consolidate import check_ready, settle
 from .describe import describe
 from .observe import Observation, observe
 
-THRESHOLDS: tuple[Policy, ...] = (Energy(0.999), Energy(0.99), Energy(0.95), Energy(0.8))
+THRESHOLDS: tuple[Policy, ...] = (Energy(0.999), Energy(0.99), Energy(0.95), Energy(0.8), Energy(0.5))
 
 
 @dataclass(frozen=True)
