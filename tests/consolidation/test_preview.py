@@ -124,7 +124,7 @@ def test_all_is_free_where_nothing_was_read() -> None:
     opt = NullSpaceOptimizer(torch.optim.SGD(unread["other"].parameters(), 0.1), unread)
     x = batches(1)[0]
     looked = opt.preview([x], loss=lambda: loss_of(unread["other"], x), forward=unread["read"], progress=False)
-    assert [line.gradient for line in looked.lines] == [1.0] * 4
+    assert [line.gradient for line in looked.lines] == [1.0] * 5
 
 
 def test_one_pass_serves_all_policies_that_look_at_the_same() -> None:
@@ -154,10 +154,10 @@ def test_a_loss_without_gradient_no_batches_and_no_policies_are_refused() -> Non
         opt.preview(batches(1), ["Energy"], progress=False)  # type: ignore[list-item]
 
 
-def test_the_default_prints_one_line_for_each_of_four_thresholds() -> None:
+def test_the_default_prints_one_line_for_each_of_five_thresholds() -> None:
     model = network()
     text = str(wrapped(model).preview(batches(1), loss=lambda: loss_of(model, batches(7)[0]), progress=False))
-    assert len(text.splitlines()) == 7 and "Energy(0.999) " in text and "Energy(0.8) " in text
+    assert len(text.splitlines()) == 8 and "Energy(0.999) " in text and "Energy(0.5) " in text
 
 
 def test_a_loss_that_tells_nothing_and_a_loader_that_ends_are_named() -> None:
