@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from reference.config import Config
 from reference.errors import ExperimentError
-from reference.training.compact import WEIGHTS, load_compact
 
 
 @dataclass
@@ -113,8 +112,6 @@ def load_clip(config: Config) -> Clip:
                 f"model={config.model}: no open_clip_config.json in this folder; give an open_clip folder"
             )
         name, tag = f"local-dir:{folder.resolve()}", ""
-        if (folder / WEIGHTS).is_file():
-            return assemble(load_compact(folder), open_clip.get_tokenizer(name), config.device)
     elif tag == "random" and name in open_clip.list_models():
         torch.manual_seed(0)
         tag, untrained = "", True

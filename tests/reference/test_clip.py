@@ -1,20 +1,11 @@
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import open_clip
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from reference.benchmarks.workload import SMALLEST
-from reference.config import Config
-from reference.errors import ExperimentError
-from reference.training.clip import give_attention_its_layout, load_clip
-from reference.training.compact import CONFIG, TABLE, WEIGHTS, load_compact
+from reference.training.clip import give_attention_its_layout
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -46,24 +37,3 @@ def test_cross_attention_is_left_alone() -> None:
     give_attention_its_layout(block)
     assert torch.equal(block(queries, keys, keys)[0], expected)
     assert torch.equal(block(query=queries, key=keys, value=keys)[0], expected)
-
-
-def test_a_compact_file_holds_the_model_and_half_of_one_is_refused(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**SMALLEST)
-    rows = torch.tensor([3, 7, 40])
-    state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
-    state |= {TABLE: state[TABLE][rows].contiguous(), "token_rows": rows}
-    save_file(state, tmp_path / WEIGHTS)
-    (tmp_path / CONFIG).write_text(json.dumps({"model_cfg": SMALLEST, "preprocess_cfg": {}}))
-    loaded = load_compact(tmp_path).state_dict()
-    for name, value in model.state_dict().items():
-        kept = torch.zeros(len(value), dtype=torch.bool) if name == TABLE else torch.ones((), dtype=torch.bool)
-        if name == TABLE:
-            kept[rows] = True
-            assert not loaded[name][~kept].any()
-        torch.testing.assert_close(loaded[name][kept], value.half().float()[kept], rtol=0, atol=0)
-    whole = (tmp_path / WEIGHTS).read_bytes()
-    (tmp_path / WEIGHTS).write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ExperimentError, match="cannot be read together"):
-        load_clip(Config("mini", "o", data_root="d", model=str(tmp_path)))
