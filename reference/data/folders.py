@@ -67,16 +67,23 @@ def load_tasks(config: Config, size: int) -> list[Task]:
 
 
 def load_reference_pool(config: Config, size: int) -> ReferencePool:
-    """`config.reference_images` images of the pool, drawn with a fixed seed, with their captions.
+    """`config.reference_images` images of the pool with their captions.
 
     Raises:
         ExperimentError: no `captions.csv` with the columns file and caption, or an unreadable image.
     """
-    root = Path(config.reference_root)
+    rows = captioned(config.reference_root, config.reference_images)
+    images = torch.stack([decode(str(file), size) for file, _ in rows])
+    return ReferencePool(images, tuple(caption for _, caption in rows))
+
+
+def captioned(reference_root: str, count: int) -> list[tuple[Path, str]]:
+    """At most `count` files of the pool, drawn with a fixed seed, with their captions; errors as above."""
+    root = Path(reference_root)
     listing = root / "captions.csv"
-    if not config.reference_root or not listing.is_file():
+    if not reference_root or not listing.is_file():
         raise ExperimentError(
-            f"reference_root={config.reference_root!r} holds no captions.csv, which methods with a pool of "
+            f"reference_root={reference_root!r} holds no captions.csv, which methods with a pool of "
             "general images read; give --reference-root or leave those methods out of --methods"
         )
     with listing.open(newline="", encoding="utf-8") as stream:
@@ -86,9 +93,8 @@ def load_reference_pool(config: Config, size: int) -> ReferencePool:
     short = next((n for n, row in enumerate(rows, 2) if not row["file"] or not row["caption"]), None)
     if short:
         raise ExperimentError(f"{listing}, row {short}: file or caption is missing")
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: config.reference_images].tolist()
-    images = torch.stack([decode(str(root / rows[i]["file"]), size) for i in order])
-    return ReferencePool(images, tuple(rows[i]["caption"] for i in order))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count].tolist()
+    return [(root / rows[i]["file"], rows[i]["caption"]) for i in order]
 
 
 def natural(path: str) -> list[tuple[int, str]]:

@@ -29,7 +29,6 @@ COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float | None], int]] = {
     "seconds": (lambda run: run["seconds"], 0),
 }
 COLOURS = ("#1b1f24", "#c9432f", "#1f6a96", "#2f9c74", "#e39a1f", "#7d3c9a", "#8c6d46", "#7a7c85")
-MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def read_cells(folder: Path, grid: str) -> list[Row]:
@@ -91,35 +90,26 @@ def markdown(rows: Sequence[Row]) -> str:
 def figure(rows: Sequence[Row], path: Path) -> None:
     """Stability against plasticity: Transfer and old accuracy kept over what was learned.
 
-    The first factor by colour; the second by mark, or, where only two vary, as a line with the values beside it.
+    The first factor by colour, as a line with the values of the second beside it.
     """
     names = list(rows[0][0]["factors"])[:2]
-    colours, marks = (list(dict.fromkeys(row[0]["factors"][name] for row in rows)) for name in names)
-    crossed = len(rows[0][0]["factors"]) > 3
     plot, panels = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharex=True)
     for axes, key in zip(panels, ("transfer", "backward_transfer")):
-        for number, colour in enumerate(colours):
+        for number, colour in enumerate(dict.fromkeys(row[0]["factors"][names[0]] for row in rows)):
             of_colour = [row for row in rows if row[0]["factors"][names[0]] == colour]
             found = [(_mean(row, "diagonal_gain"), _mean(row, key), row[0]["factors"][names[1]]) for row in of_colour]
-            shade = COLOURS[number % len(COLOURS)]
-            if not crossed:
-                axes.plot([x for x, _, _ in found], [y for _, y, _ in found], color=shade, lw=0.8, alpha=0.6)
+            shade, label = COLOURS[number % len(COLOURS)], "ours, as set" if colour in ("nothing", "-") else colour
+            axes.plot([x for x, _, _ in found], [y for _, y, _ in found], color=shade, lw=0.8, alpha=0.6)
+            axes.scatter([], [], color=shade, label=label)
             for x, y, value in found:
-                mark = MARKS[marks.index(value) % len(MARKS)] if crossed else "*" if value == "-" else "o"
-                axes.scatter(x, y, color=shade, marker=mark, s=90 if mark == "*" else 30, zorder=3)
-                if not crossed and value != "-":
-                    axes.annotate(value, (x, y), (4, 3), textcoords="offset points", fontsize=7)
+                axes.scatter(x, y, color=shade, zorder=3, **({"marker": "*", "s": 90} if value == "-" else {"s": 30}))
+                axes.annotate(value.strip("-"), (x, y), (4, 3), textcoords="offset points", fontsize=7)
         axes.axhline(np.mean(rows[0][0]["pretrained"][1:]) if key == "transfer" else 0, color="grey", ls=":", lw=1)
         axes.set(xlabel="learned: right after training minus pretrained [points]")
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("Transfer [%] (dotted: pretrained)")
     panels[1].set_ylabel("old tasks: end minus right after training [points]")
-    for number, value in enumerate(colours):
-        label = "ours, as set" if value in ("nothing", "-") else f"{names[0]} {value}" if crossed else value
-        panels[0].scatter([], [], color=COLOURS[number % len(COLOURS)], label=label)
-    for number, value in enumerate(marks if crossed else ()):
-        panels[0].scatter([], [], color="grey", marker=MARKS[number % len(MARKS)], label=f"{names[1]} {value}")
-    plot.legend(loc="outside upper center", ncols=8, frameon=False, fontsize=8)
+    plot.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=8, frameon=False, fontsize=8)
     plot.savefig(path, dpi=120, metadata={"Software": None})
     plt.close(plot)
 
