@@ -29,7 +29,7 @@ from ..model.batches import Forward
 from ..model.loader import LoaderPass, make_runner
 from ..model.names import named_parameters
 from ..model.restore import restored_model
-from ..optimizer.mode import Host
+from ..optimizer.mode import GONE, Host
 from ..protection.step import is_zero
 from ..subspace.basis import Extension
 from .bank import CHILD, ExpertBank, install_experts, record_task, report_task
@@ -72,8 +72,13 @@ class IgspMode:
 
     @property
     def experts(self) -> ExpertBank:
-        """The experts of all layers."""
-        assert self._bank is not None
+        """The experts of all layers.
+
+        Raises:
+            OptionError: `detach()` took them away.
+        """
+        if self._bank is None or not self._bank.handles:
+            raise OptionError(GONE)
         return self._bank
 
     @torch.inference_mode(False)
@@ -90,7 +95,7 @@ class IgspMode:
 
     def detach(self) -> None:
         """Take hooks, experts and parameter group away again."""
-        if self.experts.handles:
+        if self._bank is not None and self._bank.handles:
             self.experts.remove(self.host.owner())
             self.param_group.close()
 
@@ -253,8 +258,9 @@ class IgspMode:
 
     @property
     def state(self) -> Extension:
-        """Experts, routers, bases, phase and counters."""
-        return pack_state(self.experts, self.options, self.progress)
+        """Experts, routers, bases, phase and counters; after `detach` as they were."""
+        assert self._bank is not None
+        return pack_state(self._bank, self.options, self.progress)
 
     @state.setter
     def state(self, extension: Extension) -> None:
