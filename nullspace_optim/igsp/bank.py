@@ -21,6 +21,7 @@ from .options import IGSP
 from .report import ExpertReport, LayerReport, TrainableCount
 
 CHILD = "igsp"
+ALIKE = 0.5  # share of a task's samples, as near to another task, from which on that is said
 
 
 class ExpertBank(Stateless):
@@ -133,7 +134,14 @@ def report_task(
         seconds=0.0,
         bytes=stored,
         transient_bytes=0,
-        warnings=tuple([*_warnings(layers), *_unseen(bank), *_phase_warnings(bank, layers, trained, options)]),
+        warnings=tuple(
+            [
+                *_warnings(layers),
+                *_quiet(bank, layers, options),
+                *_unseen(bank),
+                *_phase_warnings(bank, layers, trained, options),
+            ]
+        ),
         layers=tuple(layers),
         trainable=trained,
         reason=reason,
@@ -159,14 +167,32 @@ def _warnings(layers: list[LayerReport]) -> list[str]:
     return found
 
 
-def _unseen(bank: ExpertBank) -> list[str]:
-    blind = [one.name for one in bank.layers if one.recognition is not None and float(one.recognition.limits[-1]) < 0]
-    if not blind:
+def _quiet(bank: ExpertBank, layers: list[LayerReport], options: IGSP) -> list[str]:
+    if not options.noise or not any(one.watch.quiet and len(told.flow) > 1 for one, told in zip(bank.layers, layers)):
         return []
     return [
-        f"no sample of the task passed through the chain of blocks around '{blind[0]}' as a whole: without a name the "
-        "task is not found there"
+        "phase 1 ran in evaluation mode, where no noise lets samples try other experts: call model.train() before "
+        "training, or say so with IGSP(noise=0.0)"
     ]
+
+
+def _unseen(bank: ExpertBank) -> list[str]:
+    found, towers = [], [(one.name, one.recognition) for one in bank.layers if one.recognition is not None]
+    blind = [name for name, recognition in towers if float(recognition.limits[-1]) < 0]
+    if blind:
+        found.append(
+            f"no sample of the task passed through the chain of blocks around '{blind[0]}' as a whole: without a name "
+            "the task is not found there"
+        )
+    alike = [(name, *recognition.alike) for name, recognition in towers if recognition.alike[1] > ALIKE]
+    if alike:
+        places = " and ".join(f"'{name}'" for name, _, _ in alike)
+        _, number, share = alike[0]
+        found.append(
+            f"{share:.0%} of the task's samples look like those of '{bank.scope.tasks[number]}' in the chain of blocks "
+            f"around {places}: without a name either may be chosen for them"
+        )
+    return found
 
 
 def _phase_warnings(bank: ExpertBank, layers: list[LayerReport], trained: TrainableCount, options: IGSP) -> list[str]:
@@ -174,6 +200,11 @@ def _phase_warnings(bank: ExpertBank, layers: list[LayerReport], trained: Traina
         return []
     steps, cap = trained.first_steps, max(1, trained.first_steps // 3)
     pruned, candidates = (sum(getattr(layer, name) for layer in layers) for name in ("pruned", "candidates"))
+    if steps < 2:
+        return [
+            f"the task took a single step: phase 2 never ran, {pruned} of {candidates} candidates were pruned; a task "
+            "needs one step in each phase, with IGSP(cap=1) two in all"
+        ]
     keep = "; on_cap='prune' then prunes where routers have not converged as well" if options.on_cap == "keep" else ""
     return [
         f"phase 1 took all {steps} steps of the task (cap={bank.scope.plan.cap}): phase 2 never ran, {pruned} of "

@@ -36,7 +36,7 @@ EXPERTS: dict[str, Callable[[NullSpaceOptimizer], Any]] = {
     "calibrate": lambda opt: opt.mode.calibrate([OLD], progress=False),  # type: ignore[attr-defined]
     "consolidate": lambda opt: opt.consolidate([OLD], progress=False),
     "checkpoint": lambda opt: opt.checkpoint().state_dict(),
-    "adapter": lambda opt: save_peft_adapter(opt, "old", "nowhere"),
+    "adapter": lambda opt: save_peft_adapter(opt, "old", "/dev/null/none"),
     **{name: CALLS[name] for name in ("reanchor", "restore", "verify", "measure", "state_dict")},
 }
 
