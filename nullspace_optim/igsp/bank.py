@@ -65,7 +65,7 @@ def install_experts(model: nn.Module, options: IGSP) -> ExpertBank:
     if hasattr(model, CHILD):
         raise OptionError(
             f"{type(model).__name__} already carries experts (its attribute '{CHILD}'): detach() the optimizer that "
-            "put them there, or take an unchanged copy of the model"
+            f"put them there; if that is gone, model.{CHILD}.remove(model)"
         )
     sites, scope = find_target_modules(model, options.target_modules), RoutingContext(options.plan(None))
     refuse_narrow(sites, options.width)

@@ -236,8 +236,8 @@ class IgspMode:
             raise ConsolidationError(
                 f"task '{work.task}': no step was taken since the last task in which experts had "
                 + ("a learning rate: that of their parameter group, opt.param_groups[-1]['lr'], is 0" if idle else
-                   "gradients; train it first, outside opt.task() (checkpoint(use_reentrant=True) gives none unless "
-                   "inputs require them: use_reentrant=False)")
+                   "gradients; train it first, outside opt.task() and with the modules that experts were put beside "
+                   "(checkpoint(use_reentrant=True) gives none unless inputs require them: use_reentrant=False)")
             )  # fmt: skip
         for layer in self.experts.layers:
             refuse_not_finite(layer.trainable(), layer.name)

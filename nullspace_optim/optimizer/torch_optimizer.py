@@ -217,6 +217,12 @@ class WrappedOptimizer(Optimizer):
                 "opt.load(path) with the basis file of that run first, or load the checkpoint into the base optimizer "
                 "to go on without protection"
             )
+        groups = len(state.get("param_groups", ()))
+        if self._core.mode is not None and store is None and groups != len(self.param_groups):
+            raise BasisFileError(
+                f"this state holds no experts ({groups} parameter groups there, {len(self.param_groups)} here): an "
+                "optimizer without them wrote it; load it into the base before the NullSpaceOptimizer is made"
+            )
         if expected is None and not known and lost_its_mark(state):
             raise BasisFileError(
                 "this state does not say whether it was protected (flatten_optimizer_state_dict drops that, and a bare "

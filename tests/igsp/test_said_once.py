@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from nullspace_optim import IGSP, NullSpaceOptimizer, NullSpaceWarning
-from nullspace_optim.errors import BatchError, ConsolidationError, NullSpaceError, OptionError
+from nullspace_optim.errors import BasisFileError, BatchError, ConsolidationError, NullSpaceError, OptionError
 
 FC = IGSP(target_modules="fc", rank=2)
 
@@ -211,3 +212,38 @@ def test_a_task_name_used_twice_and_a_pool_of_another_width_change_nothing() -> 
         opt.mode.calibrate([torch.randn(4, WIDTH + 1)], progress=False)  # type: ignore[attr-defined]
     assert str(opt.status()) == before
     finish(model, opt, 1, "two")
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_state_of_an_optimizer_without_experts_is_one_error(wrapped: bool) -> None:
+    model, opt = make(cap=2)
+    finish(model, opt, 0, "one")
+    other = Layer()
+    base: Any = AdamW(other.parameters(), lr=1e-3)
+    state = (NullSpaceOptimizer(base, other) if wrapped else base).state_dict()
+    with pytest.raises(BasisFileError, match=r"no experts \(1 parameter groups there, 2 here\).*into the base before"):
+        opt.load_state_dict(state)
+    assert opt.status().finished == ("one",)
+
+
+def test_experts_of_an_optimizer_that_is_gone_can_be_taken_away() -> None:
+    model, opt = make(cap=2)
+    x = SyntheticTask(0).inputs(0)
+    before = model(x).detach()
+    finish(model, opt, 0, "one")
+    twin = copy.deepcopy(model)
+    del opt
+    gc.collect()
+    for mine in (model, twin):
+        with pytest.raises(OptionError, match=r"if that is gone, model\.igsp\.remove\(model\)"):
+            NullSpaceOptimizer(AdamW(mine.parameters()), mine, mode=FC)
+        mine.igsp.remove(mine)  # type: ignore[operator]
+        assert torch.equal(mine.eval()(x), before) and not mine.fc._forward_hooks
+        NullSpaceOptimizer(AdamW(mine.parameters()), mine, mode=FC)
+
+
+def test_a_model_whose_modules_were_replaced_says_what_experts_stand_beside() -> None:
+    model, opt = make(cap=2)
+    model.fc = nn.Linear(WIDTH, 16)
+    with pytest.raises(ConsolidationError, match="with the modules that experts were put beside"):
+        finish(model, opt, 0, "one")
