@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..model.loader import LoaderPass
+from ..model.names import named_parameters
 from ..report import ParameterReport
 from ..subspace.basis import Fate
 from ..verification.probes import record_probe
@@ -94,6 +96,42 @@ def _device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
+def measure_backbone(model: nn.Module) -> dict[str, list[float]]:
+    """Return sum and norm of every parameter of `model` but the experts', by name: a random change of a parameter moves
+    its sum by about the norm of the change.
+    """
+    found = {}
+    for name, parameter in named_parameters(model).items():
+        if parameter.is_floating_point() and not name.startswith(f"{CHILD}."):
+            value = parameter.detach()
+            dtype = torch.float32 if value.device.type == "mps" else torch.float64
+            sums = value.sum(dtype=dtype), torch.linalg.vector_norm(value, dtype=dtype)
+            whole = [one.full_tensor() if hasattr(one, "full_tensor") else one for one in sums]
+            found[name] = [float(f"{float(one):.9g}") for one in whole]
+    return found
+
+
+def changed_backbone(model: nn.Module, before: Mapping[str, Sequence[float]]) -> str:
+    """Return which parameters of `model` are not those `before` (`measure_backbone`), or "".
+
+    Rounding to half precision is no change.
+    """
+    if not before:
+        return ""
+    now, dtypes, moved = measure_backbone(model), {n: p.dtype for n, p in named_parameters(model).items()}, []
+    for name in filter(before.__contains__, now):
+        limit = max(1e-4, 4 * torch.finfo(dtypes[name]).eps) * before[name][1]
+        if max(abs(a - b) for a, b in zip(now[name], before[name])) > limit:
+            moved.append(name)
+    if not moved:
+        return ""
+    listed = ", ".join(moved[:3]) + (", ..." if len(moved) > 3 else "")
+    return (
+        f"the backbone is not that of the first task: {len(moved)} of {len(before)} parameters differ ({listed}), so "
+        "finished tasks compute something else now; load the weights of that run"
+    )
+
+
 def record_task(
     work: LoaderPass, first: Any, batches: int, options: str
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -117,6 +155,7 @@ def report_task(
     trained: TrainableCount,
     reason: str,
     options: IGSP,
+    changed: str,
 ) -> ExpertReport:
     """Return the report of a task whose experts have been frozen."""
     experts, routers = bank.count()
@@ -136,6 +175,7 @@ def report_task(
         transient_bytes=0,
         warnings=tuple(
             [
+                *([changed] if changed else []),
                 *_warnings(layers),
                 *_quiet(bank, layers, options),
                 *_unseen(bank),

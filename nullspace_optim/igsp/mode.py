@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +27,7 @@ from ..distributed.collectives import check_equal_on_all_ranks
 from ..distributed.communicator import communicator
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.gradients import mean_over_holders
-from ..errors import ConsolidationError, OptionError
+from ..errors import ConsolidationError, NullSpaceWarning, OptionError
 from ..model.batches import Forward
 from ..model.loader import LoaderPass, make_runner
 from ..model.names import named_parameters
@@ -34,7 +35,7 @@ from ..model.restore import restored_model
 from ..optimizer.mode import GONE, Host
 from ..protection.step import is_zero
 from ..subspace.basis import Extension
-from .bank import CHILD, ExpertBank, install_experts, record_task, report_task
+from .bank import CHILD, ExpertBank, changed_backbone, install_experts, measure_backbone, record_task, report_task
 from .constraints import yield_constraints
 from .moe.context import Routing
 from .moe.experts import refuse_not_finite
@@ -208,15 +209,16 @@ class IgspMode:
             with raise_on_all_ranks():
                 for layer, inputs, features, moment in collected:
                     layer.finish(inputs, features, moment)
+            changed = changed_backbone(work.model, self.progress.backbone)
+            self.progress.backbone = self.progress.backbone or measure_backbone(work.model)
             scope.tasks.append(work.task)
             scope.move_to(0, False)
             with restored_model(work.model, work.loader), self.task(work.task):
                 probe, record = record_task(work, tally.first, tally.batches, repr(self.options))
             self.host.store.probes[work.task] = probe
             self.host.store.tasks.append(record)
-            report = report_task(
-                self.experts, work, tally.batches, layers, self.progress.trained, self.progress.reason, self.options
-            )
+            done = self.progress.trained, self.progress.reason
+            report = report_task(self.experts, work, tally.batches, layers, *done, self.options, changed)
             with raise_on_all_ranks():
                 self._begin(steps)
                 self._protect()
@@ -281,6 +283,8 @@ class IgspMode:
             restore_state(self.experts, self.options, self.progress, extension)
         self.by_hand = False
         self.param_group.refresh(self.experts)
+        if changed := changed_backbone(self.host.owner(), self.progress.backbone):
+            warnings.warn(changed, NullSpaceWarning, stacklevel=6)
 
     def apart(self) -> AbstractContextManager[None]:
         """Take the experts' parameter group out of the optimizer inside the context."""

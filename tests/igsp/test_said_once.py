@@ -7,6 +7,7 @@ import gc
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -247,3 +248,23 @@ def test_a_model_whose_modules_were_replaced_says_what_experts_stand_beside() ->
     model.fc = nn.Linear(WIDTH, 16)
     with pytest.raises(ConsolidationError, match="with the modules that experts were put beside"):
         finish(model, opt, 0, "one")
+
+
+def test_experts_beside_another_backbone_are_announced(tmp_path: Path) -> None:
+    model, opt = make(cap=2, rank=2)
+    finish(model, opt, 0, "one")
+    assert not said(lambda: finish(model, opt, 1, "two"))
+    opt.save(tmp_path / "f")
+    same, half = make(cap=2, rank=2), make(cap=2, rank=2)
+    half[0].to(torch.bfloat16)
+    for _, again in (same, half):
+        assert not said(lambda again=again: again.load(tmp_path / "f"))  # type: ignore[misc]
+    other, strange = make(seed=1, cap=2, rank=2)
+    for load in (lambda: strange.load(tmp_path / "f"), lambda: strange.load_state_dict(opt.state_dict())):
+        found = said(load)
+        assert len(found) == 1 and "2 of 2 parameters differ (fc.weight, fc.bias)" in found[0]
+    assert torch.equal(model.fc.weight, same[0].fc.weight) and not torch.equal(model.fc.weight, other.fc.weight)
+    with torch.no_grad():
+        model.fc.weight += 1e-3 * torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(0))
+    found = said(lambda: finish(model, opt, 2, "three"))
+    assert len(found) == 1 and "1 of 2 parameters differ (fc.weight)" in found[0]
