@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import OptionError
 from ..model.loader import LoaderPass
+from ..model.names import named_parameters
 from ..report import ParameterReport
 from ..subspace.basis import Fate
 from ..verification.probes import record_probe
@@ -21,6 +23,7 @@ from .options import IGSP
 from .report import ExpertReport, LayerReport, TrainableCount
 
 CHILD = "igsp"
+ALIKE = 0.5  # share of a task's samples, as near to another task, from which on that is said
 
 
 class ExpertBank(Stateless):
@@ -64,7 +67,7 @@ def install_experts(model: nn.Module, options: IGSP) -> ExpertBank:
     if hasattr(model, CHILD):
         raise OptionError(
             f"{type(model).__name__} already carries experts (its attribute '{CHILD}'): detach() the optimizer that "
-            "put them there, or take an unchanged copy of the model"
+            f"put them there; if that is gone, model.{CHILD}.remove(model)"
         )
     sites, scope = find_target_modules(model, options.target_modules), RoutingContext(options.plan(None))
     refuse_narrow(sites, options.width)
@@ -93,6 +96,42 @@ def _device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
+def measure_backbone(model: nn.Module) -> dict[str, list[float]]:
+    """Return sum and norm of every parameter of `model` but the experts', by name: a random change of a parameter moves
+    its sum by about the norm of the change.
+    """
+    found = {}
+    for name, parameter in named_parameters(model).items():
+        if parameter.is_floating_point() and not name.startswith(f"{CHILD}."):
+            value = parameter.detach()
+            dtype = torch.float32 if value.device.type == "mps" else torch.float64
+            sums = value.sum(dtype=dtype), torch.linalg.vector_norm(value, dtype=dtype)
+            whole = [one.full_tensor() if hasattr(one, "full_tensor") else one for one in sums]
+            found[name] = [float(f"{float(one):.9g}") for one in whole]
+    return found
+
+
+def changed_backbone(model: nn.Module, before: Mapping[str, Sequence[float]]) -> str:
+    """Return which parameters of `model` are not those `before` (`measure_backbone`), or "".
+
+    Rounding to half precision is no change.
+    """
+    if not before:
+        return ""
+    now, dtypes, moved = measure_backbone(model), {n: p.dtype for n, p in named_parameters(model).items()}, []
+    for name in filter(before.__contains__, now):
+        limit = max(1e-4, 4 * torch.finfo(dtypes[name]).eps) * before[name][1]
+        if max(abs(a - b) for a, b in zip(now[name], before[name])) > limit:
+            moved.append(name)
+    if not moved:
+        return ""
+    listed = ", ".join(moved[:3]) + (", ..." if len(moved) > 3 else "")
+    return (
+        f"the backbone is not that of the first task: {len(moved)} of {len(before)} parameters differ ({listed}), so "
+        "finished tasks compute something else now; load the weights of that run"
+    )
+
+
 def record_task(
     work: LoaderPass, first: Any, batches: int, options: str
 ) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -116,6 +155,7 @@ def report_task(
     trained: TrainableCount,
     reason: str,
     options: IGSP,
+    changed: str,
 ) -> ExpertReport:
     """Return the report of a task whose experts have been frozen."""
     experts, routers = bank.count()
@@ -133,7 +173,15 @@ def report_task(
         seconds=0.0,
         bytes=stored,
         transient_bytes=0,
-        warnings=tuple([*_warnings(layers), *_unseen(bank), *_phase_warnings(bank, layers, trained, options)]),
+        warnings=tuple(
+            [
+                *([changed] if changed else []),
+                *_warnings(layers),
+                *_quiet(bank, layers, options),
+                *_unseen(bank),
+                *_phase_warnings(bank, layers, trained, options),
+            ]
+        ),
         layers=tuple(layers),
         trainable=trained,
         reason=reason,
@@ -159,14 +207,32 @@ def _warnings(layers: list[LayerReport]) -> list[str]:
     return found
 
 
-def _unseen(bank: ExpertBank) -> list[str]:
-    blind = [one.name for one in bank.layers if one.recognition is not None and float(one.recognition.limits[-1]) < 0]
-    if not blind:
+def _quiet(bank: ExpertBank, layers: list[LayerReport], options: IGSP) -> list[str]:
+    if not options.noise or not any(one.watch.quiet and len(told.flow) > 1 for one, told in zip(bank.layers, layers)):
         return []
     return [
-        f"no sample of the task passed through the chain of blocks around '{blind[0]}' as a whole: without a name the "
-        "task is not found there"
+        "phase 1 ran in evaluation mode, where no noise lets samples try other experts: call model.train() before "
+        "training, or say so with IGSP(noise=0.0)"
     ]
+
+
+def _unseen(bank: ExpertBank) -> list[str]:
+    found, towers = [], [(one.name, one.recognition) for one in bank.layers if one.recognition is not None]
+    blind = [name for name, recognition in towers if float(recognition.limits[-1]) < 0]
+    if blind:
+        found.append(
+            f"no sample of the task passed through the chain of blocks around '{blind[0]}' as a whole: without a name "
+            "the task is not found there"
+        )
+    alike = [(name, *recognition.alike) for name, recognition in towers if recognition.alike[1] > ALIKE]
+    if alike:
+        places = " and ".join(f"'{name}'" for name, _, _ in alike)
+        _, number, share = alike[0]
+        found.append(
+            f"{share:.0%} of the task's samples look like those of '{bank.scope.tasks[number]}' in the chain of blocks "
+            f"around {places}: without a name either may be chosen for them"
+        )
+    return found
 
 
 def _phase_warnings(bank: ExpertBank, layers: list[LayerReport], trained: TrainableCount, options: IGSP) -> list[str]:
@@ -174,6 +240,11 @@ def _phase_warnings(bank: ExpertBank, layers: list[LayerReport], trained: Traina
         return []
     steps, cap = trained.first_steps, max(1, trained.first_steps // 3)
     pruned, candidates = (sum(getattr(layer, name) for layer in layers) for name in ("pruned", "candidates"))
+    if steps < 2:
+        return [
+            f"the task took a single step: phase 2 never ran, {pruned} of {candidates} candidates were pruned; a task "
+            "needs one step in each phase, with IGSP(cap=1) two in all"
+        ]
     keep = "; on_cap='prune' then prunes where routers have not converged as well" if options.on_cap == "keep" else ""
     return [
         f"phase 1 took all {steps} steps of the task (cap={bank.scope.plan.cap}): phase 2 never ran, {pruned} of "

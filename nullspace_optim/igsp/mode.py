@@ -8,11 +8,14 @@ surviving expert on the historical subspace. `consolidate` freezes the experts a
 from __future__ import annotations
 
 import logging
+import re
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -24,15 +27,15 @@ from ..distributed.collectives import check_equal_on_all_ranks
 from ..distributed.communicator import communicator
 from ..distributed.failures import raise_on_all_ranks
 from ..distributed.gradients import mean_over_holders
-from ..errors import ConsolidationError, OptionError
+from ..errors import ConsolidationError, NullSpaceWarning, OptionError
 from ..model.batches import Forward
 from ..model.loader import LoaderPass, make_runner
 from ..model.names import named_parameters
 from ..model.restore import restored_model
-from ..optimizer.mode import Host
+from ..optimizer.mode import GONE, Host
 from ..protection.step import is_zero
 from ..subspace.basis import Extension
-from .bank import CHILD, ExpertBank, install_experts, record_task, report_task
+from .bank import CHILD, ExpertBank, changed_backbone, install_experts, measure_backbone, record_task, report_task
 from .constraints import yield_constraints
 from .moe.context import Routing
 from .moe.experts import refuse_not_finite
@@ -44,6 +47,11 @@ from .state import Progress, all_or_nothing, pack_state, restore_state
 from .statistics import absorb_step, collect_features, collect_inputs, judge_windows, sum_moments
 
 log = logging.getLogger("nullspace_optim.igsp")
+
+
+def _letters(name: str) -> str:
+    """Return `name` without digits: "task 1" is another task than "task 2", not a slip."""
+    return re.sub(r"\d", "", name)
 
 
 class IgspMode:
@@ -72,8 +80,13 @@ class IgspMode:
 
     @property
     def experts(self) -> ExpertBank:
-        """The experts of all layers."""
-        assert self._bank is not None
+        """The experts of all layers.
+
+        Raises:
+            OptionError: `detach()` took them away.
+        """
+        if self._bank is None or not self._bank.handles:
+            raise OptionError(GONE)
         return self._bank
 
     @torch.inference_mode(False)
@@ -82,15 +95,17 @@ class IgspMode:
         self._host = weakref.ref(host)
         self.param_group.base = host.bases[-1]
         if self._bank is None:
-            self.param_group.check()
+            self.param_group.check(host.bases)
             self._bank = install_experts(host.owner(), self.options)
             self.param_group.open(host.bases)
             self._begin()
+            self.param_group.tell_held(host.bases, host.owner())
+        self._bank.scope.alone = False
         self.param_group.average()
 
     def detach(self) -> None:
         """Take hooks, experts and parameter group away again."""
-        if self.experts.handles:
+        if self._bank is not None and self._bank.handles:
             self.experts.remove(self.host.owner())
             self.param_group.close()
 
@@ -106,7 +121,8 @@ class IgspMode:
 
     def before_step(self, base: Optimizer) -> list[Tensor]:
         """Return the backbone, and the routers while candidates warm up."""
-        warming = [layer.router for layer in self.experts.layers] if self.experts.scope.warming else []
+        self.param_group.tell_held(self.host.bases, self.host.owner())
+        warming = [layer.router for layer in self.experts.layers if self.experts.scope.warming and len(layer.fresh)]
         return [*self.param_group.others(base), *warming]
 
     def after_step(self, base: Optimizer) -> None:
@@ -193,15 +209,16 @@ class IgspMode:
             with raise_on_all_ranks():
                 for layer, inputs, features, moment in collected:
                     layer.finish(inputs, features, moment)
+            changed = changed_backbone(work.model, self.progress.backbone)
+            self.progress.backbone = self.progress.backbone or measure_backbone(work.model)
             scope.tasks.append(work.task)
             scope.move_to(0, False)
             with restored_model(work.model, work.loader), self.task(work.task):
                 probe, record = record_task(work, tally.first, tally.batches, repr(self.options))
             self.host.store.probes[work.task] = probe
             self.host.store.tasks.append(record)
-            report = report_task(
-                self.experts, work, tally.batches, layers, self.progress.trained, self.progress.reason, self.options
-            )
+            done = self.progress.trained, self.progress.reason
+            report = report_task(self.experts, work, tally.batches, layers, *done, self.options, changed)
             with raise_on_all_ranks():
                 self._begin(steps)
                 self._protect()
@@ -217,10 +234,13 @@ class IgspMode:
         place = f"phase {1 if scope.first_phase else 2}, step {scope.steps} of task {len(scope.tasks) + 1}"
         check_equal_on_all_ranks([("the mode's options", repr(self.options)), ("the mode's place", place)], {})
         if not scope.steps:
+            idle = is_zero(self.param_group.group["lr"])
             raise ConsolidationError(
-                f"task '{work.task}': no step was taken since the last task in which experts had gradients; train it "
-                "first (checkpoint(use_reentrant=True) gives none unless inputs require them: use_reentrant=False)"
-            )
+                f"task '{work.task}': no step was taken since the last task in which experts had "
+                + ("a learning rate: that of their parameter group, opt.param_groups[-1]['lr'], is 0" if idle else
+                   "gradients; train it first, outside opt.task() and with the modules that experts were put beside "
+                   "(checkpoint(use_reentrant=True) gives none unless inputs require them: use_reentrant=False)")
+            )  # fmt: skip
         for layer in self.experts.layers:
             refuse_not_finite(layer.trainable(), layer.name)
 
@@ -253,8 +273,9 @@ class IgspMode:
 
     @property
     def state(self) -> Extension:
-        """Experts, routers, bases, phase and counters."""
-        return pack_state(self.experts, self.options, self.progress)
+        """Experts, routers, bases, phase and counters; after `detach` as they were."""
+        assert self._bank is not None
+        return pack_state(self._bank, self.options, self.progress)
 
     @state.setter
     def state(self, extension: Extension) -> None:
@@ -262,6 +283,8 @@ class IgspMode:
             restore_state(self.experts, self.options, self.progress, extension)
         self.by_hand = False
         self.param_group.refresh(self.experts)
+        if changed := changed_backbone(self.host.owner(), self.progress.backbone):
+            warnings.warn(changed, NullSpaceWarning, stacklevel=6)
 
     def apart(self) -> AbstractContextManager[None]:
         """Take the experts' parameter group out of the optimizer inside the context."""
@@ -309,11 +332,24 @@ class IgspMode:
         if name is None:
             return scope.using(Routing.NEAREST)
         if isinstance(name, str):
+            self._tell_misspelt([name])
             return scope.using(Routing.TASK if name in numbers else Routing.BACKBONE, numbers.get(name))
         if isinstance(name, Sequence) and all(one is None or isinstance(one, str) for one in name):
+            self._tell_misspelt(name)
             of_samples = torch.tensor([numbers.get(one, -1) for one in name], dtype=torch.int64)
             return scope.using(Routing.SAMPLES, of_samples=of_samples)
         raise OptionError(f"task({name!r}): expected the name of a task, one name (or None) a sample, or None")
+
+    def _tell_misspelt(self, names: Sequence[str | None]) -> None:
+        """Warn once of each name that is nearly that of a finished task: it runs the plain backbone."""
+        tasks = self.experts.scope.tasks
+        for name in dict.fromkeys(names):
+            if name is None or name in tasks:
+                continue
+            near = [task for task in get_close_matches(name, tasks, 1, 0.85) if _letters(task) != _letters(name)]
+            if near:
+                text = f"task('{name}') is no finished task and runs the plain backbone; did you mean '{near[0]}'?"
+                self.experts.scope.tell(text)
 
     def status(self) -> PhaseStatus:
         """Return phase, step and reason."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from ..distributed.gradients import GradientAverage
-from ..errors import OptionError
+from ..errors import NullSpaceWarning, OptionError
+from ..model.names import named_parameters
 from .bank import ExpertBank
 from .moe.layer import ExpertLayer
 from .options import IGSP
@@ -28,12 +30,14 @@ class ExpertParamGroup:
         self.options = options
         self._average = GradientAverage()
         self._apart = False
+        self._held: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"options": self.options}
+        return {"options": self.options, "held": self._held}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["options"])  # type: ignore[misc]
+        self._held = state.get("held")
 
     @property
     def base(self) -> Optimizer:
@@ -46,27 +50,65 @@ class ExpertParamGroup:
     def base(self, base: Optimizer) -> None:
         self._base = weakref.ref(base)
 
-    def check(self) -> None:
+    def _rate(self, bases: Sequence[Optimizer]) -> Any:
+        """Return `IGSP(lr=...)`, or 100 x the rate of the first group."""
+        first = bases[0].param_groups[0]
+        return FACTOR * first.get("initial_lr", first["lr"]) if self.options.lr is None else self.options.lr
+
+    def check(self, bases: Sequence[Optimizer]) -> None:
         """Refuse a base that cannot have a group of experts.
 
         Raises:
-            OptionError: it takes one group only.
+            OptionError: it takes one group only, or gives experts no rate.
         """
         if isinstance(self.base, LBFGS):
             raise OptionError(
                 "mode='igsp' trains experts in a parameter group of their own, and LBFGS takes one group only; wrap "
                 "AdamW or another first-order optimizer"
             )
+        if not self._rate(bases):
+            raise OptionError(
+                "IGSP(lr=None) takes 100 x the learning rate of the first parameter group, which is 0: give "
+                "IGSP(lr=...)"
+            )
 
     def average(self) -> None:
         """Average the gradients of what trains now over the ranks, at the end of every backward pass."""
         self._average.follow(self.parameters)
 
-    def open(self, bases: list[Optimizer]) -> None:
-        """Add the group, empty; its rate is `IGSP(lr=...)`, or 100 x that of the first group."""
-        first = bases[0].param_groups[0]
-        rate = self.options.lr if self.options.lr is not None else FACTOR * first.get("initial_lr", first["lr"])
-        self.base.add_param_group({"params": [], "lr": rate, MARK: True})
+    def open(self, bases: Sequence[Optimizer]) -> None:
+        """Add the group, empty."""
+        self.base.add_param_group({"params": [], "lr": self._rate(bases), MARK: True})
+        if getattr(self.base.step, "_wrapped_by_lr_sched", getattr(self.base.step, "_with_counter", False)):
+            text = "does not know the experts' parameter group: make it after the NullSpaceOptimizer"
+            warnings.warn(f"the learning-rate scheduler of this optimizer {text}", NullSpaceWarning, stacklevel=6)
+
+    def tell_held(self, bases: Sequence[Optimizer], model: nn.Module) -> None:
+        """Warn of parameters in `bases` that a user left trainable by choice, or has added since: experts alone train.
+
+        Nothing is said where the optimizer simply holds the whole model.
+        """
+        if self._apart:
+            return
+        _ = self.group  # or the error that it is gone
+        count = sum(len(group["params"]) for base in bases for group in base.param_groups if not group.get(MARK))
+        known, self._held = self._held, count
+        if count == known:
+            return
+        held = [p for base in bases for p in self.others(base)]
+        names = {id(p): name for name, p in named_parameters(model).items() if not name.startswith(f"{MARK}.")}
+        wish = [p for p in held[known or 0 :] if p.requires_grad]
+        if known is None and {id(p) for p in wish} == set(names):
+            return
+        if wish:
+            wish.sort(key=lambda p: id(p) in names)
+            listed = ", ".join(names.get(id(p), f"one outside the model {tuple(p.shape)}") for p in wish[:3])
+            warnings.warn(
+                f"mode 'igsp' trains experts alone: {len(wish)} parameters in the optimizer ({listed}"
+                f"{', ...' if len(wish) > 3 else ''}) stay as they are; a head needs an optimizer of its own",
+                NullSpaceWarning,
+                stacklevel=6,
+            )
 
     def close(self) -> None:
         """Remove the group and its state."""
@@ -77,8 +119,18 @@ class ExpertParamGroup:
 
     @property
     def group(self) -> dict[str, Any]:
-        """The group itself, a new object after every `load_state_dict`."""
-        return next(group for group in self.base.param_groups if group.get(MARK))
+        """The group itself, a new object after every `load_state_dict`.
+
+        Raises:
+            OptionError: the base has lost it.
+        """
+        for group in self.base.param_groups:
+            if group.get(MARK):
+                return group  # type: ignore[no-any-return]
+        raise OptionError(
+            "the experts' parameter group is not in the optimizer: its param_groups were replaced, or a state without "
+            "experts was loaded into the base; load a state_dict() of this NullSpaceOptimizer"
+        )
 
     @property
     def parameters(self) -> list[Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,10 +35,13 @@ ROUTING = 2  # version of what routers read: 2 since projections (`router.projec
 
 @dataclass
 class Progress:
-    """Trainable parameters and steps of the task at work, and the reason why its phase began."""
+    """Trainable parameters and steps of the task at work, the reason why its phase began, and the backbone beside
+    which the first task was finished (`bank.measure_backbone`).
+    """
 
     trained: TrainableCount
     reason: str
+    backbone: dict[str, list[float]] = field(default_factory=dict)
 
     def count_step(self, first_phase: bool) -> None:
         """Count a step of one phase."""
@@ -65,6 +68,7 @@ def pack_state(bank: ExpertBank, options: IGSP, progress: Progress) -> Extension
         "counts": [trained.first, trained.second],
         "phase_steps": [trained.first_steps, trained.second_steps],
         "reason": progress.reason,
+        "backbone": progress.backbone,
         "layers": layers,
     }
     return Extension(record, tensors)
@@ -110,6 +114,7 @@ def restore_state(bank: ExpertBank, options: IGSP, progress: Progress, extension
         counts, taken = ([int(n) for n in record[key]] for key in ("counts", "phase_steps"))
         plan = Plan(*(int(n) for n in record.get("plan", options.plan(None))))
         trained, reason = TrainableCount(counts[0], counts[1], taken[0], taken[1]), str(record["reason"])
+        backbone = {str(name): [float(sums[0]), float(sums[1])] for name, sums in record.get("backbone", {}).items()}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise BasisFileError(f"{SOURCE} are damaged or foreign ({error!r})") from error
     for layer, contents in zip(bank.layers, prepared):
@@ -119,7 +124,7 @@ def restore_state(bank: ExpertBank, options: IGSP, progress: Progress, extension
                 expert.down.requires_grad_(False)
     bank.scope.tasks, bank.scope.plan = tasks, plan
     bank.scope.move_to(steps, bool(first_phase))
-    progress.trained, progress.reason = trained, reason
+    progress.trained, progress.reason, progress.backbone = trained, reason, backbone
 
 
 def _compare(record: Any, bank: ExpertBank, options: IGSP) -> None:
@@ -252,7 +257,7 @@ def all_or_nothing(host: Host, bank: ExpertBank, progress: Progress) -> Iterator
     flags = [(parameter, parameter.requires_grad) for parameter in bank.parameters()]
     tasks, plan = list(bank.scope.tasks), bank.scope.plan
     steps, first_phase = bank.scope.steps, bank.scope.first_phase
-    trained, reason = progress.trained, progress.reason
+    progressed = dict(vars(progress))
     store, parameters = host.store.copy(), dict(host.parameters)
     try:
         yield
@@ -263,6 +268,6 @@ def all_or_nothing(host: Host, bank: ExpertBank, progress: Progress) -> Iterator
             parameter.requires_grad_(flag)
         bank.scope.tasks, bank.scope.plan = tasks, plan
         bank.scope.move_to(steps, first_phase)
-        progress.trained, progress.reason = trained, reason
+        vars(progress).update(progressed)
         host.take(store, parameters)
         raise

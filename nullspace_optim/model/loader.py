@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..distributed.fsdp import reshard, sharded_modules
-from ..errors import BatchError, ConsolidationError
+from ..errors import BatchError, ConsolidationError, OptionError
 from .batches import Forward, feeder, leading_outputs, outputs_agree, samples_in
 from .names import present_parameters
 from .restore import fixed_seed
@@ -37,6 +37,10 @@ class LoaderPass:
     max_batches: int | None = None
     progress: bool = True
     outside: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.task, str) or not self.task:
+            raise OptionError(f"consolidate(name={self.task!r}): expected the task's name, a text that is not empty")
 
 
 def current_parameters(model: nn.Module) -> Callable[[], Mapping[str, Tensor]] | None:
@@ -75,8 +79,10 @@ def refuse_single_batch(loader: Any) -> None:
     """Refuse a tensor or an array in the place of a loader: its rows would be taken for batches.
 
     Raises:
-        BatchError: says how to pass one batch.
+        BatchError: says how to pass one batch; also for what gives no batches at all.
     """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise BatchError(f"{loader!r} was passed where batches are expected: pass a DataLoader or a list of batches")
     if isinstance(loader, (Tensor, np.ndarray)):
         raise BatchError(
             f"a {type(loader).__name__} of shape {tuple(loader.shape)} was passed where batches are expected: pass "

@@ -30,6 +30,7 @@ from ..distributed.fsdp import reshard
 from ..files import basis_file
 from ..model.names import names_by_identity
 from .engine import Engine
+from .ownership import refuse_without_experts
 
 SOURCE = "the distributed checkpoint"
 TORCH = "torch.distributed.checkpoint.state_dict"
@@ -88,6 +89,7 @@ class Checkpoint:
 
     def __init__(self, core: Engine) -> None:
         """Look at everything that `core` holds, and keep its bases alive."""
+        refuse_without_experts(core)
         self._core, self._bases = core, core.bases
 
     def state_dict(self) -> dict[str, Any]:

@@ -132,10 +132,11 @@ class Engine:
             self.install(model)
         self.held = held
 
-    def rebuild(self) -> None:
-        """Guard what the store keeps of the parameters, as their one protector."""
+    def rebuild(self, store: BasisStore | None = None) -> None:
+        """Guard what the store (or a new one) keeps of the parameters, as their one protector; not after `detach`."""
+        self.store.replace(self.store if store is None else store)
         self.protection.rebuild(self.store, self.parameters)
-        claim(self)
+        claim(self) if self.base_handles else self.protection.release_gradient_hooks()
 
     def _refuse_foreign(self, model: nn.Module, wrapped: Mapping[str, Tensor]) -> None:
         count = sum(len(group["params"]) for base in self.bases for group in base.param_groups)
@@ -160,6 +161,8 @@ class Engine:
     def install(self, model: nn.Module) -> None:
         """Hook `model` for norm statistics and exact evaluation."""
         remove_idle_hooks(model)
+        if not self.base_handles:
+            return  # detached
         read = {name for task in self.store.tasks for name in task.get("untrained", ())}  # type: ignore[attr-defined]
         self.unguarded = {id(p): name for name, p in named_parameters(model).items() if name in read - set(self.store)}
         first = bool(sharded_modules(model))  # FSDP2 gathers parameters in a pre-hook of its own
@@ -231,9 +234,9 @@ class Engine:
     def detach(self) -> None:
         """Remove every hook from bases, model and parameters."""
         self.protection.finish_interrupted()
-        disclaim(self)
         if self.copied:
             self.find_copied_model()
+        disclaim(self)
         self.protection.release_gradient_hooks()
         self.thaw()
         for handle in [*self.base_handles, *self.model_handles]:
@@ -295,7 +298,7 @@ class Engine:
         return match_store(store, named_parameters(self.owner())) if len(store) else store
 
     def trainable(self) -> dict[str, Tensor]:
-        """Return the parameters with gradients that are both in the bases and in the model, by name."""
+        """Return those of `wrapped` that have gradients."""
         refuse_compiled()
         check_ownership(self)
         self.follow_replaced()
@@ -365,9 +368,7 @@ class Engine:
             self.mode.state = store.extension
 
     def snapshot(self) -> BasisStore:
-        """Return the store as files and checkpoints hold it: with the part of its mode, and with the anchors and
-        kept values of all ranks (where parameters are sharded, all must ask).
-        """
+        """Return the store as files hold it: with the part of its mode and the anchors of all ranks; all must ask."""
         self.protection.finish_interrupted()
         if self.mode is not None:
             self.store.extension = self.mode.state
@@ -378,9 +379,8 @@ class Engine:
         if not self.base_handles:
             self.superseded = False
             self.attach()
-        self.store.replace(store)
         self.parameters = {**self.parameters, **parameters}
-        self.rebuild()
+        self.rebuild(store)
         model = self.owner()
         self.protection.originals = original_names(model)
         if world_size() > 1:  # what all ranks have measured with

@@ -19,6 +19,10 @@ from ..report import ConsolidationReport
 from ..subspace.basis import BasisStore, Extension
 
 NULL_SPACE = "null-space"
+GONE = (
+    "detach() took the experts away: save() still writes them, make a new NullSpaceOptimizer over the model and load "
+    "there"
+)
 
 
 class Host(Protocol):

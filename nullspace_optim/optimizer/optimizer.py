@@ -44,7 +44,7 @@ from .bases import check_bases, forget_curvature, warn_adaptive_rate
 from .checks import facts_of
 from .engine import Engine
 from .mode import Mode, build_mode
-from .ownership import check_ownership, refuse_protected, take_over
+from .ownership import check_ownership, refuse_protected, refuse_without_experts, take_over
 from .torch_optimizer import WrappedOptimizer
 
 
@@ -241,8 +241,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
     ) -> Mapping[str, SecondMoment]:
         """Return the second moments `[g, s, s]` of the rows that met each trained weight, by parameter name.
 
-        The same pass as `consolidate`, whose arguments these are, but nothing is protected: what methods need that
-        look at a task before they train it (CODE-CL, InfLoRA), and what figures of spectra and angles are made of.
+        The pass of `consolidate`, whose arguments these are, without protection: for CODE-CL, InfLoRA and figures.
         """
         core = self._core
         work = LoaderPass(self.model, core.trainable(), loader, "measured", forward, max_batches, progress)
@@ -301,7 +300,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
                 work = LoaderPass(self.model, core.trainable(), loaders[name], name, *feed)
                 moments[name] = measure(work, core.options, communicator())
             rest, report = prune_store(core.store, moments, bound)
-            core.take(rest, core.parameters)
+            core.rebuild(rest)
             forget_curvature(core.bases)
         core.protection.mark()
         return report
@@ -323,6 +322,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
         times the factor by which the weight has grown).
         """
         core = self._core
+        refuse_without_experts(core)
         core.follow_replaced()
         core.protection.make_exact()
         core.protection.restore_across()
@@ -377,7 +377,7 @@ class NullSpaceOptimizer(WrappedOptimizer):
     def restore(self) -> None:
         """Put every kept direction, frozen parameter and protected buffer back to its anchor, after an edit by mistake.
 
-        Everything else stays. A step that was interrupted is put back without it. All ranks must call it.
+        The rest stays; a step that was interrupted is put back without it. All ranks must call it.
 
         Raises:
             StaleAnchorError: a weight is not finite; nothing was changed.

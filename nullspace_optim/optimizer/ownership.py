@@ -25,6 +25,7 @@ from ..settings import Settings
 from ..subspace.basis import Basis, BasisStore
 from ..verification.verify import RecentSamples, lost_parameters
 from .checks import check_growth
+from .mode import GONE
 
 SUPERSEDED = (
     "another NullSpaceOptimizer was made over the same parameters and took the bases of this one over: use that one "
@@ -181,10 +182,11 @@ def check_ownership(engine: Owner) -> None:
     """Warn once of bases that were lost with an earlier wrapper and not loaded since.
 
     Raises:
-        OptionError: a newer wrapper took the bases over.
+        OptionError: a newer wrapper took the bases over, or `detach()` took the experts away.
     """
     if engine.superseded:
         raise OptionError(SUPERSEDED)
+    refuse_without_experts(engine)
     if engine.lost:
         missing = [task for task in engine.lost if task not in {str(record["name"]) for record in engine.store.tasks}]
         engine.lost = ()
@@ -206,8 +208,17 @@ def check_return(engine: Owner) -> None:
     """
     if engine.superseded and any(claim.owner() not in (None, engine) for claim in _claims(_trained(engine.bases))):
         raise OptionError(SUPERSEDED)
+    refuse_without_experts(engine)
+
+
+def refuse_without_experts(engine: Owner) -> None:
+    """Refuse what needs the experts of a mode that were taken away.
+
+    Raises:
+        OptionError: after `detach()`.
+    """
     if engine.mode is not None and not engine.base_handles:
-        raise OptionError("detach() took the experts away: make a new NullSpaceOptimizer over the model and load there")
+        raise OptionError(GONE)
 
 
 def warn_lost(engine: Owner) -> None:

@@ -26,7 +26,7 @@ from ..protection.phases import PHASES
 from ..subspace.basis import BasisStore, Fate
 from .dcp import Checkpoint, called_by_torch, complete, drop_state, names_of
 from .engine import Engine
-from .ownership import warn_lost
+from .ownership import refuse_without_experts, warn_lost
 
 
 class WrappedOptimizer(Optimizer):
@@ -35,12 +35,13 @@ class WrappedOptimizer(Optimizer):
     _core: Engine
     _bases: list[Optimizer]
 
-    def _attach(self, core: Engine) -> None:
+    def _attach(self, core: Engine, hooked: bool = True) -> None:
         """Become the wrapper of `core` (the optimizer's own tables are made with a placeholder first)."""
         super().__init__([torch.empty(0)], {})
         self._core, self._bases = core, core.bases  # the engine itself does not keep its bases alive
         self.__dict__.pop("_early", None)
-        core.attach()
+        if hooked:
+            core.attach()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -156,6 +157,7 @@ class WrappedOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         core, for_dcp = self._core, called_by_torch()
+        refuse_without_experts(core)
         warn_lost(core)
         whole: AbstractContextManager[list[Tensor]] = complete(core) if for_dcp else nullcontext([])
         with whole as stateless:
@@ -214,6 +216,12 @@ class WrappedOptimizer(Optimizer):
                 "this checkpoint was protected, but its bases are missing or belong to another run: call "
                 "opt.load(path) with the basis file of that run first, or load the checkpoint into the base optimizer "
                 "to go on without protection"
+            )
+        groups = len(state.get("param_groups", ()))
+        if self._core.mode is not None and store is None and groups != len(self.param_groups):
+            raise BasisFileError(
+                f"this state holds no experts ({groups} parameter groups there, {len(self.param_groups)} here): an "
+                "optimizer without them wrote it; load it into the base before the NullSpaceOptimizer is made"
             )
         if expected is None and not known and lost_its_mark(state):
             raise BasisFileError(
@@ -277,17 +285,19 @@ class WrappedOptimizer(Optimizer):
             "store": core.store,
             "parameters": core.parameters,
             "owed": core.protection.owed,
+            "detached": not core.base_handles,
             "attributes": {key: value for key, value in self.__dict__.items() if key[0] != "_" and key != "step"},
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._attach(Engine(state["bases"], state["options"], state["mode"]))
+        hooked = not state.get("detached", False)
+        self._attach(Engine(state["bases"], state["options"], state["mode"]), hooked)
         self._core.parameters = state["parameters"]
         self._core.store.replace(state["store"])
         self._core.rebuild()
         self._core.protection.owed = state["owed"]
-        self._core.copied = bool(self._core.store.tasks)
-        if self._core.store.buffers:  # a forward pass before the first step must not move them
+        self._core.copied = hooked and bool(self._core.store.tasks)
+        if hooked and self._core.store.buffers:  # a forward pass before the first step must not move them
             self._core.copied = not self._core.find_copied_model()
         self.__dict__.update(state["attributes"])
 

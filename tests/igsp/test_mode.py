@@ -230,7 +230,7 @@ def messages(consolidate: Callable[[], Any]) -> list[str]:
         ({}, 60, r"60 steps of the task (cap=200): phase 2 never ran, 0 of 2 candidates were pruned; "),
         ({}, 60, r"set IGSP(cap=...) to at most a third of a task's steps, here 20; on_cap='prune' then prunes"),
         ({"on_cap": "prune", "threshold": 0.5}, 1, "phase 2 never ran, 1 of 2 candidates were pruned; "),
-        ({"on_cap": "prune", "threshold": 0.5}, 1, "to at most a third of a task's steps, here 1"),
+        ({"on_cap": "prune", "threshold": 0.5}, 1, "with IGSP(cap=1) two in all"),
         ({"cap": 10}, 10, "phase 1 took all 10 steps of the task (cap=10): phase 2 never ran"),
     ],
 )

@@ -470,6 +470,24 @@ def test_phase_one_takes_at_most_a_fifth_of_a_task() -> None:
     assert IGSP(steps=1000).plan(None) == (200, 20, 20) and IGSP(cap=10, window=3, warmup=0).plan(None) == (10, 0, 3)
 
 
+@pytest.mark.parametrize("kind", ["per-task", "shared"])
+def test_a_task_without_room_for_candidates_trains_its_router(kind: str) -> None:
+    """Nothing has to warm up there; noise alone, which has no gradient, would let no step count."""
+    model, opt = make(candidates=4, cap=10, router=kind)
+    train(model, opt, SyntheticTask(0), 20)
+    opt.consolidate(SyntheticTask(0).loader(), name="one", progress=False)
+    model.fc.requires_grad_(False)
+    router = opt.mode.experts.layers[0].router
+    before = router.detach().clone()
+    train(model, opt, SyntheticTask(1), 3)
+    assert not len(opt.mode.experts.layers[0].fresh) and opt.status().step == 3
+    assert not torch.equal(router, before)
+    train(model, opt, SyntheticTask(1), 17)
+    assert opt.status().phase == 2
+    opt.consolidate(SyntheticTask(1).loader(), name="two", progress=False)
+    assert opt.status().finished == ("one", "two")
+
+
 def test_the_plan_of_a_task_is_that_of_a_resumed_run() -> None:
     model, opt = make(cap=None, window=None)
     train(model, opt, SyntheticTask(0), 70)

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import OptionError
+from ...errors import NullSpaceWarning, OptionError
 from ..options import Plan
 
+ALONE = (
+    "this copy of a model has experts and no optimizer, so opt.task() does not reach it: without gradients it runs the "
+    "task finished last; to choose the task copy both, copy.deepcopy((model, opt))"
+)
+FROZEN = (
+    "the experts at work do not require gradients: model.requires_grad_(False) reaches them too; freeze the backbone "
+    "before the optimizer is made, or call model.igsp.requires_grad_(True)"
+)
 KEPT = 16  # routings that are remembered
 
 
@@ -37,7 +47,8 @@ class RoutingContext:
     """Names of the finished `tasks`, the `routing` that is asked for; `plan`, step and phase of the task at work.
 
     `task` is the number of the finished task for `Routing.TASK`; `of_samples` `[n]`, int64, has one number a sample for
-    `Routing.SAMPLES`, -1 for none; `looking` is the recognition for which a tower runs without experts. A forward pass
+    `Routing.SAMPLES`, -1 for none; `looking` is the recognition for which a tower runs without experts; `alone` is set
+    in a copy of the model until its optimizer, if that was copied as well, finds it; `told` was said. A forward pass
     reads the flags `begun` and `warming` (samples are spread by noise alone, before routers and penalty begin to act)
     and never the counter `steps`: a compiled model would be compiled again in every step.
     """
@@ -49,11 +60,22 @@ class RoutingContext:
     of_samples: Tensor | None = None
     collecting: bool = False
     looking: object = None
+    alone: bool = False
+    told: set[str] = field(default_factory=set)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "alone": True}
 
     def __post_init__(self) -> None:
         self.move_to(0, True)
         self._used: list[tuple[Routing, int | None, Tensor | None]] = []  # since backward last repeated a forward
         self._repeated = False
+
+    def tell(self, text: str, when: bool = True) -> None:
+        """Warn of `text` once."""
+        if when and text not in self.told:
+            self.told.add(text)
+            warnings.warn(text, NullSpaceWarning, stacklevel=4)
 
     def move_to(self, steps: int, first_phase: bool) -> None:
         """Set how many steps the task at work has taken, and whether it is in its first phase."""

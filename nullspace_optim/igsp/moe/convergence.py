@@ -41,6 +41,7 @@ class ConvergenceMonitor(Stateless):
         self.options = options
         self.convergence = Convergence(at=0 if len(weight) < 2 else None)
         self.recent: list[Tensor] = []
+        self.quiet = False  # whether any training forward ran without noise
         self.direct = False  # whether forwards since the last step were noted as they ran
         self.tokens: Tensor | None = None  # inputs `[..., d]` of the last forward since the last step
         self.sums: list[Tensor] = []
@@ -52,7 +53,7 @@ class ConvergenceMonitor(Stateless):
         self.register_buffer("previous", None)
 
     @torch.no_grad()
-    def take(self, inputs: Tensor, scores: Tensor, choice: RoutingChoice) -> None:
+    def take(self, inputs: Tensor, scores: Tensor, choice: RoutingChoice, noisy: bool = True) -> None:
         """Note one training forward: gate inputs `[n, d + 1]`, scores without noise `[n, E]` and what was chosen.
 
         One that backward repeats is noted only if it was not noted before (it ran without gradients).
@@ -60,7 +61,7 @@ class ConvergenceMonitor(Stateless):
         repeated = in_backward()
         if not len(inputs) or (repeated and self.direct):
             return
-        self.direct = not repeated
+        self.direct, self.quiet = not repeated, self.quiet or not noisy
         self.recent = [*self.recent[1 - KEPT_INPUTS :], inputs]
         gates = router.dense(RoutingChoice(choice.experts, choice.gates.detach()), scores.shape[1]).sum(dim=0)
         probabilities = torch.softmax(scores.detach(), dim=-1).sum(dim=0)

@@ -17,7 +17,7 @@ from ...errors import OptionError
 from ..options import IGSP
 from ..report import LayerReport
 from . import pruning, router
-from .context import Routing, RoutingContext
+from .context import ALONE, FROZEN, Routing, RoutingContext
 from .convergence import ConvergenceMonitor
 from .experts import (
     PARTS,
@@ -327,6 +327,7 @@ class ExpertLayer(Stateless):
         scope = self.scope
         if scope.routing is not Routing.AUTOMATIC:
             return scope.routing, scope.task
+        scope.tell(ALONE, scope.alone)
         if self.training or torch.is_grad_enabled() or scope.begun:
             return Routing.CURRENT, None
         return (Routing.TASK, len(scope.tasks) - 1) if scope.tasks else (Routing.BACKBONE, None)
@@ -354,18 +355,17 @@ class ExpertLayer(Stateless):
 
     def _explore(self, inputs: Tensor, scores: Tensor) -> RoutingChoice:
         """Choose experts in phase 1; a training forward does so with noise, and its choice is noted."""
-        if self.scope.warming and self.training:  # noise alone decides
+        if self.scope.warming and self.training and len(self.fresh):  # noise alone decides
             scores = torch.zeros_like(scores)
-            if self.size and len(self.fresh):
+            if self.size:
                 scores[:, len(self.members) :] = self._head_start()
-        noisy = scores
-        if self.training and self.options.noise:
-            noisy = scores + router.noise(
-                scores, self.options.noise, self.options.seed, len(self.scope.tasks), self.scope.steps, self.number
-            )
+        seeds = self.options.seed, len(self.scope.tasks), self.scope.steps, self.number
+        noise = router.noise(scores, self.options.noise, *seeds) if self.training and self.options.noise else None
+        noisy = scores if noise is None else scores + noise
         choice = router.top_k(noisy, self.options.top_k)
         if torch.is_grad_enabled():
-            self.watch.take(inputs, scores, choice)
+            self.scope.tell(FROZEN, not self.router.requires_grad)
+            self.watch.take(inputs, scores, choice, noisy is not scores)
         return choice
 
     def _route_task(self, inputs: Tensor, task: int) -> RoutingChoice:

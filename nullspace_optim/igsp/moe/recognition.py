@@ -22,6 +22,7 @@ from .router import tokens_of
 SIZE = 64  # numbers by which a sample is recognised
 PRIOR, DEVIATION = 16, 0.25  # samples at distance 1 with this deviation that a task's own are mixed with
 ALONE, FARTHEST = 3.0, 6.0  # deviations above a task's mean distance: its limit without a pool, the largest with one
+CLOSE = 0.05  # of the mean distance of a task's own samples: two tasks this near are not told apart
 QUANTILE = 0.05  # share of the pool that may lie within the limit of a task
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache")  # arguments that a call fills
 KNOWN = ("centres", "owners", "spreads", "limits", "scatter", "count")
@@ -57,6 +58,7 @@ class TaskRecognition(Stateless):
             self.register_buffer(name, value.to(device))
         self.rows: list[Tensor] = []
         self.batches = 0  # of the pass in which rows were collected, if a single call stands for all of them
+        self.alike = (-1, 0.0)  # the task that most samples of the one finished last are as near to, and their share
         self.found: Tensor | None = None
         self.chosen: Tensor | None = None
 
@@ -164,6 +166,10 @@ class TaskRecognition(Stateless):
         spread = mean.new_tensor([1.0, 0.0]) if lists else torch.stack([mean * self._variance, deviation / mean])
         limit = 1 + ALONE * spread[1] if count else -torch.ones_like(mean)
         self.spreads, self.limits = torch.cat([self.spreads, spread[None]]), torch.cat([self.limits, limit[None]])
+        if count and len(self.limits) > 1:
+            scores = self.distances(features) / self.scales + self.scales.log()
+            shares = (scores[:, :-1] < scores[:, -1:] + CLOSE).to(scores).mean(dim=0)
+            self.alike = (int(shares.argmax()), float(shares.max()))
 
     def calibrate(self, features: Tensor) -> None:
         """Set the limits of all tasks so that `QUANTILE` of the `features` `[n, p]` of a pool lie within each.

@@ -40,13 +40,16 @@ def linear_widths(module: nn.Module) -> tuple[int, int] | None:
 def find_target_modules(model: nn.Module, target_modules: str | Sequence[str]) -> list[TargetModule]:
     """Return the modules of `model` that `target_modules` selects as in PEFT, outermost only, in order.
 
+    A module that the model holds under several names is found by any and gets its experts under the first.
+
     A list selects the modules whose name is an entry or ends with ``.entry``; a string is a regular expression that
     the whole name matches; ``"all-linear"`` selects every linear map but the layer of `get_output_embeddings()`.
 
     Raises:
         OptionError: an entry matches nothing (names the nearest names), or a layer holds no linear map.
     """
-    named = {name: module for name, module in model.named_modules() if name}
+    named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    first = {module: name for name, module in reversed(named.items())}
     if target_modules == ALL_LINEAR:
         output = getattr(model, "get_output_embeddings", lambda: None)()
         chosen = {name for name, module in named.items() if linear_widths(module) and module is not output}
@@ -60,7 +63,8 @@ def find_target_modules(model: nn.Module, target_modules: str | Sequence[str]) -
         if not names:
             raise OptionError(_unmatched(entry, target_modules, model, named))
     found: dict[str, nn.Module] = {}
-    for name in filter(set().union(*entries.values()).__contains__, named):
+    chosen = {first[named[name]] for names in entries.values() for name in names}
+    for name in filter(chosen.__contains__, named):
         if not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = named[name]
     return [_site(name, module, model) for name, module in found.items()]
