@@ -157,7 +157,8 @@ def test_a_loss_without_gradient_no_batches_and_no_policies_are_refused() -> Non
 def test_the_default_prints_one_line_for_each_of_five_thresholds() -> None:
     model = network()
     text = str(wrapped(model).preview(batches(1), loss=lambda: loss_of(model, batches(7)[0]), progress=False))
-    assert len(text.splitlines()) == 8 and "Energy(0.999) " in text and "Energy(0.5) " in text
+    assert len(text.splitlines()) == 8 and "Energy(0.999) " in text
+    assert "Energy(0.8) " in text and "Energy(0.5) " in text
 
 
 def test_a_loss_that_tells_nothing_and_a_loader_that_ends_are_named() -> None:

@@ -36,15 +36,7 @@ RATES: dict[str, dict[str, Any]] = {
     "SparseAdam": {"lr": 0.003},
 }
 """Rates at which each class learns both models, by hand; decay is `DECAY` wherever the class has one."""
-QUICK = {"Adafactor", "AdamW", "LBFGS", "Muon", "SGD", "SparseAdam"}  # on small models every class runs every time
-EVERY = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.nightly)
-        for name in RATES
-        if hasattr(torch.optim, name.split("-")[0])
-    ],
-)
+EVERY = pytest.mark.parametrize("name", [name for name in RATES if hasattr(torch.optim, name.split("-")[0])])
 
 
 def build(name: str, model: nn.Module) -> Optimizer | list[Optimizer]:

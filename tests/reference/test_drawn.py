@@ -55,7 +55,7 @@ def test_the_same_numbers_draw_the_same_pool(photographs: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("font", drawn._LISTED["fonts"])
-def test_every_font_draws_every_digit_otherwise_than_the_others(font: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_font_has_every_character(font: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A font without a character draws the same box for each."""
     seen = set()
     for character in drawn.string.digits + drawn.string.ascii_letters:
