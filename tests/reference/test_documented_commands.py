@@ -15,7 +15,7 @@ from reference.published.methods import chosen_methods as of_a_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PARSED = ("run", "evaluation.report", "data.__main__", "published.__main__")
+PARSED = ("run", "evaluation.report", "data.__main__", "data.drawn", "published.__main__")
 PARSED += ("studies.run", "studies.language", "studies.text")
 PARSED += tuple(f"benchmarks.{name}" for name in ("consolidate", "counting", "drift", "gpu", "peers", "step"))
 LEFT_OUT = {"studies.run": "--output o"}
