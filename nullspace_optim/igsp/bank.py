@@ -97,32 +97,46 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def measure_backbone(model: nn.Module) -> dict[str, list[float]]:
-    """Return sum and norm of every parameter of `model` but the experts', by name: a random change of a parameter moves
-    its sum by about the norm of the change.
+    """Return sum, norm and the sum with signs by place of every parameter of `model` but the experts', by name.
+
+    A random change of a parameter moves its sum by about the norm of the change; rows or columns that change places
+    move the last.
     """
     found = {}
     for name, parameter in named_parameters(model).items():
         if parameter.is_floating_point() and not name.startswith(f"{CHILD}."):
             value = parameter.detach()
             dtype = torch.float32 if value.device.type == "mps" else torch.float64
-            sums = value.sum(dtype=dtype), torch.linalg.vector_norm(value, dtype=dtype)
+            sums = [value.sum(dtype=dtype), torch.linalg.vector_norm(value, dtype=dtype)]
+            sums += [value.sum([n for n in range(value.ndim) if n != kept], dtype=dtype) for kept in range(value.ndim)]
             whole = [one.full_tensor() if hasattr(one, "full_tensor") else one for one in sums]
-            found[name] = [float(f"{float(one):.9g}") for one in whole]
+            placed = sum(float(part @ _signs(part)) for part in whole[2:] if part.ndim)
+            found[name] = [float(f"{number:.9g}") for number in (*map(float, whole[:2]), placed)]
+    return found
+
+
+def _signs(like: Tensor) -> Tensor:
+    """Return numbers in -1..1, no two alike, in the shape of the vector `like`."""
+    return torch.cos(torch.arange(1, len(like) + 1, dtype=like.dtype, device=like.device))
+
+
+def backbone_drifts(model: nn.Module, before: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
+    """Return the relative change of parameters that are not those `before` (`measure_backbone`), and its limit.
+
+    Rounding to half precision is no change.
+    """
+    now, dtypes, found = measure_backbone(model), {n: p.dtype for n, p in named_parameters(model).items()}, {}
+    for name in filter(before.__contains__, now) if before else ():
+        moved, size = max(abs(a - b) for a, b in zip(now[name], before[name])), before[name][1]
+        limit = max(1e-4, 4 * torch.finfo(dtypes[name]).eps)
+        if not moved <= limit * size:
+            found[name] = (moved / size if size else float("inf")), limit
     return found
 
 
 def changed_backbone(model: nn.Module, before: Mapping[str, Sequence[float]]) -> str:
-    """Return which parameters of `model` are not those `before` (`measure_backbone`), or "".
-
-    Rounding to half precision is no change.
-    """
-    if not before:
-        return ""
-    now, dtypes, moved = measure_backbone(model), {n: p.dtype for n, p in named_parameters(model).items()}, []
-    for name in filter(before.__contains__, now):
-        limit = max(1e-4, 4 * torch.finfo(dtypes[name]).eps) * before[name][1]
-        if max(abs(a - b) for a, b in zip(now[name], before[name])) > limit:
-            moved.append(name)
+    """Return which parameters of `model` are not those `before` (`measure_backbone`), or ""."""
+    moved = list(backbone_drifts(model, before))
     if not moved:
         return ""
     listed = ", ".join(moved[:3]) + (", ..." if len(moved) > 3 else "")

@@ -8,14 +8,12 @@ surviving expert on the historical subspace. `consolidate` freezes the experts a
 from __future__ import annotations
 
 import logging
-import re
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -35,7 +33,16 @@ from ..model.restore import restored_model
 from ..optimizer.mode import GONE, Host
 from ..protection.step import is_zero
 from ..subspace.basis import Extension
-from .bank import CHILD, ExpertBank, changed_backbone, install_experts, measure_backbone, record_task, report_task
+from .bank import (
+    CHILD,
+    ExpertBank,
+    backbone_drifts,
+    changed_backbone,
+    install_experts,
+    measure_backbone,
+    record_task,
+    report_task,
+)
 from .constraints import yield_constraints
 from .moe.context import Routing
 from .moe.experts import refuse_not_finite
@@ -47,11 +54,6 @@ from .state import Progress, all_or_nothing, pack_state, restore_state
 from .statistics import absorb_step, collect_features, collect_inputs, judge_windows, sum_moments
 
 log = logging.getLogger("nullspace_optim.igsp")
-
-
-def _letters(name: str) -> str:
-    """Return `name` without digits: "task 1" is another task than "task 2", not a slip."""
-    return re.sub(r"\d", "", name)
 
 
 class IgspMode:
@@ -332,24 +334,17 @@ class IgspMode:
         if name is None:
             return scope.using(Routing.NEAREST)
         if isinstance(name, str):
-            self._tell_misspelt([name])
+            scope.tell_misspelt([name])
             return scope.using(Routing.TASK if name in numbers else Routing.BACKBONE, numbers.get(name))
         if isinstance(name, Sequence) and all(one is None or isinstance(one, str) for one in name):
-            self._tell_misspelt(name)
+            scope.tell_misspelt(name)
             of_samples = torch.tensor([numbers.get(one, -1) for one in name], dtype=torch.int64)
             return scope.using(Routing.SAMPLES, of_samples=of_samples)
         raise OptionError(f"task({name!r}): expected the name of a task, one name (or None) a sample, or None")
 
-    def _tell_misspelt(self, names: Sequence[str | None]) -> None:
-        """Warn once of each name that is nearly that of a finished task: it runs the plain backbone."""
-        tasks = self.experts.scope.tasks
-        for name in dict.fromkeys(names):
-            if name is None or name in tasks:
-                continue
-            near = [task for task in get_close_matches(name, tasks, 1, 0.85) if _letters(task) != _letters(name)]
-            if near:
-                text = f"task('{name}') is no finished task and runs the plain backbone; did you mean '{near[0]}'?"
-                self.experts.scope.tell(text)
+    def drifts(self) -> dict[str, tuple[float, float]]:
+        """Return the relative change of parameters of the backbone that moved since the first task, and its limit."""
+        return backbone_drifts(self.host.owner(), self.progress.backbone)
 
     def status(self) -> PhaseStatus:
         """Return phase, step and reason."""

@@ -114,7 +114,7 @@ def restore_state(bank: ExpertBank, options: IGSP, progress: Progress, extension
         counts, taken = ([int(n) for n in record[key]] for key in ("counts", "phase_steps"))
         plan = Plan(*(int(n) for n in record.get("plan", options.plan(None))))
         trained, reason = TrainableCount(counts[0], counts[1], taken[0], taken[1]), str(record["reason"])
-        backbone = {str(name): [float(sums[0]), float(sums[1])] for name, sums in record.get("backbone", {}).items()}
+        backbone = {str(name): [float(one) for one in sums] for name, sums in record.get("backbone", {}).items()}
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise BasisFileError(f"{SOURCE} are damaged or foreign ({error!r})") from error
     for layer, contents in zip(bank.layers, prepared):

@@ -83,6 +83,9 @@ class Mode(Protocol):
     def task(self, name: str | Sequence[str | None] | None) -> AbstractContextManager[None]:
         """Run the model for one finished task, for the task of each sample, or for none in particular."""
 
+    def drifts(self) -> dict[str, tuple[float, float]]:
+        """Return the relative change of parameters without a basis that should have stood still, and its limit."""
+
     def status(self) -> Any:
         """Return the present phase and the reason for it."""
 

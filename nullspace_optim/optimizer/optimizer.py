@@ -315,11 +315,10 @@ class NullSpaceOptimizer(WrappedOptimizer):
     ) -> VerifyReport:
         """Check that everything kept is still what it was.
 
-        Without a loader: the invariant `||W U - A|| / ||A||` per parameter and every buffer that moved. With the
-        loader of a consolidated task (in any order, without augmentation): also the output drift per layer on the
-        samples that `consolidate` remembered by digest, and the first layer that breaks; the loader is read once.
-        `tolerance` is 1e-5 by default, or what half precision rounds (2^-8 for bfloat16, 2^-11 for float16 parameters,
-        times the factor by which the weight has grown).
+        Without a loader: the invariant `||W U - A|| / ||A||` per parameter, every buffer that moved, and in mode "igsp"
+        the backbone. With the loader of a consolidated task (any order, no augmentation; read once): also the output
+        drift per layer on the samples that `consolidate` remembered, and the first layer that breaks. `tolerance`:
+        1e-5, or what half precision rounds (2^-8 for bfloat16, 2^-11 for float16, times the weight's growth).
         """
         core = self._core
         refuse_without_experts(core)
@@ -332,11 +331,12 @@ class NullSpaceOptimizer(WrappedOptimizer):
         with core.evaluated():
             with torch.no_grad():
                 kept = drifts(core.protection.guards)
-            report = verify(work, core.store, core.parameters, core.recent, self._routed, asked=loader is not None)
+            beside = {} if core.mode is None else core.mode.drifts()
+            report = verify(work, core.store, core.parameters, core.recent, self._routed, beside, loader is not None)
         if tolerance is None:
-            limits = rounding_limits(core.store, work.parameters)
-            return replace(report, kept=kept, tolerance=core.protection.tolerance, limits=limits)
-        return replace(report, kept=kept, tolerance=tolerance)
+            tolerance, limits = core.protection.tolerance, rounding_limits(core.store, work.parameters)
+            report = replace(report, limits={**report.limits, **limits})
+        return replace(report, kept={**report.kept, **kept}, tolerance=tolerance)
 
     def _refuse_mode(self, method: str, why: str) -> None:
         if self._core.mode is not None:

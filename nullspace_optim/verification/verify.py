@@ -69,7 +69,7 @@ def verify(
     held: Mapping[str, Tensor],
     recent: RecentSamples,
     routed: Callable[[str], AbstractContextManager[None]],
-    *,
+    beside: Mapping[str, tuple[float, float]],
     asked: bool,
 ) -> VerifyReport:
     """Compare the model of `work` with what `store` keeps: its buffers, and its outputs if samples were given.
@@ -78,6 +78,7 @@ def verify(
         held: the protected parameters, by name; one that the model holds no longer is lost.
         recent: samples of the last tasks, to tell whether a buffer that moved has moved an output.
         routed: context in which the model runs as it is for a task.
+        beside: what else should have stood still, by name: its relative change and the limit of that.
         asked: whether the caller gave a loader.
     """
     outcome, drift = Outcome({}, (), ()), {}
@@ -94,7 +95,8 @@ def verify(
             drift, _ = recent.drift(work, store)
     harmless = bool(moved and drift) and all(drift[task] <= bounds[task] for task in drift)
     return VerifyReport(
-        kept={},
+        kept={name: drift for name, (drift, _) in beside.items()},
+        limits={name: limit for name, (_, limit) in beside.items()},
         tolerance=0.0,
         buffers=() if harmless else moved,
         harmless=moved if harmless else (),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,16 +38,6 @@ class Bed:
         """Mean cosine distance of `count` of the pool's embeddings to those of the untouched encoder."""
         numbers = drawn(range(len(self.pool)), count, generator)
         return 1 - (embed(model, padded([self.pool[n] for n in numbers])) * self.known[numbers]).sum(1).mean()
-
-    def copy(self, rank: int, seed: int) -> nn.Module:
-        """A copy of the untouched encoder, where `rank` is given with one LoRA that alone is trained."""
-        model: Any = copy.deepcopy(self.model)
-        if rank:
-            from peft import LoraConfig, get_peft_model
-
-            torch.manual_seed(seed)
-            model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")).eval()
-        return model  # type: ignore[no-any-return]
 
 
 def load_bed(folder: Path, root: Path, names: str) -> Bed:

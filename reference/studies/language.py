@@ -149,7 +149,7 @@ def fine_tuned(
     way: Way, before: GPT, old: Corpus, new: Corpus, steps: int, seed: int
 ) -> tuple[GPT, Callable[[float], nn.Module]]:
     """Fine-tune a copy of `before` on `new`: the model, and the function that gives it interpolated by a share."""
-    model = copy.deepcopy(before)
+    model = way.adapted(copy.deepcopy(before), seed)
     optimizer, rate = way.optimizer(model, steps)
     if way.threshold is not None:
         generator = torch.Generator().manual_seed(3)
@@ -166,6 +166,9 @@ def fine_tuned(
         loss.backward()
         optimizer.step()
         rate.step()
+    if way.rank:
+        model = model.merge_and_unload()  # type: ignore[operator, assignment]
+        optimizer, _ = way.optimizer(model, steps)
     return model, interpolation(model, optimizer, before.state_dict())
 
 

@@ -12,6 +12,7 @@ finished run is a JSON file below `--output`; the same command goes on with what
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 import sys
@@ -46,7 +47,7 @@ WAYS = listed("text")
 
 def run(way: Way, bed: Bed, made: dict[str, Any], split: str, steps: int, seed: int) -> dict[str, Any]:
     """Learn every task in turn: accuracy of all after each, at the end also after interpolation, costs, and `made`."""
-    started, model = time.perf_counter(), bed.copy(way.rank, seed)
+    started, model = time.perf_counter(), way.adapted(copy.deepcopy(bed.model), seed)
     optimizer, rate = way.optimizer(model, steps, fused=True)
     order, beside = (torch.Generator().manual_seed(seed + more) for more in (0, 1000))
     accuracy, seconds, old = [], [], []  # type: ignore[var-annotated]

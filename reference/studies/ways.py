@@ -24,7 +24,8 @@ class Way:
     """One way to fine-tune; without a threshold nothing is protected.
 
     `replay` is old data beside a batch, as a share of it; `distil` the weight of the distance to the model before;
-    `rank` that of a LoRA that is trained instead of the weights.
+    `rank` that of a LoRA that is trained instead of the weights, or below one the share of each weight's singular
+    directions that PEFT's OSF keeps.
     """
 
     rate: float
@@ -32,7 +33,7 @@ class Way:
     project: Literal["update", "both"] = "both"
     replay: float = 0.0
     distil: float = 0.0
-    rank: int = 0
+    rank: float = 0
 
     def optimizer(self, model: nn.Module, steps: int, **options: Any) -> tuple[NullSpaceOptimizer, LambdaLR]:
         """AdamW with `options` on what is trainable, wrapped, and its rate: a cosine every `steps`, warmed up."""
@@ -44,6 +45,19 @@ class Way:
             return min(1.0, (step % steps + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * (step % steps) / steps))
 
         return optimizer, LambdaLR(optimizer, factor)
+
+    def adapted(self, model: nn.Module, seed: int) -> nn.Module:
+        """`model` with what `rank` asks for beside its linear layers, in evaluation mode; without one as it is."""
+        if not self.rank:
+            return model
+        import peft
+
+        torch.manual_seed(seed)
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        config: Any = peft.OSFConfig(effective_rank=self.rank, target_modules=linear)
+        if self.rank >= 1:
+            config = peft.LoraConfig(r=int(self.rank), lora_alpha=2 * int(self.rank), target_modules=linear)
+        return peft.get_peft_model(model, config).eval()  # type: ignore[arg-type]
 
     def old_rows(self, batch: int, generator: torch.Generator) -> int:
         """Number of rows of old data that stand beside this batch, `replay * batch` on average."""

@@ -264,7 +264,20 @@ def test_experts_beside_another_backbone_are_announced(tmp_path: Path) -> None:
         found = said(load)
         assert len(found) == 1 and "2 of 2 parameters differ (fc.weight, fc.bias)" in found[0]
     assert torch.equal(model.fc.weight, same[0].fc.weight) and not torch.equal(model.fc.weight, other.fc.weight)
+    assert opt.verify().ok
     with torch.no_grad():
         model.fc.weight += 1e-3 * torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(0))
+    assert opt.verify().broken == ("fc.weight",), str(opt.verify())
     found = said(lambda: finish(model, opt, 2, "three"))
     assert len(found) == 1 and "1 of 2 parameters differ (fc.weight)" in found[0]
+
+
+@pytest.mark.parametrize("change", ["rows", "columns", "signs"])
+def test_verify_sees_a_backbone_that_keeps_sums_and_norms(change: str) -> None:
+    model, opt = make(cap=2, rank=2)
+    finish(model, opt, 0, "one")
+    assert opt.verify().ok
+    with torch.no_grad():
+        weight = model.fc.weight
+        weight.copy_({"rows": weight.roll(1, 0), "columns": weight.roll(1, 1), "signs": -weight}[change])
+    assert opt.verify().broken == ("fc.weight",) and "'fc.weight' moved by" in str(opt.verify())

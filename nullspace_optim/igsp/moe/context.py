@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from enum import Enum
 from typing import Any
 
@@ -77,6 +79,15 @@ class RoutingContext:
             self.told.add(text)
             warnings.warn(text, NullSpaceWarning, stacklevel=4)
 
+    def tell_misspelt(self, names: Sequence[str | None]) -> None:
+        """Warn once of each name that is nearly that of a finished task: it runs the plain backbone."""
+        for name in dict.fromkeys(names):
+            if name is None or name in self.tasks:
+                continue
+            near = [task for task in get_close_matches(name, self.tasks, 1, 0.85) if _letters(task) != _letters(name)]
+            if near:
+                self.tell(f"task('{name}') is no finished task and runs the plain backbone; did you mean '{near[0]}'?")
+
     def move_to(self, steps: int, first_phase: bool) -> None:
         """Set how many steps the task at work has taken, and whether it is in its first phase."""
         self.steps, self.first_phase = steps, first_phase
@@ -134,3 +145,8 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return one.shape == other.shape and bool((one == other).all())
+
+
+def _letters(name: str) -> str:
+    """Return `name` without digits: "task 1" is another task than "task 2", not a slip."""
+    return re.sub(r"\d", "", name)
