@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 import string
 import sys
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ _FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
 def write_pool(options: argparse.Namespace) -> None:
-    """Draw print into the folder `output`, with a `captions.csv` of them and of photographs of a reference pool.
+    """Draw print into the folder `output`, beside copies of photographs of a reference pool, with a `captions.csv`.
 
     Raises:
         ExperimentError: there is no such pool, a number is too small, or `output` cannot be written.
@@ -41,10 +42,14 @@ def write_pool(options: argparse.Namespace) -> None:
     if min(options.photographs, options.drawings) < 1:
         raise ExperimentError("--photographs and --drawings must be at least 1")
     pool = captioned(options.reference_root, options.photographs)
-    rows = [("file", "caption"), *((str(file.resolve()), caption) for file, caption in pool)]
-    folder, random = Path(options.output), np.random.default_rng(0)
+    if missing := [file for file, _ in pool if not file.is_file()]:
+        raise ExperimentError(f"{missing[0]} is listed in captions.csv of --reference-root, but is no file")
+    rows, folder, random = [("file", "caption")], Path(options.output), np.random.default_rng(0)
     with writing(folder / "captions.csv") as draft:
         (folder / "drawn").mkdir(parents=True, exist_ok=True)
+        for number, (file, caption) in enumerate(pool):
+            rows.append((f"drawn/photograph-{number}{file.suffix}", caption))
+            shutil.copyfile(file, folder / rows[-1][0])
         for number in range(options.drawings):
             picture, caption = draw(number, random)
             picture.save(folder / "drawn" / f"{number}.png")

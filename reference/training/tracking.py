@@ -40,7 +40,7 @@ def writing(path: Path) -> Iterator[Path]:
 def _unwritable(path: Path, error: Exception) -> str:
     return (
         f"cannot write {path} ({str(error).splitlines()[0]}); free space or choose another --output; what was "
-        "saved before is intact, go on with --resume"
+        "saved before is intact (reference.run goes on with --resume)"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -47,11 +48,26 @@ def test_a_pool_holds_photographs_and_print_with_their_captions(
     assert all(image.float().std() > 5 for caption, image in by_caption.items() if "photo" not in caption)
 
 
+def test_the_pool_may_be_moved_and_needs_the_photographs_no_more(photographs: Path, tmp_path: Path) -> None:
+    assert made(photographs, tmp_path / "pool", "--drawings", "2") == 0
+    shutil.rmtree(photographs)
+    (tmp_path / "pool").rename(tmp_path / "elsewhere")
+    settings = Config("mini", "o", "d", "m", reference_root=str(tmp_path / "elsewhere"), reference_images=7)
+    assert len(load_reference_pool(settings, size=32).captions) == 7
+
+
+def test_a_missing_photograph_is_named(photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photographs / "3.png").unlink()
+    assert made(photographs, tmp_path / "pool") == 2
+    assert "3.png is listed in captions.csv of --reference-root, but is no file" in capsys.readouterr().err
+    assert not (tmp_path / "pool").exists()
+
+
 def test_the_same_numbers_draw_the_same_pool(photographs: Path, tmp_path: Path) -> None:
     folders = [tmp_path / "once", tmp_path / "again"]
     assert [made(photographs, folder, "--drawings", "6") for folder in folders] == [0, 0]
     files = [{path.name: path.read_bytes() for path in folder.rglob("*.*")} for folder in folders]
-    assert files[0] == files[1] and len(files[0]) == 7
+    assert files[0] == files[1] and len(files[0]) == 6 + 5 + len(["captions.csv"])
 
 
 @pytest.mark.parametrize("font", drawn._LISTED["fonts"])
