@@ -5,7 +5,7 @@
 A GPT of four blocks (width 128, table tied to the head, 2,000 byte-pair tokens) is trained on the sources of Python's
 library, then fine-tuned on English of this machine (manual topics and package descriptions). Each method is followed by
 interpolation with the weights before (WiSE-FT; `blend`): perplexity on held-out files of both corpora. Nothing is
-downloaded; it needs the package `tokenizers`.
+downloaded; it needs the packages `tokenizers` and `peft` (LoRA and OSF).
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def fine_tuned(
         optimizer.step()
         rate.step()
     if way.rank:
-        model = model.merge_and_unload()  # type: ignore[operator, assignment]
+        model = model.merge_and_unload().requires_grad_()  # type: ignore[operator, union-attr]
         optimizer, _ = way.optimizer(model, steps)
     return model, interpolation(model, optimizer, before.state_dict())
 
@@ -180,6 +180,8 @@ def _distilled(model: nn.Module, before: nn.Module, batch: Tensor) -> Tensor:
 
 def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[float, float]]]]:
     """Every method's curve, mean over the seeds (of the logarithms): a table and the points."""
+    import peft  # noqa: F401  (missing, it is told now and not after minutes)
+
     old, new = tokenized()
     before = pretrained(old, options.pretraining)
     start = tuple(perplexity(before, corpus[options.split]) for corpus in (old, new))

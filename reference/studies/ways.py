@@ -54,8 +54,9 @@ class Way:
 
         torch.manual_seed(seed)
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        config: Any = peft.OSFConfig(effective_rank=self.rank, target_modules=linear)
-        if self.rank >= 1:
+        if self.rank < 1:
+            config: Any = peft.OSFConfig(effective_rank=self.rank, target_modules=linear)
+        else:
             config = peft.LoraConfig(r=int(self.rank), lora_alpha=2 * int(self.rank), target_modules=linear)
         return peft.get_peft_model(model, config).eval()  # type: ignore[arg-type]
 

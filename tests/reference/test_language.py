@@ -13,6 +13,7 @@ import torch
 from reference.benchmarks import gpu
 from reference.studies import language
 from reference.studies.language import CONTEXT, GPT, TOKENS, fine_tuned, perplexity, rows
+from reference.studies.ways import Way
 
 
 def corpus(seed: int) -> dict[str, torch.Tensor]:
@@ -27,14 +28,22 @@ def test_rows_are_windows_of_the_stream() -> None:
     assert bool((found.diff(dim=1) == 1).all()) and len(found[:, 0].unique()) > 1
 
 
-@pytest.mark.parametrize(
-    "name", ["plain, 1e-3", "distillation on old data, 5 %", "ours, Energy(0.5), and old data, 5 %"]
-)
+WAYS = {
+    **{name: language.WAYS[name] for name in ("plain, 1e-3", "distillation on old data, 5 %")},
+    "ours and old data": language.WAYS["ours, Energy(0.5), and old data, 5 %"],
+    "LoRA": Way(1e-2, rank=4),
+    "OSF": Way(1e-2, rank=0.5),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
 def test_every_way_learns_and_all_the_way_back_is_the_model_before(name: str) -> None:
+    if WAYS[name].rank and not hasattr(pytest.importorskip("peft"), "OSFConfig"):
+        pytest.skip("this peft has no OSF")
     torch.manual_seed(0)
     before, old, new = GPT(width=32, depth=1), corpus(1), corpus(2)
     kept = {key: value.clone() for key, value in before.state_dict().items()}
-    model, interpolated = fine_tuned(language.WAYS[name], before, old, new, 8, 0)
+    model, interpolated = fine_tuned(WAYS[name], before, old, new, 8, 0)
     assert all(torch.equal(value, kept[key]) for key, value in before.state_dict().items())
     after, start = perplexity(model, new["test"], 1), perplexity(before, new["test"], 1)
     assert after < 0.98 * start
@@ -51,6 +60,7 @@ def test_perplexity_of_a_model_that_knows_nothing_is_the_number_of_tokens() -> N
 
 
 def test_the_study_writes_its_table_and_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
     monkeypatch.setattr(language, "tokenized", lambda: (corpus(1), corpus(2)))
     figure = tmp_path / "curves.png"
     short = ["--methods", "Energy(0.95)", "--seeds", "0", "--steps", "2", "--pretraining", "2"]
