@@ -108,11 +108,17 @@ def measure_backbone(model: nn.Module) -> dict[str, list[float]]:
             value = parameter.detach()
             dtype = torch.float32 if value.device.type == "mps" else torch.float64
             sums = [value.sum(dtype=dtype), torch.linalg.vector_norm(value, dtype=dtype)]
-            sums += [value.sum([n for n in range(value.ndim) if n != kept], dtype=dtype) for kept in range(value.ndim)]
+            sums += [_sums_along(value, axis, dtype) for axis in range(value.ndim)]
             whole = [one.full_tensor() if hasattr(one, "full_tensor") else one for one in sums]
-            placed = sum(float(part @ _signs(part)) for part in whole[2:] if part.ndim)
+            placed = sum(float(part @ _signs(part)) for part in whole[2:])
             found[name] = [float(f"{number:.9g}") for number in (*map(float, whole[:2]), placed)]
     return found
+
+
+def _sums_along(value: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
+    """Return the sums of `value` over all other axes, a vector."""
+    others = [n for n in range(value.ndim) if n != axis]
+    return value.sum(others, dtype=dtype) if others else value.to(dtype)
 
 
 def _signs(like: Tensor) -> Tensor:

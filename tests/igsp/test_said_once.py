@@ -272,12 +272,14 @@ def test_experts_beside_another_backbone_are_announced(tmp_path: Path) -> None:
     assert len(found) == 1 and "1 of 2 parameters differ (fc.weight)" in found[0]
 
 
-@pytest.mark.parametrize("change", ["rows", "columns", "signs"])
+@pytest.mark.parametrize("change", ["rows", "columns", "signs", "bias"])
 def test_verify_sees_a_backbone_that_keeps_sums_and_norms(change: str) -> None:
     model, opt = make(cap=2, rank=2)
     finish(model, opt, 0, "one")
     assert opt.verify().ok
     with torch.no_grad():
-        weight = model.fc.weight
-        weight.copy_({"rows": weight.roll(1, 0), "columns": weight.roll(1, 1), "signs": -weight}[change])
-    assert opt.verify().broken == ("fc.weight",) and "'fc.weight' moved by" in str(opt.verify())
+        weight, bias = model.fc.weight, model.fc.bias
+        moved = {"rows": weight.roll(1, 0), "columns": weight.roll(1, 1), "signs": -weight, "bias": bias.roll(1)}
+        (bias if change == "bias" else weight).copy_(moved[change])
+    name = "fc.bias" if change == "bias" else "fc.weight"
+    assert opt.verify().broken == (name,) and f"'{name}' moved by" in str(opt.verify())
