@@ -25,7 +25,7 @@ from reference.evaluation.costs import costs, summary_of_steps
 from reference.evaluation.dense import patch_figures
 from reference.evaluation.geometry import pool_figures
 from reference.evaluation.robust import robust_accuracy
-from reference.evaluation.scoring import Board, Scorer, as_results
+from reference.evaluation.scoring import Board, Scorer
 from reference.experiment import Experiment
 from reference.methods import Method, Setting
 from reference.methods.refine import refine
@@ -220,12 +220,12 @@ class Sequence(SavedRun):
         matrix, pretrained = np.array(self.main.accuracy), self.main.pretrained
         chance = [100 / len(task.class_names) for task in self.experiment.tasks]
         known = metrics.known(pretrained, chance)
-        others = {name: as_results(self.progress.boards[name]) for name in self.scorer.names[1:]}
+        others = {name: vars(self.progress.boards[name]) for name in self.scorer.names[1:]}
         return {
             "method": self.method.name,
             "seed": self.seed,
             "tasks": [task.name for task in self.experiment.tasks],
-            **as_results(self.main),
+            **vars(self.main),
             **{name: mean.value for name, mean in metrics.summary(matrix, pretrained).items()},
             "chance": chance,
             "transfer_known": metrics.transfer_known(matrix, pretrained, chance).value,

@@ -122,7 +122,9 @@ def main(arguments: Sequence[str]) -> Outcome:
     shares = [Fraction(share) for share in options.shares.split(",")]
     progress("rates of products and copies")
     rates = measured_rates(device, options.product)
-    tables = [_rates_table((rates, H200))]
+    header = ("machine", "float32 products (GFLOP/s)", "bfloat16 products (GFLOP/s)", "memory (GB/s)")
+    known = [(r.name, *(f"{rate / 1e9:,.0f}" for rate in (r.float32, r.bfloat16, r.bandwidth))) for r in (rates, H200)]
+    tables = [Table("Rates", header, tuple(known), reading("rates"))]
     for name in options.models.split(","):
         tables.append(_model_table(name, options.blocks, shares, options.repeats, rates, device))
     return finish("reference.benchmarks.counting", arguments, device, started, tables, options.output)
@@ -187,14 +189,6 @@ def _seconds_a_step(optimizer: NullSpaceOptimizer, repeats: int, periodic: bool,
     if periodic:
         return mean(seconds(optimizer.step, device) for _ in range(EXACT_EVERY))
     return median(seconds(optimizer.step, device) for _ in range(repeats))
-
-
-def _rates_table(machines: Sequence[Rates]) -> Table:
-    rows = [
-        (r.name, f"{r.float32 / 1e9:,.0f}", f"{r.bfloat16 / 1e9:,.0f}", f"{r.bandwidth / 1e9:,.0f}") for r in machines
-    ]
-    header = ("machine", "float32 products (GFLOP/s)", "bfloat16 products (GFLOP/s)", "memory (GB/s)")
-    return Table("Rates", header, tuple(rows), reading("rates"))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ policies on scanned digits, offline: `--tables policies` (see `policies`).
 
 from __future__ import annotations
 
-import argparse
+import math
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
@@ -26,8 +27,9 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from nullspace_optim import Fate, NullSpaceOptimizer, clip_forward
 from nullspace_optim.policies import Energy, NumericalRank, Policy
+from reference.benchmarks import outcome
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
-from reference.benchmarks.policies import by_policy
+from reference.benchmarks.policies import CPU, by_policy
 from reference.benchmarks.workload import quiet
 from reference.config import Config, load_config
 from reference.data.folders import load_tasks
@@ -69,22 +71,20 @@ def main(arguments: Sequence[str]) -> Outcome:
     """Run what the command line asks for."""
     options = parse(arguments)
     started = time.perf_counter()
-    names, parts, device = options.tables.split(","), {"optimizers": by_optimizer, "thresholds": by_threshold}, "cpu"
+    names, parts, where = options.tables.split(","), {"optimizers": by_optimizer, "thresholds": by_threshold}, CPU
     made = {"policies": by_policy(options)} if "policies" in names else {}
     if set(names) - {"policies"}:
         clip = load_clip(configuration(options, 1, 0.0))
         old, new = load_tasks(configuration(options, 1, 0.0), clip.size)[:2]
         made |= {name: parts[name](options, clip, old, new) for name in names if name != "policies"}
-        device = str(clip.device)
+        where = clip.device
     tables = [made[name] for name in names]
-    where = torch.device(device)
     return finish("reference.benchmarks.drift", arguments, where, started, tables, options.output)
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> Namespace:
     """The command line."""
-    about = (__doc__ or "").split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m reference.benchmarks.drift", description=about)
+    parser = outcome.parser("drift", __doc__)
     parser.add_argument("--data-root", help="folder with one folder of images per task (not for policies)")
     parser.add_argument("--model", help="folder of an open_clip model, or <name>:<tag> (not for policies)")
     parser.add_argument("--old", default="eurosat", help="task that is consolidated")
@@ -96,8 +96,6 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="images a step")
     parser.add_argument("--images", type=int, default=512, help="images of the old task that are consolidated")
     parser.add_argument("--seeds", default="0", help="numbers separated by commas")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--output", default="", help="folder for drift.md and drift.json")
     options = parser.parse_args(arguments)
     wrong = set(options.tables.split(",")) - {"optimizers", "thresholds", "policies"}
     if wrong:
@@ -107,17 +105,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def configuration(options: argparse.Namespace, steps: int, rate: float) -> Config:
+def configuration(options: Namespace, steps: int, rate: float) -> Config:
     """The experiment's settings: both tasks, `steps` steps with warm-up and cosine, float32, no label smoothing."""
     settings = {
-        "data_root": options.data_root, "model": options.model, "device": options.device, "output": "",
+        "data_root": options.data_root, "model": options.model, "device": str(options.device), "output": "",
         "tasks": (options.old, options.new), "iterations": steps, "batch_size": options.batch, "learning_rate": rate,
         "warmup": min(10, steps // 10), "label_smoothing": 0.0, "precision": "float32",
     }  # fmt: skip
     return load_config("mini", settings)
 
 
-def by_optimizer(options: argparse.Namespace, clip: Clip, old: Task, new: Task) -> Table:
+def by_optimizer(options: Namespace, clip: Clip, old: Task, new: Task) -> Table:
     """Largest relative drift of a kept direction, per base optimizer and projection."""
     small = two_blocks(clip)
     learn = configuration(options, options.optimizer_steps // 5, 1e-3)
@@ -127,17 +125,13 @@ def by_optimizer(options: argparse.Namespace, clip: Clip, old: Task, new: Task) 
         found = [kept_drift(small.copy(), base, mode, options, old, new) for mode in PROJECTIONS]
         rows.append((name, *(f"{drift:.1e}" for drift, _ in found)))
         losses.append(f"{name}: " + " / ".join(f"{after:.2f}" for _, after in found))
+    chance = math.log(len(new.class_names))
     return Table(
         f"Relative drift of kept directions after {options.optimizer_steps} steps, by base optimizer",
         ("base optimizer", "no protection", "gradient projected before the step", "anchor correction"),
         tuple(rows),
-        f"A CLIP of two blocks a tower, trained on {old.name}, consolidated there with Energy(0.999) (images and "
-        f"prompts), then trained on {new.name}, batch {options.batch}; only 2-D weights of blocks and projections "
-        "train, so that Muon can take them all. Largest ||W U - A|| / ||A|| over all protected matrices. Training "
-        "loss on the new task at the end, in the order of the columns (chance "
-        f"{torch.tensor(len(new.class_names)).log().item():.2f}): "
-        + "; ".join(losses) + ".",
-    )  # fmt: skip
+        reading("optimizers", old=old.name, new=new.name, batch=options.batch, chance=chance, losses="; ".join(losses)),
+    )
 
 
 def two_blocks(clip: Clip) -> Clip:
@@ -160,9 +154,7 @@ def matrices(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def kept_drift(
-    clip: Clip, base: Base, mode: str, options: argparse.Namespace, old: Task, new: Task
-) -> tuple[float, float]:
+def kept_drift(clip: Clip, base: Base, mode: str, options: Namespace, old: Task, new: Task) -> tuple[float, float]:
     """Consolidate `old`, train `new`; the largest drift of a kept direction and the loss on the new task's images."""
     progress(f"drift by base optimizer: {mode}")
     optimizer: Optimizer = base(matrices(clip.model))
@@ -179,7 +171,7 @@ def kept_drift(
     return max(protected), training_loss(clip, new)
 
 
-def by_threshold(options: argparse.Namespace, clip: Clip, old: Task, new: Task) -> Table:
+def by_threshold(options: Namespace, clip: Clip, old: Task, new: Task) -> Table:
     """Output drift, accuracy and plasticity, per policy; means over the seeds."""
     config = configuration(options, options.steps, options.rate)
     before = score(clip, old, new, config)

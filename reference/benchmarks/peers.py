@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from nullspace_optim import NullSpaceOptimizer, clip_forward
-from reference.benchmarks import outcome
+from reference.benchmarks import outcome, workload
 from reference.benchmarks.outcome import Outcome, Table, finish, progress, saved_bytes
 from reference.benchmarks.step import RATE, Trainer
 from reference.benchmarks.workload import Share, build, fill, protected_at_random, quiet, random_batch, ratio, seconds
@@ -206,7 +206,7 @@ def by_rank(options: Namespace, device: torch.device) -> Table:
             progress(f"k/d {share}: preparing {name}")
             contenders[name] = METHODS[name][1](task, float(share))
         progress(f"k/d {share}: steps")
-        rows += [(str(share), *row) for row in _rows(contenders, options.repeats)]
+        rows += [(str(share), *row) for row in _rows(contenders, options.repeats, device)]
     return Table(
         f"Methods compared, {options.model}, {options.blocks} blocks a tower, MLPs only, batch {options.batch}",
         ("k/d", "method", "step with / without", "added (ms)", "preparation (s)", "held (MB)", "file (MB)"),
@@ -215,13 +215,9 @@ def by_rank(options: Namespace, device: torch.device) -> Table:
     )
 
 
-def _rows(contenders: Mapping[str, Contender], repeats: int) -> Iterator[tuple[str, ...]]:
-    found: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(repeats + 1):
-        for name, contender in contenders.items():
-            took = contender.trainer.timed_step()[0]
-            if turn:  # the first makes states and workspaces
-                found[name].append(took)
+def _rows(contenders: Mapping[str, Contender], repeats: int, device: torch.device) -> Iterator[tuple[str, ...]]:
+    steps = {name: contender.trainer.timed_step for name, contender in contenders.items()}
+    found = workload.in_turn(steps, repeats, device)
     for name, contender in contenders.items():
         if name != "plain":
             added = 1e3 * (median(found[name]) - median(found["plain"]))

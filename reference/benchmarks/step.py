@@ -50,16 +50,9 @@ class Trainer:
 
     def timed_step(self) -> tuple[float, float]:
         """Seconds of one whole training step, and of the optimizer's part of it."""
-        device = self.batch.images.device
-        workload.wait(device)
-        started = time.perf_counter()
-        self.gradients()
-        workload.wait(device)
-        middle = time.perf_counter()
-        self.optimizer.step()
-        workload.wait(device)
-        ended = time.perf_counter()
-        return ended - started, ended - middle
+        before = workload.seconds(self.gradients, self.batch.images.device)
+        last = workload.seconds(self.optimizer.step, self.batch.images.device)
+        return before + last, last
 
 
 def main(arguments: Sequence[str]) -> Outcome:
@@ -107,7 +100,17 @@ def whole_steps(settings: Namespace) -> Table:
             found[share, precision] = _compare(bare, guarded, settings.repeats, operations, precision)
         optimizer.detach()
     rows = [(str(share), precision, *cells) for (share, precision), cells in sorted(found.items())]
-    return _step_table(rows, settings, operations)
+    depth = "" if settings.blocks is None else f", {settings.blocks} blocks a tower"
+    kind = str(settings.autocast).removeprefix("torch.")
+    return Table(
+        f"Training step, {settings.model}{depth}, batch {settings.batch}, both towers, AdamW, {kind}",
+        (
+            "k/d", "precision", "with / without", "by the optimizer's part", "predicted", "step without (s)",
+            "added (s)", "drift",
+        ),
+        tuple(rows),
+        reading("steps", repeats=settings.repeats, giga=operations / 1e9),
+    )  # fmt: skip
 
 
 def _compare(bare: Trainer, guarded: Trainer, repeats: int, operations: float, precision: str) -> tuple[str, ...]:
@@ -126,20 +129,6 @@ def _compare(bare: Trainer, guarded: Trainer, repeats: int, operations: float, p
         f"{added:+.3f}",
         f"{guarded.optimizer.verify().worst:.1e}",
     )
-
-
-def _step_table(rows: Sequence[tuple[str, ...]], settings: Namespace, operations: float) -> Table:
-    depth = "" if settings.blocks is None else f", {settings.blocks} blocks a tower"
-    kind = str(settings.autocast).removeprefix("torch.")
-    return Table(
-        f"Training step, {settings.model}{depth}, batch {settings.batch}, both towers, AdamW, {kind}",
-        (
-            "k/d", "precision", "with / without", "by the optimizer's part", "predicted", "step without (s)",
-            "added (s)", "drift",
-        ),
-        tuple(rows),
-        reading("steps", repeats=settings.repeats, giga=operations / 1e9),
-    )  # fmt: skip
 
 
 def step_operations(trainer: Trainer) -> float:

@@ -158,13 +158,8 @@ def wait(device: torch.device) -> None:
 
 def in_turn(runs: Mapping[str, Run], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every run, A B A B ..., `repeats` times, after one turn that does not count."""
-    for run in runs.values():
-        run()
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            found[name].append(seconds(run, device))
-    return found
+    turns = [{name: seconds(run, device) for name, run in runs.items()} for _ in range(repeats + 1)]
+    return {name: [turn[name] for turn in turns[1:]] for name in runs}
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> float:

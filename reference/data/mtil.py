@@ -92,12 +92,12 @@ def _part(samples: Samples, part: str) -> Samples:
     return [samples[0][i] for i in chosen], [samples[1][i] for i in chosen]
 
 
-def _with_parts(name: str, **options: Any) -> Read:
-    """The reader of a data set that has the parts train and test and lists its files."""
+def _with_parts(name: str, files: str = "_image_files", train: str = "train", **options: Any) -> Read:
+    """The reader of a data set that has the parts `train` and test and lists its `files`."""
 
     def read(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
-        found = getattr(datasets, name)(root, split=part, download=download, **options)
-        return found.classes, ([str(path) for path in found._image_files], list(found._labels))
+        found = getattr(datasets, name)(root, split=train if part == "train" else part, download=download, **options)
+        return found.classes, ([str(path) for path in getattr(found, files)], list(found._labels))
 
     return read
 
@@ -133,11 +133,6 @@ def _mnist(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples
     return found.classes, (list(found.data.numpy()), found.targets.tolist())
 
 
-def _pets(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
-    found = datasets.OxfordIIITPet(root, split="trainval" if part == "train" else "test", download=download)
-    return found.classes, ([str(path) for path in found._images], list(found._labels))
-
-
 def _cars(root: str, part: str, download: bool) -> tuple[Sequence[str], Samples]:
     found = datasets.StanfordCars(root, split=part)
     return found.classes, ([path for path, _ in found._samples], [label for _, label in found._samples])
@@ -153,7 +148,8 @@ _BY_TORCHVISION = "python -m reference.data check --data-root DIR --download"
 _READERS: dict[str, Read] = {
     "aircraft": _with_parts("FGVCAircraft", annotation_level="variant"), "caltech101": _caltech, "cifar100": _cifar,
     "dtd": _with_parts("DTD", partition=1), "eurosat": _eurosat, "flowers102": _flowers,
-    "food101": _with_parts("Food101"), "mnist": _mnist, "oxford_pets": _pets, "stanford_cars": _cars, "sun397": _sun,
+    "food101": _with_parts("Food101"), "mnist": _mnist, "stanford_cars": _cars, "sun397": _sun,
+    "oxford_pets": _with_parts("OxfordIIITPet", files="_images", train="trainval"),
 }  # fmt: skip
 SOURCES = {
     name: Source(**{"where": _BY_TORCHVISION, **listed}, read=_READERS[name])

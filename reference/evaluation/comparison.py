@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import nan
 
 import numpy as np
 
@@ -25,25 +26,21 @@ ACCURACY: dict[str, Callable[[Results], float | None]] = {
     "forgetting": partial(whole, figure="forgetting"),
     "learned": partial(whole, figure="diagonal_gain"),
 }
-REST: dict[str, Callable[[Results], float | None]] = {
-    "image → text @1": partial(_of_pool, figure="image_to_text_at_1"),
-    "text → image @1": partial(_of_pool, figure="text_to_image_at_1"),
-    "modality gap": partial(_of_pool, figure="modality_gap"),
-    "positive cosine": partial(gap, figure="positive_cosine"),
-    "negative cosine": partial(gap, figure="negative_cosine"),
-    "gap on tasks": partial(gap, figure="modality_gap"),
-    "robust, share kept": robust_share,
-    "patch grouping": lambda run: run.get("dense", {}).get("after", {}).get("grouping"),
-    "trained parameters [M]": lambda run: (
-        max(run["trained_parameters"]) / 1e6 if run.get("trained_parameters") else None
-    ),
-    "s / iteration": lambda run: run.get("seconds_per_iteration"),
-    "s / 1,000 images consolidated": lambda run: run.get("consolidation_seconds_per_1000_images"),
-    "seconds": lambda run: run["seconds"],
-    "memory [MiB]": memory,
+REST: dict[str, tuple[Callable[[Results], float | None], int]] = {  # with the number of decimals
+    "image → text @1": (partial(_of_pool, figure="image_to_text_at_1"), 1),
+    "text → image @1": (partial(_of_pool, figure="text_to_image_at_1"), 1),
+    "modality gap": (partial(_of_pool, figure="modality_gap"), 3),
+    "positive cosine": (partial(gap, figure="positive_cosine"), 3),
+    "negative cosine": (partial(gap, figure="negative_cosine"), 3),
+    "gap on tasks": (partial(gap, figure="modality_gap"), 3),
+    "robust, share kept": (robust_share, 3),
+    "patch grouping": (lambda run: run.get("dense", {}).get("after", {}).get("grouping"), 3),
+    "trained parameters [M]": (lambda run: max(run.get("trained_parameters") or [nan]) / 1e6, 1),
+    "s / iteration": (lambda run: run.get("seconds_per_iteration"), 4),
+    "s / 1,000 images consolidated": (lambda run: run.get("consolidation_seconds_per_1000_images"), 1),
+    "seconds": (lambda run: run["seconds"], 0),
+    "memory [MiB]": (memory, 0),
 }
-DIGITS = {name: 3 if "cosine" in name or "gap" in name or "share" in name or "grouping" in name else 1 for name in REST}
-DIGITS |= {"seconds": 0, "memory [MiB]": 0, "s / iteration": 4}
 
 
 def by_method(runs: Sequence[Results]) -> dict[str, list[Results]]:
@@ -59,7 +56,7 @@ def tables(runs: Sequence[Results]) -> tuple[list[list[str]], list[list[str]]]:
     for name, group in by_method(runs).items():
         cells = [spread([read(run) for run in group]) for read in ACCURACY.values()]
         accuracy.append([name, str(len(group)), *cells])
-        rest.append([name, *(spread([read(run) for run in group], DIGITS[column]) for column, read in REST.items())])
+        rest.append([name, *(spread([read(run) for run in group], digits) for read, digits in REST.values())])
     return accuracy, rest
 
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-Results = dict[str, Any]
+from reference.evaluation.tables import Results
 
 STYLES = [{"color": f"C{n}", "linestyle": line} for line in ("-", "--", ":") for n in range(10)]
 

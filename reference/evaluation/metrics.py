@@ -39,10 +39,7 @@ def transfer(accuracy: Matrix) -> Mean:
     `Transfer_i = 1/i sum_{j<i} a[j, i]`, then the mean of the T-1 column means (not the mean over the triangle). Task 0
     has no such cell and does not enter.
     """
-    tasks = len(accuracy)
-    columns = [_mean(accuracy[:i, i]) for i in range(1, tasks)]
-    measured = sum(column.measured for column in columns)
-    return Mean(_mean(np.array([c.value for c in columns])).value, measured, tasks * (tasks - 1) // 2)
+    return _above(accuracy, range(1, len(accuracy)))
 
 
 def average(accuracy: Matrix) -> Mean:
@@ -77,10 +74,7 @@ def preserve(accuracy: Matrix) -> Mean:
 
 def transfer_known(accuracy: Matrix, pretrained: Sequence[float], chance: Sequence[float]) -> Mean:
     """`transfer` over the columns i >= 1 of tasks that the pretrained model knew: at least three times chance."""
-    columns = [i for i in known(pretrained, chance) if i > 0]
-    means = [_mean(accuracy[:i, i]) for i in columns]
-    measured = sum(mean.measured for mean in means)
-    return Mean(_mean(np.array([mean.value for mean in means])).value, measured, sum(columns))
+    return _above(accuracy, [i for i in known(pretrained, chance) if i > 0])
 
 
 def known(pretrained: Sequence[float], chance: Sequence[float]) -> list[int]:
@@ -103,6 +97,12 @@ def summary(accuracy: Matrix, pretrained: Sequence[float]) -> dict[str, Mean]:
         raise ValueError(f"accuracy must be [T, T] and pretrained [T]; found {accuracy.shape} and {len(pretrained)}")
     figures = {f.__name__: f(accuracy) for f in (transfer, average, last, preserve, forgetting, backward_transfer)}
     return {**figures, "diagonal_gain": diagonal_gain(accuracy, pretrained)}
+
+
+def _above(accuracy: Matrix, columns: Sequence[int]) -> Mean:
+    """Mean of the means of `columns` above the diagonal."""
+    means = [_mean(accuracy[:i, i]) for i in columns]
+    return Mean(_mean(np.array([m.value for m in means])).value, sum(m.measured for m in means), sum(columns))
 
 
 def _mean(cells: Matrix) -> Mean:

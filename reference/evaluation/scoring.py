@@ -10,7 +10,7 @@ import base64
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -108,8 +108,3 @@ class Scorer:
         """Number of prompt templates of a class; `gnsp`: one for tasks before the one just trained, else all."""
         single = rule == "first" or (rule == "gnsp" and number is not None and i < number)
         return 1 if single else len(task.templates)
-
-
-def as_results(board: Board) -> dict[str, Any]:
-    """The board as results keep it."""
-    return {"accuracy": board.accuracy, "pretrained": board.pretrained, "right": board.right, "gaps": board.gaps}

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from reference.config import Config
@@ -22,7 +22,7 @@ from reference.data.folders import ReferencePool
 from reference.data.tasks import Task
 from reference.errors import ExperimentError
 from reference.training.clip import Clip, classification_loss
-from reference.training.steps import Batch, Schedule, set_rate, uniform
+from reference.training.steps import Batch, Schedule, crop, set_rate, uniform
 
 LAYERS = {
     "all": re.compile(".*"),
@@ -95,6 +95,12 @@ class Method:
         """Cross entropy over the classes of the task, label smoothing as in ZSCL; scalar."""
         smoothing = self.config.label_smoothing
         return classification_loss(self.clip.model, batch.images, batch.labels, batch.tokens, smoothing)
+
+    def loss_on(self, task: Task, index: Tensor, draw: Generator) -> Tensor:
+        """The same loss on the training images `index` `[n]` of `task`, cropped by `draw`."""
+        images, tokens = self.clip.normalised(crop(task.train.images[index], draw)), self.clip.tokens(task.prompts())
+        smoothing = self.config.label_smoothing
+        return classification_loss(self.clip.model, images, task.train.labels[index], tokens, smoothing)
 
     def after_step(self, batch: Batch) -> None:
         """Act after the optimizer's step."""

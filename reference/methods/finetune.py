@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from reference.methods.base import Method, Setting
-from reference.training.clip import classification_loss
-from reference.training.steps import Batch, Schedule, crop, seeded, uniform
+from reference.training.steps import Batch, Schedule, seeded, uniform
 
 
 class ZeroShot(Method):
@@ -101,8 +100,4 @@ class Joint(Method):
         draw = seeded(self.setting.seed, batch.task, batch.step, 1)
         task = self.setting.tasks[int(torch.randint(len(self.setting.tasks), (1,), generator=draw))]
         index = torch.randint(len(task.train), (self.config.batch_size,), generator=draw)
-        images = self.clip.normalised(crop(task.train.images[index], draw))
-        tokens = self.clip.tokens(task.prompts())
-        return classification_loss(
-            self.clip.model, images, task.train.labels[index], tokens, self.config.label_smoothing
-        )
+        return self.loss_on(task, index, draw)

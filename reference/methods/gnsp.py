@@ -25,7 +25,7 @@ from reference.data.tasks import Split
 from reference.errors import ExperimentError
 from reference.methods.base import LAYERS, Method, Setting
 from reference.methods.distillation import GuidedLoss, ReferenceBatches
-from reference.methods.nullspace import NullSpace, Project
+from reference.methods.nullspace import NullSpace
 from reference.training.steps import Schedule, crop, seeded, uniform
 
 GRAM_BATCH = 16
@@ -56,6 +56,7 @@ class Gnsp(NullSpace):
 
     name = "gnsp"
     needs_reference = True
+    project = "gradient"
     losses: ClassVar[bool] = True
     protects: ClassVar[bool] = True
 
@@ -73,17 +74,11 @@ class Gnsp(NullSpace):
         """Cross entropy and, unless the child leaves them out, the losses on the pool."""
         return GuidedLoss(self.setting, ReferenceBatches(self.setting) if self.losses else None)
 
-    @property
-    def project(self) -> Project:
-        """The gradient alone, as published."""
-        return "gradient"
-
     def make_optimizer(self) -> Optimizer:
         """AdamW behind the projection; all tokens count."""
         rule = TailEnergy if self.config.gnsp_gram == "batch-frobenius" else CountedTail
-        base = Method.make_optimizer(self)
-        model = self.clip.model
-        return NullSpaceOptimizer(base, model, policy=rule(self.config.gnsp_rho), project=self.project, rows="all")
+        base, model, project = Method.make_optimizer(self), self.clip.model, self.project or self.config.project
+        return NullSpaceOptimizer(base, model, policy=rule(self.config.gnsp_rho), project=project, rows="all")
 
     def schedule(self, number: int) -> Schedule:
         """The common schedule, or with `schedule=gnsp` the one that was tuned for this task in this order."""
@@ -145,11 +140,7 @@ class GnspExact(Gnsp):
     """The same recipe with the anchor correction after AdamW: kept directions do not move."""
 
     name = "gnsp-exact"
-
-    @property
-    def project(self) -> Project:
-        """The update, and the gradient as well if the settings say so."""
-        return self.config.project
+    project = None
 
 
 class LossesOnly(Gnsp):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class NullSpace(Method):
     """Ours: after each AdamW step the weights are corrected; kept directions of earlier tasks do not move."""
 
     name = "nullspace"
+    project: ClassVar[Project | None] = None  # as the settings say
     optimizer: NullSpaceOptimizer
 
     def __init__(self, setting: Setting) -> None:
@@ -34,11 +35,6 @@ class NullSpace(Method):
         return GuidedLoss(self.setting, ReferenceBatches(self.setting)) if self.config.pool_losses else None
 
     @property
-    def project(self) -> Project:
-        """Projection of the update, or of the gradient as well."""
-        return self.config.project
-
-    @property
     def policy(self) -> Policy:
         """Rule of protection: fully, or each direction by its importance."""
         energy, alpha = self.config.energy, self.config.sgp_alpha
@@ -47,7 +43,8 @@ class NullSpace(Method):
     def make_optimizer(self) -> Optimizer:
         """AdamW under protection."""
         base = super().make_optimizer()
-        return NullSpaceOptimizer(base, self.clip.model, policy=self.policy, project=self.project)
+        project = self.project or self.config.project
+        return NullSpaceOptimizer(base, self.clip.model, policy=self.policy, project=project)
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy, and the losses on the pool where the settings ask for them."""
@@ -117,11 +114,7 @@ class Gradient(NullSpace):
     """As published by the gradient-projection family (GPM, GNSP): the gradient is projected, then AdamW steps."""
 
     name = "gradient"
-
-    @property
-    def project(self) -> Project:
-        """The gradient alone."""
-        return "gradient"
+    project = "gradient"
 
 
 class GradientReference(Gradient):

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reference.methods.base import Method, Setting
-from reference.training.clip import class_logits, classification_loss
-from reference.training.steps import Batch, attention, crop, precision, seeded
+from reference.training.clip import class_logits
+from reference.training.steps import Batch, attention, precision, seeded
 
 FISHER_BATCH = 8
 
@@ -23,10 +23,6 @@ class Replay(Method):
     """
 
     name = "replay"
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self._tokens: dict[int, Tensor] = {}
 
     def stored(self, task: int, number: int) -> Tensor:
         """Numbers of the images of `task` that are kept while task `number` is trained; later ones keep fewer."""
@@ -44,12 +40,7 @@ class Replay(Method):
         old = int(torch.randint(batch.task, (1,), generator=draw))
         kept, task = self.stored(old, batch.task), self.setting.tasks[old]
         index = kept[torch.randint(len(kept), (self.config.batch_size,), generator=draw)]
-        images = self.clip.normalised(crop(task.train.images[index], draw))
-        if old not in self._tokens:
-            self._tokens[old] = self.clip.tokens(task.prompts())
-        return loss + classification_loss(
-            self.clip.model, images, task.train.labels[index], self._tokens[old], self.config.label_smoothing
-        )
+        return loss + self.loss_on(task, index, draw)
 
     def facts(self) -> dict[str, Any]:
         """Bytes of images that were kept in the end."""

@@ -139,20 +139,19 @@ class Patience:
 
 
 @torch.no_grad()
+def outputs(model: nn.Module, data: Labelled, batch: int, task: int) -> list[tuple[Tensor, Tensor]]:
+    """Logits and labels of all images, in batches of `batch` in their order."""
+    model.eval()
+    return [(model(images, task), labels) for images, labels in zip(*(part.split(batch) for part in data))]
+
+
 def loss_on(model: nn.Module, data: Labelled, batch: int, task: int) -> float:
-    """Mean cross entropy over all images, in batches of `batch` in their order."""
-    model.eval()
-    total = 0.0
-    for images, labels in zip(*(part.split(batch) for part in data)):
-        total += float(functional.cross_entropy(model(images, task), labels, reduction="sum"))
-    return total / len(data[1])
+    """Mean cross entropy over all images."""
+    found = outputs(model, data, batch, task)
+    return sum(float(functional.cross_entropy(*pair, reduction="sum")) for pair in found) / len(data[1])
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, data: Labelled, batch: int, task: int) -> float:
-    """Share of right answers in percent, in batches of `batch` in their order."""
-    model.eval()
-    right = 0
-    for images, labels in zip(*(part.split(batch) for part in data)):
-        right += int((model(images, task).argmax(1) == labels).sum())
+    """Share of right answers in percent."""
+    right = sum(int((logits.argmax(1) == labels).sum()) for logits, labels in outputs(model, data, batch, task))
     return 100 * right / len(data[1])

@@ -12,11 +12,10 @@ from reference.evaluation import metrics
 from reference.evaluation.bootstrap import compare
 from reference.evaluation.figures import finish_panels, task_panels
 from reference.evaluation.report import files_below, load_runs
-from reference.evaluation.tables import markdown_table, memory, reading, spread
+from reference.evaluation.tables import Results, markdown_table, memory, reading, spread
 from reference.methods.adapters import TASK_UNKNOWN
 from reference.training.tracking import write_text
 
-Results = dict[str, Any]
 Rows = Mapping[str, list[Results]]
 FIGURES = ("transfer", "average", "last")
 CLAIMS = {"trainable_mean": 42.7, "final_with_routers": 86.9}

@@ -201,16 +201,8 @@ def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[flo
         ]
     header = ("method", *(f"{share:g} of the way back" if share else "as trained" for share in SHARES))
     lines = [(name, *(f"{a:.1f} / {b:.0f}" for a, b in found)) for name, found in points.items()]
-    note = reading(
-        "language",
-        python=start[0],
-        english=start[1],
-        steps=options.steps,
-        rows=ROWS,
-        context=CONTEXT,
-        seeds=len(seeds),
-        split=options.split,
-    )
+    about = {**vars(options), "seeds": len(seeds), "python": start[0], "english": start[1]}
+    note = reading("language", **about, rows=ROWS, context=CONTEXT)
     return Table("Perplexity on Python / on English", header, tuple(lines), note), points
 
 

@@ -120,21 +120,11 @@ def study(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         with quiet():
             runs = [finished(folder, {**about, "seed": n}, partial(make, made, split, options.steps, n)) for n in seeds]
         lines.append(row_of(name, way, runs))
-        points[name] = [
-            tuple(mean(whole(run, axis) or 0.0 for run in runs) for axis in ("forgetting", "diagonal_gain"))
-        ]
+        ends = (mean(whole(run, axis) or 0.0 for run in runs) for axis in ("forgetting", "diagonal_gain"))
+        points[name] = [tuple(ends)]
     back = [f"Last, {share:g} back" for share in SHARES]
     header = ("method", "Transfer", "Average", "Last", "learned", "forgotten", *back, "s a step", "MB", "needs later")
-    note = reading(
-        "text",
-        tasks=len(bed.tasks),
-        split=split,
-        steps=options.steps,
-        batch=BATCH,
-        tokens=TOKENS,
-        seeds=options.seeds,
-        kept=KEPT_PAIRS,
-    )
+    note = reading("text", **{**same, "tasks": len(bed.tasks)}, seeds=options.seeds, kept=KEPT_PAIRS)
     table = Table("A sentence encoder on one retrieval task after another", header, tuple(lines), note)
     if options.figure:
         draw(points, ("forgotten at the end", "learned: right after training"), options.figure)

@@ -198,13 +198,16 @@ def test_soft_weights_and_large_ones_stay_alone() -> None:
     assert stacked(optimizer) == 0
 
 
-def test_the_number_of_products_does_not_grow_with_depth() -> None:
+@pytest.mark.parametrize(("project", "products"), [("update", 2), ("both", 4)])
+def test_layers_of_one_shape_take_two_products_a_projection(project: str, products: int) -> None:
     def calls(layers: int) -> int:
         torch.manual_seed(0)
         model = Deep(layers, bias=False)
-        optimizer = run(model, 4, SGD, steps=2)
+        optimizer = run(model, 4, SGD, steps=2, project=project)
+        optimizer.zero_grad()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            (model(NEW) - 1).square().mean().backward()  # whose own products are `mm`
             optimizer.step()
         return sum(event.count for event in profile.key_averages() if "bmm" in event.key)
 
-    assert calls(6) == calls(24) > 0
+    assert calls(6) == calls(24) == products

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PARSED = ("run", "evaluation.report", "data.__main__", "data.drawn", "published.__main__")
 PARSED += ("studies.run", "studies.language", "studies.text")
-PARSED += tuple(f"benchmarks.{name}" for name in ("consolidate", "counting", "drift", "gpu", "peers", "step"))
+PARSED += tuple(f"benchmarks.{name}" for name in ("consolidate", "counting", "drift", "fused", "gpu", "peers", "step"))
 LEFT_OUT = {"studies.run": "--output o"}
 
 
