@@ -42,8 +42,7 @@ def causal_model(toy: bool, device: torch.device) -> nn.Module:
         size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=200 if toy else 32000, max_position_embeddings=512, **size)
     with torch.device(device):
-        model: nn.Module = LlamaForCausalLM(config)
-    return model
+        return LlamaForCausalLM(config)
 
 
 def language(toy: bool, device: torch.device) -> Table:

@@ -64,8 +64,7 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor, task: str) -> Tensor:
         """Logits `[n, 5]` of one task."""
-        logits: Tensor = self.heads[task](self.shared(images))
-        return logits
+        return self.heads[task](self.shared(images))
 
 
 @dataclass(frozen=True)
@@ -216,8 +215,7 @@ def step_cost(model: nn.Module, optimizer: Optimizer, task: Digits) -> float:
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor, task: str) -> Tensor:
     """Logits `[n, 5]`."""
-    logits: Tensor = model(images, task)
-    return logits
+    return model(images, task)
 
 
 def right(model: nn.Module, task: Digits) -> float:

@@ -79,8 +79,7 @@ def build(name: str, blocks: int | None, device: torch.device) -> nn.Module:
     if blocks is not None:
         for tower in (model.visual.transformer, model.transformer):
             tower.resblocks = tower.resblocks[:blocks]
-    built: nn.Module = model.float().to(device).train()
-    return built
+    return model.float().to(device).train()
 
 
 def random_batch(model: Any, size: int, device: torch.device, seed: int = 0) -> Batch:

@@ -155,8 +155,7 @@ def _colour(label: str, random: Generator, pretraining: bool) -> Pixels:
     if pretraining:
         return patch
     light = np.linspace(random.uniform(0.3, 1), random.uniform(0.3, 1), SIZE)[:, None, None]
-    speckled: Pixels = patch * light + random.normal(0, 0.25, (SIZE, SIZE, 1))
-    return speckled
+    return patch * light + random.normal(0, 0.25, (SIZE, SIZE, 1))
 
 
 def _texture(label: str, random: Generator, pretraining: bool) -> Pixels:
@@ -171,8 +170,7 @@ def _texture(label: str, random: Generator, pretraining: bool) -> Pixels:
         "grainy": random.normal(0, 0.7, (SIZE, SIZE)),
     }  # fmt: skip
     tint = np.ones(3) if pretraining else random.uniform(0.2, 1, 3)
-    pixels: Pixels = 0.5 + 0.45 * waves[label][:, :, None] * tint
-    return pixels
+    return 0.5 + 0.45 * waves[label][:, :, None] * tint
 
 
 def _photograph(label: str, random: Generator, pretraining: bool) -> Pixels:

@@ -56,5 +56,4 @@ def decode(source: Any, size: int) -> Tensor:
             f"image {source} is missing or cannot be decoded ({error}); replace or delete it"
         ) from error
     rgb = transforms.resize(rgb, [size], interpolation=transforms.InterpolationMode.BICUBIC)
-    decoded: Tensor = transforms.pil_to_tensor(transforms.center_crop(rgb, [size, size]))
-    return decoded
+    return transforms.pil_to_tensor(transforms.center_crop(rgb, [size, size]))

@@ -118,8 +118,7 @@ class Selector:
             self.centres["encode_text"].add(self._features("encode_text", tokens))
 
     def _features(self, tower: str, inputs: Tensor) -> Tensor:
-        features: Tensor = getattr(self.clip.model, tower)(inputs, normalize=True).float()
-        return features
+        return getattr(self.clip.model, tower)(inputs, normalize=True).float()
 
     @contextmanager
     def using(self, task: int | Tensor) -> Iterator[None]:

@@ -50,8 +50,7 @@ class ReferenceBatches:
 
     def student_texts(self, index: Tensor) -> Tensor:
         """The trained model's unit features of those images' captions, `[n, e]`, with gradient."""
-        features: Tensor = self.clip.model.encode_text(self.tokens[self.kind[index]], normalize=True)  # type: ignore[operator]
-        return features
+        return self.clip.model.encode_text(self.tokens[self.kind[index]], normalize=True)  # type: ignore[operator]
 
     def teacher(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The pretrained model's unit features of images and captions, `[n, e]` each."""

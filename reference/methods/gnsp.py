@@ -129,8 +129,7 @@ class Gnsp(NullSpace):
         loader = [self.clip.normalised(part) for part in torch.split(cropped, GRAM_BATCH)]
 
         def forward(images: Tensor) -> Tensor:
-            features: Tensor = self.clip.model.encode_image(images, normalize=True)  # type: ignore[operator]
-            return features
+            return self.clip.model.encode_image(images, normalize=True)  # type: ignore[operator]
 
         report = self.optimizer.consolidate(loader, name=name, forward=forward, progress=False)
         return {"report": str(report), "images": len(split)}

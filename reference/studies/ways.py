@@ -53,11 +53,9 @@ class Way:
         import peft
 
         torch.manual_seed(seed)
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        if self.rank < 1:
-            config: Any = peft.OSFConfig(effective_rank=self.rank, target_modules=linear)
-        else:
-            config = peft.LoraConfig(r=int(self.rank), lora_alpha=2 * int(self.rank), target_modules=linear)
+        r = self.rank
+        config: Any = peft.LoraConfig(r=int(r), lora_alpha=int(2 * r)) if r >= 1 else peft.OSFConfig(effective_rank=r)
+        config.target_modules = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         return peft.get_peft_model(model, config).eval()  # type: ignore[arg-type]
 
     def old_rows(self, batch: int, generator: torch.Generator) -> int:

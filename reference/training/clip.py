@@ -58,8 +58,7 @@ def class_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
     """CLIP as a classifier: `exp(logit_scale) * image_features @ text_features.T`, `[n, classes]`."""
     image_features = model.encode_image(images, normalize=True)  # type: ignore[operator]
     text_features = model.encode_text(tokens, normalize=True)  # type: ignore[operator]
-    logits: Tensor = model.logit_scale.exp() * image_features @ text_features.T  # type: ignore[operator]
-    return logits
+    return model.logit_scale.exp() * image_features @ text_features.T  # type: ignore[operator]
 
 
 def give_attention_its_layout(model: nn.Module) -> None:

@@ -38,10 +38,8 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def _unwritable(path: Path, error: Exception) -> str:
-    return (
-        f"cannot write {path} ({str(error).splitlines()[0]}); free space or choose another --output; what was "
-        "saved before is intact (reference.run goes on with --resume)"
-    )
+    told = str(error).splitlines()[0]
+    return f"cannot write {path} ({told}); free space or choose another --output; what was saved before is intact"
 
 
 class Log:
