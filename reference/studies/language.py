@@ -36,7 +36,8 @@ from reference.studies.ways import Way, chosen, draw, interpolation, listed, par
 
 CONTEXT, TOKENS, ROWS = 96, 2000, 16
 SHARES = (0.0, 0.2, 0.4, 0.6)
-SHOWN = ("plain, 2e-3", "plain, 1e-3", "old data, 5 %, 2e-3", "ours, Energy(0.99), the default", "ours, Energy(0.5)")
+OURS = ("ours, Energy(0.99), the default", "ours, Energy(0.5)", "ours, Energy(0.5), 4e-3")
+SHOWN = ("plain, 2e-3", "old data, 2 %, 2e-3", "old data, 10 %, 2e-3", "LoRA, r=8", "OSF, half kept", *OURS)
 SPLITS = {"training": (0.0, 0.85), "validation": (0.85, 0.925), "test": (0.925, 1.0)}
 
 Corpus = dict[str, Tensor]  # token numbers of each split
