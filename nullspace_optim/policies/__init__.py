@@ -20,6 +20,7 @@ from .split_lora import SplitLoRA
 from .tail_energy import TailEnergy
 from .trgp import TRGP
 from .vpt_nsp import VPTNSP
+from .weight_bands import WeightBands
 
 __all__ = [
     "CGP",
@@ -41,4 +42,5 @@ __all__ = [
     "Spectrum",
     "SplitLoRA",
     "TailEnergy",
+    "WeightBands",
 ]

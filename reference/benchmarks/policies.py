@@ -17,13 +17,15 @@ from statistics import mean
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+import yaml
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from nullspace_optim import OSF, SGP, Energy, NullSpaceOptimizer, NumericalRank, Policy, TailEnergy
+import nullspace_optim
+from nullspace_optim import NullSpaceOptimizer, Policy
 from nullspace_optim.methods import consolidate_classes
-from nullspace_optim.policies import CGP, CODECL, OWM, PEGP, TRGP, VPTNSP, EigenvalueRatio, InfLoRA, KeepLoRA, SplitLoRA
+from nullspace_optim.policies import CGP
 from reference.benchmarks.outcome import Table, progress
 from reference.benchmarks.workload import in_turn, quiet, ratio
 from reference.evaluation.tables import reading
@@ -34,23 +36,8 @@ WARM_UP = 300
 BATCH = 64
 TIMED = 20
 POLICIES: dict[str, Policy | None] = {
-    "unprotected": None,
-    "Energy (GPM)": Energy(0.97),
-    "Energy, 0.999": Energy(0.999),
-    "TailEnergy (GNSP)": TailEnergy(),
-    "EigenvalueRatio (Adam-NSCL)": EigenvalueRatio(),
-    "NumericalRank": NumericalRank(),
-    "SGP": SGP(),
-    "TRGP, no scaling": TRGP(),
-    "CODE-CL, no scaling": CODECL(),
-    "OWM": OWM(),
-    "OSF": OSF(),
-    "SplitLoRA, as full weights": SplitLoRA(),
-    "InfLoRA, as full weights": InfLoRA(),
-    "KeepLoRA, as full weights": KeepLoRA(),
-    "CGP": CGP(),
-    "PEGP's threshold": PEGP(),
-    "VPT-NSP's rule, one side": VPTNSP(),
+    name: getattr(nullspace_optim.policies, rule)(*arguments) if rule else None
+    for name, (rule, *arguments) in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8")).items()
 }
 
 

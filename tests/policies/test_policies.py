@@ -38,11 +38,12 @@ from nullspace_optim.policies import (
     Spectrum,
     SplitLoRA,
     TailEnergy,
+    WeightBands,
 )
 from nullspace_optim.subspace.linalg import principal_angles
 
 ALL = (Energy(), TailEnergy(), EigenvalueRatio(), FixedRank(5), NumericalRank(), RankBudget(), SGP(), TRGP())
-ALL += (CODECL(), OWM(), SplitLoRA(), VPTNSP(), CGP(), PEGP(), InfLoRA(), KeepLoRA())
+ALL += (CODECL(), OWM(), SplitLoRA(), VPTNSP(), CGP(), PEGP(), InfLoRA(), KeepLoRA(), WeightBands())
 ABSOLUTE = (CODECL, OWM)
 POLICIES = pytest.mark.parametrize("policy", ALL, ids=lambda policy: type(policy).__name__)
 
@@ -363,7 +364,7 @@ def test_osf_keeps_both_sides_of_weights_it_has_no_data_for():
 
 DRIFT = (
     Energy(0.99), TailEnergy(), EigenvalueRatio(), FixedRank(5), NumericalRank(), RankBudget(0.4), SGP(), TRGP(),
-    CODECL(aperture=2.0), OWM(), OSF(), SplitLoRA(), InfLoRA(), KeepLoRA(), VPTNSP(), PEGP(), CGP(),
+    CODECL(aperture=2.0), OWM(), OSF(), WeightBands(), SplitLoRA(), InfLoRA(), KeepLoRA(), VPTNSP(), PEGP(), CGP(),
 )  # fmt: skip
 
 
