@@ -26,6 +26,7 @@ class WeightBands(Policy):
     HDSD (2026) bounds updates by a scale for each part of the spectrum of CLIP's parameters; only its abstract can be
     read (no formula, no constants, no code), so bands, scales and the two-sided form are ours, and its light module and
     fusion are left out. A step lets the share `1 - scale` through in a band, exactly; nothing is promised for outputs.
+    FSDP2 is refused, since soft sides of a weight may not cross ranks; replicas (DDP) are not.
     """
 
     bands: tuple[float, ...] = (0.5, 0.3, 0.2)

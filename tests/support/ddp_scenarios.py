@@ -43,7 +43,7 @@ from nullspace_optim import (
 )
 from nullspace_optim.errors import CaptureError, OptionError
 from nullspace_optim.methods import consolidate_classes, declare_rows
-from nullspace_optim.policies import CGP, CODECL, OWM, TRGP, VPTNSP, EigenvalueRatio, RankBudget, WeightBands
+from nullspace_optim.policies import CGP, CODECL, OWM, TRGP, VPTNSP, EigenvalueRatio, RankBudget
 
 POLICIES = {
     "energy": Energy(0.9),
@@ -54,7 +54,6 @@ POLICIES = {
 }
 # kept by part, or on both sides
 SOFT_OR_TWO_SIDED = {"sgp": SGP(0.9), "code-cl": CODECL(), "owm": OWM(), "vpt-nsp": VPTNSP(0.9), "osf": OSF(0.4)}
-SOFT_OR_TWO_SIDED |= {"bands": WeightBands()}
 
 
 def everyone(value: Any) -> list[Any]:
