@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -104,8 +105,10 @@ def measure_backbone(model: nn.Module) -> dict[str, list[float]]:
     """
     found = {}
     for name, parameter in named_parameters(model).items():
-        if parameter.is_floating_point() and not name.startswith(f"{CHILD}."):
+        if (parameter.is_floating_point() or parameter.is_complex()) and not name.startswith(f"{CHILD}."):
             value = parameter.detach()
+            value = torch.view_as_real(value) if value.is_complex() else value
+            value = value.float() if value.itemsize == 1 else value  # float8 has no sums
             dtype = torch.float32 if value.device.type == "mps" else torch.float64
             sums = [value.sum(dtype=dtype), torch.linalg.vector_norm(value, dtype=dtype)]
             sums += [_sums_along(value, axis, dtype) for axis in range(value.ndim)]
@@ -129,15 +132,26 @@ def _signs(like: Tensor) -> Tensor:
 def backbone_drifts(model: nn.Module, before: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
     """Return the relative change of parameters that are not those `before` (`measure_backbone`), and its limit.
 
-    Rounding to half precision is no change.
+    Rounding to half precision is no change, nor are numbers that were not finite before.
     """
-    now, dtypes, found = measure_backbone(model), {n: p.dtype for n, p in named_parameters(model).items()}, {}
+    now, held, found = measure_backbone(model), named_parameters(model), {}
     for name in filter(before.__contains__, now) if before else ():
-        moved, size = max(abs(a - b) for a, b in zip(now[name], before[name])), before[name][1]
-        limit = max(1e-4, 4 * torch.finfo(dtypes[name]).eps)
-        if not moved <= limit * size:
+        pairs = [(a, b) for a, b in zip(now[name], before[name]) if a == a or b == b]
+        moved = max((abs(a - b) for a, b in pairs if a != b), default=0.0)
+        size, limit = _size_and_limit(held[name], *before[name][:2])
+        if not (isfinite(moved) and moved <= limit * size):
             found[name] = (moved / size if size else float("inf")), limit
     return found
+
+
+def _size_and_limit(parameter: Tensor, total: float, norm: float) -> tuple[float, float]:
+    """Return the size of a parameter, whose sum was `total`, and the share of it by which measures may move."""
+    rounds = torch.finfo(parameter.dtype)
+    if rounds.eps < 1e-4:
+        return norm, 1e-4
+    if norm < parameter.numel() ** 0.5 * rounds.tiny:  # numbers round to multiples of eps * tiny
+        return parameter.numel() * rounds.tiny, 4 * rounds.eps
+    return max(norm, abs(total)), 4 * rounds.eps  # equal numbers all round to the same side
 
 
 def changed_backbone(model: nn.Module, before: Mapping[str, Sequence[float]]) -> str:

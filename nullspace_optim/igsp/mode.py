@@ -346,6 +346,10 @@ class IgspMode:
         """Return the relative change of parameters of the backbone that moved since the first task, and its limit."""
         return backbone_drifts(self.host.owner(), self.progress.backbone)
 
+    def reanchor(self) -> None:
+        """Take the present backbone for that of the finished tasks."""
+        self.progress.backbone = self.progress.backbone and measure_backbone(self.host.owner())
+
     def status(self) -> PhaseStatus:
         """Return phase, step and reason."""
         scope, trained = self.experts.scope, self.progress.trained

@@ -115,6 +115,8 @@ def restore_state(bank: ExpertBank, options: IGSP, progress: Progress, extension
         plan = Plan(*(int(n) for n in record.get("plan", options.plan(None))))
         trained, reason = TrainableCount(counts[0], counts[1], taken[0], taken[1]), str(record["reason"])
         backbone = {str(name): [float(one) for one in sums] for name, sums in record.get("backbone", {}).items()}
+        if any(len(sums) < 2 for sums in backbone.values()):
+            raise ValueError("the backbone's parameters lack their sum or norm")
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
         raise BasisFileError(f"{SOURCE} are damaged or foreign ({error!r})") from error
     for layer, contents in zip(bank.layers, prepared):

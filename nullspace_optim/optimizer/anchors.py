@@ -46,6 +46,8 @@ def accept_anchors(engine: Engine) -> None:
     engine.align()
     store, buffers = engine.store, dict(_kept_buffers(engine))
     store.buffers.update({name: buffer.detach().clone() for name, buffer in buffers.items()})
+    if engine.mode is not None:
+        engine.mode.reanchor()
 
 
 @torch.inference_mode(False)

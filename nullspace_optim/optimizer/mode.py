@@ -86,6 +86,9 @@ class Mode(Protocol):
     def drifts(self) -> dict[str, tuple[float, float]]:
         """Return the relative change of parameters without a basis that should have stood still, and its limit."""
 
+    def reanchor(self) -> None:
+        """Let these parameters stand still where they are now."""
+
     def status(self) -> Any:
         """Return the present phase and the reason for it."""
 

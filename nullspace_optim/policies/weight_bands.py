@@ -21,11 +21,13 @@ class WeightBands(Policy):
 
     The leading directions up to the share `bands[0]` of `||W||^2` are kept by `scales[0]`, the next up to
     `bands[0] + bands[1]` by `scales[1]`, and so on: `dW <- (I - U D U^T) dW (I - V D V^T)`, `D` the scales. Weights
-    are decomposed with the first task; later ones keep the same. With scales 1 and 0 this is `OSF` at that rank.
+    are decomposed with the first task that finds them not zero; later ones keep the same. With scales 1 and 0 this is
+    `OSF` at that rank.
 
     HDSD (2026) bounds updates by a scale for each part of the spectrum of CLIP's parameters; only its abstract can be
     read (no formula, no constants, no code), so bands, scales and the two-sided form are ours, and its light module and
-    fusion are left out. A step lets the share `1 - scale` through in a band, exactly; nothing is promised for outputs.
+    fusion are left out. A step lets the share `1 - scale` through in a band, exactly, on each side (the product where
+    bands of both sides meet); nothing is promised for outputs.
     FSDP2 is refused, since soft sides of a weight may not cross ranks; replicas (DDP) are not.
     """
 
@@ -35,8 +37,11 @@ class WeightBands(Policy):
 
     def __post_init__(self) -> None:
         for option, values in (("bands", self.bands), ("scales", self.scales)):
+            if not isinstance(values, (tuple, list)):
+                raise OptionError(f"WeightBands({option}={values!r}): expected a tuple of numbers, one a band")
             for number, value in enumerate(values):
                 check_number(self, f"{option}[{number}]", value, 0, 1, closed="low high")
+            object.__setattr__(self, option, tuple(map(float, values)))  # equal, hashable, and readable as text
         if not self.bands or len(self.bands) != len(self.scales) or abs(sum(self.bands) - 1) > 1e-6:
             raise OptionError(
                 f"WeightBands(bands={self.bands}, scales={self.scales}): expected a scale for each band, and bands "

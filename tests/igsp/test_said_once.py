@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nullspace_optim import IGSP, NullSpaceOptimizer, NullSpaceWarning
 from nullspace_optim.errors import BasisFileError, BatchError, ConsolidationError, NullSpaceError, OptionError
+from nullspace_optim.igsp.bank import backbone_drifts, measure_backbone
 
 FC = IGSP(target_modules="fc", rank=2)
 
@@ -283,3 +284,52 @@ def test_verify_sees_a_backbone_that_keeps_sums_and_norms(change: str) -> None:
         (bias if change == "bias" else weight).copy_(moved[change])
     name = "fc.bias" if change == "bias" else "fc.weight"
     assert opt.verify().broken == (name,) and f"'{name}' moved by" in str(opt.verify())
+
+
+def test_verify_keeps_a_backbone_that_was_accepted() -> None:
+    model, opt = make(cap=2, rank=2)
+    opt.reanchor()
+    finish(model, opt, 0, "one")
+    with torch.no_grad():
+        model.fc.weight += 0.1
+    assert not opt.verify().ok
+    opt.reanchor()
+    assert opt.verify().ok, str(opt.verify())
+    with torch.no_grad():
+        model.fc.weight += 0.1
+    assert not opt.verify().ok
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [1e-8, 1e-6, 0.1003, 1.003])
+def test_equal_numbers_of_a_backbone_may_round_to_half(dtype: torch.dtype, value: float) -> None:
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.full((64, 768), value))
+    before = measure_backbone(model)
+    model.to(dtype)
+    assert not backbone_drifts(model, before)
+    with torch.no_grad():
+        model.scale.copy_(model.scale.neg() if value > 1e-7 else model.scale + 1e-3)
+    assert list(backbone_drifts(model, before)) == ["scale"]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_backbones_of_rare_types_are_measured(dtype: torch.dtype) -> None:
+    model = nn.Module()
+    model.w = nn.Parameter(torch.randn(4, 6).to(dtype), requires_grad=False)
+    before = measure_backbone(model)
+    assert not backbone_drifts(model, before)
+    model.w.data = 1j * model.w if dtype.is_complex else (3 * model.w.float()).to(dtype)
+    assert list(backbone_drifts(model, before)) == ["w"]
+
+
+def test_numbers_that_were_never_finite_have_not_moved() -> None:
+    model = nn.Module()
+    model.w = nn.Parameter(torch.tensor([1.0, float("-inf")]))
+    before = measure_backbone(model)
+    assert not backbone_drifts(model, before)
+    model.w.data = torch.ones(2)
+    finite = measure_backbone(model)
+    assert list(backbone_drifts(model, before)) == ["w"]
+    model.w.data = torch.tensor([1.0, float("nan")])
+    assert list(backbone_drifts(model, finite)) == ["w"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.optim import SGD, AdamW
 from nullspace_optim import OSF, NullSpaceOptimizer
 from nullspace_optim.errors import OptionError
 from nullspace_optim.policies import Policy, WeightBands
+from nullspace_optim.policies.parse import parse_policy
 
 ROWS = torch.randn(16, 12, generator=torch.Generator().manual_seed(1))
 
@@ -129,9 +131,18 @@ def test_later_tasks_keep_the_same_and_verify_holds_under_adamw(tmp_path: Any) -
         ({"bands": (), "scales": ()}, "a scale for each band"),
         ({"scales": (1.0, 1.5, 0.0)}, r"scales\[1\]=1.5.*\[0, 1\]"),
         ({"bands": (1.5, -0.5, 0.0)}, r"bands\[0\]=1.5.*\[0, 1\]"),
+        ({"bands": 1.0}, r"bands=1.0\): expected a tuple"),
         ({"bands": ("a", 0.5, 0.5)}, r"bands\[0\]='a'"),
     ],
 )
 def test_wrong_bands_are_named(options: dict[str, Any], told: str) -> None:
     with pytest.raises(OptionError, match=f"WeightBands.*{told}"):
         WeightBands(**options)
+
+
+def test_bands_are_plain_numbers_however_they_are_given() -> None:
+    expected = WeightBands((0.5, 0.5), (1, 0))
+    for bands in ([0.5, 0.5], (np.float64(0.5), 0.5)):
+        policy = WeightBands(bands, [1, 0])  # type: ignore[arg-type]
+        assert policy == expected and hash(policy) == hash(expected)
+        assert parse_policy(repr(policy), "--policy") == expected
