@@ -39,7 +39,8 @@ def writing(path: Path) -> Iterator[Path]:
 
 def _unwritable(path: Path, error: Exception) -> str:
     told = str(error).splitlines()[0]
-    return f"cannot write {path} ({told}); free space or choose another --output; what was saved before is intact"
+    way_out = "free space or choose another --output; what was saved before is intact, reference.run --resume goes on"
+    return f"cannot write {path} ({told}); {way_out}"
 
 
 class Log:
