@@ -136,22 +136,25 @@ def backbone_drifts(model: nn.Module, before: Mapping[str, Sequence[float]]) -> 
     """
     now, held, found = measure_backbone(model), named_parameters(model), {}
     for name in filter(before.__contains__, now) if before else ():
-        pairs = [(a, b) for a, b in zip(now[name], before[name]) if a == a or b == b]
-        moved = max((abs(a - b) for a, b in pairs if a != b), default=0.0)
-        size, limit = _size_and_limit(held[name], *before[name][:2])
-        if not (isfinite(moved) and moved <= limit * size):
-            found[name] = (moved / size if size else float("inf")), limit
+        least, limit = _size_and_limit(held[name], before[name][1])
+        coarse = limit > 1e-4
+        shares = []
+        for a, b in zip(now[name], before[name]):
+            moved = 0.0 if a == b or (a != a and b != b) else abs(a - b)
+            size = max(least, abs(b)) if coarse else least  # equal numbers all round to the same side
+            shares.append(moved / size if moved and size else float("inf") if moved else 0.0)
+        if not all(share <= limit for share in shares):
+            found[name] = max(shares, key=lambda share: (not isfinite(share), share)), limit
     return found
 
 
-def _size_and_limit(parameter: Tensor, total: float, norm: float) -> tuple[float, float]:
-    """Return the size of a parameter, whose sum was `total`, and the share of it by which measures may move."""
+def _size_and_limit(parameter: Tensor, norm: float) -> tuple[float, float]:
+    """Return the least size of a parameter, and the share of it by which measures may move."""
     rounds = torch.finfo(parameter.dtype)
     if rounds.eps < 1e-4:
         return norm, 1e-4
-    if norm < parameter.numel() ** 0.5 * rounds.tiny:  # numbers round to multiples of eps * tiny
-        return parameter.numel() * rounds.tiny, 4 * rounds.eps
-    return max(norm, abs(total)), 4 * rounds.eps  # equal numbers all round to the same side
+    tiny = norm < parameter.numel() ** 0.5 * rounds.tiny  # numbers round to multiples of eps * tiny
+    return parameter.numel() * rounds.tiny if tiny else norm, 4 * rounds.eps
 
 
 def changed_backbone(model: nn.Module, before: Mapping[str, Sequence[float]]) -> str:

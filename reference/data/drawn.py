@@ -46,14 +46,14 @@ def write_pool(options: argparse.Namespace) -> None:
         raise ExperimentError(f"{missing[0]} is listed in captions.csv of --reference-root, but is no file")
     rows, folder, random = [("file", "caption")], Path(options.output), np.random.default_rng(0)
     with writing(folder / "captions.csv") as draft:
-        (folder / "drawn").mkdir(parents=True, exist_ok=True)
+        (folder / "images").mkdir(parents=True, exist_ok=True)
         for number, (file, caption) in enumerate(pool):
-            rows.append((f"drawn/photograph-{number}{file.suffix}", caption))
+            rows.append((f"images/photograph-{number}{file.suffix}", caption))
             shutil.copyfile(file, folder / rows[-1][0])
         for number in range(options.drawings):
             picture, caption = draw(number, random)
-            picture.save(folder / "drawn" / f"{number}.png")
-            rows.append((f"drawn/{number}.png", caption))
+            picture.save(folder / "images" / f"{number}.png")
+            rows.append((f"images/{number}.png", caption))
         with draft.open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows(rows)
     print(f"{folder}: give it as --reference-root with --set reference_images={len(rows) - 1}")

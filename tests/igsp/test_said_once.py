@@ -313,6 +313,18 @@ def test_equal_numbers_of_a_backbone_may_round_to_half(dtype: torch.dtype, value
     assert list(backbone_drifts(model, before)) == ["scale"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_around_one_that_moved_are_seen_in_half_precision(dtype: torch.dtype) -> None:
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.ones(768) + 0.1 * torch.randn(768))
+    before = measure_backbone(model)
+    model.to(dtype)
+    assert not backbone_drifts(model, before)
+    with torch.no_grad():
+        model.scale += 0.5 * torch.randn(768)
+    assert list(backbone_drifts(model, before)) == ["scale"]
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
 def test_backbones_of_rare_types_are_measured(dtype: torch.dtype) -> None:
     model = nn.Module()
