@@ -17,7 +17,7 @@ from reference.errors import ExperimentError
 CONFIGS = Path(__file__).parent / "configs"
 WHOLE = (
     "iterations", "batch_size", "reference_images", "evaluation_images", "consolidation_images", "reference_batch",
-    "replay_bytes", "lora_rank", "moe_experts", "robust_images",
+    "replay_bytes", "lora_rank", "moe_experts", "robust_images", "shots",
 )  # fmt: skip
 INTERVALS = {
     **dict.fromkeys(("label_smoothing", "energy", "gnsp_rho", "wise_share", "matched_share"), (0.0, 1.0)),
@@ -60,12 +60,14 @@ class Config:
             first for tasks trained before the latest one, all for the others.
         also_templates: further rules of the same kind whose scores are stored beside the accuracy matrix.
         consolidation_images: most images of one task that are consolidated; `null`: all.
+        shots: most training images of a class, drawn anew for each seed; `null`: all.
         robust_images: test images of each task that are attacked before and after the sequence; `null`: none, since it
             takes as long as training a task.
         dense_collages: collages of test images on which patches are looked at at both ends as well; `null`: none.
         reference_images: how many images of the reference pool `nullspace-reference` protects.
-        layers: what methods without adapters train, and so protect: `all` (both towers), `vision` (the image tower) or
-            `gnsp` (the MLPs of the image tower and its projection, 25 tensors in ViT-B/16).
+        layers: what methods without adapters train, and so protect: `all` (both towers), `vision` (the image tower),
+            `gnsp` (the MLPs of the image tower and its projection, 25 tensors in ViT-B/16) or `pooling` (its attention
+            pooling; of a transformer the last block's attention and the projection).
         energy: share of a task's input energy that is protected. sgp_alpha: directions are kept by their importance
             with SGP's alpha (soft protection); `null`: fully.
         prune_bound: after each task, protected directions are given back as long as no task so far loses more than
@@ -121,8 +123,9 @@ class Config:
     robust_images: int | None = None
     dense_collages: int | None = None
     consolidation_images: int | None = None
+    shots: int | None = None
     reference_images: int = 1000
-    layers: Literal["all", "vision", "gnsp"] = "all"
+    layers: Literal["all", "vision", "gnsp", "pooling"] = "all"
     energy: float = 0.999
     sgp_alpha: float | None = None
     prune_bound: float = 0.0

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,9 @@ class Sequence(SavedRun):
         stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config = config = for_method(config, method.name)
-        self.experiment, self.seed, self.folder, self.stop = experiment, seed, folder, stop
+        tasks = [replace(task, train=task.train.few(config.shots, seed)) for task in experiment.tasks]
+        self.experiment = experiment = replace(experiment, tasks=tasks)
+        self.seed, self.folder, self.stop = seed, folder, stop
         self.finished, self.checkpoint = folder / "results.json", folder / "checkpoint.pt"
         self.clip: Clip = experiment.pretrained(seed).copy()
         if config.gradient_checkpointing:

@@ -35,7 +35,16 @@ class Split:
         """At most `count` of the images, drawn without replacement by `seed`; all of them for `None`."""
         if count is None or count >= len(self):
             return self
-        index = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+        return self._at(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count])
+
+    def few(self, shots: int | None, seed: int) -> Split:
+        """At most `shots` images of each class, drawn in the same way; all of them for `None`."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        of_class = [order[self.labels[order] == label][:shots] for label in self.labels.unique()]
+        return self if shots is None else self._at(torch.cat(of_class))
+
+    def _at(self, index: Tensor) -> Split:
+        index = index.sort().values
         images = self.images.subset(index) if isinstance(self.images, LazyImages) else self.images[index]
         return Split(images, self.labels[index])
 

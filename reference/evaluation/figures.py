@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -21,7 +21,7 @@ from reference.evaluation.tables import Results
 STYLES = [{"color": f"C{n}", "linestyle": line} for line in ("-", "--", ":") for n in range(10)]
 
 
-def heatmap(results: Results, path: Path | IO[bytes]) -> None:
+def heatmap(results: Results, path: Path) -> None:
     """The accuracy matrix of one run under the pretrained row; a white line bounds the cells of trained tasks."""
     cells = np.array([results["pretrained"], *results["accuracy"]], dtype=float)
     tasks = results["tasks"]
@@ -39,7 +39,7 @@ def heatmap(results: Results, path: Path | IO[bytes]) -> None:
     plt.close(figure)
 
 
-def forgetting_curves(runs: Sequence[Results], path: Path | IO[bytes]) -> None:
+def forgetting_curves(runs: Sequence[Results], path: Path) -> None:
     """One panel per task: its accuracy along the sequence, one line per method (mean over seeds)."""
     tasks, methods = runs[0]["tasks"], list(dict.fromkeys(run["method"] for run in runs))
     columns = min(4, len(tasks))
@@ -69,9 +69,7 @@ def task_panels(count: int, height: float, extra: float, **shared: Any) -> tuple
     return figure, list(grid.flat)[:count]
 
 
-def finish_panels(
-    figure: Figure, first: Axes, names: tuple[str, str], path: Path | IO[bytes], columns: int, **style: Any
-) -> None:
+def finish_panels(figure: Figure, first: Axes, names: tuple[str, str], path: Path, columns: int, **style: Any) -> None:
     """Name the axes, put the legend of the `first` panel on top, in at most `columns`, and write the figure."""
     figure.supxlabel(names[0], fontsize=9)
     figure.supylabel(names[1], fontsize=9)

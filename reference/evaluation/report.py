@@ -1,18 +1,12 @@
-"""Finished runs as one HTML page and Markdown tables: `python -m reference.evaluation.report RUNS...`."""
+"""Finished runs as Markdown tables and one figure: `python -m reference.evaluation.report RUNS...`."""
 
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import json
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from reference.command import carried_out
 from reference.errors import ExperimentError
@@ -21,13 +15,10 @@ from reference.evaluation.bootstrap import compare
 from reference.evaluation.comparison import by_method, notes
 from reference.evaluation.tables import Results, markdown_table
 from reference.methods import METHODS
-from reference.training.tracking import write_text
+from reference.training.tracking import write_text, writing
 
 OF_THE_POOL = {"reference_root", "reference_images"}
 NOT_A_METHODS_OWN = {"methods", "seeds", "note", "device"}
-STYLE = (
-    "body { font-family: sans-serif; margin: 2em } td, th { padding: 4px 10px; text-align: right } img { width: 48% }"
-)
 
 
 def files_below(places: Sequence[str]) -> list[Path]:
@@ -98,57 +89,22 @@ def markdown(runs: Sequence[Results], against: str) -> str:
     return "".join(markdown_table(rows) + "\n\n" for rows in tables(runs, against)) + "\n".join(notes(runs)) + "\n"
 
 
-def page(runs: Sequence[Results], against: str) -> str:
-    """The whole report as HTML; figures are inside."""
-    groups = by_method(runs)
-    ordered = [run for group in groups.values() for run in group]
-    settings = {run["method"]: run["config"] for run in runs}
-    machines = list(dict.fromkeys(json.dumps({**run["machine"], "torch": run["torch"]}) for run in runs))
-    parts = [
-        f"<!doctype html><meta charset=utf-8><title>Continual fine-tuning of CLIP</title><style>{STYLE}</style>",
-        f"<h1>{len(groups)} methods, {len(runs)} runs, {len(runs[0]['tasks'])} tasks</h1>",
-        *(_table(rows) for rows in tables(runs, against)),
-        *(f"<p>{html.escape(text)}</p>" for text in notes(runs)),
-        _image(partial(figures.forgetting_curves, ordered), "accuracy of each task along the sequence"),
-        *(_image(partial(figures.heatmap, _mean(group)), f"mean accuracy of {name}") for name, group in groups.items()),
-        f"<pre>{html.escape(chr(10).join([*machines, json.dumps(settings, indent=1)]))}</pre>",
-    ]
-    return "\n".join(parts) + "\n"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
-    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
-
-
-def _mean(group: Sequence[Results]) -> Results:
-    matrices = {
-        key: np.mean([np.array(run[key], dtype=float) for run in group], axis=0) for key in ("accuracy", "pretrained")
-    }
-    seeds = ", ".join(str(run["seed"]) for run in group)
-    return {**group[0], "seed": seeds, **{key: value.tolist() for key, value in matrices.items()}}
-
-
-def _image(draw: Callable[[io.BytesIO], None], text: str) -> str:
-    stream = io.BytesIO()
-    draw(stream)
-    return f"<img alt='{html.escape(text)}' src='data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}'>"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write `report.html` (self-contained) and `report.md` of all runs; returns the exit status."""
+    """Write `report.md` and `report.png`, the accuracy of each task along the sequence; returns the exit status."""
     options = parse(arguments)
     return carried_out(lambda: write(options.runs, options.against, Path(options.output)), str)
 
 
 def write(places: Sequence[str], against: str, folder: Path) -> None:
-    """Write both reports of the runs below `places` into `folder` and print the second."""
+    """Write and print the tables of the runs below `places`, and draw the figure, in `folder`."""
     runs = load_runs(places)
     refuse_mixed(runs)
     text = markdown(runs, against)
-    write_text(folder / "report.html", page(runs, against))
-    write_text(folder / "report.md", text)
-    print(text + f"\n{folder / 'report.html'}")
+    write_text(folder / "report.md", text + "\n![Accuracy of each task along the sequence](report.png)\n")
+    ordered = [run for group in by_method(runs).values() for run in group]
+    with writing(folder / "report.png") as draft:
+        figures.forgetting_curves(ordered, draft)
+    print(text + f"\n{folder / 'report.md'}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -156,7 +112,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m reference.evaluation.report", description=main.__doc__)
     parser.add_argument("runs", nargs="+", help="folders of finished runs, or their results.json")
     parser.add_argument("--against", default="finetune", help="method that differences are taken to")
-    parser.add_argument("--output", default=".", help="folder for report.html and report.md (default: here)")
+    parser.add_argument("--output", default=".", help="folder for report.md and report.png (default: here)")
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,6 @@
-"""The methods that are compared, one family a file; `METHODS` has them by name.
+"""The methods that are compared, one family a file; `METHODS` has them by name, in the order of the files.
 
-A new method is a child of `base.Method` in a file of its own and one entry in `FAMILIES`.
+A new method is a child of `base.Method` with a `name`, in one of these files or in another that `FAMILIES` lists.
 """
 
 from __future__ import annotations
@@ -10,37 +10,16 @@ from difflib import get_close_matches
 from typing import Any
 
 from reference.errors import ExperimentError
+from reference.methods import distillation, finetune, gap, gnsp, igsp, lora, moe, nullspace, rehearsal, sparse, turns
 from reference.methods.base import Method, Setting
-from reference.methods.distillation import ZSCL, LwF
-from reference.methods.finetune import FineTune, FineTunePerTask, Joint, MatchedPlasticity, WiseFT, ZeroShot
-from reference.methods.gap import LoraKeyValue, MgClip
-from reference.methods.gnsp import Gnsp, GnspExact, LossesOnly, ProjectionOnly
-from reference.methods.igsp import ExpertsOfTasks
-from reference.methods.lora import LoraPerTask, LoraShared, LoraSharedNullSpace
-from reference.methods.moe import MoeAdapters
-from reference.methods.nullspace import (
-    Gradient,
-    GradientReference,
-    NullSpace,
-    NullSpaceLosses,
-    NullSpaceReference,
-    RandomBasis,
-)
-from reference.methods.rehearsal import EWC, Replay
-from reference.methods.sparse import LoRSU, LoRSURandom
-from reference.methods.turns import FreeTurns, OrthSR, OrthSRFree
 
-FAMILIES: tuple[tuple[type[Method], ...], ...] = (
-    (ZeroShot, FineTune, FineTunePerTask, WiseFT, MatchedPlasticity, Joint),
-    (LwF, ZSCL),
-    (Gnsp, GnspExact, LossesOnly, ProjectionOnly),
-    (Gradient, GradientReference, NullSpace, NullSpaceReference, NullSpaceLosses, RandomBasis),
-    (Replay, EWC),
-    (FreeTurns, OrthSR, OrthSRFree),
-    (MgClip, LoraKeyValue, LoRSU, LoRSURandom),
-    (ExpertsOfTasks, MoeAdapters, LoraPerTask, LoraShared, LoraSharedNullSpace),
-)
-METHODS: dict[str, type[Method]] = {method.name: method for family in FAMILIES for method in family}
+FAMILIES = (finetune, distillation, gnsp, nullspace, rehearsal, turns, gap, sparse, igsp, moe, lora)
+METHODS: dict[str, type[Method]] = {
+    thing.name: thing
+    for family in FAMILIES
+    for thing in vars(family).values()
+    if isinstance(thing, type) and thing.__module__ == family.__name__ and "name" in vars(thing)
+}
 
 __all__ = ["METHODS", "Method", "Setting", "chosen_methods", "refuse_unknown"]
 

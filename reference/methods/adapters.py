@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from reference.data.tasks import Task
 from reference.methods.base import Method
-from reference.training.clip import Clip
+from reference.training.clip import Clip, replaced
 from reference.training.steps import Batches
 
 TASK_KNOWN, TASK_UNKNOWN = "task known", "task unknown"
@@ -129,17 +129,10 @@ class Selector:
         finally:
             self.routing.task = before
 
-    @contextmanager
-    def guessing(self) -> Iterator[None]:
+    def guessing(self) -> AbstractContextManager[None]:
         """Let every image and prompt find its own task inside this context."""
         model = self.clip.model
-        for tower in self.centres:
-            setattr(model, tower, self._guessed(tower, getattr(model, tower)))
-        try:
-            yield
-        finally:
-            for tower in self.centres:
-                delattr(model, tower)
+        return replaced(model, **{tower: self._guessed(tower, getattr(model, tower)) for tower in self.centres})
 
     def _guessed(self, tower: str, encode: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(inputs: Tensor, normalize: bool = False) -> Tensor:

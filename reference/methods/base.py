@@ -25,9 +25,10 @@ from reference.training.clip import Clip, classification_loss
 from reference.training.steps import Batch, Schedule, crop, set_rate, uniform
 
 LAYERS = {
-    "all": re.compile(".*"),
-    "vision": re.compile(r"visual\..*"),
-    "gnsp": re.compile(r"visual\.(transformer\.resblocks\.\d+\.mlp\.c_(fc|proj)\.weight|proj)"),
+    "all": ".*",
+    "vision": r"visual\..*",
+    "gnsp": r"visual\.(transformer\.resblocks\.\d+\.mlp\.c_(fc|proj)\.weight|proj)",
+    "pooling": r"visual\.(attnpool\..*|transformer\.resblocks\.LAST\.attn\..*|proj)",
 }
 
 
@@ -149,11 +150,14 @@ def train_only(model: nn.Module, layers: str) -> None:
     Raises:
         ExperimentError: the model has no such parameters.
     """
-    for name, parameter in model.named_parameters():
-        if not LAYERS[layers].fullmatch(name):
+    named = dict(model.named_parameters())
+    blocks = re.findall(r"visual\.transformer\.resblocks\.(\d+)\.", " ".join(named))
+    chosen = LAYERS[layers].replace("LAST", max(blocks, key=int, default=""))
+    for name, parameter in named.items():
+        if not re.fullmatch(chosen, name):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ExperimentError(
-            f"layers={layers} names parameters of an open_clip vision transformer (visual.*), and the model has none; "
+            f"layers={layers} names parameters of an open_clip image tower (visual.*), and the model has none; "
             "take layers=all or another --model"
         )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
+from torch.optim import Optimizer
 
-from reference.methods.base import Method, Setting
+from reference.data.tasks import Task
+from reference.methods.base import Method, Setting, train_only
+from reference.training.clip import replaced
 from reference.training.steps import Batch, Schedule, seeded, uniform
 
 
@@ -39,15 +45,19 @@ class MatchedPlasticity(FineTune):
         return replace(common, rate=self.config.matched_share * common.rate)
 
 
-class FineTunePerTask(Method):
-    """The upper bound: every task is trained from the pretrained weights, and scored with its own model."""
-
-    name = "finetune-per-task"
-    scored = "own"
+class FromPretrained(Method):
+    """Base class of those that come back to the pretrained weights."""
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         self.pretrained = {name: value.clone() for name, value in self.clip.model.state_dict().items()}
+
+
+class FineTunePerTask(FromPretrained):
+    """The upper bound: every task is trained from the pretrained weights, and scored with its own model."""
+
+    name = "finetune-per-task"
+    scored = "own"
 
     def before_task(self, number: int) -> None:
         """Go back to the pretrained weights."""
@@ -55,17 +65,13 @@ class FineTunePerTask(Method):
         self.clip.model.load_state_dict(self.pretrained)
 
 
-class WiseFT(Method):
+class WiseFT(FromPretrained):
     """WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903): after each task `W <- (1 - a) W_pretrained + a W`.
 
     The next task begins from the mean, as in ZSCL's continual version of it. `a` is `wise_share`.
     """
 
     name = "wise-ft"
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self.pretrained = {name: value.clone() for name, value in self.clip.model.state_dict().items()}
 
     @torch.no_grad()
     def after_task(self, number: int) -> dict[str, Any]:
@@ -74,6 +80,34 @@ class WiseFT(Method):
             if value.is_floating_point():
                 value.lerp_(self.pretrained[name].to(value.device), 1.0 - self.config.wise_share)
         return {}
+
+
+class Safe(FromPretrained):
+    """SAFE (arXiv 2311.04464), after its abstract: the attention pooling trains, all else is frozen.
+
+    It is scored as well with `a f + (1 - a) f_pretrained` of the pooled features; `a`, rates and epochs are unknown.
+    """
+
+    name = "safe"
+    shares: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75)
+    evaluations = ("task known", *(f"task known, share {share} of what was tuned" for share in shares))
+
+    def make_optimizer(self) -> Optimizer:
+        """AdamW on the pooling alone."""
+        train_only(self.clip.model, "pooling")
+        return super().make_optimizer()
+
+    def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
+        """Blend the features of the two poolings, but in the first way of scoring."""
+        number, model = self.evaluations.index(evaluation), self.clip.model
+        visual: Any = model.visual
+        before = {name[7:]: value for name, value in self.pretrained.items() if name.startswith("visual.")}
+
+        def blended(images: Tensor, normalize: bool = False) -> Tensor:
+            features = functional_call(visual, before, (images,)).lerp(visual(images), self.shares[number - 1])
+            return F.normalize(features, dim=-1) if normalize else features
+
+        return replaced(model, encode_image=blended) if number else nullcontext()
 
 
 class Joint(Method):

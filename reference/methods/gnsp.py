@@ -10,6 +10,7 @@ anew for every task, in the order in which the system lists files.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -62,7 +63,7 @@ class Gnsp(NullSpace):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.restricted = {n: p for n, p in self.clip.model.named_parameters() if LAYERS["gnsp"].fullmatch(n)}
+        self.restricted = {n: p for n, p in self.clip.model.named_parameters() if re.fullmatch(LAYERS["gnsp"], n)}
         self.trainable = {n: p for n, p in self.clip.model.named_parameters() if p.requires_grad}
         if not self.restricted:
             raise ExperimentError(

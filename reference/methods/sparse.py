@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from nullspace_optim.methods import begin_low_rank, leading_entries, leading_heads, summed_gradients
 from reference.errors import ExperimentError
 from reference.methods.base import Method
+from reference.methods.nullspace import NullSpaceReference
 from reference.training.clip import classification_loss
 from reference.training.steps import Batch, Batches, attention, precision, seeded
 
@@ -38,15 +39,16 @@ class LoRSU(Method):
         blocks = {f"visual.transformer.resblocks.{n}": b for n, b in enumerate(model.visual.transformer.resblocks)}
         self.heads = {f"{name}.attn.in_proj_weight": block.attn.num_heads for name, block in blocks.items()}
         self.entries: dict[str, Tensor] = {f"{name}.mlp.c_fc.weight": b.mlp.c_fc.weight for name, b in blocks.items()}
-        self.masks: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {**self.entries, **{name: model.get_parameter(name) for name in self.heads}}
-        self._begin(self.weights, seeded(self.setting.seed))  # any rows: they are chosen before each task
+        self.choose(self.weights, seeded(self.setting.seed))  # any: before each task they are chosen anew
         for block in blocks.values():
             for part in (block.mlp.c_fc.weight, block.mlp.c_fc.bias, block.attn.in_proj_bias):
                 part.requires_grad_(True)
         return super().make_optimizer()
 
-    def _begin(self, gradients: Mapping[str, Tensor], draw: torch.Generator) -> None:
+    def choose(self, gradients: Mapping[str, Tensor], draw: torch.Generator) -> None:
+        """Let what `gradients` are largest for train, and begin the additions to heads anew."""
+        self.masks = {name: leading_entries(gradients[name], SHARE) for name in self.entries}
         rows = {name: leading_heads(gradients[name], n, max(1, n // OF_HEADS)) for name, n in self.heads.items()}
         rows["visual.proj"] = torch.arange(self.clip.model.visual.proj.shape[0])  # type: ignore[union-attr, index, arg-type]
         begin_low_rank(self.clip.model, rows, self.config.lora_rank, generator=draw)
@@ -54,9 +56,7 @@ class LoRSU(Method):
     def before_task(self, number: int) -> None:
         """Choose heads and entries."""
         super().before_task(number)
-        gradients = self.gradients(number)
-        self.masks = {name: leading_entries(gradients[name], SHARE) for name in self.entries}
-        self._begin(gradients, seeded(self.setting.seed, number, 9))
+        self.choose(self.gradients(number), seeded(self.setting.seed, number, 9))
         self._keep()
 
     def gradients(self, number: int) -> dict[str, Tensor]:
@@ -101,3 +101,34 @@ class LoRSURandom(LoRSU):
         """Noise in place of gradients."""
         draw = seeded(self.setting.seed, number, 11)
         return {n: torch.randn(w.shape, generator=draw).to(w.device) for n, w in self.weights.items()}
+
+
+class LoRSUNullSpace(LoRSU, NullSpaceReference):
+    """LoRSU's choice under our protection, which a choice of rows leaves exact: whole heads, and neurons of `c_fc`.
+
+    No step moves another row, nor a direction that pool and earlier tasks used. Nothing of low rank is added.
+    """
+
+    name = "lorsu-nullspace"
+
+    def make_optimizer(self) -> Optimizer:
+        """AdamW under protection, given the gradients of chosen rows alone."""
+        optimizer = super().make_optimizer()
+        optimizer.register_step_pre_hook(self._mask)
+        return optimizer
+
+    def choose(self, gradients: Mapping[str, Tensor], draw: torch.Generator) -> None:
+        """Let the rows that `gradients` are largest for train."""
+        self.entries, self.masks = self.weights, {}
+        self.clip.model.visual.proj.requires_grad_(True)  # type: ignore[union-attr]
+        for name, weight in self.weights.items():
+            heads, score = self.heads.get(name), gradients[name].square().sum(dim=1)
+            few = score.topk(max(1, round(SHARE * len(score)))).indices
+            rows = leading_heads(gradients[name], heads, max(1, heads // OF_HEADS)) if heads else few
+            self.masks[name] = torch.zeros_like(weight, dtype=torch.bool).index_fill(0, rows.to(weight.device), True)
+            weight.requires_grad_(True)
+
+    def _mask(self, *_: object) -> None:
+        for name, weight in self.weights.items():
+            if weight.grad is not None:
+                weight.grad.mul_(self.masks[name])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,18 @@ class Clip:
     def copy(self) -> Clip:
         """The same with a model of its own."""
         return Clip(copy.deepcopy(self.model), self.tokenizer, self.size, self.mean, self.std, self.device)
+
+
+@contextmanager
+def replaced(model: nn.Module, **methods: Callable[..., Tensor]) -> Iterator[None]:
+    """Let `methods` stand in place of those of `model` inside this context."""
+    for name, method in methods.items():
+        setattr(model, name, method)
+    try:
+        yield
+    finally:
+        for name in methods:
+            delattr(model, name)
 
 
 def class_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
