@@ -109,14 +109,9 @@ def protected_at_random(base: Optimizer, model: Any, precision: str = "exact") -
     device = next(iter(model.parameters())).device
     sketch = SketchedCovariance(size=4, above=4)
     optimizer = NullSpaceOptimizer(
-        base,
-        model,
-        policy=FixedRank(1),
-        project="update",
-        precision=precision,
-        rows="all",
+        base, model, policy=FixedRank(1), project="update", precision=precision, rows="all",
         covariance=sketch,  # type: ignore[arg-type]
-    )
+    )  # fmt: skip
     batch = random_batch(model, 1, device, seed=1)
     with quiet():
         optimizer.consolidate([batch.images], name="task", forward=clip_forward(model, batch.tokens), progress=False)

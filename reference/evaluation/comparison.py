@@ -33,6 +33,7 @@ REST: dict[str, tuple[Callable[[Results], float | None], int]] = {  # with the n
     "positive cosine": (partial(gap, figure="positive_cosine"), 3),
     "negative cosine": (partial(gap, figure="negative_cosine"), 3),
     "gap on tasks": (partial(gap, figure="modality_gap"), 3),
+    "nHSIC with labels": (partial(gap, figure="nhsic"), 3),
     "robust, share kept": (robust_share, 3),
     "patch grouping": (lambda run: run.get("dense", {}).get("after", {}).get("grouping"), 3),
     "trained parameters [M]": (lambda run: max(run.get("trained_parameters") or [nan]) / 1e6, 1),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reference.config import Config
 from reference.data.folders import ReferencePool
 from reference.training.clip import Clip
 from reference.training.features import image_features, text_features
+
+MOST = 500  # images of a task whose dependence on labels is measured
 
 
 def pool_figures(clip: Clip, pool: ReferencePool, config: Config) -> dict[str, float]:
@@ -25,7 +28,7 @@ def pool_figures(clip: Clip, pool: ReferencePool, config: Config) -> dict[str, f
 
 
 def gap_figures(features: Tensor, labels: Tensor, texts: Tensor) -> dict[str, float]:
-    """Mean cosine of images with their own class and with the other classes, and the modality gap, of one task.
+    """Mean cosine of images with their own class and with the others, the modality gap, and nHSIC, of one task.
 
     `features` `[n, e]` and class vectors `texts` `[c, e]` have length 1; `labels` `[n]`. The first two are eq. 1 and 2
     of MG-CLIP (arXiv 2507.09118); the gap is that of `pool_figures`, over images and the vectors of their classes.
@@ -33,8 +36,29 @@ def gap_figures(features: Tensor, labels: Tensor, texts: Tensor) -> dict[str, fl
     cosines, labels = (features @ texts.T).double(), labels.to(features.device)
     own = cosines.gather(1, labels[:, None])
     others = (cosines.sum() - own.sum()) / (cosines.numel() - len(own))
-    gap = (features.mean(0) - texts[labels].mean(0)).norm()
-    return {"positive_cosine": float(own.mean()), "negative_cosine": float(others), "modality_gap": float(gap)}
+    gap, few = (features.mean(0) - texts[labels].mean(0)).norm(), slice(None, None, -(-len(labels) // MOST))
+    found = {"positive_cosine": own.mean(), "negative_cosine": others, "modality_gap": gap}
+    return {**{name: float(value) for name, value in found.items()}, "nhsic": nhsic(features[few], labels[few])}
+
+
+def nhsic(features: Tensor, labels: Tensor) -> float:
+    """How far unit features `[n, e]` and labels `[n]` depend on each other: 0 by chance, 1 for labels with themselves.
+
+    `sum R_x * R_y^T`, `R = A (A + 1e-5 n I)^-1` of centred kernels `A` (Gaussian, width 5; linear of the labels), as in
+    HSIC-bottleneck's and DualHSIC's code. Independent data have much of it: its mean over permutations is taken off.
+    """
+    count, (x, y) = len(labels), (features.double(), F.one_hot(labels).double())
+    kernels = torch.exp(-torch.cdist(x, x).square() / 50), y @ y.T
+    eye = torch.eye(count).to(x)
+    centred = [(eye - 1 / count) @ kernel @ (eye - 1 / count) for kernel in kernels]
+    a, b = (torch.linalg.solve(kernel + 1e-5 * count * eye, kernel) for kernel in centred)
+
+    def above_chance(one: Tensor, other: Tensor) -> Tensor:
+        inside, outside = one.trace() * other.trace(), (one.sum() - one.trace()) * (other.sum() - other.trace())
+        return (one * other.T).sum() - inside / count - outside / (count * (count - 1))
+
+    most = above_chance(b, b)
+    return float(above_chance(a, b) / most) if most > 1e-3 else 0.0
 
 
 def recalls(similarity: Tensor, kind: Tensor) -> dict[str, float]:

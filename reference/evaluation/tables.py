@@ -50,7 +50,7 @@ def memory(run: Results) -> float | None:
 
 def gap(run: Results, figure: str, row: int = -1) -> float | None:
     """Mean over tasks of one of `gap_figures`, after the last task or (`row` 0) before training."""
-    found = [cell[figure] for cell in (run.get("gaps") or [[]])[row] if cell]
+    found = [cell[figure] for cell in (run.get("gaps") or [[]])[row] if cell and figure in cell]
     return float(np.mean(found)) if found else None
 
 
@@ -70,13 +70,9 @@ def matrix_table(results: Results) -> str:
         cells = [f"[{_number(value)}]" if i == j else f"{_number(value)} " for i, value in enumerate(row)]
         rows.append(("pretrained" if j < 0 else f"after {tasks[j]}", [f"{cell:>{width}}" for cell in cells]))
     figures = metrics.summary(np.array(results["accuracy"], dtype=float), results["pretrained"])
-    return "\n".join(
-        [
-            f"{results['method']}, seed {results['seed']}: accuracy [%]",
-            *(f"{name:<{first}}" + "".join(cells) for name, cells in rows),
-            "   ".join(f"{name.replace('_', ' ')} {figures[name]}" for name in FIGURES),
-        ]
-    )
+    lines = [f"{name:<{first}}" + "".join(cells) for name, cells in rows]
+    means = "   ".join(f"{name.replace('_', ' ')} {figures[name]}" for name in FIGURES)
+    return "\n".join([f"{results['method']}, seed {results['seed']}: accuracy [%]", *lines, means])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

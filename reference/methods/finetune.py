@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from reference.data.tasks import Task
 from reference.methods.base import Method, Setting, train_only
+from reference.methods.distillation import GuidedLoss
 from reference.training.clip import replaced
 from reference.training.steps import Batch, Schedule, seeded, uniform
 
@@ -95,6 +96,7 @@ class Safe(FromPretrained):
     def make_optimizer(self) -> Optimizer:
         """AdamW on the pooling alone."""
         train_only(self.clip.model, "pooling")
+        self.loss = GuidedLoss(self.setting, None)  # type: ignore[method-assign]  # classes are encoded once a task
         return super().make_optimizer()
 
     def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:

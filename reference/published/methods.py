@@ -198,25 +198,18 @@ def without_head(model: nn.Module) -> list[dict[str, Any]]:
 # What `methods.yaml` names. GPM's rule is one direction short on the first task, as in its code, ours is not.
 NAMED: dict[str, dict[str, Any]] = {
     "policy": {
-        "gpm": Energy(paper_code=True),
-        "trgp": TRGP(),
-        "sgp": SGP(alpha=10.0, paper_code=True),
-        "code-cl": CODECL(aperture=6.0),
+        "gpm": Energy(paper_code=True), "trgp": TRGP(), "sgp": SGP(alpha=10.0, paper_code=True),
+        "code-cl": CODECL(aperture=6.0), "default": Energy(), "owm": OWM(alpha=1.0),
         "nscl": EigenvalueRatio(10.0),  # free: what is within ten times the smallest eigenvalue
-        "owm": OWM(alpha=1.0),
-        "default": Energy(),
         "ours": {"pmnist": Energy(), "cifar100": SGP(alpha=30.0)},
     },
     "session": {
-        "trust": trust,
-        "trust-released": trust_as_released,
-        "shared": alone(sessions.SharedConceptors),
-        "shared-released": alone(sessions.ReleasedConceptors),
-        "norms": alone(sessions.KeptNorms),
+        "trust": trust, "trust-released": trust_as_released, "norms": alone(sessions.KeptNorms),
+        "shared": alone(sessions.SharedConceptors), "shared-released": alone(sessions.ReleasedConceptors),
     },
     "parts": {"nscl": nscl_parts, "no-head": without_head},
     "rates": {"nscl": nscl_rates},
-}
+}  # fmt: skip
 METHODS = {
     name: Method(name, **{key: NAMED[key][value] if key in NAMED else value for key, value in row.items()})
     for name, row in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8")).items()

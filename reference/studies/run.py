@@ -142,13 +142,8 @@ def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("grid", choices=list(LISTED), help="what is varied")
     add_settings(parser)
-    parser.add_argument(
-        "--values",
-        action="append",
-        default=[],
-        metavar="FACTOR=A,B",
-        help="other values of a factor; empty leaves it out",
-    )
+    value = {"action": "append", "default": [], "metavar": "FACTOR=A,B"}
+    parser.add_argument("--values", **value, help="other values of a factor; empty leaves it out")
     parser.add_argument("--rows", help="names of cells separated by commas (by ; where a name holds a comma)")
     parser.add_argument("--by", choices=JUDGED_BY, default="average", help="figure by which settings are chosen")
     parser.add_argument("--output", required=True, help="folder of the cells, the table and the figure")

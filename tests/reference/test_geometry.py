@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from reference.config import Config, load_config
 from reference.evaluation import robust
-from reference.evaluation.geometry import gap_figures
+from reference.evaluation.geometry import gap_figures, nhsic
 from reference.evaluation.report import tables
 from reference.evaluation.robust import RADII, attacked, robust_accuracy
 from reference.experiment import Experiment
@@ -44,6 +45,40 @@ def test_gap_figures_are_two_loops() -> None:
     found = gap_figures(features, labels, texts)
     assert found["positive_cosine"] == pytest.approx(own / 7) and found["negative_cosine"] == pytest.approx(others / 14)
     assert found["modality_gap"] == pytest.approx(float((centre - words).norm()), rel=1e-5)
+    assert found["nhsic"] == nhsic(features, labels)
+
+
+def test_nhsic_is_that_of_eigenvectors_above_all_permutations() -> None:
+    torch.manual_seed(0)
+    features = F.normalize(torch.randn(6, 4, dtype=torch.float64), dim=1)
+    labels = torch.tensor([0, 1, 2, 2, 1, 0])
+    shared, one_hot = features @ features.T, F.one_hot(labels).double()
+    kernels = [torch.exp(-(2 - 2 * shared) * 4 / (2 * 25 * 4)), one_hot @ one_hot.T]
+
+    def published(one: Tensor, other: Tensor) -> float:
+        """`sum_ij a_i b_j (u_i v_j)^2` with `a = s / (s + eps m)` of the doubly centred kernels."""
+        centre = torch.eye(6, dtype=torch.float64) - 1 / 6
+        (s, u), (t, v) = (torch.linalg.eigh(centre @ kernel @ centre) for kernel in (one, other))
+        return float((s / (s + 6e-5)) @ (u.T @ v).square() @ (t / (t + 6e-5)))
+
+    def above(one: Tensor, other: Tensor) -> float:
+        mixed = [published(one, other[list(p)][:, list(p)]) for p in permutations(range(6))]
+        return published(one, other) - sum(mixed) / len(mixed)
+
+    assert nhsic(features, labels) == pytest.approx(above(*kernels) / above(kernels[1], kernels[1]), abs=1e-9)
+
+
+def test_nhsic_tells_dependent_from_independent_data() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(200) % 4
+    noise = torch.randn(200, 16)
+    near, far = (F.normalize(noise + s * torch.randn(4, 16)[labels], dim=1) for s in (0.5, 5.0))
+    alone = [nhsic(F.normalize(noise, dim=1), labels[torch.randperm(200)]) for _ in range(20)]
+    assert abs(sum(alone) / 20) < 0.02 < 0.1 < nhsic(near, labels) < nhsic(far, labels) < 1.0
+    rotation = torch.linalg.qr(torch.randn(16, 16))[0]
+    order = torch.randperm(200)
+    assert nhsic((far @ rotation)[order], labels[order]) == pytest.approx(nhsic(far, labels), abs=1e-3)
+    assert nhsic(far, 0 * labels) == nhsic(far, torch.arange(200)) == 0.0  # labels that tell nothing apart
 
 
 def test_every_task_has_gaps_after_every_task_and_an_attack_at_both_ends(
