@@ -60,13 +60,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", help="numbers separated by commas")
     parser.add_argument("--order", help="I or II")
     parser.add_argument("--split", help="test or validation, on which settings are chosen")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any setting of reference/config.py; gradient_checkpointing=true, say, for less memory in training",
-    )
+    text = "any setting of reference/config.py; gradient_checkpointing=true, say, for less memory in training"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=text)
 
 
 def read_config(options: argparse.Namespace, defaults: Mapping[str, Any] | None = None) -> Config:

@@ -249,9 +249,8 @@ def refuse_other_settings(saved: Mapping[str, Any], config: Config, reference: b
         ExperimentError: naming the first setting that differs.
     """
     defaults = recorded(Config(config.preset, output="", data_root="any", model="any"))
-    wanted, defaults = (
-        json.loads(json.dumps(part)) for part in (identity(config, reference or config.pool_losses), defaults)
-    )
+    wanted = identity(config, reference or config.pool_losses)
+    wanted, defaults = (json.loads(json.dumps(part)) for part in (wanted, defaults))
     for key, value in wanted.items():
         found = saved.get(key, defaults[key])
         if found != value:

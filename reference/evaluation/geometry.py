@@ -8,6 +8,7 @@ from torch import Tensor
 
 from reference.config import Config
 from reference.data.folders import ReferencePool
+from reference.data.tasks import Split
 from reference.training.clip import Clip
 from reference.training.features import image_features, text_features
 
@@ -36,9 +37,9 @@ def gap_figures(features: Tensor, labels: Tensor, texts: Tensor) -> dict[str, fl
     cosines, labels = (features @ texts.T).double(), labels.to(features.device)
     own = cosines.gather(1, labels[:, None])
     others = (cosines.sum() - own.sum()) / (cosines.numel() - len(own))
-    gap, few = (features.mean(0) - texts[labels].mean(0)).norm(), slice(None, None, -(-len(labels) // MOST))
+    gap, few = (features.mean(0) - texts[labels].mean(0)).norm(), Split(features, labels).drawn(MOST, seed=0)
     found = {"positive_cosine": own.mean(), "negative_cosine": others, "modality_gap": gap}
-    return {**{name: float(value) for name, value in found.items()}, "nhsic": nhsic(features[few], labels[few])}
+    return {**{name: float(value) for name, value in found.items()}, "nhsic": nhsic(few.images, few.labels)}
 
 
 def nhsic(features: Tensor, labels: Tensor) -> float:

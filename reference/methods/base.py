@@ -28,7 +28,7 @@ LAYERS = {
     "all": ".*",
     "vision": r"visual\..*",
     "gnsp": r"visual\.(transformer\.resblocks\.\d+\.mlp\.c_(fc|proj)\.weight|proj)",
-    "pooling": r"visual\.(attnpool\..*|transformer\.resblocks\.LAST\.attn\..*|proj)",
+    "pooling": r"visual\.(attn_?pool\..*|transformer\.resblocks\.LAST\.attn\..*|proj)",
 }
 
 
@@ -56,6 +56,7 @@ class Method:
         scored: which tasks are scored after a task: `all`; `own`, the task just trained, while the others keep the
             scores they had (separate models); `end`, all of them, but after the last task only.
         evaluations: ways of scoring; the first is the accuracy matrix, the others are stored beside it.
+        layers: what trains, a key of `LAYERS`; None: as the settings say.
         saved: attributes that a stopped run needs to go on, beside model and optimizer: tensors and plain values only.
     """
 
@@ -64,11 +65,12 @@ class Method:
     needs_reference: ClassVar[bool] = False
     scored: ClassVar[Literal["all", "own", "end"]] = "all"
     evaluations: ClassVar[tuple[str, ...]] = ("task known",)
+    layers: ClassVar[str | None] = None
     saved: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.clip, self.config = setting, setting.clip, setting.config
-        train_only(self.clip.model, self.config.layers)
+        train_only(self.clip.model, self.layers or self.config.layers, self.name)
         self.optimizer: Optimizer = self.make_optimizer()
 
     def make_optimizer(self) -> Optimizer:
@@ -144,8 +146,8 @@ class Method:
             setattr(self, name, state[name])
 
 
-def train_only(model: nn.Module, layers: str) -> None:
-    """Fix every parameter of `model` that does not belong to `layers`, a key of `LAYERS`.
+def train_only(model: nn.Module, layers: str, method: str) -> None:
+    """Fix every parameter of `model` that does not belong to `layers`, a key of `LAYERS`; `method` is for the error.
 
     Raises:
         ExperimentError: the model has no such parameters.
@@ -158,6 +160,6 @@ def train_only(model: nn.Module, layers: str) -> None:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ExperimentError(
-            f"layers={layers} names parameters of an open_clip image tower (visual.*), and the model has none; "
-            "take layers=all or another --model"
+            f"{method}: layers={layers} names parameters of an open_clip image tower (visual.*), the model has none; "
+            "take layers=all, another method or another --model"
         )

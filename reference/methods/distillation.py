@@ -101,7 +101,7 @@ class GuidedLoss:
         if self.texts is None or self.texts[0] != batch.task:
             captions = text_features(self.clip, self.pool.tokens, self.config) if self.pool else None
             self.texts = (batch.task, text_features(self.clip, batch.tokens, self.config), captions)
-            model.train()
+            self.clip.train()
         return self.texts[1], self.texts[2]
 
 
@@ -135,9 +135,8 @@ class LwF(Method):
         if not batch.task:
             return super().loss(batch)
         model, tokens = self.clip.model, self._earlier(batch.task)
-        drawn = torch.randperm(len(tokens), generator=seeded(self.setting.seed, batch.task, batch.step, 5))[
-            :OLD_CLASSES
-        ]
+        draw = seeded(self.setting.seed, batch.task, batch.step, 5)
+        drawn = torch.randperm(len(tokens), generator=draw)[:OLD_CLASSES]
         images = model.encode_image(batch.images, normalize=True)  # type: ignore[operator]
         texts = model.encode_text(torch.cat([batch.tokens, tokens[drawn]]), normalize=True)  # type: ignore[operator]
         scale, classes = model.logit_scale.exp(), len(batch.tokens)  # type: ignore[operator]

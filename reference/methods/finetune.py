@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
-from torch.optim import Optimizer
 
 from reference.data.tasks import Task
-from reference.methods.base import Method, Setting, train_only
+from reference.methods.base import Method, Setting
 from reference.methods.distillation import GuidedLoss
 from reference.training.clip import replaced
 from reference.training.steps import Batch, Schedule, seeded, uniform
@@ -83,33 +82,33 @@ class WiseFT(FromPretrained):
         return {}
 
 
-class Safe(FromPretrained):
+class Safe(Method):
     """SAFE (arXiv 2311.04464), after its abstract: the attention pooling trains, all else is frozen.
 
     It is scored as well with `a f + (1 - a) f_pretrained` of the pooled features; `a`, rates and epochs are unknown.
     """
 
     name = "safe"
+    layers = "pooling"
     shares: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75)
     evaluations = ("task known", *(f"task known, share {share} of what was tuned" for share in shares))
 
-    def make_optimizer(self) -> Optimizer:
-        """AdamW on the pooling alone."""
-        train_only(self.clip.model, "pooling")
-        self.loss = GuidedLoss(self.setting, None)  # type: ignore[method-assign]  # classes are encoded once a task
-        return super().make_optimizer()
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.loss = GuidedLoss(setting, None)  # type: ignore[method-assign]  # classes are encoded once a task
+        self.pretrained: Any = self.clip.copy().model.eval()
 
     def evaluating(self, evaluation: str, task: Task) -> AbstractContextManager[object]:
         """Blend the features of the two poolings, but in the first way of scoring."""
-        number, model = self.evaluations.index(evaluation), self.clip.model
-        visual: Any = model.visual
-        before = {name[7:]: value for name, value in self.pretrained.items() if name.startswith("visual.")}
+        number, models = self.evaluations.index(evaluation), (self.pretrained, self.clip.model)
+        encode = [partial(model.encode_image, normalize=False) for model in models]
 
         def blended(images: Tensor, normalize: bool = False) -> Tensor:
-            features = functional_call(visual, before, (images,)).lerp(visual(images), self.shares[number - 1])
+            before, tuned = (one(images) for one in encode)
+            features = before.lerp(tuned, self.shares[number - 1])
             return F.normalize(features, dim=-1) if normalize else features
 
-        return replaced(model, encode_image=blended) if number else nullcontext()
+        return replaced(self.clip.model, encode_image=blended) if number else nullcontext()
 
 
 class Joint(Method):

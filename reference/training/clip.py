@@ -50,6 +50,12 @@ class Clip:
             )
         self.model.set_grad_checkpointing(True)
 
+    def train(self) -> None:
+        """Put the model into training mode, except norms whose weights are fixed: their statistics stay."""
+        for module in self.model.train().modules():
+            if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+
     def copy(self) -> Clip:
         """The same with a model of its own."""
         return Clip(copy.deepcopy(self.model), self.tokenizer, self.size, self.mean, self.std, self.device)
@@ -58,13 +64,14 @@ class Clip:
 @contextmanager
 def replaced(model: nn.Module, **methods: Callable[..., Tensor]) -> Iterator[None]:
     """Let `methods` stand in place of those of `model` inside this context."""
-    for name, method in methods.items():
-        setattr(model, name, method)
+    before = {name: vars(model)[name] for name in methods if name in vars(model)}
+    vars(model).update(methods)
     try:
         yield
     finally:
         for name in methods:
             delattr(model, name)
+        vars(model).update(before)
 
 
 def class_logits(model: nn.Module, images: Tensor, tokens: Tensor) -> Tensor:
@@ -143,6 +150,5 @@ def load_clip(config: Config) -> Clip:
 
 def classification_loss(model: nn.Module, images: Tensor, labels: Tensor, tokens: Tensor, smoothing: float) -> Tensor:
     """Cross entropy of `class_logits` over the classes of the task, with label smoothing; scalar."""
-    return F.cross_entropy(
-        class_logits(model, images, tokens).float(), labels.to(images.device), label_smoothing=smoothing
-    )
+    logits = class_logits(model, images, tokens).float()
+    return F.cross_entropy(logits, labels.to(images.device), label_smoothing=smoothing)

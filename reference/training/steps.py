@@ -165,7 +165,7 @@ def learn(
     clip = learner.clip
     tokens = clip.tokens(task.prompts())
     order = shuffled_passes(len(task.train), schedule.iterations, config.batch_size, seeded(seed, number))
-    clip.model.train()
+    clip.train()
     bar = tqdm(
         range(first_step, schedule.iterations), desc=f"train {task.name}", leave=False, disable=None,
         initial=first_step, total=schedule.iterations,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from reference.training.clip import give_attention_its_layout
+from reference.training.clip import give_attention_its_layout, replaced
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -37,3 +37,14 @@ def test_cross_attention_is_left_alone() -> None:
     give_attention_its_layout(block)
     assert torch.equal(block(queries, keys, keys)[0], expected)
     assert torch.equal(block(query=queries, key=keys, value=keys)[0], expected)
+
+
+def test_a_method_that_is_replaced_twice_comes_back_in_two_steps() -> None:
+    layer, one = nn.Linear(2, 2), torch.ones(1, 2)
+    own = layer.forward(one)
+    with replaced(layer, forward=lambda x: x + 1):
+        with pytest.raises(KeyError), replaced(layer, forward=lambda x: x + 2):
+            assert torch.equal(layer.forward(one), one + 2)
+            raise KeyError
+        assert torch.equal(layer.forward(one), one + 1)
+    assert torch.equal(layer.forward(one), own) and "forward" not in vars(layer)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reference.config import Config, load_config
 from reference.data.tasks import Split, Task
+from reference.errors import ExperimentError
 from reference.evaluation.scoring import Scorer, unpacked
 from reference.experiment import Experiment
 from reference.methods import METHODS, Setting
@@ -22,6 +23,7 @@ from reference.training.features import image_features
 from reference.training.steps import class_vectors, learn
 
 SIZE = 64
+TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +49,29 @@ def weights(made: Any) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in made.clip.model.named_parameters()}
 
 
+def state(made: Any) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in made.clip.model.state_dict().items()}
+
+
 @pytest.fixture(scope="module")
 def resnet() -> Experiment:
     """A small ResNet of CLIP with random weights, and two tasks of noise."""
     torch.manual_seed(0)
     vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": SIZE, "patch_size": None}
-    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    model = open_clip.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text)
+    return around(open_clip.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=TEXT))
+
+
+@pytest.fixture(scope="module")
+def coca() -> Experiment:
+    """The same of a small CoCa: a transformer with an attention pooling, whose image tower returns tokens as well."""
+    torch.manual_seed(0)
+    vision = {"layers": 2, "width": 32, "head_width": 16, "image_size": SIZE, "patch_size": 16, "output_tokens": True}
+    pooling = {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}
+    text = {**TEXT, "embed_cls": True, "output_tokens": True}
+    return around(open_clip.CoCa(32, {**TEXT, "mlp_ratio": 4}, text, {**vision, **pooling}))
+
+
+def around(model: Any) -> Experiment:
     tokens = torch.randint(1, 64, (3, 8), generator=torch.Generator().manual_seed(1))
     clip = assemble(model, lambda prompts: tokens[: len(prompts)], "cpu")
 
@@ -90,23 +108,44 @@ def test_shots_leave_the_test_images_as_they_are(config: Config, experiment: Exp
     assert torch.equal(one, experiment.tasks[0].train.few(3, 0).images[:])  # type: ignore[arg-type]
 
 
-def test_safe_moves_the_attention_pooling_alone(config: Config, experiment: Experiment, resnet: Experiment) -> None:
-    last = "visual.transformer.resblocks.3.attn."
-    for given, wanted in ((experiment, (last, "visual.proj")), (resnet, ("visual.attnpool.",))):
-        made = method("safe", given, config)
-        before = weights(made)
+def test_safe_moves_the_attention_pooling_alone(
+    config: Config, experiment: Experiment, resnet: Experiment, coca: Experiment
+) -> None:
+    last, others = "visual.transformer.resblocks.%d.attn.", replace(config, layers="gnsp")  # which safe does not heed
+    wanted = {"vit": (last % 3, "visual.proj"), "resnet": ("visual.attnpool.",)}
+    wanted["coca"] = (last % 1, "visual.proj", "visual.attn_pool.")
+    for given, parts in zip((experiment, resnet, coca), wanted.values()):
+        made = method("safe", given, others)
+        before = state(made)
         for number in (0, 1):
             train(made, number)
-        moved = {name for name, value in weights(made).items() if not torch.equal(value, before[name])}
-        assert moved == {name for name in before if name.startswith(wanted)} and len(moved) > 4
+        moved = {name for name, value in state(made).items() if not torch.equal(value, before[name])}
+        assert moved == {name for name in before if name.startswith(parts)} and len(moved) > 4
         assert made.trained_parameters() == sum(before[name].numel() for name in moved)
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_statistics_of_norms_move_where_their_weights_train(config: Config, resnet: Experiment) -> None:
+    for name, moving in (("safe", False), ("finetune", True)):
+        made = method(name, resnet, config)
+        before = state(made)
+        train(made, 0)
+        statistics = [part for part in before if part.endswith(("running_mean", "running_var"))]
+        assert len(statistics) > 20 and len(made.clip.model.state_dict()) == len(before)
+        assert {not torch.equal(state(made)[part], before[part]) for part in statistics} == {moving}
+
+
+def test_safe_names_itself_where_there_is_nothing_to_pool(config: Config, resnet: Experiment) -> None:
+    clip = resnet.pretrained(0).copy()
+    del clip.model.visual.attnpool  # type: ignore[union-attr]
+    with pytest.raises(ExperimentError, match=r"^safe: layers=pooling .* another method or another --model"):
+        METHODS["safe"](Setting(clip, config, resnet.tasks, None, 0))
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "coca"])
 def test_blended_features_are_those_of_two_whole_models(
-    kind: str, config: Config, experiment: Experiment, resnet: Experiment, monkeypatch: pytest.MonkeyPatch
+    kind: str, config: Config, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = {"vit": experiment, "resnet": resnet}[kind]
+    given = request.getfixturevalue("experiment" if kind == "vit" else kind)
     made, untouched = method("safe", given, config), given.pretrained(0).copy()
     train(made, 0)
     task = made.setting.tasks[0]
@@ -115,7 +154,7 @@ def test_blended_features_are_those_of_two_whole_models(
     for clip in (made.clip, untouched):
         clip.model.eval()
     with torch.no_grad():
-        old, new = (clip.model.encode_image(images) for clip in (untouched, made.clip))
+        old, new = (clip.model.encode_image(images, normalize=False) for clip in (untouched, made.clip))
         assert (new - old).norm() > 1e-2 * old.norm()
         for way, wanted in zip(made.evaluations, (new, old, 0.75 * old + 0.25 * new, new)):
             with made.evaluating(way, task):
@@ -123,7 +162,7 @@ def test_blended_features_are_those_of_two_whole_models(
             bitwise = wanted is old or wanted is new
             torch.testing.assert_close(found[0], wanted, **(dict(rtol=0, atol=0) if bitwise else {}))
             torch.testing.assert_close(found[1], torch.nn.functional.normalize(wanted, dim=-1))
-        assert torch.equal(made.clip.model.encode_image(images), new)
+        assert torch.equal(made.clip.model.encode_image(images, normalize=False), new)
 
 
 def test_every_share_has_its_own_scores(config: Config, experiment: Experiment) -> None:

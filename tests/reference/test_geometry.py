@@ -81,6 +81,14 @@ def test_nhsic_tells_dependent_from_independent_data() -> None:
     assert nhsic(far, 0 * labels) == nhsic(far, torch.arange(200)) == 0.0  # labels that tell nothing apart
 
 
+def test_nhsic_of_many_images_is_that_of_images_of_all_classes() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(1000) % 2  # in turn: every second image is of one class
+    features = F.normalize(torch.randn(1000, 8) + 5 * torch.randn(2, 8)[labels], dim=1)
+    found, whole = gap_figures(features, labels, features[:2])["nhsic"], nhsic(features, labels)
+    assert whole > 0.9 and found == pytest.approx(whole, abs=0.05) and found != whole
+
+
 def test_every_task_has_gaps_after_every_task_and_an_attack_at_both_ends(
     config: Config, experiment: Experiment, tmp_path: Path
 ) -> None:
