@@ -17,7 +17,8 @@ from reference.methods.adapters import TASK_UNKNOWN
 from reference.training.tracking import write_text
 
 Rows = Mapping[str, list[Results]]
-FIGURES = ("transfer", "average", "last")
+FIGURES, PHASES = ("transfer", "average", "last"), ("trainable_phase_1", "trainable_phase_2")
+COUNTS = ("trainable_mean", "final_without_routers", "final_with_routers")
 CLAIMS = {"trainable_mean": 42.7, "final_with_routers": 86.9}
 
 
@@ -31,8 +32,7 @@ def read_rows(places: Sequence[str]) -> dict[str, list[Results]]:
     """
     rows: dict[str, list[Results]] = {}
     for file, run in zip(files_below(places), load_runs(places)):
-        whole = {"trainable_mean": float(np.mean(run["trained_parameters"] or [0]))}
-        whole.update(final_without_routers=0, final_with_routers=0)
+        whole = {**dict.fromkeys(COUNTS, 0.0), "trainable_mean": float(np.mean(run["trained_parameters"] or [0]))}
         run = {**run, "facts": {**whole, **run.get("facts", {})}}
         rows.setdefault(file.parent.name.rsplit("-seed", 1)[0], []).append(run)
     return rows
@@ -52,12 +52,11 @@ def report(rows: Rows) -> str:
 
 def scored(run: Results, way: str) -> Results | None:
     """The run as scored in the way that begins with `way`; None where there is no such way."""
-    others = run["scored_otherwise"]
-    other = next((others[name] for name in others if name.startswith(way)), None)
-    if other is None:
-        return None
-    found = metrics.summary(np.array(other["accuracy"], dtype=float), run["pretrained"])
-    return {**run, "right": other["right"], **{name: found[name].value for name in FIGURES}}
+    for name, other in run["scored_otherwise"].items():
+        if name.startswith(way):
+            found = metrics.summary(np.array(other["accuracy"], dtype=float), run["pretrained"])
+            return {**run, "right": other["right"], **{key: mean.value for key, mean in found.items()}}
+    return None
 
 
 def unnamed(run: Results) -> Results:
@@ -66,10 +65,15 @@ def unnamed(run: Results) -> Results:
 
 
 def accuracy_table(rows: Rows) -> list[list[str]]:
-    """Heading and one row each: accuracy with and without the task's name, time, memory."""
+    """Heading and one row each, also for other ways of scoring: accuracy with and without the name, time, memory."""
     heads = [f"{name.capitalize()}{where}" for where in ("", ", no name") for name in FIGURES]
     table = [["", "seeds", *heads, "learned", "seconds", "memory [MiB]"]]
+    shown = dict(rows)
     for label, runs in rows.items():
+        for way in runs[0]["scored_otherwise"]:
+            if not way.startswith(TASK_UNKNOWN):
+                shown[f"{label}, {way}"] = [scored(run, way) or run for run in runs]
+    for label, runs in shown.items():
         cells = [spread([run[name] for run in runs]) for name in FIGURES]
         cells += [spread([unnamed(run)[name] for run in runs]) for name in FIGURES]
         cells += [spread([run["diagonal_gain"] for run in runs]), spread([run["seconds"] for run in runs], 0)]
@@ -83,12 +87,8 @@ def parameter_table(rows: Rows) -> list[list[str]]:
     table = [["", "trainable, phase 1", "phase 2", "mean", "final extra", "with routers", *fates]]
     for label, runs in rows.items():
         facts = [run["facts"] for run in runs]
-        phases = [
-            spread([np.mean(f[key]) / 1e3 if key in f else None for f in facts])
-            for key in ("trainable_phase_1", "trainable_phase_2")
-        ]
-        keys = ("trainable_mean", "final_without_routers", "final_with_routers")
-        counts = [spread([f[key] / 1e3 for f in facts]) for key in keys]
+        phases = [spread([np.mean(f[key]) / 1e3 if key in f else None for f in facts]) for key in PHASES]
+        counts = [spread([f[key] / 1e3 for f in facts]) for key in COUNTS]
         ends = [
             spread([sum(t[key] for t in f["tasks"]) if "tasks" in f else None for f in facts], 0)
             for key in ("kept", "pruned", "reused")

@@ -18,6 +18,7 @@ from reference.evaluation.scoring import Scorer, unpacked
 from reference.experiment import Experiment
 from reference.methods import METHODS, Setting
 from reference.sequence import Sequence
+from reference.studies.expert_report import read_rows, report
 from reference.training.clip import Clip, assemble
 from reference.training.features import image_features
 from reference.training.steps import class_vectors, learn
@@ -219,3 +220,15 @@ def test_rows_are_those_of_the_largest_gradient(config: Config, experiment: Expe
             norms = [float(row.norm()) for row in gradient]
             best = sorted(range(len(norms)), key=lambda row: -norms[row])[:38]
             assert set(best) == set(made.masks[name].any(dim=1).nonzero().flatten().tolist())
+
+
+def test_the_table_of_rows_has_one_for_each_share(config: Config, experiment: Experiment, tmp_path: Path) -> None:
+    run = Sequence(experiment, METHODS["safe"], replace(config, shots=2), 0, tmp_path / "safe-seed0").run()
+    lines = [line.split(" | ") for line in report(read_rows([str(tmp_path)])).splitlines() if line.startswith("| safe")]
+    assert [line[0].partition(", ")[2].partition(", f")[0] for line in lines[:4]] == [
+        "",
+        *METHODS["safe"].evaluations[1:],
+    ]
+    for line, board in zip(lines, [run, *run["scored_otherwise"].values()]):
+        last, own = sum(board["accuracy"][-1]) / 2, [board["accuracy"][i][i] - run["pretrained"][i] for i in (0, 1)]
+        assert (line[4], line[8]) == (f"{last:.1f}", f"{sum(own) / 2:.1f}")
