@@ -39,9 +39,10 @@ class Split:
 
     def few(self, shots: int | None, seed: int) -> Split:
         """At most `shots` images of each class, drawn in the same way; all of them for `None`."""
+        if shots is None:
+            return self
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        of_class = [order[self.labels[order] == label][:shots] for label in self.labels.unique()]
-        return self if shots is None else self._at(torch.cat(of_class))
+        return self._at(torch.cat([order[self.labels[order] == label][:shots] for label in self.labels.unique()]))
 
     def _at(self, index: Tensor) -> Split:
         index = index.sort().values

@@ -101,9 +101,8 @@ def write(places: Sequence[str], against: str, folder: Path) -> None:
     refuse_mixed(runs)
     text = markdown(runs, against)
     write_text(folder / "report.md", text + "\n![Accuracy of each task along the sequence](report.png)\n")
-    ordered = [run for group in by_method(runs).values() for run in group]
     with writing(folder / "report.png") as draft:
-        figures.forgetting_curves(ordered, draft)
+        figures.forgetting_curves([run for group in by_method(runs).values() for run in group], draft)
     print(text + f"\n{folder / 'report.md'}")
 
 

@@ -9,9 +9,10 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from small_runs import method, state, train, two_tasks
 from torch import Tensor
 
-from reference.config import Config, load_config
+from reference.config import Config
 from reference.data.tasks import Split, Task
 from reference.errors import ExperimentError
 from reference.evaluation.scoring import Scorer, unpacked
@@ -29,29 +30,11 @@ TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers"
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    settings = {
-        "tasks": ["colours", "photographs"], "iterations": 8, "pretrain_iterations": 10, "warmup": 2, "batch_size": 8,
-        "evaluation_images": 40, "consolidation_images": 32, "reference_images": 32, "learning_rate": 1e-2,
-        "weight_decay": 0.1, "output": "unused",
-    }  # fmt: skip
-    return load_config("demo", settings)
-
-
-def method(name: str, experiment: Experiment, config: Config) -> Any:
-    return METHODS[name](Setting(experiment.pretrained(0).copy(), config, experiment.tasks, experiment.pool, 0))
-
-
-def train(made: Any, number: int) -> None:
-    made.before_task(number)
-    learn(made, made.setting.tasks[number], made.config, made.schedule(number), seed=0, number=number)
+    return two_tasks()
 
 
 def weights(made: Any) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in made.clip.model.named_parameters()}
-
-
-def state(made: Any) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in made.clip.model.state_dict().items()}
 
 
 @pytest.fixture(scope="module")
