@@ -51,10 +51,9 @@ BASES: dict[str, Base] = {
     "AdamW, decay 0.01": lambda p: AdamW(p, lr=1e-3, weight_decay=0.01),
     "SGD, momentum 0.9, decay 1e-3": lambda p: SGD(p, lr=0.05, momentum=0.9, weight_decay=1e-3),
     "SGD, momentum 0.9": lambda p: SGD(p, lr=0.05, momentum=0.9),
-    "Muon": lambda p: cast(Any, torch.optim).Muon(p, lr=2e-3, weight_decay=0.01),
 }
-if not hasattr(torch.optim, "Muon"):  # it came with torch 2.9
-    del BASES["Muon"]
+if hasattr(torch.optim, "Muon"):  # it came with torch 2.9
+    BASES["Muon"] = lambda p: cast(Any, torch.optim).Muon(p, lr=2e-3, weight_decay=0.01)
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,8 @@ def by_threshold(options: Namespace, clip: Clip, old: Task, new: Task) -> Table:
         drifts = [[relative(getattr(after, part), getattr(before, part)) for after in scores] for part in PARTS]
         accuracy = f"{before.accuracy:.1f} → {mean(after.accuracy for after in scores):.1f}"
         loss = f"{before.loss:.2f} → {mean(after.loss for after in scores):.3f}"
-        rows.append((named(policy), f"{shares:.0%}", *map(percent, drifts), accuracy, loss))
+        name = repr(policy or "unprotected").replace("threshold=", "").replace("tolerance=None", "").strip("'")
+        rows.append((name, f"{shares:.0%}", *map(percent, drifts), accuracy, loss))
     held_out = min(HELD_OUT, len(old.test))
     return Table(
         f"Drift of the old task's outputs after {options.steps} AdamW steps on another task, by policy",
@@ -196,11 +196,6 @@ def by_threshold(options: Namespace, clip: Clip, old: Task, new: Task) -> Table:
         reading("thresholds", old=old.name, images=min(options.images, len(old.train)), held_out=held_out,
                 new=new.name, batch=options.batch, rate=options.rate, seeds=len(seeds)),
     )  # fmt: skip
-
-
-def named(policy: Policy | None) -> str:
-    """Name of the policy in the table."""
-    return "unprotected" if policy is None else repr(policy).replace("threshold=", "").replace("tolerance=None", "")
 
 
 def after_new_task(

@@ -86,7 +86,9 @@ def whole_steps(settings: Namespace) -> Table:
     batch = workload.random_batch(with_it, settings.batch, settings.device)
     without = copy.deepcopy(with_it)
     bare = Trainer(without, AdamW(without.parameters(), lr=RATE), batch, settings.autocast)
-    operations = step_operations(bare)
+    with FlopCounterMode(display=False) as counter:  # forward and backward
+        bare.gradients()
+    operations = float(counter.get_total_flops())
     bare.timed_step()
     base = AdamW(with_it.parameters(), lr=RATE)
     found: dict[tuple[Fraction, str], tuple[str, ...]] = {}
@@ -129,13 +131,6 @@ def _compare(bare: Trainer, guarded: Trainer, repeats: int, operations: float, p
         f"{added:+.3f}",
         f"{guarded.optimizer.verify().worst:.1e}",
     )
-
-
-def step_operations(trainer: Trainer) -> float:
-    """Operations of forward and backward, counted by torch."""
-    with FlopCounterMode(display=False) as counter:
-        trainer.gradients()
-    return float(counter.get_total_flops())
 
 
 if __name__ == "__main__":

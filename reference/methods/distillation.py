@@ -48,10 +48,6 @@ class ReferenceBatches:
         features: Tensor = self.clip.model.encode_image(self.clip.normalised(self.pool.images[index]), normalize=True)  # type: ignore[operator]
         return features
 
-    def student_texts(self, index: Tensor) -> Tensor:
-        """The trained model's unit features of those images' captions, `[n, e]`, with gradient."""
-        return self.clip.model.encode_text(self.tokens[self.kind[index]], normalize=True)  # type: ignore[operator]
-
     def teacher(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The pretrained model's unit features of images and captions, `[n, e]` each."""
         return self.images[index], self.texts[self.kind[index]]
@@ -89,7 +85,8 @@ class GuidedLoss:
         if pool is None:
             return loss
         index = pool.drawn(batch)
-        texts = pool.student_texts(index) if captions is None else captions[pool.kind[index]]
+        kind = pool.kind[index]
+        texts = model.encode_text(pool.tokens[kind], normalize=True) if captions is None else captions[kind]  # type: ignore[operator]
         distilled, aligned = reference_losses(pool, index, pool.student_images(index), texts)
         return loss + self.config.distillation_weight * distilled + self.config.alignment_weight * aligned
 

@@ -161,7 +161,11 @@ def fine_tuned(
         loss = loss_of(model, rows(new["training"], generator, ROWS))
         if count:
             batch = rows(old["training"], generator, count)
-            old_loss = way.distil * _distilled(model, before, batch) if way.distil else loss_of(model, batch)
+            if way.distil:
+                targets = before(batch[:, :-1]).detach()
+                old_loss = way.distil * distillation_loss(model(batch[:, :-1]), targets, temperature=1.0)
+            else:
+                old_loss = loss_of(model, batch)
             loss = loss + count / ROWS * old_loss
         optimizer.zero_grad()
         loss.backward()
@@ -171,12 +175,6 @@ def fine_tuned(
         model = model.merge_and_unload().requires_grad_()  # type: ignore[operator, union-attr]
         optimizer, _ = way.optimizer(model, steps)
     return model, interpolation(model, optimizer, before.state_dict())
-
-
-def _distilled(model: nn.Module, before: nn.Module, batch: Tensor) -> Tensor:
-    with torch.no_grad():
-        targets = before(batch[:, :-1])
-    return distillation_loss(model(batch[:, :-1]), targets, temperature=1.0)
 
 
 def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[float, float]]]]:
@@ -197,9 +195,7 @@ def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[flo
                 for share in SHARES:
                     model = interpolated(share)
                     found[share].append(tuple(math.log(perplexity(model, c[options.split])) for c in (old, new)))  # type: ignore[arg-type]
-        points[name] = [
-            (math.exp(mean(a for a, _ in pairs)), math.exp(mean(b for _, b in pairs))) for pairs in found.values()
-        ]
+        points[name] = [tuple(math.exp(mean(logs)) for logs in zip(*pairs)) for pairs in found.values()]  # type: ignore
     header = ("method", *(f"{share:g} of the way back" if share else "as trained" for share in SHARES))
     lines = [(name, *(f"{a:.1f} / {b:.0f}" for a, b in found)) for name, found in points.items()]
     about = {**vars(options), "seeds": len(seeds), "python": start[0], "english": start[1]}

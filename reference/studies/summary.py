@@ -120,10 +120,8 @@ def chosen(rows: Sequence[Row], figure: str) -> str:
     `matched-plasticity` is the exception: the share with which it learns as much as the best cell of our method.
     """
     best: dict[str, Row] = {}
-    for row in rows:
-        method = row[0]["method"]
-        if method not in best or _mean(row, figure) > _mean(best[method], figure):
-            best[method] = row
+    for row in sorted(reversed(rows), key=lambda row: _mean(row, figure)):  # the first of equals comes last
+        best[row[0]["method"]] = row
     twin = CONTROLS["matched_share"]
     if twin in best and OURS in best:
         target = _mean(best[OURS], "diagonal_gain")

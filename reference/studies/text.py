@@ -120,8 +120,7 @@ def study(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         with quiet():
             runs = [finished(folder, {**about, "seed": n}, partial(make, made, split, options.steps, n)) for n in seeds]
         lines.append(row_of(name, way, runs))
-        ends = (mean(whole(run, axis) or 0.0 for run in runs) for axis in ("forgetting", "diagonal_gain"))
-        points[name] = [tuple(ends)]
+        points[name] = [tuple(mean(whole(run, end) or 0.0 for run in runs) for end in ("forgetting", "diagonal_gain"))]
     back = [f"Last, {share:g} back" for share in SHARES]
     header = ("method", "Transfer", "Average", "Last", "learned", "forgotten", *back, "s a step", "MB", "needs later")
     note = reading("text", **{**same, "tasks": len(bed.tasks)}, seeds=options.seeds, kept=KEPT_PAIRS)

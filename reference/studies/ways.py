@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,24 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from nullspace_optim import Energy, NullSpaceOptimizer
+from nullspace_optim.policies import Spectrum
+
+
+@dataclass(frozen=True)
+class ByBlock(Energy):
+    """`Energy` with a threshold for each block of a transformer: the first number in a weight's name is its block."""
+
+    blocks: tuple[float, ...] = ()
+
+    def rank(self, spectrum: Spectrum) -> int:
+        """Return the rank of `Energy` with the block's threshold; outside the blocks with `threshold`."""
+        block = re.search(r"\d+", spectrum.name)
+        return Energy(self.blocks[int(block[0])] if block else self.threshold).rank(spectrum)
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to fine-tune; without a threshold nothing is protected.
+    """One way to fine-tune; without a threshold nothing is protected, of several the blocks have all but the first.
 
     `replay` is old data beside a batch, as a share of it; `distil` the weight of the distance to the model before;
     `rank` that of a LoRA that is trained instead of the weights, or below one the share of each weight's singular
@@ -29,7 +43,7 @@ class Way:
     """
 
     rate: float
-    threshold: float | None = None
+    threshold: float | list[float] | None = None
     project: Literal["update", "both"] = "both"
     replay: float = 0.0
     distil: float = 0.0
@@ -38,7 +52,9 @@ class Way:
     def optimizer(self, model: nn.Module, steps: int, **options: Any) -> tuple[NullSpaceOptimizer, LambdaLR]:
         """AdamW with `options` on what is trainable, wrapped, and its rate: a cosine every `steps`, warmed up."""
         base = AdamW([p for p in model.parameters() if p.requires_grad], lr=self.rate, **options)
-        optimizer = NullSpaceOptimizer(base, model, policy=Energy(self.threshold or 0.99), project=self.project)
+        first, *blocks = self.threshold if isinstance(self.threshold, list) else [self.threshold or 0.99]
+        policy = ByBlock(first, blocks=tuple(blocks)) if blocks else Energy(first)
+        optimizer = NullSpaceOptimizer(base, model, policy=policy, project=self.project)
         warmup = max(1, steps // 12)
 
         def factor(step: int) -> float:

@@ -31,6 +31,7 @@ def test_rows_are_windows_of_the_stream() -> None:
 WAYS = {
     **{name: language.WAYS[name] for name in ("plain, 1e-3", "distillation on old data, 5 %")},
     "ours and old data": language.WAYS["ours, Energy(0.5), and old data, 5 %"],
+    "by depth": Way(1e-3, threshold=[0.5, 0.8]),
     "LoRA": Way(1e-2, rank=4),
     "OSF": Way(1e-2, rank=0.5),
 }
@@ -51,6 +52,23 @@ def test_every_way_learns_and_all_the_way_back_is_the_model_before(name: str) ->
     for key, value in interpolated(1.0).state_dict().items():
         torch.testing.assert_close(value, kept[key], rtol=1e-4, atol=1e-5)
     assert perplexity(interpolated(0.0), new["test"], 1) == pytest.approx(after, rel=1e-3)
+
+
+def test_a_threshold_of_each_block_is_that_of_energy() -> None:
+    torch.manual_seed(0)
+    model, old = GPT(width=32, depth=2), corpus(1)
+    batches = [rows(old["training"], torch.Generator().manual_seed(n), 16)[:, :-1] for n in range(3)]
+    ranks = {}
+    for threshold in (0.5, 0.7, 0.9, [0.5, 0.9, 0.7]):
+        optimizer, _ = Way(1e-3, threshold).optimizer(model, 1)
+        optimizer.consolidate(batches, progress=False)
+        mains = {name: basis.main for name, basis in optimizer.bases.items()}
+        ranks[str(threshold)] = {name: main.rank for name, main in mains.items() if main is not None}
+        optimizer.detach()
+    for name, rank in ranks.pop("[0.5, 0.9, 0.7]").items():
+        alone = "0.9" if "blocks.0" in name else "0.7" if "blocks.1" in name else "0.5"
+        assert rank == ranks[alone][name]
+    assert all(len({found[name] for found in ranks.values()}) > 1 for name in ranks["0.5"] if "qkv" in name)
 
 
 def test_perplexity_of_a_model_that_knows_nothing_is_the_number_of_tokens() -> None:

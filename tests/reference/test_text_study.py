@@ -135,7 +135,7 @@ def test_a_batch_of_pairs_has_the_symmetric_loss_by_hand(places: dict[str, str],
 def test_a_run_that_was_killed_goes_on_to_the_same_table(
     places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ("--methods", "5 %", "--seeds", "0,1")
+    asked = ("--methods", "5 % of", "--seeds", "0,1")
     whole = run(places, tmp_path / "whole", *asked)
     trained = text.run
     monkeypatch.setattr(text, "run", lambda *given: 1 / 0 if given[-1] == 1 else trained(*given))
