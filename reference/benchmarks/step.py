@@ -23,6 +23,7 @@ from torch.optim import AdamW, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from nullspace_optim import NullSpaceOptimizer
+from nullspace_optim.clip import alignment_loss
 from reference.benchmarks import outcome, workload
 from reference.benchmarks.counting import protection_operations
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
@@ -44,7 +45,7 @@ class Trainer:
         """Forward and backward."""
         device = self.batch.images.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast != torch.float32):
-            loss = workload.contrastive_loss(self.model, self.batch)
+            loss = alignment_loss(self.model(self.batch.images, self.batch.tokens), smoothing=0.0)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nullspace_optim import NullSpaceOptimizer, SketchedCovariance, clip_forward
-from nullspace_optim.clip import alignment_loss
 from nullspace_optim.errors import NullSpaceWarning
 from nullspace_optim.policies import FixedRank, Policy, Spectrum
 
@@ -92,11 +91,6 @@ def random_batch(model: Any, size: int, device: torch.device, seed: int = 0) -> 
     place = torch.arange(length)
     tokens = torch.where(place < ends, tokens, torch.where(place == ends, words - 1, 0))
     return Batch(torch.randn(size, 3, height, width, generator=draw).to(device), tokens.to(device))
-
-
-def contrastive_loss(model: Any, batch: Batch) -> Tensor:
-    """CLIP's own training loss over the batch; scalar."""
-    return alignment_loss(model(batch.images, batch.tokens), smoothing=0.0) / 2
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:

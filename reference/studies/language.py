@@ -21,7 +21,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,9 @@ from nullspace_optim.clip import distillation_loss
 from reference.benchmarks.outcome import Outcome, Table, finish, progress
 from reference.benchmarks.workload import quiet
 from reference.evaluation.tables import reading
-from reference.studies.ways import Way, chosen, draw, interpolation, listed, parser
+from reference.studies.ways import Way, chosen, draw, interpolation, listed, parser, stored_bytes
 
-CONTEXT, TOKENS, ROWS = 96, 2000, 16
+CONTEXT, TOKENS, ROWS, KEPT = 96, 2000, 16, 24  # of them rows a batch, and batches that ours consolidates
 SHARES = (0.0, 0.2, 0.4, 0.6)
 OURS = ("ours, Energy(0.99), the default", "ours, Energy(0.5)", "ours, Energy(0.5), 4e-3")
 SHOWN = ("plain, 2e-3", "old data, 2 %, 2e-3", "old data, 10 %, 2e-3", "LoRA, r=8", "OSF, half kept", *OURS)
@@ -148,15 +148,16 @@ def pretrained(corpus: Corpus, steps: int) -> GPT:
 
 def fine_tuned(
     way: Way, before: GPT, old: Corpus, new: Corpus, steps: int, seed: int
-) -> tuple[GPT, Callable[[float], nn.Module]]:
-    """Fine-tune a copy of `before` on `new`: the model, and the function that gives it interpolated by a share."""
+) -> tuple[GPT, Callable[[float], nn.Module], float, int]:
+    """Fine-tune a copy of `before` on `new`: model, function of a share back, seconds of a step, bytes stored."""
     model = way.adapted(copy.deepcopy(before), seed)
     optimizer, rate = way.optimizer(model, steps)
     if way.threshold is not None:
         generator = torch.Generator().manual_seed(3)
-        optimizer.consolidate([rows(old["training"], generator, ROWS)[:, :-1] for _ in range(24)], progress=False)
-    generator = torch.Generator().manual_seed(100 + seed)
+        optimizer.consolidate([rows(old["training"], generator, ROWS)[:, :-1] for _ in range(KEPT)], progress=False)
+    generator, seconds = torch.Generator().manual_seed(100 + seed), []
     for _ in range(steps):
+        begun = time.process_time()
         count = way.old_rows(ROWS, generator)
         loss = loss_of(model, rows(new["training"], generator, ROWS))
         if count:
@@ -171,10 +172,13 @@ def fine_tuned(
         loss.backward()
         optimizer.step()
         rate.step()
+        seconds.append(time.process_time() - begun)
+    needed = [old["training"], *(before.parameters() if way.distil else ())] if way.replay else []
+    stored = stored_bytes(way, model, optimizer, needed)
     if way.rank:
         model = model.merge_and_unload().requires_grad_()  # type: ignore[operator, union-attr]
         optimizer, _ = way.optimizer(model, steps)
-    return model, interpolation(model, optimizer, before.state_dict())
+    return model, interpolation(model, optimizer, before.state_dict()), median(seconds), stored
 
 
 def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[float, float]]]]:
@@ -186,20 +190,23 @@ def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[flo
     start = tuple(perplexity(before, corpus[options.split]) for corpus in (old, new))
     seeds = [int(seed) for seed in options.seeds.split(",")]
     points: dict[str, list[tuple[float, float]]] = {}
+    lines = []
     for name, way in chosen(WAYS, options.methods).items():
         progress(name)
         found: dict[float, list[tuple[float, float]]] = {share: [] for share in SHARES}
         for seed in seeds:
             with quiet():
-                _, interpolated = fine_tuned(way, before, old, new, options.steps, seed)
+                _, interpolated, took, stored = fine_tuned(way, before, old, new, options.steps, seed)
                 for share in SHARES:
                     model = interpolated(share)
                     found[share].append(tuple(math.log(perplexity(model, c[options.split])) for c in (old, new)))  # type: ignore[arg-type]
         points[name] = [tuple(math.exp(mean(logs)) for logs in zip(*pairs)) for pairs in found.values()]  # type: ignore
-    header = ("method", *(f"{share:g} of the way back" if share else "as trained" for share in SHARES))
-    lines = [(name, *(f"{a:.1f} / {b:.0f}" for a, b in found)) for name, found in points.items()]
+        cells, later = (f"{a:.1f} / {b:.0f}" for a, b in points[name]), "old data" if way.replay else "none"
+        lines.append((name, *cells, f"{1e3 * took:.0f}", f"{stored / 1e6:.1f}", later))
+    back = [f"{share:g} of the way back" for share in SHARES[1:]]
+    header = ("method", "as trained", *back, "ms a step", "MB", "needs later")
     about = {**vars(options), "seeds": len(seeds), "python": start[0], "english": start[1]}
-    note = reading("language", **about, rows=ROWS, context=CONTEXT)
+    note = reading("language", **about, rows=ROWS, context=CONTEXT, kept=KEPT * ROWS)
     return Table("Perplexity on Python / on English", header, tuple(lines), note), points
 
 

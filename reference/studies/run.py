@@ -131,14 +131,11 @@ def figures_of(
 
 def parse(arguments: Arguments[str] | None) -> argparse.Namespace:
     """The command line."""
-    varied = {
-        grid: ", ".join(f"{name} ({' '.join(known)})" for name, known in factors.items())
-        for grid, factors in DEFAULTS.items()
-    }
+    texts = {grid: ", ".join(f"{k} ({' '.join(v)})" for k, v in factors.items()) for grid, factors in DEFAULTS.items()}
     parser = argparse.ArgumentParser(
         prog="python -m reference.studies.run",
         description=(__doc__ or "").split("\n")[0],
-        epilog="Factors and their values: " + "; ".join(f"{grid}: {text}" for grid, text in varied.items() if text),
+        epilog="Factors and their values: " + "; ".join(f"{grid}: {text}" for grid, text in texts.items() if text),
     )
     parser.add_argument("grid", choices=list(LISTED), help="what is varied")
     add_settings(parser)

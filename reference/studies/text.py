@@ -25,16 +25,15 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nullspace_optim import NullSpaceOptimizer
-from reference.benchmarks.outcome import Table, finish, progress, saved_bytes
+from reference.benchmarks.outcome import Table, finish, progress
 from reference.benchmarks.workload import quiet
 from reference.command import carried_out
 from reference.errors import ExperimentError
 from reference.evaluation.tables import reading, spread, whole
-from reference.studies.encoder import HALF, TOKENS, Bed, Pair, by_length, drawn, embed, load_bed, loss_of, padded
-from reference.studies.ways import Way, chosen, draw, interpolation, listed, parser
+from reference.studies.encoder import HALF, TOKENS, Bed, by_length, drawn, embed, load_bed, loss_of, padded
+from reference.studies.ways import Way, chosen, draw, interpolation, listed, parser, stored_bytes
 from reference.training.tracking import provenance, write_json
 
 BATCH = 24  # pairs
@@ -49,7 +48,7 @@ def run(way: Way, bed: Bed, made: dict[str, Any], split: str, steps: int, seed: 
     """Learn every task in turn: accuracy of all after each, at the end also after interpolation, costs, and `made`."""
     started, model = time.perf_counter(), way.adapted(copy.deepcopy(bed.model), seed)
     optimizer, rate = way.optimizer(model, steps, fused=True)
-    order, beside = (torch.Generator().manual_seed(seed + more) for more in (0, 1000))
+    order, draws = (torch.Generator().manual_seed(seed + more) for more in (0, 1000))
     accuracy, seconds, old = [], [], []  # type: ignore[var-annotated]
 
     def keep(texts: Sequence[Tensor], name: str) -> None:
@@ -62,8 +61,8 @@ def run(way: Way, bed: Bed, made: dict[str, Any], split: str, steps: int, seed: 
         optimizer.state.clear()
         for _ in range(steps):
             begun = time.process_time()
-            pairs = drawn(task["training"], BATCH, order) + drawn(old, way.old_rows(BATCH, beside), beside)
-            loss = loss_of(model, pairs) + way.distil * (bed.moved(model, BATCH, beside) if way.distil else 0)
+            pairs = drawn(task["training"], BATCH, order) + drawn(old, way.old_rows(BATCH, draws), draws)
+            loss = loss_of(model, pairs) + way.distil * (bed.moved(model, BATCH, draws) if way.distil else 0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -75,21 +74,13 @@ def run(way: Way, bed: Bed, made: dict[str, Any], split: str, steps: int, seed: 
             break  # nothing comes after the last task, so nothing of it is kept
         old += task["training"] if way.replay else []
         if way.threshold is not None:
-            keep([text for pair in drawn(task["training"], KEPT_PAIRS, beside) for text in pair], name)
-    stored = stored_bytes(way, bed, model, optimizer, old)
+            keep([text for pair in drawn(task["training"], KEPT_PAIRS, draws) for text in pair], name)
+    beside = [text for pair in old for text in pair] + ([*bed.pool, bed.known] if way.distil else [])
+    stored = stored_bytes(way, model, optimizer, beside)
     interpolated = interpolation(model, optimizer, bed.model.state_dict())
     back = {} if way.rank else {str(share): bed.row(interpolated(share), split) for share in SHARES}
     costs = {"seconds_of_a_step": median(seconds), "stored_bytes": stored, "seconds": time.perf_counter() - started}
     return {**made, "accuracy": accuracy, "interpolated": back, **costs}
-
-
-def stored_bytes(way: Way, bed: Bed, model: nn.Module, optimizer: NullSpaceOptimizer, old: list[Pair]) -> int:
-    """Bytes that the way keeps beside the weights: bases, old pairs, the pool with its embeddings, a LoRA."""
-    tensors = [text for pair in old for text in pair]
-    tensors += [*bed.pool, bed.known] if way.distil else []
-    tensors += [p for p in model.parameters() if p.requires_grad] if way.rank else []
-    bases = saved_bytes(optimizer.save) if way.threshold is not None else 0
-    return bases + sum(tensor.nbytes for tensor in tensors)
 
 
 def finished(folder: Path, identity: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:

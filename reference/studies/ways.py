@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nullspace_optim import Energy, NullSpaceOptimizer
 from nullspace_optim.policies import Spectrum
+from reference.benchmarks.outcome import saved_bytes
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,13 @@ class Way:
     def old_rows(self, batch: int, generator: torch.Generator) -> int:
         """Number of rows of old data that stand beside this batch, `replay * batch` on average."""
         return int(torch.poisson(torch.tensor(self.replay * batch), generator=generator)) if self.replay else 0
+
+
+def stored_bytes(way: Way, model: nn.Module, optimizer: NullSpaceOptimizer, beside: Iterable[Tensor]) -> int:
+    """Bytes that the way keeps beside the weights: bases, what `rank` adds, and the tensors `beside`."""
+    added = (parameter for parameter in model.parameters() if way.rank and parameter.requires_grad)
+    bases = saved_bytes(optimizer.save) if way.threshold is not None else 0
+    return bases + sum(tensor.nbytes for tensor in (*added, *beside))
 
 
 def interpolation(

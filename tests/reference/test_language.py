@@ -44,7 +44,8 @@ def test_every_way_learns_and_all_the_way_back_is_the_model_before(name: str) ->
     torch.manual_seed(0)
     before, old, new = GPT(width=32, depth=1), corpus(1), corpus(2)
     kept = {key: value.clone() for key, value in before.state_dict().items()}
-    model, interpolated = fine_tuned(WAYS[name], before, old, new, 8, 0)
+    model, interpolated, seconds, stored = fine_tuned(WAYS[name], before, old, new, 8, 0)
+    assert seconds > 0 and (stored > 0) == (name != "plain, 1e-3")
     assert all(torch.equal(value, kept[key]) for key, value in before.state_dict().items())
     after, start = perplexity(model, new["test"], 1), perplexity(before, new["test"], 1)
     assert after < 0.98 * start
@@ -69,6 +70,20 @@ def test_a_threshold_of_each_block_is_that_of_energy() -> None:
         alone = "0.9" if "blocks.0" in name else "0.7" if "blocks.1" in name else "0.5"
         assert rank == ranks[alone][name]
     assert all(len({found[name] for found in ranks.values()}) > 1 for name in ranks["0.5"] if "qkv" in name)
+
+
+def test_stored_are_bases_old_tokens_the_teacher_and_what_is_added() -> None:
+    pytest.importorskip("peft")
+    before, old, new = GPT(width=32, depth=1), corpus(1), corpus(2)
+    tokens, weights = old["training"].nbytes, sum(4 * parameter.numel() for parameter in before.parameters())
+    kept = {name: fine_tuned(way, before, old, new, 2, 0)[-1] for name, way in WAYS.items() if name != "OSF"}
+    assert kept["plain, 1e-3"] == 0
+    assert kept["distillation on old data, 5 %"] == tokens + weights
+    assert kept["LoRA"] == 4 * 4 * sum(
+        sum(w.shape) for n, w in before.named_parameters() if "blocks" in n and w.ndim > 1
+    )
+    alone = fine_tuned(language.WAYS["ours, Energy(0.5)"], before, old, new, 2, 0)[-1]
+    assert kept["ours and old data"] == alone + tokens
 
 
 def test_perplexity_of_a_model_that_knows_nothing_is_the_number_of_tokens() -> None:
