@@ -150,7 +150,8 @@ def _read_webp(path: Path, count: int) -> Labelled:
     try:
         with np.load(path, allow_pickle=False) as archive:
             stream, ends, labels = archive["webp"].tobytes(), archive["end"].tolist(), archive["fine"]
-        pixels = [_decode(stream[start:end]) for start, end in zip([0, *ends[:-1]], ends)]
+        parts = [io.BytesIO(stream[start:end]) for start, end in zip([0, *ends[:-1]], ends)]
+        pixels = [np.asarray(Image.open(part).convert("RGB")) for part in parts]
     except FileNotFoundError as error:
         raise ExperimentError(f"{path} is missing; expected train.npz and test.npz there") from error
     except (OSError, ValueError, KeyError) as error:
@@ -158,8 +159,3 @@ def _read_webp(path: Path, count: int) -> Labelled:
     if len(pixels) != count or len(labels) != count:
         raise ExperimentError(f"{path} holds {len(pixels)} images and {len(labels)} labels, expected {count} of each")
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long()
-
-
-def _decode(content: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(image.convert("RGB"))

@@ -187,7 +187,6 @@ def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[flo
 
     old, new = tokenized()
     before = pretrained(old, options.pretraining)
-    start = tuple(perplexity(before, corpus[options.split]) for corpus in (old, new))
     seeds = [int(seed) for seed in options.seeds.split(",")]
     points: dict[str, list[tuple[float, float]]] = {}
     lines = []
@@ -205,7 +204,8 @@ def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[flo
         lines.append((name, *cells, f"{1e3 * took:.0f}", f"{stored / 1e6:.1f}", later))
     back = [f"{share:g} of the way back" for share in SHARES[1:]]
     header = ("method", "as trained", *back, "ms a step", "MB", "needs later")
-    about = {**vars(options), "seeds": len(seeds), "python": start[0], "english": start[1]}
+    start = {name: perplexity(before, text[options.split]) for name, text in (("python", old), ("english", new))}
+    about = {**vars(options), **start, "seeds": len(seeds)}
     note = reading("language", **about, rows=ROWS, context=CONTEXT, kept=KEPT * ROWS)
     return Table("Perplexity on Python / on English", header, tuple(lines), note), points
 

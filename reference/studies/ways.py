@@ -119,14 +119,17 @@ def listed(study: str) -> dict[str, Way]:
 
 
 def chosen(ways: Mapping[str, Way], parts: str) -> dict[str, Way]:
-    """Those of `ways` whose names hold one of `parts`, separated by commas; all for none."""
-    return {name: way for name, way in ways.items() if any(part in name for part in parts.split(","))}
+    """Those of `ways` whose names hold one of `parts`, commas between (or ; where one holds a comma); all for none."""
+    wanted = [part.strip() for part in parts.split(";" if ";" in parts else ",") if part.strip()] or [""]
+    if unknown := [part for part in wanted if not any(part in name for name in ways)]:
+        raise SystemExit(f"--methods: no way is called {' or '.join(unknown)}; choose from {'; '.join(ways)}")
+    return {name: way for name, way in ways.items() if any(part in name for part in wanted)}
 
 
 def parser(study: str, about: str | None, seeds: str, steps: int) -> argparse.ArgumentParser:
     """The command line of a study with these defaults; it takes further options."""
     found = argparse.ArgumentParser(prog=f"python -m reference.studies.{study}", description=about)
-    found.add_argument("--methods", default="", help="parts of names, with commas; all by default")
+    found.add_argument("--methods", default="", help="parts of names, with commas (; where one holds a comma)")
     found.add_argument("--seeds", default=seeds, help="numbers separated by commas")
     found.add_argument("--split", default="test", choices=("validation", "test"))
     found.add_argument("--steps", type=int, default=steps)

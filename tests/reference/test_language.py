@@ -13,7 +13,7 @@ import torch
 from reference.benchmarks import gpu
 from reference.studies import language
 from reference.studies.language import CONTEXT, GPT, TOKENS, fine_tuned, perplexity, rows
-from reference.studies.ways import Way
+from reference.studies.ways import Way, chosen
 
 
 def corpus(seed: int) -> dict[str, torch.Tensor]:
@@ -84,6 +84,24 @@ def test_stored_are_bases_old_tokens_the_teacher_and_what_is_added() -> None:
     )
     alone = fine_tuned(language.WAYS["ours, Energy(0.5)"], before, old, new, 2, 0)[-1]
     assert kept["ours and old data"] == alone + tokens
+
+
+@pytest.mark.parametrize(
+    ("parts", "names"),
+    [
+        ("LoRA,OSF", ["LoRA, r=8", "OSF, half kept"]),
+        ("plain, 2e-3;OSF", ["plain, 2e-3", "OSF, half kept"]),
+        ("plain, 2e-3;", ["plain, 2e-3"]),
+        ("", [*language.WAYS]),
+    ],
+)
+def test_ways_are_chosen_by_parts_of_their_names(parts: str, names: list[str]) -> None:
+    assert [*chosen(language.WAYS, parts)] == names
+
+
+def test_a_part_that_no_name_holds_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no way is called OFS; choose from plain, 4e-3; "):
+        chosen(language.WAYS, "LoRA,OFS")
 
 
 def test_perplexity_of_a_model_that_knows_nothing_is_the_number_of_tokens() -> None:

@@ -155,7 +155,7 @@ def test_all_the_way_back_is_the_untouched_encoder(
 ) -> None:
     monkeypatch.setattr(text, "SHARES", (0.0, 1.0))
     monkeypatch.setitem(text.WAYS, "plain, 1e-4", text.Way(1e-2))
-    run(places, tmp_path, "--methods", "plain, 1e-4")
+    run(places, tmp_path, "--methods", "1e-4")
     found = saved(tmp_path, "plain-1e-4")
     assert found["interpolated"] == {"0.0": found["accuracy"][-1], "1.0": found["pretrained"]}
     assert found["accuracy"][-1] != found["pretrained"]
@@ -225,6 +225,6 @@ def test_a_bad_file_is_named(places: dict[str, str], tmp_path: Path, file: str, 
 def test_runs_of_other_settings_are_not_mixed(
     places: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(places, tmp_path, "--methods", "untouched")
-    assert text.main(words_of(places, tmp_path, "--steps", "4", "--methods", "untouched")) == 2
+    run(places, tmp_path, "--methods", "3e-5")
+    assert text.main(words_of(places, tmp_path, "--steps", "4", "--methods", "3e-5")) == 2
     assert "another value of steps; give another --output" in capsys.readouterr().err
