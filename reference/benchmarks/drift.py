@@ -183,7 +183,7 @@ def by_threshold(options: Namespace, clip: Clip, old: Task, new: Task) -> Table:
         drifts = [[relative(getattr(after, part), getattr(before, part)) for after in scores] for part in PARTS]
         accuracy = f"{before.accuracy:.1f} → {mean(after.accuracy for after in scores):.1f}"
         loss = f"{before.loss:.2f} → {mean(after.loss for after in scores):.3f}"
-        name = repr(policy or "unprotected").replace("threshold=", "").replace("tolerance=None", "").strip("'")
+        name = repr(policy).replace("threshold=", "").replace("tolerance=None", "") if policy else "unprotected"
         rows.append((name, f"{shares:.0%}", *map(percent, drifts), accuracy, loss))
     held_out = min(HELD_OUT, len(old.test))
     return Table(

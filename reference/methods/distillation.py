@@ -45,8 +45,11 @@ class ReferenceBatches:
 
     def student_images(self, index: Tensor) -> Tensor:
         """The trained model's unit features of those images, `[n, e]`, with gradient."""
-        features: Tensor = self.clip.model.encode_image(self.clip.normalised(self.pool.images[index]), normalize=True)  # type: ignore[operator]
-        return features
+        return self.clip.model.encode_image(self.clip.normalised(self.pool.images[index]), normalize=True)  # type: ignore[operator]
+
+    def student_texts(self, index: Tensor) -> Tensor:
+        """The same of those images' captions, `[n, e]`."""
+        return self.clip.model.encode_text(self.tokens[self.kind[index]], normalize=True)  # type: ignore[operator]
 
     def teacher(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The pretrained model's unit features of images and captions, `[n, e]` each."""
@@ -85,8 +88,7 @@ class GuidedLoss:
         if pool is None:
             return loss
         index = pool.drawn(batch)
-        kind = pool.kind[index]
-        texts = model.encode_text(pool.tokens[kind], normalize=True) if captions is None else captions[kind]  # type: ignore[operator]
+        texts = pool.student_texts(index) if captions is None else captions[pool.kind[index]]
         distilled, aligned = reference_losses(pool, index, pool.student_images(index), texts)
         return loss + self.config.distillation_weight * distilled + self.config.alignment_weight * aligned
 

@@ -150,8 +150,7 @@ def _read_webp(path: Path, count: int) -> Labelled:
     try:
         with np.load(path, allow_pickle=False) as archive:
             stream, ends, labels = archive["webp"].tobytes(), archive["end"].tolist(), archive["fine"]
-        parts = [io.BytesIO(stream[start:end]) for start, end in zip([0, *ends[:-1]], ends)]
-        pixels = [np.asarray(Image.open(part).convert("RGB")) for part in parts]
+        pixels = [np.asarray(Image.open(io.BytesIO(stream[a:b])).convert("RGB")) for a, b in zip([0, *ends[:-1]], ends)]
     except FileNotFoundError as error:
         raise ExperimentError(f"{path} is missing; expected train.npz and test.npz there") from error
     except (OSError, ValueError, KeyError) as error:

@@ -204,8 +204,8 @@ def curves(options: argparse.Namespace) -> tuple[Table, dict[str, list[tuple[flo
         lines.append((name, *cells, f"{1e3 * took:.0f}", f"{stored / 1e6:.1f}", later))
     back = [f"{share:g} of the way back" for share in SHARES[1:]]
     header = ("method", "as trained", *back, "ms a step", "MB", "needs later")
-    start = {name: perplexity(before, text[options.split]) for name, text in (("python", old), ("english", new))}
-    about = {**vars(options), **start, "seeds": len(seeds)}
+    about = {**vars(options), "seeds": len(seeds)}
+    about |= {name: perplexity(before, c[options.split]) for name, c in (("python", old), ("english", new))}
     note = reading("language", **about, rows=ROWS, context=CONTEXT, kept=KEPT * ROWS)
     return Table("Perplexity on Python / on English", header, tuple(lines), note), points
 
