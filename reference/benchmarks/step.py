@@ -45,7 +45,7 @@ class Trainer:
         """Forward and backward."""
         device = self.batch.images.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast != torch.float32):
-            loss = alignment_loss(self.model(self.batch.images, self.batch.tokens), smoothing=0.0)
+            loss = alignment_loss(self.model(self.batch.images, self.batch.tokens), smoothing=0.0) / 2
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
 
