@@ -52,7 +52,9 @@ def coca() -> Experiment:
     vision = {"layers": 2, "width": 32, "head_width": 16, "image_size": SIZE, "patch_size": 16, "output_tokens": True}
     pooling = {"attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2}
     text = {**TEXT, "embed_cls": True, "output_tokens": True}
-    return around(open_clip.CoCa(32, {**TEXT, "mlp_ratio": 4}, text, {**vision, **pooling}))
+    model = open_clip.CoCa(32, {**TEXT, "mlp_ratio": 4}, text, {**vision, **pooling})
+    torch.nn.init.normal_(model.text_decoder.text_projection)  # open_clip leaves it as memory was, perhaps not a number
+    return around(model)
 
 
 def around(model: Any) -> Experiment:
