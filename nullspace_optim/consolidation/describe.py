@@ -22,6 +22,7 @@ from .notes import (
     unrun_note,
     untrained_note,
     warnings_about,
+    weights_note,
     wide_note,
 )
 from .observe import Observation
@@ -57,17 +58,20 @@ def describe(
     those that could not be run the error.
     """
     tally, dataset = seen.tally, _dataset_length(work)
-    warnings = [tally.fed[1], *warnings_about(work.model, work.forward, rows, work.task, grown)]
-    notes = [
+    warnings = [tally.fed[1], *warnings_about(work.model, work.forward, rows, work.task, grown, options.policy)]
+    of_inputs = [
         coverage_note(work.loader, tally.samples, dataset),
         seen.capture.relevance_note,
+        sketch_note(seen.captured),
+        wide_note(seen.captured, options) if len(grown.tasks) == 1 else None,
+        few_rows_note(seen.captured, rows),
+    ]
+    notes = [
+        *([weights_note(options.policy)] if options.policy.from_weights else of_inputs),
         seen.unknown,
         seen.uncut,
         unrun_note(failed),
         untrained_note(_untrained(seen, grown)),
-        sketch_note(seen.captured),
-        wide_note(seen.captured, options) if len(grown.tasks) == 1 else None,
-        few_rows_note(seen.captured, rows),
         half_precision_note(work.parameters),
         outside_note(work.model, work.outside),
     ]

@@ -25,12 +25,13 @@ from ..errors import ConsolidationError
 from ..policies.base import Policy, Spectrum
 from ..report import ParameterReport
 from ..settings import Settings
-from ..subspace.basis import Basis, BasisStore, Fate, Side, Subspace
+from ..subspace.basis import Basis, BasisStore, Fate, Side, Subspace, all_kept
 from ..subspace.growth import widen
 from ..subspace.layout import Layout
 from ..subspace.matrix import matrix_of
 from ..subspace.projection import MatrixSide
 from ..subspace.shards import ShardView, gather_parameter, shard_view
+from ..subspace.tables import clear_of_rows, freeze_rows
 from .grow import Eigenbasis, GrownBasis, decompose, grow_basis
 from .grow_rows import decompose_rows, decompose_sketch
 
@@ -276,10 +277,13 @@ def _protected(
             subspaces[side] = _anchored(matrix, part, side, choice, subspaces.get(side), tasks)
         if seen.row_counts is not None:
             counts = seen.row_counts.to(matrix.device)
-            subspaces["rows"] = _read_rows(matrix, part, counts, policy, subspaces.get("rows"))
+            chosen = _chosen_rows(counts, policy, subspaces.get("rows"))
+            subspaces["rows"] = freeze_rows(matrix, part, counts, chosen, subspaces.get("rows"))
+        if {"rows", "left"} <= set(subspaces):
+            subspaces["left"] = clear_of_rows(matrix, part, subspaces["left"], subspaces["rows"], name)
     if set(part.crossing) & set(subspaces) and any(s.scale is not None for s in subspaces.values()):
         _refuse_soft_crossing(name, subspaces)
-    full = any(subspace.full for subspace in subspaces.values())
+    full = all_kept(subspaces)
     basis = Basis(
         name=name,
         shape=tuple(parameter.shape),
@@ -344,8 +348,8 @@ def _member_rows(choice: GrownBasis, old: Subspace | None, tasks: int) -> Tensor
     return members
 
 
-def _read_rows(matrix: Tensor, part: ShardView, counts: Tensor, policy: Policy, old: Subspace | None) -> Subspace:
-    """Anchor the rows that `policy` chooses by `counts` `[n]`; rows that were kept before keep the anchor they had."""
+def _chosen_rows(counts: Tensor, policy: Policy, old: Subspace | None) -> Tensor:
+    """Return the mask `[n]` of the rows that `policy` chooses by `counts` `[n]`, and of those that were kept before."""
     kept = torch.zeros(len(counts), dtype=torch.bool, device=counts.device)
     if old is not None:
         kept[old.basis] = True
@@ -353,20 +357,7 @@ def _read_rows(matrix: Tensor, part: ShardView, counts: Tensor, policy: Policy, 
     if mask.dtype != torch.bool or mask.shape != counts.shape:
         found = f"{type(policy).__name__}.rows() returned {mask.dtype} {list(mask.shape)}"
         raise ConsolidationError(f"{found}, expected a mask, torch.bool [{len(counts)}]")
-    chosen = kept | mask
-    index = chosen.nonzero().reshape(-1)
-    anchors = part.anchor(matrix, index, "rows")
-    if old is not None:
-        anchors[torch.isin(index[part.holds(index)], old.basis)] = old.anchor.to(anchors)
-    return Subspace(
-        side="rows",
-        basis=index,
-        anchor=anchors,
-        ranks=(len(index),),
-        size=len(counts),
-        spectrum=matrix.new_zeros(1, 0, dtype=torch.float32),
-        energy=float(counts[chosen].sum() / counts.sum()) if counts.any() else 1.0,
-    )
+    return kept | mask
 
 
 def _line(

@@ -12,6 +12,7 @@ from ..covariance.accumulator import ParameterStatistics
 from ..covariance.second_moment import SecondMoment
 from ..covariance.sketch import FrequentDirections
 from ..formatting import name_some
+from ..policies.base import Policy
 from ..report import ParameterReport, still_share
 from ..settings import Settings, is_sketchable
 from ..subspace.basis import BasisStore, Fate
@@ -24,7 +25,7 @@ WAYS_OUT = "lower the policy's threshold, prune(), or release() a name"
 
 
 def warnings_about(
-    model: nn.Module, forward: Any, rows: Sequence[ParameterReport], task: str, store: BasisStore
+    model: nn.Module, forward: Any, rows: Sequence[ParameterReport], task: str, store: BasisStore, policy: Policy
 ) -> Iterator[str]:
     """Yield what a user should act on: what was not read, what can no longer learn, what the threshold cuts off.
 
@@ -44,7 +45,8 @@ def warnings_about(
         )
     if any("uncovered" in row.reason for row in rows if row.fate is Fate.FREE):
         yield 'parameters that are used but cannot be protected are trained (uncovered="train"): old outputs may move'
-    yield from _about_rows(rows)
+    if not policy.from_weights:
+        yield from _about_inputs(rows)
     yield from _about_room(rows, task)
     gates = [row.name for row in rows if _is_closed_gate(row, store)]
     if gates:
@@ -54,7 +56,7 @@ def warnings_about(
         )
 
 
-def _about_rows(rows: Sequence[ParameterReport]) -> Iterator[str]:
+def _about_inputs(rows: Sequence[ParameterReport]) -> Iterator[str]:
     """Yield what the task's inputs leave unprotected."""
     weights = [row for row in rows if row.met and row.dimension]
     if weights and not any(row.rank for row in weights):
@@ -104,6 +106,14 @@ def _is_closed_gate(row: ParameterReport, store: BasisStore) -> bool:
     """Return whether a parameter is a factor of activations, frozen while it is zero."""
     kept = store[row.name].kept if row.met and row.fate is Fate.FROZEN and "aten.mul" in row.reason else None
     return kept is not None and kept.numel() > 0 and not bool(kept.any())
+
+
+def weights_note(policy: Policy) -> str:
+    """Say that a policy that looks at weights promises nothing for outputs."""
+    return (
+        f"{type(policy).__name__} keeps directions of the weights and looks at no sample: old outputs may move; "
+        "Energy() and its like keep them"
+    )
 
 
 def coverage_note(loader: Any, samples: int | None, dataset: int | None) -> str | None:
@@ -183,7 +193,7 @@ def wide_note(captured: Mapping[str, ParameterStatistics], options: Settings) ->
         for moment in found.sides.values()
         if isinstance(moment, SecondMoment) and moment.size > WIDE and moment.factor is None
     ]
-    if not wide or options.policy.from_weights or not is_sketchable(options.policy):
+    if not wide or not is_sketchable(options.policy):
         return None
     size, name = max(wide)
     return (

@@ -7,6 +7,7 @@ names the source, the key and the reason. Shapes are those of `schema`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NoReturn, get_args
 
 import torch
@@ -177,12 +178,13 @@ def _read_basis(record: _Record, parts: _Parts) -> Basis:
         record.fail(f"has {len(basis.energies)} energies of {len(basis.tasks)} tasks")
     if basis.kept is not None and tuple(basis.kept.shape) != shape:
         record.fail(f"has a kept value of shape {list(basis.kept.shape)}, expected {list(shape)}")
+    sides: dict[Side, Subspace] = {}
     for side, data in record.get("sides", dict).items():
         if side not in get_args(Side):
             record.fail(f"has the unknown side {ascii(side)[:80]}")
         part = _Record(data, f"{record.where} {side}", record.source)
-        basis.subspaces[side] = _read_subspace(part, side, basis, parts)
-    return basis
+        sides[side] = _read_subspace(part, side, basis, parts)
+    return replace(basis, subspaces=sides)
 
 
 def _read_layout(record: _Record, shape: tuple[int, ...]) -> Layout:

@@ -191,15 +191,17 @@ class Guard:
 
         Anchors of all sides follow at once, at the end: until then `correct` undoes what was begun.
         """
-        sides = sorted(self.basis.subspaces.values(), key=lambda s: s.side != "rows")
+        rows = self.basis.subspaces.get("rows")
+        sides = [s for s in self.basis.subspaces.values() if s is not rows and s.rank]
         done: list[tuple[Subspace, Tensor]] = []
         weight, bias = self.blocks()
         with matrix_of(weight, self.basis.layout, bias) as matrix:
+            if rows is not None:
+                restore_rows_(matrix, rows.basis, rows.anchor)
             for subspace in sides:
-                if subspace.side == "rows":
-                    restore_rows_(matrix, subspace.basis, subspace.anchor)
-                elif subspace.rank:
-                    done.append((subspace, self._yield(matrix, subspace, done)))
+                done.append((subspace, self._yield(matrix, subspace, done)))
+            if rows is not None:  # once more, for the rounding of the others
+                restore_rows_(matrix, rows.basis, rows.anchor)
         if done:
             torch._foreach_copy_([subspace.anchor for subspace, _ in done], [kept for _, kept in done])
 

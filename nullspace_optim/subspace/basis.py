@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -81,6 +81,13 @@ class Subspace:
         return self.rank >= self.dimension and (self.scale is None or self.held >= self.dimension)
 
 
+def all_kept(sides: Mapping[Side, Subspace]) -> bool:
+    """True if one of the `sides` is full, or the frozen rows and the left side, which lies outside them, together."""
+    together = [sides[side] for side in ("left", "rows") if side in sides]
+    outputs = sum(side.held for side in together) >= max((side.dimension for side in together), default=1)
+    return outputs or any(side.full for side in sides.values())
+
+
 @dataclass
 class Basis:
     """The fate of one parameter and, if it is protected, its subspaces.
@@ -100,6 +107,10 @@ class Basis:
     energies: tuple[float, ...] = ()
     bias: str | None = None
     kept: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Put the sides in one order, in which steps correct them, whatever the order of tasks or of a file."""
+        self.subspaces = {side: self.subspaces[side] for side in get_args(Side) if side in self.subspaces}
 
     def __repr__(self) -> str:
         sides = ", ".join(f"{side} {s.rank} of {s.dimension}" for side, s in self.subspaces.items()) or self.reason
@@ -147,10 +158,8 @@ class Basis:
         """Share of directions that later tasks may still use: 1 if free, 0 if frozen or full."""
         if self.fate in (Fate.FROZEN, Fate.FULL):
             return 0.0
-        share = 1.0
-        for subspace in self.subspaces.values():
-            share *= 1.0 - subspace.held / max(1, subspace.dimension)
-        return share
+        used = {side: subspace.held / max(1, subspace.dimension) for side, subspace in self.subspaces.items()}
+        return (1.0 - used.get("right", 0.0)) * max(0.0, 1.0 - used.get("left", 0.0) - used.get("rows", 0.0))
 
     @property
     def still(self) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nullspace_optim import NullSpaceOptimizer, clip_forward
-from nullspace_optim.policies import SGP, Energy, Policy
+from nullspace_optim.policies import OSF, SGP, Energy, Policy
 from reference.data.tasks import Split
 from reference.methods.base import Method, Setting
 from reference.methods.distillation import GuidedLoss, ReferenceBatches
@@ -42,8 +42,7 @@ class NullSpace(Method):
 
     def make_optimizer(self) -> Optimizer:
         """AdamW under protection."""
-        base = super().make_optimizer()
-        project = self.project or self.config.project
+        base, project = super().make_optimizer(), self.project or self.config.project
         return NullSpaceOptimizer(base, self.clip.model, policy=self.policy, project=project)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -72,17 +71,15 @@ class NullSpace(Method):
     def consolidate(self, name: str, split: Split, prompts: list[str]) -> dict[str, Any]:
         """Protect what the images of `split` and the sentences `prompts` use; returns the report."""
         forward = clip_forward(self.clip.model, self.clip.tokens(prompts))
-        loader = Batches(self.clip, split)
-        report = self.optimizer.consolidate(loader, name=name, forward=forward, progress=False)
+        report = self.optimizer.consolidate(Batches(self.clip, split), name=name, forward=forward, progress=False)
         return {"report": str(report), "images": len(split)}
 
     def prune(self, sources: list[tuple[str, Split, list[str]]]) -> dict[str, Any]:
         """Give back directions within `prune_bound` of the energy of every one of `sources`; returns how many."""
-        model, tokens = self.clip.model, self.clip.tokens
         report = self.optimizer.prune(
             {name: Batches(self.clip, split) for name, split, _ in sources},
             bound=self.config.prune_bound,
-            forward={name: clip_forward(model, tokens(prompts)) for name, _, prompts in sources},
+            forward={name: clip_forward(self.clip.model, self.clip.tokens(prompts)) for name, _, prompts in sources},
             progress=False,
         )
         return {"given_back": report.freed}
@@ -122,6 +119,13 @@ class GradientReference(Gradient):
 
     name = "gradient-reference"
     needs_reference = True
+
+
+class LeadingDirections(NullSpaceReference):
+    """OSF: half of each weight's own directions stay, on both sides; the pool only shows which weights are read."""
+
+    name = "osf"
+    policy = OSF()
 
 
 class RandomBasis(NullSpaceReference):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
+from torch.utils.data import DataLoader, TensorDataset
 
-from nullspace_optim import OSF, NullSpaceOptimizer
+from nullspace_optim import OSF, Energy, NullSpaceOptimizer
 from nullspace_optim.errors import OptionError
 from nullspace_optim.policies import Policy, WeightBands
 from nullspace_optim.policies.parse import parse_policy
@@ -103,6 +105,22 @@ def test_all_zero_protects_nothing_and_all_one_what_the_weight_has() -> None:
     before = held.weight.detach().clone()
     train(wrapped(held, WeightBands((1.0,), (1.0,)), lr=0.1), held, 5)
     torch.testing.assert_close(held.weight.detach(), before, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "policy", [OSF(), WeightBands((0.8, 0.2), (1, 0)), Energy(0.99)], ids=lambda p: type(p).__name__
+)
+def test_the_report_speaks_of_samples_only_where_they_were_looked_at(policy: Policy) -> None:
+    model = layer([5.0, 0.1, 0.1, 0.1])  # one direction holds over 99 % of the energy
+    rows = ROWS + 30  # as it does here
+    optimizer = NullSpaceOptimizer(SGD(model.parameters(), lr=0.1), model, policy=policy)
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        report = optimizer.consolidate(DataLoader(TensorDataset(rows), batch_size=4), max_batches=1, progress=False)
+    of_inputs = ("4 of the 16 samples", "fewer than 10 rows", "inputs of ordinary size")
+    found = [any(text in line for line in (*report.notes, *report.warnings)) for text in of_inputs]
+    of_weights = [note for note in report.notes if "looks at no sample: old outputs may move" in note]
+    assert (found, len(of_weights)) == (([False] * 3, 1) if policy.from_weights else ([True] * 3, 0))
 
 
 def test_later_tasks_keep_the_same_and_verify_holds_under_adamw(tmp_path: Any) -> None:

@@ -216,6 +216,25 @@ def test_random_bases_have_the_ranks_of_the_true_ones_and_are_held(experiment: E
     assert drawn[1, :, 1:].abs().sum() == 0
 
 
+def test_osf_leaves_half_of_each_weight_on_both_sides_and_moves_the_rest(experiment: Experiment) -> None:
+    made: Any = method("osf", experiment)
+    before = weights(made)
+    made.before_sequence()
+    for number in (0, 1):
+        run_task(made, number)
+    name = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    old, new = before[name].double(), weights(made)[name].double()
+    left, _, right = torch.linalg.svd(old)
+    k = min(old.shape) // 2
+    U, V = left[:, :k], right[:k].T
+    moved = new - old
+    assert moved.norm() > 1e-3 * old.norm()
+    assert max((U.T @ moved).norm(), (moved @ V).norm()) < 1e-5 * old.norm()
+    trained = {name for name in before if not torch.equal(before[name], weights(made)[name])}
+    assert all(before[name].ndim > 1 for name in trained) and name in trained
+    assert [side.rank for side in made.optimizer.bases[name].subspaces.values()] == [k, k]
+
+
 def test_joint_is_one_schedule_over_all_tasks(experiment: Experiment) -> None:
     made = method("joint", experiment, warmup=0)
     parts = [made.schedule(number) for number in (0, 1)]
