@@ -148,19 +148,19 @@ def _taken_before(basis: Basis, subspace: Subspace) -> int:
 
 
 def _draw_capacity(figure: Figure | SubFigure, bases: Mapping[str, Basis]) -> None:
-    layers = [(basis, main) for basis in bases.values() if (main := basis.main) is not None]
-    shares = [_shares(*layer) for layer in layers]
+    layers = [basis for basis in bases.values() if basis.subspaces]
+    shares = [_shares(basis) for basis in layers]
     colors = _colors(bases, shares)
     axes = figure.subplots()
     axes.barh(range(len(layers)), 1.0, color=GREY, height=0.72)
-    for row, (parts, (_, main)) in enumerate(zip(shares, layers)):
+    for row, (parts, basis) in enumerate(zip(shares, layers)):
         left = 0.0
         for task, share in parts:
             axes.barh(row, share, left=left, color=colors[task], height=0.72)
             left += share
-        axes.text(1.01, row, f"{main.rank}/{main.dimension}", va="center", fontsize=7, color=INK)
+        axes.text(1.01, row, f"{basis.rank}/{basis.dimension}", va="center", fontsize=7, color=INK)
     axes.set(xlim=(0, 1), ylim=(len(layers) - 0.4, -0.6))
-    names = [_short(basis.name, 52) for basis, _ in layers]
+    names = [_short(basis.name, 52) for basis in layers]
     axes.set_yticks(range(len(layers)), names, fontsize=7, parse_math=False)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"], fontsize=8)
     axes.tick_params(axis="y", length=0)
@@ -171,13 +171,13 @@ def _draw_capacity(figure: Figure | SubFigure, bases: Mapping[str, Basis]) -> No
     _legend(figure, {**colors, "free": GREY})
 
 
-def _shares(basis: Basis, main: Subspace) -> list[tuple[str, float]]:
+def _shares(basis: Basis) -> list[tuple[str, float]]:
     """Return, per task, the share of directions it added and that are still protected."""
     if not basis.tasks or len(basis.tasks) != len(basis.history):
-        return [("all tasks", main.rank / max(1, main.dimension))]
-    still = list(accumulate(reversed([*basis.history[:-1], main.rank]), min))[::-1]
+        return [("all tasks", basis.rank / max(1, basis.dimension))]
+    still = list(accumulate(reversed([*basis.history[:-1], basis.rank]), min))[::-1]
     return [
-        (task, (now - before) / max(1, main.dimension)) for task, before, now in zip(basis.tasks, [0, *still], still)
+        (task, (now - before) / max(1, basis.dimension)) for task, before, now in zip(basis.tasks, [0, *still], still)
     ]
 
 

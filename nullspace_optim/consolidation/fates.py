@@ -368,19 +368,19 @@ def _line(
     seen: ParameterStatistics | None,
 ) -> ParameterReport:
     """Return the report's line of one parameter."""
-    main, met = basis.main, seen is not None and seen.met
+    met = seen is not None and seen.met
     line = ParameterReport(basis.name, basis.fate, basis.reason, numbers=parameter.numel(), still=basis.still, met=met)
-    if main is None:
+    if not basis.subspaces:
         return line
     return replace(
         line,
         side="+".join(basis.subspaces),
-        rank=main.rank,
-        dimension=main.dimension,
+        rank=basis.rank,
+        dimension=basis.dimension,
         added=basis.rank - (old.rank if old else 0),
         energy=min(subspace.energy for subspace in basis.subspaces.values()),
         dropped=max((choice.dropped for choice in choices.values()), default=0.0),
-        held=None if main.scale is None else main.held,
+        held=sum(side.held for side in basis.axis) if any(side.scale is not None for side in basis.axis) else None,
         leading=max((_leading(choice.spectrum) for choice in choices.values()), default=float("nan")),
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import BasisFileError
 from ..subspace.basis import Basis, BasisStore, Extension, Fate, Side, Subspace
 from ..subspace.layout import Kind, Layout
+from ..subspace.tables import overlap
 from .schema import SCHEMA_VERSION, digest, parse_json, refuse, sealed
 
 ORTHONORMAL = 1e-4  # largest entry of |U^H U - I| that is accepted
@@ -184,6 +185,8 @@ def _read_basis(record: _Record, parts: _Parts) -> Basis:
             record.fail(f"has the unknown side {ascii(side)[:80]}")
         part = _Record(data, f"{record.where} {side}", record.source)
         sides[side] = _read_subspace(part, side, basis, parts)
+    if {"left", "rows"} <= set(sides) and overlap(sides["left"], sides["rows"]) > ORTHONORMAL:
+        record.fail("keeps rows and a left side that overlap, which no step can hold; consolidate its tasks again")
     return replace(basis, subspaces=sides)
 
 

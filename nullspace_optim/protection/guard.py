@@ -186,6 +186,14 @@ class Guard:
                     space = None if subspace.side == "rows" else self.workspace.take(subspace.anchor.shape, matrix)
                     restore_anchor_(matrix, subspace.basis, subspace.anchor, subspace.side, space)
 
+    def restore_rows(self, weights: Sequence[Tensor]) -> None:
+        """Give frozen rows of a table their values, bit for bit."""
+        rows = self.basis.subspaces.get("rows")
+        if rows is not None:
+            weight, bias = self.blocks(weights)
+            with matrix_of(weight, self.basis.layout, bias) as matrix:
+                restore_rows_(matrix, rows.basis, rows.anchor)
+
     def yield_softly(self) -> None:
         """Anchor form of soft sides: what a step may change, anchors follow; everything else is put back.
 

@@ -72,6 +72,9 @@ def correct_across(moves: Sequence[tuple[Guard, Sequence[Tensor], bool]], *, sof
     for side, found, mark in zip(sides, sums, marks, strict=True):
         residual = torch.where(mark > 0, found - side.subspace.anchor.to(found.dtype), torch.zeros_like(found))
         side.subtract(side.yielded(residual) if softly else residual)
+    for guard, weights, _ in moves:
+        if guard.across:
+            guard.restore_rows(weights)  # whose last bits the sums over ranks have changed
 
 
 def any_rank(flag: bool, guard: Guard) -> bool:

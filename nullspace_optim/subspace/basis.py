@@ -149,9 +149,20 @@ class Basis:
         return found[task]
 
     @property
+    def axis(self) -> tuple[Subspace, ...]:
+        """The sides of that axis of which most is used: one side, or frozen rows and the left side beside them."""
+        axes = [tuple(s for s in self.subspaces.values() if (s.side == "right") is right) for right in (True, False)]
+        return max(axes, key=lambda sides: sum(s.rank / max(1, s.dimension) for s in sides))
+
+    @property
     def rank(self) -> int:
-        """Protected directions of the main side, summed over groups."""
-        return 0 if self.main is None else self.main.rank
+        """Protected directions of the fuller axis, summed over groups."""
+        return sum(side.rank for side in self.axis)
+
+    @property
+    def dimension(self) -> int:
+        """All directions of that axis, summed over groups; 0 without a basis."""
+        return max((side.dimension for side in self.axis), default=0)
 
     @property
     def free_share(self) -> float:

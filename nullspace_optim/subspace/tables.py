@@ -38,6 +38,12 @@ def freeze_rows(matrix: Tensor, part: ShardView, counts: Tensor, chosen: Tensor,
     )
 
 
+def overlap(left: Subspace, rows: Subspace) -> float:
+    """Return the largest entry of a left side in the frozen rows: 0 where both can be held."""
+    inside = left.basis[:, rows.basis].abs()
+    return float(inside.max()) if inside.numel() else 0.0
+
+
 def clear_of_rows(matrix: Tensor, part: ShardView, left: Subspace, rows: Subspace, name: str) -> Subspace:
     """Return the left side of the table `name` without the frozen rows: eigenvectors and eigenvalues of `P C P`.
 
@@ -47,12 +53,12 @@ def clear_of_rows(matrix: Tensor, part: ShardView, left: Subspace, rows: Subspac
     Raises:
         ConsolidationError: the policy tells apart which directions span which task's subspace, which are mixed here.
     """
-    if not left.basis[:, rows.basis].any():
+    if not overlap(left, rows):
         return left
     if left.members is not None:
         raise ConsolidationError(
-            f"'{name}' is looked up and multiplied from the left, where this policy cannot tell its tasks apart: "
-            "release() it, or use another policy"
+            f"'{name}' is looked up and multiplied from the left, where this policy cannot tell its tasks apart: use "
+            "one that does not ask which task took which direction (Energy(), SGP())"
         )
     wide = left.basis.to(torch.complex128 if left.basis.is_complex() else torch.float64)
     if left.scale is not None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from models import (
+    Codebook,
     Everything,
     Plain,
     compare,
@@ -60,6 +61,10 @@ def one_process(folder: Path) -> None:
         optimizer = wrap(model, momentum(model), policy=policy)
         two_tasks(model, optimizer, tokens)
         torch.save(results(optimizer, dict(model.named_parameters())), folder / f"soft-{name}.pt")
+    model = seeded(Codebook)
+    optimizer = wrap(model, momentum(model))
+    two_tasks(model, optimizer, tokens)
+    torch.save(results(optimizer, dict(model.named_parameters())), folder / "codebook.pt")
     model = seeded(Plain)
     optimizer = wrap(model)
     optimizer.consolidate(rows(1), progress=False)

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from every_policy import POLICIES
-from torch import Tensor, nn
+from models import Codebook
+from torch import nn
 from torch.optim import SGD, AdamW
 from training import relative_drift
 
 from nullspace_optim import Energy, NullSpaceOptimizer, NumericalRank
-from nullspace_optim.errors import ConsolidationError
+from nullspace_optim.errors import BasisFileError, ConsolidationError
 from nullspace_optim.policies import OSF, TRGP, Policy
 from nullspace_optim.subspace.basis import Fate, Subspace
 from nullspace_optim.subspace.shards import WHOLE
 from nullspace_optim.subspace.tables import clear_of_rows
 
 TOKENS, FEW = torch.arange(6).view(2, 3), torch.arange(9).view(3, 3)
-
-
-class Codebook(nn.Module):
-    """20 codes of 12 numbers, looked up by number, or mixed by shares that a layer gives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.codes, self.choose = nn.Embedding(20, 12), nn.Linear(12, 20)
-
-    def forward(self, tokens: Tensor, mixed: bool = True) -> Tensor:
-        found: Tensor = self.codes(tokens)
-        return torch.softmax(3 * self.choose(found), -1) @ self.codes.weight if mixed else found
 
 
 def protected(policy: Policy, order: tuple[bool, ...], base: Any = AdamW) -> tuple[Codebook, NullSpaceOptimizer]:
@@ -72,6 +62,16 @@ def test_old_outputs_stay_however_the_table_was_read(base: Any) -> None:
     assert relative_drift(model(TOKENS).detach(), old[0]) < 1e-5
 
 
+def test_a_file_whose_sides_overlap_is_refused_by_name(tmp_path: Path) -> None:
+    _, optimizer = protected(NumericalRank(), (True,))
+    left = optimizer.bases["codes.weight"].subspaces["left"]
+    left.basis = torch.linalg.qr(torch.randn(1, 20, left.rank))[0]
+    optimizer.reanchor()
+    optimizer.save(tmp_path / "bases")
+    with pytest.raises(BasisFileError, match=r"keeps rows and a left side that overlap, .* consolidate"):
+        optimizer.load(tmp_path / "bases")
+
+
 def test_policies_that_tell_tasks_apart_refuse_it_by_name() -> None:
     with pytest.raises(ConsolidationError, match=r"'codes\.weight' is looked up and multiplied from the left"):
         protected(TRGP(), (True,))
@@ -82,8 +82,10 @@ def test_what_is_free_is_counted_once_and_nothing_is_free_in_the_end() -> None:
     basis = optimizer.bases["codes.weight"]
     used = basis.subspaces["left"].rank + basis.subspaces["rows"].rank
     assert optimizer.capacity()["codes.weight"] == pytest.approx(1 - used / 20) and 0 < used < 20
+    assert (basis.rank, basis.dimension, basis.history) == (used, 20, (used,))
     report = optimizer.consolidate([torch.arange(20).view(4, 5)], progress=False)
-    assert next(row for row in report.parameters if row.name == "codes.weight").fate is Fate.FULL
+    line = next(row for row in report.parameters if row.name == "codes.weight")
+    assert (line.fate, line.rank, line.added, line.free) == (Fate.FULL, 20, 20 - used, 0)
     assert optimizer.capacity()["codes.weight"] == 0
     before = model.codes.weight.detach().clone()
     train(model, optimizer, steps=3)

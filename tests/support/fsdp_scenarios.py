@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from ddp_scenarios import SOFT_OR_TWO_SIDED, Declared, _Broken, everyone, refusal
 from models import (
     Breaking,
+    Codebook,
     Everything,
     Plain,
     Tensors,
@@ -29,7 +30,7 @@ from models import (
     train,
     two_tasks,
     wrap,
-)
+)  # fmt: skip
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -77,9 +78,8 @@ def every_form_of_correction_equals_one_process(folder: Path) -> None:
         optimizer = wrap(model, momentum(model), **options)
         two_tasks(model, optimizer, tokens, dist.get_rank(), steps=18)
         optimizer.verify()
-        compare(
-            results(optimizer, whole(model)), torch.load(folder / f"form-{name}.pt"), TOLERANCES.get(name, 1e-5), name
-        )
+        expected = torch.load(folder / f"form-{name}.pt")
+        compare(results(optimizer, whole(model)), expected, TOLERANCES.get(name, 1e-5), name)
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -99,6 +99,17 @@ def soft_and_two_sided_policies_equal_one_process_in_shards(folder: Path) -> Non
         two_tasks(model, optimizer, tokens, dist.get_rank())
         compare(results(optimizer, whole(model)), torch.load(folder / f"soft-{name}.pt"), what=name)
         assert optimizer.verify().ok
+
+
+def tables_read_in_two_ways_equal_one_process(folder: Path) -> None:
+    for axis in (0, 1):
+        model = sharded(seeded(Codebook), shard_placement_fn=lambda p, axis=axis: Shard(axis % p.ndim))
+        optimizer = wrap(model, momentum(model))
+        two_tasks(model, optimizer, tokens, dist.get_rank())
+        compare(results(optimizer, whole(model)), torch.load(folder / "codebook.pt"), what=f"Shard({axis})")
+        kept, before = optimizer.bases["codes.weight"].subspaces["rows"].basis, whole(model)["codes.weight"].clone()
+        train(model, optimizer, tokens(3), dist.get_rank())
+        assert torch.equal(whole(model)["codes.weight"][kept], before[kept])
 
 
 def two_declared_sides_hold_in_shards_unless_both_are_soft(folder: Path) -> None:
@@ -127,9 +138,7 @@ def a_step_communicates_nothing(folder: Path) -> None:
     for policy in (FixedRank(3), FixedRank(10)):
         model = sharded(seeded(Plain))
         assert _collectives(model, wrap(model, policy=policy), rows) == 0
-    model = sharded(
-        seeded(Everything)
-    )  # `x @ projection` and the transposed convolution are sharded along their inputs
+    model = sharded(seeded(Everything))  # `x @ projection` and the transposed convolution are cut along their inputs
     assert _collectives(model, wrap(model), tokens) == 1
     model = seeded(Everything)
     inputs_first = {id(model.projection), id(model.transposed.weight)}
@@ -167,8 +176,7 @@ def half_precision_forward_is_captured(folder: Path) -> None:
 def uneven_loaders_do_not_wait(folder: Path) -> None:
     rank = dist.get_rank()
     optimizer = wrap(sharded(seeded(Plain)))
-    loader = rows(1) if rank == 1 else []
-    assert optimizer.consolidate(iter(loader), progress=False).batches == 5
+    assert optimizer.consolidate(iter(rows(1) if rank == 1 else []), progress=False).batches == 5
     compare(results(optimizer, {}), torch.load(folder / "one.pt"))
     refusal(ConsolidationError, lambda: optimizer.consolidate([], progress=False))
 
@@ -468,6 +476,7 @@ SCENARIOS = [
     fsdp_equals_one_process,
     every_form_of_correction_equals_one_process,
     soft_and_two_sided_policies_equal_one_process_in_shards,
+    tables_read_in_two_ways_equal_one_process,
     two_declared_sides_hold_in_shards_unless_both_are_soft,
     a_step_communicates_nothing,
     weights_sharded_along_their_inputs_hold,

@@ -49,6 +49,18 @@ class Plain(nn.Module):
         return self.head(self.block(self.first(rows).tanh()))
 
 
+class Codebook(nn.Module):
+    """20 codes of 12 numbers, looked up by number, or mixed by shares that a layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes, self.choose = nn.Embedding(20, 12), nn.Linear(12, 20)
+
+    def forward(self, tokens: Tensor, mixed: bool = True) -> Tensor:
+        found: Tensor = self.codes(tokens)
+        return torch.softmax(3 * self.choose(found), -1) @ self.codes.weight if mixed else found
+
+
 def seeded(kind: type[nn.Module]) -> Any:
     torch.manual_seed(0)
     return kind()
