@@ -83,7 +83,7 @@ def settle_fates(
         mine = {side: choice for (owner, side), choice in choices.items() if owner == name}
         if seen is not None and _grows(seen, old, parameter):
             bias = parameters[seen.bias] if seen.bias else None
-            basis = _protected(name, parameter, bias, seen, old, mine, task, policy)
+            basis = _protected(name, parameter, bias, seen, old, mine, task, policy, ranks)
         else:
             basis = _settled(name, parameter, seen, old, options.uncovered)
         grown.put(basis)
@@ -266,6 +266,7 @@ def _protected(
     choices: Mapping[MatrixSide, GrownBasis],
     task: str,
     policy: Policy,
+    ranks: Communicator,
 ) -> Basis:
     """Return the grown basis with its anchors."""
     layout = seen.layout or Layout()
@@ -280,7 +281,7 @@ def _protected(
             chosen = _chosen_rows(counts, policy, subspaces.get("rows"))
             subspaces["rows"] = freeze_rows(matrix, part, counts, chosen, subspaces.get("rows"))
         if {"rows", "left"} <= set(subspaces):
-            subspaces["left"] = clear_of_rows(matrix, part, subspaces["left"], subspaces["rows"], name)
+            subspaces["left"] = clear_of_rows(matrix, part, subspaces["left"], subspaces["rows"], name, ranks)
     if set(part.crossing) & set(subspaces) and any(s.scale is not None for s in subspaces.values()):
         _refuse_soft_crossing(name, subspaces)
     full = all_kept(subspaces)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..distributed.communicator import Communicator
 from ..errors import ConsolidationError
 from .basis import Subspace
 from .shards import ShardView
@@ -44,11 +45,13 @@ def overlap(left: Subspace, rows: Subspace) -> float:
     return float(inside.max()) if inside.numel() else 0.0
 
 
-def clear_of_rows(matrix: Tensor, part: ShardView, left: Subspace, rows: Subspace, name: str) -> Subspace:
+def clear_of_rows(
+    matrix: Tensor, part: ShardView, left: Subspace, rows: Subspace, name: str, ranks: Communicator
+) -> Subspace:
     """Return the left side of the table `name` without the frozen rows: eigenvectors and eigenvalues of `P C P`.
 
     `C = U diag(s) U^H` is what `left` keeps (`s = 1` where it is not soft) and `P` takes the rows out. With the rows
-    it keeps all that `left` kept.
+    it keeps all that `left` kept. All `ranks` take the eigenvectors of the first.
 
     Raises:
         ConsolidationError: the policy tells apart which directions span which task's subspace, which are mixed here.
@@ -70,4 +73,5 @@ def clear_of_rows(matrix: Tensor, part: ShardView, left: Subspace, rows: Subspac
     scale = None if left.scale is None else values[:, outside].square().to(left.scale)
     if scale is not None:
         scale[scale > 1 - LEAST] = 1.0
+    basis, scale = ranks.broadcast_object(0, (basis, scale))
     return replace(left, basis=basis, anchor=part.anchor(matrix, basis, "left"), ranks=(basis.shape[2],), scale=scale)

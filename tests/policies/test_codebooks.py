@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW
 from training import relative_drift
 
 from nullspace_optim import Energy, NullSpaceOptimizer, NumericalRank
+from nullspace_optim.distributed.communicator import communicator
 from nullspace_optim.errors import BasisFileError, ConsolidationError
 from nullspace_optim.policies import OSF, TRGP, Policy
 from nullspace_optim.subspace.basis import Fate, Subspace
@@ -103,7 +104,7 @@ def test_it_is_the_dense_product_with_the_projection_off_the_rows(soft: bool, dt
     spectrum = torch.zeros(1, 10)
     left = Subspace("left", U, U.mH @ W, (5,), 10, spectrum, 1.0, scale=scale)
     rows = Subspace("rows", index, W[0, index], (3,), 10, spectrum[:, :0], 1.0)
-    found = clear_of_rows(W, WHOLE, left, rows, "W")
+    found = clear_of_rows(W, WHOLE, left, rows, "W", communicator())
     V = found.basis[0].to(wide)
     torch.testing.assert_close(V.mH @ V, torch.eye(4, dtype=wide), atol=1e-6, rtol=0)
     assert found.ranks == (4,) and not V[index].any()
@@ -118,7 +119,7 @@ def test_it_is_the_dense_product_with_the_projection_off_the_rows(soft: bool, dt
         both = torch.cat([U[0].to(wide), torch.eye(10, dtype=wide)[:, index]], 1)
         wanted = both @ torch.linalg.pinv(both)  # onto all that both sides keep
         torch.testing.assert_close(V @ V.mH + torch.eye(10, dtype=wide) - P, wanted, atol=1e-6, rtol=0)
-    assert clear_of_rows(W, WHOLE, found, rows, "W") is found
+    assert clear_of_rows(W, WHOLE, found, rows, "W", communicator()) is found
 
 
 @pytest.mark.parametrize("policy", [Energy(0.9), OSF(0.3)], ids=repr)
