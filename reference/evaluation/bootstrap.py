@@ -59,7 +59,7 @@ def resampled(run: dict[str, Any], replicates: int = REPLICATES, seed: int = 0) 
 @lru_cache(maxsize=32)
 def _draws(seed: int, task: int, count: int, replicates: int) -> NDArray[np.int16]:
     """Counts of each of `count` test images in every draw, `[replicates, count]`; cached, the same for every run."""
-    return np.random.default_rng([seed, task]).multinomial(count, np.full(count, 1 / count), replicates).astype(np.int16)
+    return np.random.default_rng([seed, task]).multinomial(count, [1 / count] * count, replicates).astype(np.int16)
 
 
 def compare(

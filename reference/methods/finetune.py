@@ -114,8 +114,7 @@ class Safe(Method):
 class Joint(Method):
     """All tasks at once, as an upper bound that sees the future: every step trains a task drawn at random.
 
-    One schedule runs over as many steps as the sequence has in all. Only the end is scored: before it, no task is
-    "finished".
+    One schedule runs over as many steps as the sequence has in all; only the end, where all have met, is scored.
     """
 
     name = "joint"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -128,10 +129,7 @@ class Gnsp(NullSpace):
         self._restrict()
         cropped = crop(split.images[slice(None)], seeded(self.setting.seed, number, 6))
         loader = [self.clip.normalised(part) for part in torch.split(cropped, GRAM_BATCH)]
-
-        def forward(images: Tensor) -> Tensor:
-            return self.clip.model.encode_image(images, normalize=True)  # type: ignore[operator]
-
+        forward = partial(self.clip.model.encode_image, normalize=True)
         report = self.optimizer.consolidate(loader, name=name, forward=forward, progress=False)
         return {"report": str(report), "images": len(split)}
 

@@ -63,17 +63,13 @@ class LoraShared(Method):
     def facts(self) -> dict[str, Any]:
         """Parameters beside the backbone, and how many train on average."""
         count = sum(p.numel() for p in self.clip.model.parameters() if p.requires_grad)
-        return {"trainable_mean": count, "final_without_routers": count, "final_with_routers": count}
+        return super().facts() | dict.fromkeys(("trainable_mean", "final_without_routers", "final_with_routers"), count)
 
 
 class LoraSharedNullSpace(LoraShared, NullSpace):
     """One LoRA for all tasks; directions that earlier tasks used of it do not move."""
 
     name = "lora-shared-nullspace"
-
-    def facts(self) -> dict[str, Any]:
-        """As `lora-shared`, and the share of directions still free."""
-        return {**NullSpace.facts(self), **super().facts()}
 
 
 class LoraPerTask(AdaptersOfTasks):

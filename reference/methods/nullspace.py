@@ -16,14 +16,12 @@ from reference.methods.base import Method, Setting
 from reference.methods.distillation import GuidedLoss, ReferenceBatches
 from reference.training.steps import Batch, Batches, seeded
 
-Project = Literal["update", "gradient", "both"]
-
 
 class NullSpace(Method):
     """Ours: after each AdamW step the weights are corrected; kept directions of earlier tasks do not move."""
 
     name = "nullspace"
-    project: ClassVar[Project | None] = None  # as the settings say
+    project: ClassVar[Literal["update", "gradient", "both"] | None] = None  # as the settings say
     optimizer: NullSpaceOptimizer
 
     def __init__(self, setting: Setting) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reference.methods.base import Method, Setting
+from reference.methods.nullspace import NullSpaceReference
 from reference.training.clip import class_logits
 from reference.training.steps import Batch, attention, precision, seeded
 
@@ -43,9 +44,16 @@ class Replay(Method):
         return loss + self.loss_on(task, index, draw)
 
     def facts(self) -> dict[str, Any]:
-        """Bytes of images that were kept in the end."""
-        last = len(self.setting.tasks) - 1
-        return {"bytes": sum(3 * self.clip.size**2 * len(self.stored(task, last)) for task in range(last))}
+        """Bytes of images that were kept in the end, and of bases beside them."""
+        last, found = len(self.setting.tasks) - 1, super().facts()
+        images = sum(3 * self.clip.size**2 * len(self.stored(task, last)) for task in range(last))
+        return {**found, "bytes": found.get("bytes", 0) + images}
+
+
+class NullSpaceReplay(Replay, NullSpaceReference):
+    """Ours with the pool, and replay beside it."""
+
+    name = "nullspace-replay"
 
 
 class EWC(Method):

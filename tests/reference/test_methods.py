@@ -12,17 +12,20 @@ from reference.data.tasks import ORDERS
 from reference.experiment import Experiment, prepare
 from reference.methods import METHODS, Method, Setting
 from reference.methods.gnsp import TUNED
-from reference.methods.nullspace import random_like
+from reference.methods.nullspace import NullSpaceReference, random_like, stored_bytes
 from reference.methods.rehearsal import Replay
 from reference.sequence import Sequence, StoppedError
-from reference.training.steps import learn
+from reference.training.steps import Batch, learn
 
 SMALL = {
     "tasks": ["colours", "photographs"], "methods": "all", "iterations": 5, "pretrain_iterations": 4, "warmup": 2,
     "batch_size": 8, "evaluation_images": 40, "consolidation_images": 32, "reference_images": 32, "ensemble_share": 0.4,
     "output": "unused",
 }  # fmt: skip
-SLOW = {"moe-adapters", "nullspace-reference", "gradient-reference", "random-basis", "gradient", "gnsp-exact"}
+SLOW = {
+    "moe-adapters", "nullspace-reference", "gradient-reference", "random-basis", "gradient", "gnsp-exact", "osf",
+    "nullspace-replay",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +184,25 @@ def test_replay_keeps_as_many_bytes_as_it_may(experiment: Experiment) -> None:
     assert len(made.stored(0, 1)) == 10 and len(made.stored(0, 2)) == 5
     assert torch.equal(made.stored(0, 1)[:5], made.stored(0, 2))
     assert made.facts() == {"bytes": 10 * 3 * 32 * 32}
+
+
+def test_replay_beside_ours_protects_and_remembers(experiment: Experiment) -> None:
+    images = 10 * 3 * 32 * 32
+    made: Any = method("nullspace-replay", experiment, replay_bytes=images)
+    made.before_sequence()
+    run_task(made, 0)
+    bases = stored_bytes(made.optimizer)
+    assert made.facts()["bytes"] == bases + images and 0 < made.facts()["free_share"] < 1
+    made.before_task(1)
+    task = made.setting.tasks[1]
+    batch = Batch(
+        made.clip.normalised(task.train.images[:4]), task.train.labels[:4], made.clip.tokens(task.prompts()), 1, 0, None
+    )
+    with torch.no_grad():
+        alone, both = (kind.loss(made, batch) for kind in (NullSpaceReference, type(made)))
+    assert both > alone + 0.1  # a batch of the first task is added
+    learn(made, task, made.config, made.schedule(1), seed=0, number=1)
+    assert made.optimizer.verify().worst < 1e-5
 
 
 def test_ewc_pulls_back_what_the_old_task_needs(experiment: Experiment) -> None:
