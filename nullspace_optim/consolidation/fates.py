@@ -381,7 +381,7 @@ def _line(
         added=basis.rank - (old.rank if old else 0),
         energy=min(subspace.energy for subspace in basis.subspaces.values()),
         dropped=max((choice.dropped for choice in choices.values()), default=0.0),
-        held=sum(side.held for side in basis.axis) if any(side.scale is not None for side in basis.axis) else None,
+        held=basis.held if basis.held < basis.rank else None,
         leading=max((_leading(choice.spectrum) for choice in choices.values()), default=float("nan")),
     )
 

@@ -149,7 +149,7 @@ class Basis:
         return found[task]
 
     @property
-    def axis(self) -> tuple[Subspace, ...]:
+    def _axis(self) -> tuple[Subspace, ...]:
         """The sides of that axis of which most is used: one side, or frozen rows and the left side beside them."""
         axes = [tuple(s for s in self.subspaces.values() if (s.side == "right") is right) for right in (True, False)]
         return max(axes, key=lambda sides: sum(s.rank / max(1, s.dimension) for s in sides))
@@ -157,12 +157,17 @@ class Basis:
     @property
     def rank(self) -> int:
         """Protected directions of the fuller axis, summed over groups."""
-        return sum(side.rank for side in self.axis)
+        return sum(side.rank for side in self._axis)
 
     @property
     def dimension(self) -> int:
         """All directions of that axis, summed over groups; 0 without a basis."""
-        return max((side.dimension for side in self.axis), default=0)
+        return max((side.dimension for side in self._axis), default=0)
+
+    @property
+    def held(self) -> float:
+        """Protected directions of that axis, each counted by its scale, summed over groups."""
+        return sum(side.held for side in self._axis)
 
     @property
     def free_share(self) -> float:
