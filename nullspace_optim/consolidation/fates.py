@@ -25,11 +25,10 @@ from ..errors import ConsolidationError
 from ..policies.base import Policy, Spectrum
 from ..report import ParameterReport
 from ..settings import Settings
-from ..subspace.basis import Basis, BasisStore, Fate, Side, Subspace, all_kept
+from ..subspace.basis import Basis, BasisStore, Fate, Subspace, all_kept
 from ..subspace.growth import widen
-from ..subspace.layout import Layout
+from ..subspace.layout import Layout, MatrixSide, Side
 from ..subspace.matrix import matrix_of
-from ..subspace.projection import MatrixSide
 from ..subspace.shards import ShardView, gather_parameter, shard_view
 from ..subspace.tables import clear_of_rows, freeze_rows
 from .grow import Eigenbasis, GrownBasis, decompose, grow_basis

@@ -12,7 +12,8 @@ from math import nan
 import torch
 from torch import Tensor
 
-from ..subspace.basis import Basis, BasisStore, Side, Subspace
+from ..subspace.basis import Basis, BasisStore, Subspace
+from ..subspace.layout import Side
 from ..subspace.linalg import principal_angles
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BasisFileError
-from ..subspace.basis import Basis, BasisStore, Extension, Fate, Side, Subspace
-from ..subspace.layout import Kind, Layout
+from ..subspace.basis import Basis, BasisStore, Extension, Fate, Subspace
+from ..subspace.layout import Kind, Layout, Side
 from ..subspace.tables import overlap
 from .schema import SCHEMA_VERSION, digest, parse_json, refuse, sealed
 

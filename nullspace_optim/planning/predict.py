@@ -23,7 +23,7 @@ from ..options import check_choice
 from ..protection.step_hooks import EXACT_EVERY
 from ..protection.weight_stack import FEWEST, LARGEST
 from ..settings import CHOICES, Precision, Project
-from ..subspace.projection import MatrixSide
+from ..subspace.layout import MatrixSide
 from .shapes import FLOAT, Moment, Survey, Weight
 
 INDEX = 8  # bytes of an int64

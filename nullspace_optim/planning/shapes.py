@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..subspace.layout import Kind
-from ..subspace.projection import MatrixSide
+from ..subspace.layout import Kind, MatrixSide
 
 EIGH = 9  # FLOPs of all eigenpairs of a symmetric matrix `[s, s]` over `s^3` (Golub and Van Loan, section 8.3)
 CACHE = 2**25  # bytes of a matrix that stays in a processor's cache

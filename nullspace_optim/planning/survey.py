@@ -24,8 +24,7 @@ from ..covariance.sketch import SketchedCovariance
 from ..errors import OptionError
 from ..model.names import named_buffers, named_parameters
 from ..settings import Bias, Settings
-from ..subspace.layout import Layout
-from ..subspace.projection import MatrixSide
+from ..subspace.layout import Layout, MatrixSide
 from .shapes import Frozen, Moment, Survey, Weight
 
 

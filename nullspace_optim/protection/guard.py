@@ -14,8 +14,9 @@ from ..distributed.collectives import all_reduce_sum_
 from ..distributed.group import local_tensor
 from ..errors import OptionError
 from ..settings import Precision
-from ..subspace.basis import Basis, Side, Subspace
+from ..subspace.basis import Basis, Subspace
 from ..subspace.growth import leading_block
+from ..subspace.layout import Side
 from ..subspace.linalg import complement
 from ..subspace.matrix import matrix_of, relative
 from ..subspace.projection import (

@@ -18,7 +18,8 @@ from torch.nn.functional import pad
 
 from ..distributed.group import in_group
 from ..subspace.basis import Subspace
-from ..subspace.projection import MatrixSide, exact_products, project_gradient_, restore_anchor_
+from ..subspace.layout import MatrixSide
+from ..subspace.projection import exact_products, project_gradient_, restore_anchor_
 from .guard import Guard, Workspace, gradient_hook, mask_rounding_, rounding_of, size_of
 
 FEWEST = 4  # fewer weights of a shape gain little

@@ -11,13 +11,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, get_args
+from typing import get_args
 
 from torch import Tensor
 
-from .layout import Layout
-
-Side = Literal["right", "left", "rows"]
+from .layout import Layout, Side
 
 
 class Fate(str, Enum):

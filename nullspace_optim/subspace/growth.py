@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..distributed.group import is_dtensor, local_tensor
 from ..errors import ShapeError
-from .basis import Basis, Fate, Side, Subspace
-from .layout import Layout
+from .basis import Basis, Fate, Subspace
+from .layout import Layout, Side
 from .matrix import matrix_of
 from .projection import anchor
 

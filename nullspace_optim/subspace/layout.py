@@ -15,6 +15,9 @@ from typing import Literal
 from torch import Tensor
 
 Kind = Literal["matrix", "grouped", "transposed", "batched"]
+MatrixSide = Literal["right", "left"]
+Side = Literal["right", "left", "rows"]
+"""What a basis acts on: the inputs of a matrix, its outputs, or rows of a table that is looked up."""
 
 
 @dataclass(frozen=True)

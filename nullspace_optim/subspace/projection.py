@@ -17,13 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-MatrixSide = Literal["right", "left"]
-Side = Literal["right", "left", "rows"]
+from .layout import MatrixSide, Side
 
 _ANCHOR_FLOOR = 1e-2
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..distributed.collectives import all_reduce_sum_
 from ..distributed.fsdp import Shard, all_gather_uneven, shard_of
 from ..distributed.group import local_tensor
-from .basis import Basis, BasisStore, Side, Subspace
-from .layout import Layout
+from .basis import Basis, BasisStore, Subspace
+from .layout import Layout, Side
 from .projection import anchor
 
 ALL = slice(None)

@@ -127,7 +127,8 @@ def tiny_clip(sparse: bool = False) -> open_clip.CLIP:
 
 
 @EVERY
-def test_two_block_clip(name: str) -> None:
+@pytest.mark.parametrize("steps", [100, pytest.param(STEPS, marks=pytest.mark.nightly)])
+def test_two_block_clip(name: str, steps: int) -> None:
     model, old, prompt = tiny_clip(sparse=name == "SparseAdam"), torch.randn(2, 3, 16, 16), torch.randint(1, 64, (1, 8))
     images, prompts = torch.randn(8, 3, 16, 16), torch.randint(1, 64, (8, 8))
     optimizer = NullSpaceOptimizer(build(name, model), model, policy=NumericalRank())
@@ -143,7 +144,7 @@ def test_two_block_clip(name: str) -> None:
         return nn.functional.cross_entropy(scale * picture @ words.T, torch.arange(8))
 
     start = loss().item()
-    take_steps(optimizer, loss, STEPS, closure=name == "LBFGS")
+    take_steps(optimizer, loss, steps, closure=name == "LBFGS")
     assert loss().item() <= start / 2
     assert before
     assert optimizer.verify().worst <= 1e-5

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nullspace_optim.subspace.basis import Basis, BasisStore, Fate, Side, Subspace
-from nullspace_optim.subspace.layout import Layout
+from nullspace_optim.subspace.basis import Basis, BasisStore, Fate, Subspace
+from nullspace_optim.subspace.layout import Layout, Side
 
 
 def orthonormal(groups: int, size: int, ranks: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
