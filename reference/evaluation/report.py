@@ -19,6 +19,7 @@ from reference.training.tracking import write_text, writing
 
 OF_THE_POOL = {"reference_root", "reference_images"}
 NOT_A_METHODS_OWN = {"methods", "seeds", "note", "device"}
+LOOKED_AT = {"robust_images", "dense_collages"}  # they train nothing: a run without them lacks those figures alone
 
 
 def files_below(places: Sequence[str]) -> list[Path]:
@@ -57,20 +58,19 @@ def refuse_mixed(runs: Sequence[Results]) -> None:
     if len({run["config"].get("split") for run in runs}) > 1:
         raise ExperimentError("some runs are on validation and some on test images; report each split by itself")
     first: dict[str, Results] = {}
-    seen: set[tuple[str, int]] = set()
     for run in runs:
         method, seed = run["method"], run["seed"]
-        if (method, seed) in seen:
+        if [(r["method"], r["seed"]) for r in runs].count((method, seed)) > 1:
             raise ExperimentError(f"two runs of {method} with seed {seed}; report one folder of runs at a time")
-        seen.add((method, seed))
         other = first.setdefault(method, run)
         pooled = method not in METHODS or METHODS[method].needs_reference or run["config"].get("pool_losses")
         own = run["config"].keys() & other["config"].keys() - NOT_A_METHODS_OWN - (set() if pooled else OF_THE_POOL)
         for key in sorted(own):
-            if run["config"][key] != other["config"][key]:
+            mine, theirs = run["config"][key], other["config"][key]
+            if mine != theirs and not (key in LOOKED_AT and None in (mine, theirs)):
                 raise ExperimentError(
-                    f"{method} has {key}={other['config'][key]!r} with seed {other['seed']} and "
-                    f"{run['config'][key]!r} with seed {seed}; report runs of the same settings"
+                    f"{method} has {key}={theirs!r} with seed {other['seed']} and {mine!r} with seed {seed}; "
+                    "report runs of the same settings"
                 )
 
 

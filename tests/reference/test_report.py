@@ -119,6 +119,12 @@ def test_runs_of_other_settings_are_no_further_seeds(
     assert "finetune has iterations=60 with seed 0 and 100 with seed 1" in capsys.readouterr().err
     runs[0]["config"], runs[1]["config"] = {"reference_root": ""}, {"reference_root": "pool"}
     refuse_mixed(runs[:2])  # plain fine-tuning never looks at a pool
+    runs[0]["config"], runs[1]["config"] = {"robust_images": None}, {"robust_images": 60}
+    refuse_mixed(runs[:2])  # one seed was attacked, all were trained alike
+    runs[0]["config"]["robust_images"] = 20
+    with pytest.raises(ExperimentError, match="finetune has robust_images=20 with seed 0 and 60 with seed 1"):
+        refuse_mixed(runs[:2])
+    runs[0]["config"], runs[1]["config"] = {"reference_root": ""}, {"reference_root": "pool"}
     for r in runs[:2]:
         r["method"] = "gnsp"
     with pytest.raises(ExperimentError, match="gnsp has reference_root=''"):
