@@ -183,7 +183,8 @@ class Config:
 def load_config(preset: str, overrides: Mapping[str, Any]) -> Config:
     """Read `configs/<preset>.yaml` and put `overrides` (values already parsed) over it.
 
-    `of_method` is put over the preset's method by method and setting by setting; an empty one takes all of them away.
+    A setting given there takes the preset's own values of it from every method. `of_method` is put over the preset's
+    method by method and setting by setting; an empty one takes all of them away.
 
     Raises:
         ExperimentError: unknown preset, unknown setting or a value of the wrong kind.
@@ -192,11 +193,11 @@ def load_config(preset: str, overrides: Mapping[str, Any]) -> Config:
     if preset not in known:
         raise ExperimentError(f"unknown preset {preset!r}: choose one of {', '.join(known)}")
     settings = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text(encoding="utf-8"))
-    merged = {**settings, **overrides, "preset": preset}
-    if overrides.get("of_method"):
-        preset_own, own = (_convert("of_method", None, part.get("of_method", {})) for part in (settings, overrides))
-        merged["of_method"] = {**preset_own, **{name: {**preset_own.get(name, {}), **own[name]} for name in own}}
-    return Config(**_converted(merged))
+    preset_own, own = (_convert("of_method", None, part.get("of_method", {})) for part in (settings, overrides))
+    kept = {m: {key: v for key, v in part.items() if key not in overrides} for m, part in preset_own.items()}
+    of_method = {name: {**kept.get(name, {}), **own.get(name, {})} for name in {**kept, **own}}
+    of_method = {} if overrides.get("of_method") == {} else of_method
+    return Config(**_converted({**settings, **overrides, "of_method": of_method, "preset": preset}))
 
 
 def for_method(config: Config, name: str) -> Config:

@@ -57,20 +57,19 @@ def refuse_mixed(runs: Sequence[Results]) -> None:
     """
     if len({run["config"].get("split") for run in runs}) > 1:
         raise ExperimentError("some runs are on validation and some on test images; report each split by itself")
-    first: dict[str, Results] = {}
+    first: dict[tuple[str, str], Results] = {}  # by method and setting
     for run in runs:
-        method, seed = run["method"], run["seed"]
+        method, seed, config = run["method"], run["seed"], run["config"]
         if [(r["method"], r["seed"]) for r in runs].count((method, seed)) > 1:
             raise ExperimentError(f"two runs of {method} with seed {seed}; report one folder of runs at a time")
-        other = first.setdefault(method, run)
-        pooled = method not in METHODS or METHODS[method].needs_reference or run["config"].get("pool_losses")
-        own = run["config"].keys() & other["config"].keys() - NOT_A_METHODS_OWN - (set() if pooled else OF_THE_POOL)
-        for key in sorted(own):
-            mine, theirs = run["config"][key], other["config"][key]
-            if mine != theirs and not (key in LOOKED_AT and None in (mine, theirs)):
+        pooled = method not in METHODS or METHODS[method].needs_reference or config.get("pool_losses")
+        unseen = {key for key in LOOKED_AT if config.get(key) is None}
+        for key in sorted(config.keys() - NOT_A_METHODS_OWN - unseen - (set() if pooled else OF_THE_POOL)):
+            other = first.setdefault((method, key), run)
+            if config[key] != other["config"][key]:
                 raise ExperimentError(
-                    f"{method} has {key}={theirs!r} with seed {other['seed']} and {mine!r} with seed {seed}; "
-                    "report runs of the same settings"
+                    f"{method} has {key}={other['config'][key]!r} with seed {other['seed']} and {config[key]!r} with "
+                    f"seed {seed}; report runs of the same settings"
                 )
 
 

@@ -42,6 +42,20 @@ def test_settings_of_a_method_join_those_of_the_preset() -> None:
     assert bare.of_method == {} and for_method(bare, "finetune").learning_rate == 3e-4
 
 
+def test_a_given_setting_is_not_lost_to_the_presets_own_values() -> None:
+    paths = {"output": "o", "data_root": "d", "model": "m"}
+    given = load_config("mini", {**paths, **parse_overrides(["learning_rate=2e-4", "igsp={rank: 6}", "ewc_weight=3"])})
+    for method, preset in load_config("mini", paths).of_method.items():
+        own = for_method(given, method)
+        assert (own.learning_rate, own.igsp, own.ewc_weight) == (2e-4, {"rank": 6}, 3), method
+        assert all(getattr(own, key) == preset[key] for key in preset.keys() - {"learning_rate", "igsp", "ewc_weight"})
+    pairs = ["learning_rate=2e-4", "of_method={ewc: {learning_rate: 5e-4}, gradient: {energy: 0.9}}"]
+    both = load_config("mini", {**paths, **parse_overrides(pairs)})
+    rates = {method: for_method(both, method).learning_rate for method in ("finetune", "ewc", "gradient", "igsp")}
+    assert rates == {"finetune": 2e-4, "ewc": 5e-4, "gradient": 2e-4, "igsp": 2e-4}
+    assert for_method(both, "gradient").energy == 0.9 and for_method(both, "ewc").ewc_weight == 1e4
+
+
 def test_settings_of_no_method_are_refused() -> None:
     with pytest.raises(ExperimentError, match=r"'ewcc', which is no method: did you mean 'ewc'\?"):
         prepare(load_config("demo", {"output": "o", "of_method": {"ewcc": {"ewc_weight": 1}}}))

@@ -124,6 +124,9 @@ def test_runs_of_other_settings_are_no_further_seeds(
     runs[0]["config"]["robust_images"] = 20
     with pytest.raises(ExperimentError, match="finetune has robust_images=20 with seed 0 and 60 with seed 1"):
         refuse_mixed(runs[:2])
+    three = [{**runs[0], "seed": n, "config": {"robust_images": images}} for n, images in enumerate((None, 20, 60))]
+    with pytest.raises(ExperimentError, match="finetune has robust_images=20 with seed 1 and 60 with seed 2"):
+        refuse_mixed(three)
     runs[0]["config"], runs[1]["config"] = {"reference_root": ""}, {"reference_root": "pool"}
     for r in runs[:2]:
         r["method"] = "gnsp"
